@@ -22,7 +22,7 @@ from jax.interpreters import mlir
 
 from engine import sources
 from engine.files import cache_folder, read_checked, write_checked
-from engine.model.ops import has_kernel, platform
+from engine.model.ops import computes_in_c, platform
 
 MAX_BYTES = 2**28  # that are read of a program; it has some 50 thousand
 
@@ -74,7 +74,7 @@ def _call(function: Callable[..., Any], like: Callable[..., Any], cfg: Any, *arg
         return function(cfg, *args)
     leaves, tree = jax.tree.flatten(args)
     shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-    facts = repr((versions, jax.config.values, has_kernel(), function.__name__, cfg, tree, shapes))
+    facts = repr((versions, jax.config.values, computes_in_c(), function.__name__, cfg, tree, shapes))
     path = cache_folder("programs") / hashlib.sha256(facts.encode()).hexdigest()
     if not (data := read_checked(path, MAX_BYTES)):
         flat = lambda *leaves: jax.tree.leaves(function(cfg, *jax.tree.unflatten(tree, leaves)))

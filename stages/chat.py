@@ -77,7 +77,7 @@ def chat(flags: ChatFlags) -> int:
     device = start_jax(flags.device, one_arena=False)
     # These import JAX, here and below, which must be started first.
     from engine.inference.decode import prepare_params
-    from engine.model.ops import has_kernel, kernels_note
+    from engine.model.ops import computes_in_c, kernels_note
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model, with_adapters
     from engine.storage.tensor_layout import describe_kinds
@@ -92,7 +92,7 @@ def chat(flags: ChatFlags) -> int:
     documents = Documents(flags.documents) if flags.documents else None
     with notes.task(f"loading {flags.model or 'the newest finished run'}") as report:
         # As `serve` does: a file's blocks stay, but for those that an adapter is merged into.
-        model = load_model(flags.model, report=report, blocks={} if has_kernel() and not flags.adapter else None)
+        model = load_model(flags.model, report=report, blocks={} if computes_in_c() and not flags.adapter else None)
     params, adapter_notes = with_adapters(model.cfg, model.params, flags.adapter)
     notes.print_notes(*model.notes, *adapter_notes)
     params = prepare_params(model.cfg, params)

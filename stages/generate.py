@@ -74,7 +74,7 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     from engine.inference.engine import Engine
     from engine.inference.request import Request, SamplingParams
     from engine.mesh import layout
-    from engine.model.ops import has_kernel, kernels_note
+    from engine.model.ops import computes_in_c, kernels_note
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
     from engine.storage.tensor_layout import describe_kinds
@@ -83,7 +83,7 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     notes = Console(sys.stderr)
     mesh = layout.current_mesh()
     with host_memory(mesh is not None):
-        blocks: dict[str, Any] | None = {} if has_kernel() else None  # of a file, which stay as they are
+        blocks: dict[str, Any] | None = {} if computes_in_c() else None  # of a file, which stay as they are
         check = functools.partial(layout.check_inference, mesh=mesh)
         model = load_model(flags.model, on_config=check, blocks=blocks)
     notes.print_notes(*model.notes)

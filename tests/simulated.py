@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.inference import config as config_module
 from engine.inference import engine as engine_module
+from engine.inference.backend import Backend, ByXla, InC
 from engine.inference.config import EngineConfig
 from engine.inference.engine import Engine
 from engine.inference.request import MAX_LOGPROBS, Adapter, Request, SamplingParams
@@ -98,10 +98,10 @@ class FakeRunner:
 
     mesh, cache_bytes = None, 0
 
-    def __init__(self, cfg: ModelConfig, params: Any, config: EngineConfig) -> None:
-        self.params, self.config = params, config
-        self.has_kernel = config_module.has_kernel()
-        self.segments, self.edges, self.positions = None, config.edges, config.edges[-1]
+    def __init__(self, cfg: ModelConfig, params: Any, config: EngineConfig, backend: Backend) -> None:
+        self.params, self.config, self.in_c = params, config, backend.in_c
+        self.segments, self.edges = None, config.edges(backend)
+        self.positions = self.edges[-1]
         self.cache = [[EMPTY] * self.positions for _ in range(config.slots)]
         self.counts = [[0] * VOCAB for _ in range(config.rows)]
         self.stacks = [0] * (1 + config.adapters)
@@ -127,7 +127,7 @@ class FakeRunner:
         return np.where(part == NAN, np.nan, part)[None, None].repeat(2 * CFG.layers, 0)
 
     def clear(self, slot: int, max_positions: int) -> None:
-        assert not self.has_kernel, "a text that nothing reads is cleared"
+        assert not self.in_c, "a text that nothing reads is cleared"
         end = self._end(max_positions)
         self.cache[slot][:end] = [EMPTY] * end
 
@@ -149,7 +149,7 @@ class FakeRunner:
         sampled = SampledTokens({}, {}, {}, TOP, TOP)  # dictionaries by step and row, which are faster than arrays
         current, own, positions = token.tolist(), rows.slot.tolist(), rows.position.tolist()
         R, slots, allowed, masked = len(current), self.config.slots, masks.allowed[:, 0].tolist(), masks.steps.tolist()
-        assert self.has_kernel or own == [min(row, slots - 1) for row in range(R)]
+        assert self.in_c or own == [min(row, slots - 1) for row in range(R)]
         targets: list[list[int]] = [[] for _ in range(R)]
         for source, target in zip(rows.source.tolist(), rows.target.tolist()):
             if target < slots:
@@ -164,7 +164,7 @@ class FakeRunner:
             for first, row in active:
                 position, text, counts = first + step, self.cache[own[row]], self.counts[own[row]]
                 # Without the kernel what lies behind in a segment is multiplied by 0, and NaN stays NaN.
-                reached = position + 1 if self.has_kernel else self._end(position + 1)
+                reached = position + 1 if self.in_c else self._end(position + 1)
                 mask = allowed[row] % 2**VOCAB if masked[row] > step else -1
                 current[row] = next_token(current[row], position, text, sampling[row], counts, mask)
                 sampled.token[step, row], sampled.finite[step, row] = current[row], NAN not in text[:reached]
@@ -180,7 +180,7 @@ class FakeEngine(Engine):
     step = vars(Engine)["_step"]
 
     def warm(self, *_: Any) -> None:
-        key = self.config.tail, self.config.adapters > 0, self.prefix_cache.limit > 0, self.runner.has_kernel, self.rows
+        key = self.config.tail, self.config.adapters > 0, self.prefix_cache.limit > 0, self.runner.in_c, self.rows
         if key not in WARMED:
             super().warm()
             WARMED[key] = self.used_slots, self.runner.cache[0], self.tails_are_exact, self.few_rows
@@ -254,10 +254,10 @@ def make_engine(rng: random.Random) -> Engine:
         tail=rng.choice([TAIL, CHUNK]),
         adapters=rng.choice([0, 0, 1, 2]),
     )
-    has_kernel = rng.random() < 0.5
+    backend = InC() if rng.random() < 0.5 else ByXla()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "ModelRunner", FakeRunner)
-        patch.setattr(config_module, "has_kernel", lambda: has_kernel)
+        patch.setattr(engine_module, "choose_backend", lambda: backend)
         engine = FakeEngine(CFG, {}, config)
     engine.warm()
     return engine

@@ -8,7 +8,7 @@ import pytest
 
 from engine import program_cache, sources
 from engine.files import cache_folder
-from engine.model.ops import has_kernel
+from engine.model.ops import computes_in_c
 from engine.program_cache import stored
 
 
@@ -17,7 +17,7 @@ def traced(monkeypatch, tmp_path):
     """A function of (x, others) jitted anew, as in another process, by `start(key)`; the list grows with each trace."""
     monkeypatch.setattr(sources, "at_start", sources.read_stamps())
     program_cache._versions.cache_clear()  # noqa: SLF001  as in another process
-    has_kernel()  # builds the kernels in C, if need be, in the cache of all tests
+    computes_in_c()  # builds the kernels in C, if need be, in the cache of all tests
     monkeypatch.setenv("THRICE_CACHE", str(tmp_path))
     traces: list[str] = []
 

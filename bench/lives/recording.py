@@ -136,7 +136,7 @@ def answer_requests(model: LoadedModel, prompt: str) -> Json:
         int((np.asarray(leaf).view(np.uint32) != before[path].view(np.uint32)).sum())
         for path, leaf in leaf_paths(engine.params).items()
     )
-    position_bytes = config.slot_bytes(cfg, cfg.context) // config.edges[-1]
+    position_bytes = config.slot_bytes(cfg, cfg.context) // config.edges(engine.backend)[-1]
     positions = [*range(len(first.prompt), len(first.prompt) + len(alone)), engine.used_positions]  # at last it is dropped
     return {
         "asked": ASKED,

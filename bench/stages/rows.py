@@ -33,18 +33,17 @@ from engine.counting.jaxpr import JaxprCost, jaxpr_cost
 from engine.counting.memory import inference_bytes, inference_memory, train_bytes, training_memory
 from engine.counting.params import TrainablePaths, all_trainable, lora_only
 from engine.counting.xla import xla_flops, xla_peak
+from engine.inference.backend import MIN_ROWS, choose_backend
 from engine.inference.config import CHUNK as SLOT_CHUNK
-from engine.inference.config import MIN_ROWS
 from engine.inference.decode import CHUNK, STEPS, decode_steps, prefill
 from engine.inference.request import SamplingParams
 from engine.inference.runner import prefill_chunk, read_chunk, write_chunk
 from engine.inference.sampling import sampling_arrays
 from engine.model.attention_in_blocks import QUERY_BLOCK
-from engine.model.cache.segmented import make_kv_segments, segment_edges
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.loss import LOGITS_LIMIT, score
 from engine.model.loss_in_parts import CHUNK as LOSS_CHUNK
-from engine.model.ops import has_kernel, ops
+from engine.model.ops import ops
 from engine.model.paths import leaf_paths, merge, split
 from engine.model.transformer import hidden_states, logits_of, make_cache
 from engine.model.weights.int8 import Int8
@@ -264,9 +263,8 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     starts = [np.int32(start) for start in range(0, T, size)]
     pieces = [jnp.asarray(tokens[None, start : start + size]) for start in starts]
     slot = np.int32(SLOTS - 1)
-    cache = make_kv_segments(
-        cfg, SLOTS, segment_edges(T, T if has_kernel() else size, size), "float32" if cfg.dtype == "float32" else "bfloat16"
-    )
+    backend = choose_backend()
+    cache = backend.make_segments(cfg, SLOTS, backend.edges(T, size, size), cfg.dtype)
     S = cache.edges[-1]
     prompt_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) // SLOTS * T // S
     chunks = len(pieces)

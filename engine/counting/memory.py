@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from engine.counting.flops import add_layers, flops_by_layer, twice_mean_keys
 from engine.counting.params import TrainablePaths, all_trainable, leaf_shapes, lowest_gradient, target_shapes
-from engine.model.attention import has_kernel
+from engine.model.attention import has_fused_attention
 from engine.model.attention_in_blocks import QUERY_BLOCK
 from engine.model.config import JOINED, MATRICES, ModelConfig
 from engine.model.loss_in_parts import COLUMNS
@@ -146,7 +146,7 @@ def _residual_bytes(cfg: ModelConfig, tokens: int, prefix: str, trainable: Colle
     operands += 3 * query  # rotated, k and v once for each query head
     operands += query + 2 * cfg.ff  # attention's result; gate and up
     operands += cfg.ff * trains("down")
-    if not has_kernel(cfg, tokens):  # which keeps none
+    if not has_fused_attention(cfg, tokens):  # which keeps none
         operands += cfg.heads * twice_mean_keys(tokens, QUERY_BLOCK) // 2  # attention's weights
     elementwise = 2 * cfg.width  # the residual stream at both norms
     if cfg.qk_norm:  # input and result

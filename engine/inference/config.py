@@ -8,10 +8,10 @@ import jax
 
 from engine.counting.params import count_params
 from engine.errors import UserError
+from engine.inference.backend import MIN_ROWS, Backend, choose_backend
 from engine.inference.decode import prepare_params
 from engine.model.cache.segmented import KVDtype, make_kv_segments, segment_edges
 from engine.model.config import ModelConfig
-from engine.model.ops import has_kernel
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import merge_lora
 from engine.model.weights.matmul import matrices_to_blocks
@@ -21,7 +21,6 @@ Weights = Literal["file", "q4", "int8", "bfloat16", "float32"]
 BYTES: dict[str, float] = {"file": 17 / 16, "q4": 17 / 16, "int8": 17 / 16, "bfloat16": 2, "float32": 4}
 CHUNK, TAIL = 128, 32  # prompt tokens a call: of a whole chunk, and of a short rest
 SMALL_CHUNK, SMALL_SEGMENT = 64, 256  # where an engine completes a few prompts and is gone: one program reads any prompt
-MIN_ROWS = 2  # of a program, for one slot too: with one row a CPU's products take a slower path
 SMALL_CAPACITY = 2048  # tokens that a slot has by default even where they take more than the SHARE
 SMALL_PREFIX_CACHE = 64 * 10**6  # bytes
 SHARE = 0.5  # of free memory that an engine takes at most by default
@@ -94,25 +93,21 @@ class EngineConfig:
         """Rows of the decoding program. In one slot they share it: a single sequence checks draft tokens without a copy."""
         return max(self.slots, MIN_ROWS)
 
-    @property
-    def edges(self) -> tuple[int, ...]:
-        """Where the segments of the KV cache start, and where the last ends."""
+    def edges(self, backend: Backend) -> tuple[int, ...]:
+        """Returns where the segments of the KV cache start, and where the last ends."""
         assert self.capacity
-        return self._edges(self.capacity)
-
-    def _edges(self, capacity: int) -> tuple[int, ...]:
-        return segment_edges(capacity, capacity if has_kernel() else self.segment or self.chunk, self.chunk)
+        return backend.edges(self.capacity, self.segment or self.chunk, self.chunk)
 
     @property
     def keeps_blocks(self) -> bool:
         """Whether the blocks of a GGUF file stay as they are: without a kernel int8 is faster."""
-        return self.weights == "q4" or (self.weights == "file" and has_kernel())
+        return self.weights == "q4" or (self.weights == "file" and choose_backend().in_c)
 
     def model_config(self, cfg: ModelConfig) -> ModelConfig:
         """Returns cfg with `weights` as the compute dtype; float32 where the kernel multiplies blocks: it rounds x to int8."""
         if self.weights in ("bfloat16", "float32"):
             return dataclasses.replace(cfg, dtype=self.weights)
-        return dataclasses.replace(cfg, dtype="float32") if self.weights and has_kernel() else cfg
+        return dataclasses.replace(cfg, dtype="float32") if self.weights and choose_backend().in_c else cfg
 
     def prepare_params(self, cfg: ModelConfig, params: Any, whole: bool = True) -> Any:
         """Returns params as the programs use them, `whole` on one device: adapters merged, and rounded for file, int8 and q4.
@@ -120,7 +115,7 @@ class EngineConfig:
         Weights of 8 bits become blocks where the kernel multiplies, else Int8, because XLA is slow to unpack blocks.
         """
         if self.weights in ("int8", "file", "q4"):
-            if self.weights == "q4" or (whole and has_kernel()):
+            if self.weights == "q4" or (whole and choose_backend().in_c):
                 params = matrices_to_blocks(params, "Q4_0" if self.weights == "q4" else "Q8_0")
             params = quantize(merge_lora(params, cfg.dtype))
         return prepare_params(cfg, params, whole)
@@ -148,5 +143,6 @@ class EngineConfig:
         return self.slots * slot + prefix + int(parameters * BYTES[self.weights or cfg.dtype])
 
     def slot_bytes(self, cfg: ModelConfig, capacity: int) -> int:
-        segments = jax.eval_shape(lambda: make_kv_segments(cfg, 1, (0, self._edges(capacity)[-1]), self.kv_dtype))
+        ends = segment_edges(capacity, capacity, self.chunk)
+        segments = jax.eval_shape(lambda: make_kv_segments(cfg, 1, ends, self.kv_dtype))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(segments))

@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 from engine.errors import InvalidField, UserError
-from engine.inference.config import MIN_ROWS, EngineConfig
+from engine.inference.backend import choose_backend
+from engine.inference.config import EngineConfig
 from engine.inference.prefix_cache import PrefixCache, chunk_key, root_key
 from engine.inference.request import Completion, Event, LogProb, Request, SamplingParams, check_request
 from engine.inference.runner import ModelRunner, SampledTokens, make_rows
@@ -29,7 +30,6 @@ from engine.inference.step_times import StepTimes
 from engine.model.config import ModelConfig
 from engine.model.paths import unflatten
 from engine.model.transformer import Params
-from engine.model.weights.blocks import has_only_blocks
 from engine.model.weights.lora import LoRA
 
 HITS_AT_ONCE = 16  # chunks that a step copies from the prefix cache at most
@@ -57,8 +57,9 @@ class Engine:
         self.steps_decoded = 0  # so far, each of all rows at once
         self.step_times = StepTimes()
         self.used_slots: set[int] = set()  # that may hold another text
-        self.runner = ModelRunner(cfg, params, self.config)
-        self.scheduler = Scheduler(config.slots, config.speculate, self.rows, self.runner.has_kernel)
+        self.backend = choose_backend()
+        self.runner = ModelRunner(cfg, params, self.config, self.backend)
+        self.scheduler = Scheduler(config.slots, config.speculate, self.rows, self.backend.shares_slots)
 
     @property
     def params(self) -> Params:
@@ -126,7 +127,7 @@ class Engine:
         for sequence in self.scheduler.admit():
             request = sequence.request
             sequence.prefix_key = root_key(request.namespace, request.adapter.digest if request.adapter else "")
-            if sequence.slot in self.used_slots and not self.runner.has_kernel:  # which reads only the sequence's own positions
+            if sequence.slot in self.used_slots and self.backend.clears_slots:
                 self.step_times.begin("clear_slot")
                 self.runner.clear(sequence.slot, sequence.max_positions)
             self.used_slots.add(sequence.slot)
@@ -154,8 +155,8 @@ class Engine:
         self.runner.warm(report, ahead, ("prefill_chunk", "prefill_tail", "read_chunk") if has_tails else ())
         with jax.set_mesh(self.runner.mesh):
             self.tails_are_exact = has_tails and self._compare_tails()
-            has_few_rows = self.runner.has_kernel and self.rows > MIN_ROWS and has_only_blocks(self.params)
-            self.few_rows = MIN_ROWS if has_few_rows and self._rows_are_exact() else 0
+            few_rows = self.backend.few_rows(self.rows, self.params)
+            self.few_rows = few_rows if few_rows and self._rows_are_exact(few_rows) else 0
 
     def _compare_tails(self) -> bool:
         """Returns whether a chunk computed at once and in tails has the same bits, under an adapter where there may be one."""
@@ -173,10 +174,10 @@ class Engine:
         self.runner.stacks = stacks
         return results[0] == results[1]
 
-    def _rows_are_exact(self) -> bool:
+    def _rows_are_exact(self, few_rows: int) -> bool:
         """Returns whether a row has the same bits in the decoding programs of few rows and of all."""
         results = []
-        for R in (MIN_ROWS, self.rows):
+        for R in (few_rows, self.rows):
             position: Any = np.full(R, -1, np.int32)
             position[0] = 0
             rows = make_rows(position, np.zeros_like(position), self.config.slots)

@@ -5,7 +5,6 @@ the first one. They donate the KV cache and the token counts, and no parameter.
 """
 
 import contextlib
-import functools
 import itertools
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -16,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from engine.inference.config import MIN_ROWS, EngineConfig
+from engine.inference.backend import Backend, Cache, choose_backend, clear_slot, copy_slot
+from engine.inference.config import EngineConfig
 from engine.inference.request import MAX_LOGPROBS, SamplingParams
 from engine.inference.sampling import (
     SamplingArrays,
@@ -34,29 +34,24 @@ from engine.inference.sampling import (
 from engine.inference.scheduler import DRAFT_ROWS, STEPS
 from engine.mesh import layout
 from engine.model.cache import segmented
-from engine.model.cache.segmented import CacheRows, KVSegments, make_kv_segments, segmented_cache
+from engine.model.cache.segmented import CacheRows, KVSegments, segmented_cache
 from engine.model.config import ModelConfig
-from engine.model.native.library import target
-from engine.model.ops import has_kernel
 from engine.model.transformer import Params, forward, hidden_states
-from engine.model.weights.blocks import has_only_blocks
 from engine.model.weights.stacked_lora import make_stacks, put_adapter, with_stacks
 from engine.program_cache import stored
 
-Call = tuple[Any, tuple[Any, ...]]  # a program and its arguments
 EMBEDS = np.int32(1)  # given at all, it selects the program for embeddings
 COMPILED_AT_ONCE = 2  # tracing holds Python's lock
 
 
-def _jit(function: Callable[..., Any], **options: Any) -> Any:
-    """Jits a function of the KV cache; on a mesh its result is sharded as the cache is."""
-    return jax.jit(functools.wraps(function)(lambda *args: layout.pin_cache(function(*args))), **options)
+@jax.jit(static_argnames="length")
+def read_chunk(segments: KVSegments, slot: Array, start: Array, length: int) -> Any:
+    return layout.pin_cache(segmented.read_chunk(segments, slot, start, length))
 
 
-clear_slot = _jit(segmented.clear_slot, donate_argnames="segments")
-copy_slot = _jit(segmented.copy_slot, donate_argnames="segments")
-read_chunk = _jit(segmented.read_chunk, static_argnames="length")
-write_chunk = _jit(segmented.write_chunk, donate_argnames="segments")
+@jax.jit(donate_argnames="segments")
+def write_chunk(segments: KVSegments, chunk: Any, slot: Array, start: Array, count: Array) -> KVSegments:
+    return layout.pin_cache(segmented.write_chunk(segments, chunk, slot, start, count))
 
 
 class RowAdapters(NamedTuple):
@@ -165,77 +160,135 @@ def _log_probabilities(logits: Array, token: Array, X: int, wanted: Array) -> tu
     return jax.lax.cond(wanted, computed, lambda: (jnp.zeros(R), jnp.zeros((R, X), jnp.int32), jnp.zeros((R, X))))
 
 
-def idle_calls(
-    cfg: ModelConfig, config: EngineConfig, params: Params, segments: KVSegments, counts: TokenCounts, stacks: Params | None
-) -> dict[str, Call]:
-    """Returns a call of each program of an engine, in which no row and no slot is in use.
+class Program(NamedTuple):
+    """A jitted program with its arguments, and how a runner takes its results."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    keep: Callable[["ModelRunner", Any], None]
+
+
+def _keep_decoded(runner: "ModelRunner", results: Any) -> None:
+    _, runner.segments, runner.counts = results
+
+
+def _keep_prefilled(runner: "ModelRunner", results: Any) -> None:
+    _, runner.segments = results
+
+
+def _keep_segments(runner: "ModelRunner", results: Any) -> None:
+    runner.segments = results
+
+
+def _keep_counts(runner: "ModelRunner", results: Any) -> None:
+    runner.counts = results
+
+
+def _keep_nothing(runner: "ModelRunner", results: Any) -> None:
+    """Of a program that donates nothing."""
+
+
+def idle_programs(
+    cfg: ModelConfig,
+    config: EngineConfig,
+    backend: Backend,
+    params: Params,
+    segments: KVSegments,
+    counts: TokenCounts,
+    stacks: Params | None,
+) -> dict[str, Program]:
+    """Returns each program of an engine with arguments in which no row and no slot is in use.
 
     From shapes in place of arrays, they can be lowered, not run.
     """
-    start, step, nowhere = np.int32(0), np.int32(1), np.int32(segments.slots)
-    sizes = {"chunk": config.chunk} | ({"tail": config.tail} if config.tail < config.chunk else {})
+    start = np.int32(0)
+    step = np.int32(1)
+    nowhere = np.int32(segments.slots)
+    sizes = {"chunk": config.chunk}
+    if config.tail < config.chunk:
+        sizes["tail"] = config.tail
 
-    def empty(size: int) -> Any:
-        shape = lambda leaf: jax.ShapeDtypeStruct((2 * cfg.layers, leaf.shape[1], size, *leaf.shape[3:]), leaf.dtype)
+    def empty_chunk(size: int) -> Any:
+        def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((2 * cfg.layers, leaf.shape[1], size, *leaf.shape[3:]), leaf.dtype)
+
         chunk = layout.inference_shapes((), jax.tree.map(shape, segments.k[0][0]))[1]
-        is_shape = isinstance(jax.tree.leaves(segments)[0], jax.ShapeDtypeStruct)
-        return chunk if is_shape else jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), chunk)
+        if isinstance(jax.tree.leaves(segments)[0], jax.ShapeDtypeStruct):
+            return chunk
+        return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), chunk)
 
-    def decode(R: int) -> Call:
+    def decode(R: int) -> Program:
         nobody: Any = np.full(R, -1, np.int32)
-        token, rows = np.zeros(R, np.int32), make_rows(nobody, np.zeros_like(nobody), segments.slots)
-        per_row = token, rows, sampling_arrays([SamplingParams()] * R), make_token_masks(R, cfg.vocab), step, np.bool_(False)
-        return decode_slots, (cfg, params, segments, counts, *per_row, row_adapters(stacks, [0] * R))
+        arguments = (
+            cfg,
+            params,
+            segments,
+            counts,
+            np.zeros(R, np.int32),
+            make_rows(nobody, np.zeros_like(nobody), segments.slots),
+            sampling_arrays([SamplingParams()] * R),
+            make_token_masks(R, cfg.vocab),
+            step,
+            np.bool_(False),
+            row_adapters(stacks, [0] * R),
+        )
+        return Program(decode_slots, arguments, _keep_decoded)
 
-    calls = {"decode": decode(config.rows)}
-    if has_kernel() and config.rows > MIN_ROWS and has_only_blocks(params):
-        calls["decode_few"] = decode(MIN_ROWS)
+    programs = {"decode": decode(config.rows)}
+    few_rows = backend.few_rows(config.rows, params)
+    if few_rows:
+        programs["decode_few"] = decode(few_rows)
+    embeds = EMBEDS if config.embeds else None
     for name, size in sizes.items():
         tokens = np.zeros((1, size), np.int32)
-        arguments = cfg, params, segments, tokens, EMBEDS if config.embeds else None, nowhere, start, row_adapters(stacks, [0])
-        calls[f"prefill_{name}"] = prefill_chunk, arguments
-    if not has_kernel():  # kernels in C read a row's own text alone
-        calls["clear_slot"] = clear_slot, (segments, nowhere, step)
-        calls["copy_slot"] = copy_slot, (segments, nowhere, np.full(DRAFT_ROWS, nowhere, np.int32), step)
-    calls["set_token_counts"] = set_token_counts, (counts, nowhere, *count_prompt((), {}, cfg.vocab))
-    for name, size in sizes.items() if config.prefix_cache_bytes else ():
-        calls[f"read_{name}"] = read_chunk, (segments, start, start, size)
-        calls[f"write_{name}"] = write_chunk, (segments, empty(size), nowhere, start, step)
-    return calls
+        arguments = cfg, params, segments, tokens, embeds, nowhere, start, row_adapters(stacks, [0])
+        programs[f"prefill_{name}"] = Program(prefill_chunk, arguments, _keep_prefilled)
+    for name, (function, arguments) in backend.slot_programs(segments, DRAFT_ROWS).items():
+        programs[name] = Program(function, arguments, _keep_segments)
+    no_prompt = count_prompt((), {}, cfg.vocab)
+    programs["set_token_counts"] = Program(set_token_counts, (counts, nowhere, *no_prompt), _keep_counts)
+    if config.prefix_cache_bytes:
+        for name, size in sizes.items():
+            programs[f"read_{name}"] = Program(read_chunk, (segments, start, start, size), _keep_nothing)
+            to_write = segments, empty_chunk(size), nowhere, start, step
+            programs[f"write_{name}"] = Program(write_chunk, to_write, _keep_segments)
+    return programs
 
 
 def row_adapters(stacks: Params | None, index: Any) -> RowAdapters:
     return NO_ADAPTERS if stacks is None else RowAdapters(stacks, np.asarray(index, np.int32))
 
 
-def compile_programs(calls: Mapping[str, Call]) -> Generator[tuple[str, int]]:
-    """Compiles `idle_calls`, or reads them from the compilation cache; yields each name as it is ready, and the total."""
+def compile_programs(programs: Mapping[str, Program]) -> Generator[tuple[str, int]]:
+    """Compiles `idle_programs`, or reads them from the compilation cache; yields each name as it is ready, and the total."""
     pool = ThreadPoolExecutor(COMPILED_AT_ONCE, initializer=jax.set_mesh, initargs=(layout.current_mesh(),))
-    compile_call = lambda program, arguments: program.lower(*arguments).compile()
+
+    def compile_program(program: Program) -> None:
+        program.function.lower(*program.arguments).compile()
+
     try:
-        futures = {pool.submit(compile_call, *call): name for name, call in calls.items()}
+        futures = {pool.submit(compile_program, program): name for name, program in programs.items()}
         for future in as_completed(futures):
             future.result()
-            yield futures[future], len(calls)
+            yield futures[future], len(programs)
     finally:  # a caller that wants no more waits only for the programs under way
         pool.shutdown(cancel_futures=True)
 
 
 def compile_ahead(cfg: ModelConfig, params: Any, config: EngineConfig) -> Iterator[tuple[str, int]]:
     """Compiles the programs of an engine, as it is iterated, from the shapes of `params` alone."""
-    state = lambda: (*empty_cache(cfg, config), empty_stacks(params, config))
-    params, state_shapes = layout.inference_shapes(params, jax.eval_shape(state))
-    return compile_programs(idle_calls(cfg, config, params, *state_shapes))
+    backend = choose_backend()
+    state = jax.eval_shape(lambda: (*empty_cache(cfg, config, backend), empty_stacks(params, config)))
+    params, state_shapes = layout.inference_shapes(params, state)
+    return compile_programs(idle_programs(cfg, config, backend, params, *state_shapes))
 
 
-def empty_cache(cfg: ModelConfig, config: EngineConfig) -> tuple[KVSegments, TokenCounts]:
-    make = lambda: (make_kv_segments(cfg, config.slots, config.edges, config.kv_dtype), make_token_counts(cfg, config.rows))
-    if not has_kernel():
-        return make()
-    segments, counts = jax.eval_shape(make)
-    leaves, tree = jax.tree.flatten(segments)  # by the kernel, for zeros would take memory at once
-    segments = jax.tree.unflatten(tree, jax.ffi.ffi_call(target("empty_cache"), leaves)())
-    return segments, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), counts)
+def empty_cache(cfg: ModelConfig, config: EngineConfig, backend: Backend) -> Cache:
+    def make() -> Cache:
+        segments = backend.make_segments(cfg, config.slots, config.edges(backend), config.kv_dtype)
+        return segments, make_token_counts(cfg, config.rows)
+
+    return backend.make_cache(make)
 
 
 def empty_stacks(params: Params, config: EngineConfig) -> Params | None:
@@ -263,11 +316,15 @@ class ModelRunner:
     `stacks`: of adapters, as `make_stacks` returns them, or None. `prefill` and `decode` take indices in them.
     """
 
-    def __init__(self, cfg: ModelConfig, params: Params, config: EngineConfig) -> None:
-        self.cfg, self.config, self.mesh = cfg, config, layout.current_mesh()
-        self.has_kernel = has_kernel()  # whether kernels in C compute
-        self.params, self.stacks = self._device_put(params), self._device_put(empty_stacks(params, config))
-        self.segments, self.counts = self._device_put(layout.make_sharded_cache(lambda: empty_cache(cfg, config)))
+    def __init__(self, cfg: ModelConfig, params: Params, config: EngineConfig, backend: Backend) -> None:
+        self.cfg = cfg
+        self.config = config
+        self.backend = backend
+        self.mesh = layout.current_mesh()
+        self.params = self._device_put(params)
+        self.stacks = self._device_put(empty_stacks(params, config))
+        cache = layout.make_sharded_cache(lambda: empty_cache(cfg, config, backend))
+        self.segments, self.counts = self._device_put(cache)
         self.compiling: Future[Any] | None = None  # of the decoding program
 
     @property
@@ -277,8 +334,9 @@ class ModelRunner:
 
     def begin_compiling(self) -> None:
         """Traces the decoding program, and has a thread compile it, or read it from the cache, while a prompt is prefilled."""
-        program, arguments = idle_calls(self.cfg, self.config, self.params, self.segments, self.counts, self.stacks)["decode"]
-        self.compiling = ThreadPoolExecutor(1).submit(program.lower(*arguments).compile)
+        program = self._idle_programs()["decode"]
+        lowered = program.function.lower(*program.arguments)
+        self.compiling = ThreadPoolExecutor(1).submit(lowered.compile)
 
     def put_adapter(self, index: int, adapter: Params) -> None:
         """Puts an adapter into new stacks, at an index that no request uses. In any thread, one at a time."""
@@ -365,9 +423,9 @@ class ModelRunner:
         with jax.set_mesh(self.mesh):
             # Compiled from shapes: a program that runs donates arrays while others are being compiled.
             params, state = layout.inference_shapes(self.params, (self.segments, self.counts, self.stacks))
-            calls = idle_calls(self.cfg, self.config, params, *state)
-            pending = {*calls}
-            with contextlib.closing(compile_programs(calls)) as compiled:
+            programs = idle_programs(self.cfg, self.config, self.backend, params, *state)
+            pending = {*programs}
+            with contextlib.closing(compile_programs(programs)) as compiled:
                 for name, count in itertools.chain(ahead, compiled):
                     if name in pending:
                         pending.remove(name)
@@ -382,16 +440,12 @@ class ModelRunner:
         """Puts arrays on a named device: for an unnamed one a program would be compiled once more."""
         return tree if self.mesh else jax.device_put(tree, layout.own_device())
 
+    def _idle_programs(self) -> dict[str, Program]:
+        state = self.params, self.segments, self.counts, self.stacks
+        return idle_programs(self.cfg, self.config, self.backend, *state)
+
     def _run_idle(self, name: str) -> None:
-        calls = idle_calls(self.cfg, self.config, self.params, self.segments, self.counts, self.stacks)
-        program, arguments = calls[name]
-        results = program(*arguments)
-        if name.startswith("decode"):
-            _, self.segments, self.counts = results
-        elif name.startswith("prefill"):
-            self.segments = results[1]
-        elif name == "set_token_counts":
-            self.counts = results
-        elif not name.startswith("read"):
-            self.segments = results
+        program = self._idle_programs()[name]
+        results = program.function(*program.arguments)
+        program.keep(self, results)
         jax.block_until_ready((results, self.segments))

@@ -35,7 +35,7 @@ def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Ar
     return causal_attention_in_blocks(q, k, v, segments) if fused is None else fused
 
 
-def has_kernel(cfg: ModelConfig, tokens: int) -> bool:
+def has_fused_attention(cfg: ModelConfig, tokens: int) -> bool:
     """Whether a fused kernel computes a model's attention over texts of `tokens`, on JAX's platform."""
     kernel = ops().fused_attention
     if kernel is None:
@@ -46,6 +46,6 @@ def has_kernel(cfg: ModelConfig, tokens: int) -> bool:
 
 def attention_path(cfg: ModelConfig, tokens: int) -> str:
     """Returns what computes it, in words: paths agree within rounding, and each by itself to the bit."""
-    if not has_kernel(cfg, tokens):
+    if not has_fused_attention(cfg, tokens):
         return "by XLA"
     return "in C" if platform() == "cpu" else "by a fused kernel"

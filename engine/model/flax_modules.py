@@ -15,7 +15,7 @@ from jax import Array
 from engine.mesh import layout
 from engine.model import backward, layers
 from engine.model.attention import attention, causal_attention
-from engine.model.cache import segmented
+from engine.model.cache.segmented import SegmentedLayer
 from engine.model.config import ModelConfig
 from engine.model.weights.matmul import lookup, norm_and_project, project, swiglu_and_project
 
@@ -91,8 +91,8 @@ class Block(nn.Module):
         q, k, v = (self.heads(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
         q = backward.rope(q, *rotary, cfg.head_dim**-0.5, dtype)  # with the scores' factor
         k = backward.rope(k, *rotary, 1.0, dtype)
-        if isinstance(cached, segmented.SegmentedLayer):
-            return segmented.attention(q, k, v, cached)
+        if isinstance(cached, SegmentedLayer):
+            return cached.attend(q, k, v)
         if cached is not None:
             return self.cached_attention(q, k, v, cached)
         return causal_attention(q, k, v, segments), None

@@ -1,7 +1,8 @@
-"""Chooses how a program is computed by the platform that it is compiled for: the one table of what differs, and its kernels.
+"""Chooses by platform how the model's products and attention of whole texts go, and says whether the kernels in C compute.
 
-That is the platform of JAX's default device where the program is traced. JAX keeps its traces by that device, so `with
-jax.default_device("tpu")` traces any program for a TPU, on a machine that has none.
+What else these change, in an engine, is in `inference/backend.py`. The platform is that of JAX's default device where the
+program is traced. JAX keeps its traces by that device, so `with jax.default_device("tpu")` traces any program for a TPU, on a
+machine that has none.
 
 Attention is fused where a kernel exists: cuDNN on NVIDIA's GPUs, splash attention on a TPU, and on a CPU the one in C. No
 scores reach memory: a kernel keeps a block of them at a time and computes them anew in its own backward pass (Dao et al. 2022,
@@ -120,7 +121,7 @@ def platform() -> str:
     return device if isinstance(device, str) else device.platform
 
 
-def has_kernel() -> bool:
+def computes_in_c() -> bool:
     """Whether kernels in C compute: on one CPU where they can be built. XLA computes near what they do elsewhere."""
     return _on_one_cpu() and not native_problem()
 

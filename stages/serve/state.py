@@ -181,7 +181,7 @@ def system_fingerprint(digest: str, engine: Engine, **text: Any) -> str:
         "config": repr(engine.cfg),
         "engine": options,
         "devices": engine.devices,
-        "kernels in C": engine.runner.has_kernel and native_digest(),
+        "kernels in C": engine.backend.in_c and native_digest(),
         "machine": machine_identity(),
         "flags": os.environ.get("XLA_FLAGS"),
         "versions": [importlib.metadata.version(name) for name in LIBRARIES],

@@ -253,7 +253,7 @@ def test_the_engine_beside_a_server_has_blocks_where_that_has(monkeypatch):
         return SimpleNamespace(cfg=cfg, params=lively_params(cfg), tokenizer=byte_tokenizer())
 
     monkeypatch.setattr(measure, "load", load)
-    monkeypatch.setattr("engine.inference.config.has_kernel", lambda: True)
+    monkeypatch.setattr("engine.inference.backend.computes_in_c", lambda: True)
     for weights in ("int8", "file", "q4"):
         measure.make_engine("sea", weights, 2, cfg.context)
     assert reads == [None, {}, {}]

@@ -13,13 +13,12 @@ import pytest
 from tiny import lively_params, request_of, tiny_config, tokens_of
 from tokenizers import AddedToken
 
-from engine.inference import config, runner
+from engine.inference import backend
 from engine.inference.config import EngineConfig
 from engine.inference.constraints import Constraint, GrammarCompiler, json_grammar, regex_grammar
 from engine.inference.decode import prepare_params
 from engine.inference.engine import Engine
 from engine.inference.request import Event, Request
-from engine.model.cache import segmented
 from engine.model.paths import map_paths
 from engine.model.weights import blocks, stacked_lora
 from engine.model.weights.blocks import GROUP, Blocks, pack_blocks
@@ -161,7 +160,7 @@ def complete(engine: Engine, requests: list[Request]) -> list[Completion]:
 
 def complete_alone(dtype: str, request: Request) -> Completion:
     """The completion when there never was another request: no draft tokens, no cached chunks, clean slots."""
-    key = dtype, repr(request), segmented.has_kernel()
+    key = dtype, repr(request), backend.computes_in_c()
     if key not in _alone:
         (_alone[key],) = complete(make_engine(dtype, speculate=False), [request])
         assert _alone[key].finish_reason != "error", "no numbers at all would be the same in any company"
@@ -175,8 +174,8 @@ _alone: dict[tuple[str, str, bool], Completion] = {}
 def attends_by_xla() -> Iterator[None]:
     """Attention, adapters and the products of blocks as where the kernels in C cannot be built."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (segmented, blocks, stacked_lora, runner, config):
-            patch.setattr(module, "has_kernel", lambda: False)
+        for module in (blocks, stacked_lora, backend):
+            patch.setattr(module, "computes_in_c", lambda: False)
         jax.clear_caches()
         yield
     jax.clear_caches()

@@ -45,7 +45,7 @@ def adapter(dtype: str, number: int):
 def adapted_engine(dtype: str, places: dict[int, int], **options) -> Engine:
     """An engine in whose stacks adapter n lies at places[n]."""
     engine = make_engine(dtype, adapters=COUNT, adapter_rank=RANK, **options)
-    engine.few_rows = MIN_ROWS if engine.runner.has_kernel and dtype == AS_SERVED else 0  # as `warm` finds
+    engine.few_rows = MIN_ROWS if engine.backend.in_c and dtype == AS_SERVED else 0  # as `warm` finds
     for number, index in places.items():
         engine.runner.put_adapter(index, adapter(dtype, number))
     return engine

@@ -14,19 +14,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import pytest
 from jax.sharding import NamedSharding
 
-from engine.inference import runner
+from engine.inference.backend import ByXla, choose_backend
 from engine.inference.config import EngineConfig
 from engine.inference.decode import decode_steps, prefill, prepare_params
 from engine.inference.request import SamplingParams
-from engine.inference.runner import empty_stacks, idle_calls
+from engine.inference.runner import empty_stacks, idle_programs
 from engine.inference.sampling import SamplingArrays, make_token_counts, sampling_arrays
 from engine.mesh import layout
 from engine.mesh.rules import leaf_spec
 from engine.model.cache import segmented
-from engine.model.cache.segmented import KVDtype, make_kv_segments
+from engine.model.cache.segmented import KVDtype
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.loss import score, summed_loss
 from engine.model.ops import platform
@@ -245,21 +244,18 @@ def engine_program(
     adapters: int = 0,
     embeds: bool = False,
 ) -> Make:
-    """Makes a program of an engine by its name in `idle_calls`."""
+    """Makes a program of an engine by its name in `idle_programs`."""
     config = EngineConfig(
         slots, CAPACITY, kv_dtype=kv_dtype, prefix_cache_bytes=1, chunk=CHUNK, tail=TAIL, embeds=embeds, adapters=adapters
     )
 
     def make(cfg: ModelConfig) -> Program:
-        segments = jax.eval_shape(lambda: make_kv_segments(cfg, slots, config.edges, kv_dtype))
+        backend = ByXla() if name in ("clear_slot", "copy_slot") else choose_backend()  # the kernels do without these
+        segments = jax.eval_shape(lambda: backend.make_segments(cfg, slots, config.edges(backend), kv_dtype))
         counts = jax.eval_shape(lambda: make_token_counts(cfg, config.rows))
         params = serving_params(cfg, weights)
         stacks = jax.eval_shape(lambda: empty_stacks(params, config))
-        with pytest.MonkeyPatch.context() as patch:
-            if name in ("clear_slot", "copy_slot"):  # which a kernel does without
-                patch.setattr(runner, "has_kernel", lambda: False)
-            calls = idle_calls(cfg, config, params, segments, counts, stacks)
-        function, arguments = calls[name]
+        function, arguments, _ = idle_programs(cfg, config, backend, params, segments, counts, stacks)[name]
         plain = lambda leaf: shape_of(leaf.dtype, *leaf.shape) if hasattr(leaf, "shape") else leaf
         return Program(function, jax.tree.map(plain, arguments))
 

@@ -46,7 +46,7 @@ def random_blocks(seed: int, kind: str, shape: tuple[int, int]) -> np.ndarray:
 @jax.jit
 def multiply_by_xla(x: jax.Array, leaf: Blocks) -> jax.Array:
     with pytest.MonkeyPatch.context() as patch:  # while this is traced
-        patch.setattr(blocks, "has_kernel", lambda: False)
+        patch.setattr(blocks, "computes_in_c", lambda: False)
         return block_matmul(x, leaf, F32)
 
 
@@ -111,8 +111,8 @@ as_here = {name: jax.jit(function) for name, function in BEFORE.items()}
 @functools.partial(jax.jit, static_argnames="name")
 def by_xla(name: str, *arguments: object) -> jax.Array:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stacked_lora, "has_kernel", lambda: False)
-        patch.setattr(blocks, "has_kernel", lambda: False)
+        patch.setattr(stacked_lora, "computes_in_c", lambda: False)
+        patch.setattr(blocks, "computes_in_c", lambda: False)
         return BEFORE[name](*arguments)
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tiny import tiny_config
 
 from engine.model.cache import segmented
+from engine.model.cache.in_c import KVInC
 from engine.model.cache.segmented import CacheRows, KVSegments, make_kv_segments
 from engine.model.native.library import native_problem
 
@@ -44,9 +45,8 @@ def kernel():
 @functools.partial(jax.jit, static_argnums=0)
 def attend(by_kernel: bool, qkv, segments, rows):
     """Attention, and the segments' arrays."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segmented, "has_kernel", lambda: by_kernel)
-        out, layer = segmented.attention(*qkv, segmented.segmented_cache(segments, rows).layer(0))
+    cache = KVInC(*segments) if by_kernel else KVSegments(*segments)
+    out, layer = segmented.segmented_cache(cache, rows).layer(0).attend(*qkv)
     return out, jax.tree.leaves((layer.k, layer.v))
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny import tiny_config
 
 from engine.model.cache import segmented
+from engine.model.cache.in_c import LayerInC
 from engine.model.cache.segmented import (
     CacheRows,
     KVSegments,
@@ -32,14 +33,16 @@ DTYPES = ("float32", "bfloat16", "int8")
 NEAR = {"float32": 2e-6, "bfloat16": 1e-2, "int8": 3e-4}
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 # By the kernel in C, where there is one, and by XLA: each compiled by itself.
-PATHS = {path: jax.jit(functools.partial(segmented.attention)) for path in ("kernel", "XLA")}
+PATHS = {
+    "kernel": jax.jit(lambda q, k, v, layer: LayerInC(*layer).attend(q, k, v)),
+    "XLA": jax.jit(lambda q, k, v, layer: layer.attend(q, k, v)),
+}
 
 
 @pytest.fixture(params=PATHS)
-def attention(request, monkeypatch):
+def attention(request):
     if request.param == "kernel" and (problem := native_problem()):
         pytest.skip(f"there is no kernel here: {problem}")
-    monkeypatch.setattr(segmented, "has_kernel", lambda: request.param == "kernel")
     return PATHS[request.param]
 
 

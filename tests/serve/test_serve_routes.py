@@ -206,8 +206,8 @@ def test_control_tokens_in_a_message_stay_text(client, tiny_server):
 def test_the_fingerprint_changes_with_all_that_can_change_an_answer(tiny_server, monkeypatch):
     engine = tiny_server.engine
     machine, version = module.machine_identity(), importlib.metadata.version
-    kernel = lambda there: SimpleNamespace(has_kernel=there)
-    facts = {"cfg": engine.cfg, "config": engine.config, "devices": 1, "runner": kernel(False)}
+    kernel = lambda there: SimpleNamespace(in_c=there)
+    facts = {"cfg": engine.cfg, "config": engine.config, "devices": 1, "backend": kernel(False)}
     of = lambda digest="0", **changes: system_fingerprint(digest, SimpleNamespace(**facts | changes), template="a")
     options = {"slots": 4, "capacity": 151, "chunk": 32, "tail": 4, "segment": 32, "kv_dtype": "int8", "weights": "int8"}
     replace = lambda **changes: of(config=dataclasses.replace(engine.config, **changes))
@@ -217,7 +217,7 @@ def test_the_fingerprint_changes_with_all_that_can_change_an_answer(tiny_server,
             of("1"),
             of(cfg=tiny_config()),
             of(devices=2),
-            of(runner=kernel(True)),
+            of(backend=kernel(True)),
             *(replace(**{name: options[name]}) for name in options),
             *(replace(adapters=2, adapter_rank=rank) for rank in (4, 8)),
         ],
@@ -229,7 +229,7 @@ def test_the_fingerprint_changes_with_all_that_can_change_an_answer(tiny_server,
         others.append(of())
     monkeypatch.setattr(module, "machine_identity", lambda: machine)
     monkeypatch.setattr(module, "native_digest", lambda: "another compiler's")
-    others.append(of(runner=kernel(True)))
+    others.append(of(backend=kernel(True)))
     for library in module.LIBRARIES:
         monkeypatch.setattr(importlib.metadata, "version", lambda name, new=library: version(name) + "x" * (name == new))
         others.append(of())

@@ -18,7 +18,7 @@ from engine.inference.config import EngineConfig
 from engine.inference.decode import prepare_params
 from engine.inference.runner import ModelRunner
 from engine.model.native.library import native_problem
-from engine.model.ops import has_kernel
+from engine.model.ops import computes_in_c
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
 from engine.storage.run_folder import read_config, read_json
@@ -55,7 +55,7 @@ def test_a_file_is_multiplied_as_it_lies(trained, tmp_path, capsys, talk):
     """Where kernels in C compute; by XLA its weights are multiplied in the compute dtype."""
     file = tmp_path / "file.gguf"
     assert export.main(["--model", str(trained), "--out", str(file), "--dtype", "q8_0"]) == 0
-    model = load_model(str(file), blocks={} if has_kernel() else None)
+    model = load_model(str(file), blocks={} if computes_in_c() else None)
     sha256 = f"SHA-256 {digest(prepare_params(model.cfg, model.params))[:16]}"
     assert sha256 in generated(capsys, file, "--prompt", "the", "--max-tokens", 4, "--verbose")[1]
     assert sha256 in talk(b"the\n", file, "--max-tokens", 4, "--verbose")[2]
@@ -70,7 +70,7 @@ def test_every_command_says_what_becomes_of_a_files_kinds(trained, tmp_path, cap
     assert export.main(["--model", str(trained), "--out", str(file), "--dtype", "q8_0"]) == 0
     widened = re.compile(r"file +of 15 matrices 2 are rounded to bfloat16 \(F16\), 13 are widened to bfloat16 \(Q8_0\)\n")
     stays = re.compile(r"file +of 15 matrices 13 stay as they are \(Q8_0\), 2 are rounded to bfloat16 \(F16\)\n")
-    in_blocks = stays if has_kernel() else widened
+    in_blocks = stays if computes_in_c() else widened
     float32 = re.compile(r"file +all 15 matrices are widened to float32 \(Q8_0, F16\)\n")
     assert in_blocks.search(generated(capsys, file, "--prompt", "the", "--max-tokens", 1)[1])
     assert in_blocks.search(talk(b"the\n", file, "--max-tokens", 1, "--verbose")[2])
@@ -91,7 +91,7 @@ def test_every_command_says_what_becomes_of_a_files_kinds(trained, tmp_path, cap
     state, _ = load_state(str(file), EngineConfig(1, 64, weights="file"), device, Console())
     state.tokenizer.close()
     printed = capsys.readouterr().out
-    served = "2 are rounded to int8 (F16)" if has_kernel() else "are rounded to int8 (Q8_0, F16)"
+    served = "2 are rounded to int8 (F16)" if computes_in_c() else "are rounded to int8 (Q8_0, F16)"
     assert re.search(rf"file +(of|all) 15 matrices .*{re.escape(served)}\n", printed), printed
 
 

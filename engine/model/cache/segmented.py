@@ -3,8 +3,7 @@
 Segments double in length from the second on. Each segment of all slots is one array: a matrix product on a CPU reads a
 whole array in place, but would copy a part of one first. Attention goes segment by segment with a running softmax
 (Milakov & Gimelshein 2018, 1805.02867) and skips segments that no row has reached. What a segment adds to a row that has
-not reached it is discarded, so a row's bits depend on its own tokens alone. The kernels in C read as far as
-a row's text reaches, and want one segment.
+not reached it is discarded, so a row's bits depend on its own tokens alone. `in_c.py` attends by kernels in C.
 """
 
 import functools
@@ -18,8 +17,7 @@ from jax import Array
 
 from engine.model.config import ModelConfig
 from engine.model.layers import MASKED, einsum32, group_heads, join_heads
-from engine.model.native.library import target
-from engine.model.ops import has_kernel, ops
+from engine.model.ops import ops
 from engine.model.weights.int8 import join_digits, round_rows, two_digit_rows
 
 KVDtype = Literal["bfloat16", "float32", "int8"]
@@ -34,22 +32,6 @@ class QuantizedKV(NamedTuple):
 
 KVArray = Array | QuantizedKV
 LayerSegments = tuple[KVArray, ...]  # the keys or the values of one layer
-
-
-class KVSegments(NamedTuple):
-    """k and v: for each layer and each segment, the keys or values (B, K, C, H) of its C positions in all slots."""
-
-    k: tuple[LayerSegments, ...]
-    v: tuple[LayerSegments, ...]
-
-    @property
-    def slots(self) -> int:
-        return jax.tree.leaves(self.k)[0].shape[0]
-
-    @property
-    def edges(self) -> tuple[int, ...]:
-        """The position at which each segment starts, and S."""
-        return _edges(self.k[0])
 
 
 class CacheRows(NamedTuple):
@@ -76,6 +58,39 @@ class SegmentedLayer(NamedTuple):
     rows: CacheRows
     destinations: tuple[Array, ...]
 
+    @property
+    def query_dtype(self) -> Any:
+        """The type in which queries meet the stored keys."""
+        stored = self.k[0]
+        return stored.dtype if isinstance(stored, Array) else jnp.float32
+
+    def attend(self, q: Array, k: Array, v: Array) -> tuple[Array, "SegmentedLayer"]:
+        """q (R, T, N, H) scaled by H ** -0.5, k and v (R, T, K, H) -> (R, T, N * H) in q's dtype, and the layer with k and v.
+
+        A query at position p sees positions 0 .. p of its slot, this call's own among them. Padding gets keys and values of 0.
+        """
+        return attend_by_xla(q, k, v, self)
+
+
+class KVSegments(NamedTuple):
+    """k and v: for each layer and each segment, the keys or values (B, K, C, H) of its C positions in all slots."""
+
+    k: tuple[LayerSegments, ...]
+    v: tuple[LayerSegments, ...]
+
+    @property
+    def layer_type(self) -> type[SegmentedLayer]:
+        return SegmentedLayer
+
+    @property
+    def slots(self) -> int:
+        return jax.tree.leaves(self.k)[0].shape[0]
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """The position at which each segment starts, and S."""
+        return _edges(self.k[0])
+
 
 class SegmentedCache(NamedTuple):
     """The cache of one call of `forward`. `destinations`: for each segment (U, 2) int32, slot and position of each write."""
@@ -85,12 +100,12 @@ class SegmentedCache(NamedTuple):
     destinations: tuple[Array, ...]
 
     def layer(self, i: int) -> SegmentedLayer:
-        return SegmentedLayer(self.segments.k[i], self.segments.v[i], self.rows, self.destinations)
+        return self.segments.layer_type(self.segments.k[i], self.segments.v[i], self.rows, self.destinations)
 
     def with_layers(self, layers: Sequence[SegmentedLayer]) -> "SegmentedCache":
         """Returns this cache with the segments of these layers."""
         k, v, *_ = zip(*layers)
-        return self._replace(segments=KVSegments(k, v))
+        return self._replace(segments=self.segments._replace(k=k, v=v))
 
 
 def segmented_cache(segments: KVSegments, rows: CacheRows) -> SegmentedCache:
@@ -112,8 +127,10 @@ def segment_edges(capacity: int, first: int, chunk: int) -> tuple[int, ...]:
     return tuple(edges)
 
 
-def make_kv_segments(cfg: ModelConfig, slots: int, edges: Sequence[int], dtype: KVDtype = "bfloat16") -> KVSegments:
-    """Makes empty segments between `edges`, for as many texts as there are slots."""
+def make_kv_segments(
+    cfg: ModelConfig, slots: int, edges: Sequence[int], dtype: KVDtype = "bfloat16", cache: type[KVSegments] = KVSegments
+) -> KVSegments:
+    """Makes an empty cache, with segments between `edges`, for as many texts as there are slots."""
 
     def empty(length: int) -> KVArray:
         shape = (slots, cfg.kv_heads, length, cfg.head_dim)
@@ -121,8 +138,11 @@ def make_kv_segments(cfg: ModelConfig, slots: int, edges: Sequence[int], dtype: 
             return QuantizedKV(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], jnp.float32))
         return jnp.zeros(shape, jnp.dtype(dtype))
 
-    layers = lambda: tuple(tuple(empty(stop - start) for start, stop in itertools.pairwise(edges)) for _ in range(cfg.layers))
-    return KVSegments(layers(), layers())
+    def layers() -> tuple[LayerSegments, ...]:
+        lengths = [stop - start for start, stop in itertools.pairwise(edges)]
+        return tuple(tuple(map(empty, lengths)) for _ in range(cfg.layers))
+
+    return cache(layers(), layers())
 
 
 def read_chunk(segments: KVSegments, slot: Array, start: Array, length: int) -> KVArray:
@@ -144,18 +164,28 @@ def read_chunk(segments: KVSegments, slot: Array, start: Array, length: int) -> 
 
 def write_chunk(segments: KVSegments, chunk: KVArray, slot: Array, start: Array, count: Array) -> KVSegments:
     """Writes the first `count` positions of a chunk of `read_chunk` into a slot from `start` on, and zeros for the others."""
-    destinations, L = _destinations(segments.edges, slot[None], start[None]), len(segments.k)
-    is_first = lambda array: jnp.arange(array.shape[2]).reshape(-1, *[1] * (array.ndim - 3)) < count
-    chunk = jax.tree.map(lambda array: jnp.where(is_first(array), array, 0), chunk)
-    of_layer = lambda i: jax.tree.map(lambda array: array[i : i + 1], chunk)
-    layers = [_write(layer, of_layer(i), destinations) for i, layer in enumerate((*segments.k, *segments.v))]
-    return KVSegments(tuple(layers[:L]), tuple(layers[L:]))
+    L = len(segments.k)
+    destinations = _destinations(segments.edges, slot[None], start[None])
+
+    def clear_others(array: Array) -> Array:
+        is_first = jnp.arange(array.shape[2]).reshape(-1, *[1] * (array.ndim - 3)) < count
+        return jnp.where(is_first, array, 0)
+
+    chunk = jax.tree.map(clear_others, chunk)
+    layers = []
+    for i, layer in enumerate((*segments.k, *segments.v)):
+        part = jax.tree.map(lambda array, i=i: array[i : i + 1], chunk)
+        layers.append(_write(layer, part, destinations))
+    return segments._replace(k=tuple(layers[:L]), v=tuple(layers[L:]))
 
 
 def map_segments(f: Callable[..., KVArray], segments: KVSegments, *each: Sequence[Any]) -> KVSegments:
     """Returns the segments f(segment, ...) of each layer's keys and values; `each` has an argument for every segment."""
-    map_layer = lambda layer: tuple(map(f, layer, *each))
-    return KVSegments(tuple(map(map_layer, segments.k)), tuple(map(map_layer, segments.v)))
+
+    def map_layers(layers: tuple[LayerSegments, ...]) -> tuple[LayerSegments, ...]:
+        return tuple(tuple(map(f, layer, *each)) for layer in layers)
+
+    return segments._replace(k=map_layers(segments.k), v=map_layers(segments.v))
 
 
 def clear_slot(segments: KVSegments, slot: Array, max_positions: Array) -> KVSegments:
@@ -174,7 +204,8 @@ def copy_slot(segments: KVSegments, slot: Array, targets: Array, max_positions: 
     """Copies a single sequence's segments that begin below `max_positions` to the slots targets (X,) int32, whose rows check
     its draft tokens. A target of no slot is skipped.
     """
-    at, L = jnp.stack([targets, jnp.zeros_like(targets)], axis=1), len(segments.k)
+    L = len(segments.k)
+    at = jnp.stack([targets, jnp.zeros_like(targets)], axis=1)
 
     @jax.jit(inline=True)
     def copied(array: Array) -> Array:
@@ -185,63 +216,58 @@ def copy_slot(segments: KVSegments, slot: Array, targets: Array, max_positions: 
         return jax.lax.cond(start < max_positions, lambda layers: jax.tree.map(copied, layers), lambda layers: layers, layers)
 
     layers = tuple(zip(*map(copy_segment, zip(*segments.k, *segments.v), segments.edges)))
-    return KVSegments(layers[:L], layers[L:])
+    return segments._replace(k=layers[:L], v=layers[L:])
 
 
-def attention(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Array, SegmentedLayer]:
-    """q (R, T, N, H) scaled by H ** -0.5, k and v (R, T, K, H) -> (R, T, N * H) in q's dtype, and the layer with k, v written.
-
-    A query at position p sees positions 0 .. p of its slot, this call's own among them. Padding gets keys and values of 0, and
-    from the kernel NaN as its result: products in blocks skip rows that are not finite.
-    """
-    rows, stored = layer.rows, layer.k[0]
-    by_kernel = len(layer.k) == 1 and has_kernel()
-    is_token = rows.is_token
-    if_token = lambda x, other: x if is_token is None else jnp.where(jnp.expand_dims(is_token, range(2, x.ndim)), x, other)
-
-    def to_stored(new: Array) -> KVArray:
-        new = new.transpose(0, 2, 1, 3)
-        if isinstance(stored, Array):
-            return new.astype(stored.dtype)
-        values, scale = round_rows(new)
-        return QuantizedKV(values, scale[..., 0])
-
-    new_keys, new_values = to_stored(if_token(k, 0)), to_stored(if_token(v, 0))
-    scaled = q.astype(stored.dtype if isinstance(stored, Array) else jnp.float32)
-    queries = group_heads(scaled, k.shape[2])
+def attend_by_xla(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Array, SegmentedLayer]:
+    """Writes the keys and values, then attends segment by segment. Arguments as of `SegmentedLayer.attend`."""
+    rows = layer.rows
+    new = stored_heads(k, v, layer)
+    queries = group_heads(q.astype(layer.query_dtype), k.shape[2])
     R, K, G, T, H = queries.shape
-    if T == 1 < R and by_kernel:
-        out, layer = _attend_by_kernel(queries[:, :, :, 0], new_keys, new_values, layer)
-        return join_heads(out[:, :, :, None]).astype(q.dtype), layer
-
-    def write(side: LayerSegments, new: KVArray) -> LayerSegments:
-        return _write(side, jax.tree.map(lambda array: array[rows.source], new), layer.destinations)
-
-    layer = layer._replace(k=write(layer.k, new_keys), v=write(layer.v, new_values))
-    if by_kernel:
-        prefill = jax.ffi.ffi_call(target("prefill_attention"), jax.ShapeDtypeStruct((R, T, K * G * H), scaled.dtype))
-        out = prefill(scaled, rows.position, rows.slot, *jax.tree.leaves((layer.k, layer.v)))
-        return if_token(out.astype(q.dtype), jnp.nan), layer
+    layer = write_new(layer, *new)
     queries = queries.reshape(R, K, G * T, H)
     positions = jnp.where(rows.position[:, None] < 0, -1, rows.position[:, None] + jnp.arange(T))
     positions = jnp.tile(positions, (1, G))
-    if is_shared := R > 1 and jax.tree.leaves(stored)[0].shape[0] == 1:
-        queries, positions = queries.swapaxes(0, 1).reshape(1, K, R * G * T, H), positions.reshape(1, -1)
+    is_shared = R > 1 and jax.tree.leaves(layer.k)[0].shape[0] == 1  # all rows read one slot
+    if is_shared:
+        queries = queries.swapaxes(0, 1).reshape(1, K, R * G * T, H)
+        positions = positions.reshape(1, -1)
     out = _attend(queries, positions, layer)
     if is_shared:
         out = out.reshape(K, R, G * T, H).swapaxes(0, 1)
     return join_heads(out.reshape(R, K, G, T, H)).astype(q.dtype), layer
 
 
-def _attend_by_kernel(q: Array, new_keys: KVArray, new_values: KVArray, layer: SegmentedLayer) -> tuple[Array, SegmentedLayer]:
-    """q (R, K, G, H), new keys and values (R, K, 1, H) -> (R, K, G, H) float32, and the layer with them, written in place."""
-    stored, tree = jax.tree.flatten((layer.k, layer.v))
-    inputs = [q.astype(jnp.float32), *layer.rows[:4], *jax.tree.leaves((new_keys, new_values))]
-    shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (inputs[0], *stored)]
-    aliases = {len(inputs) + i: 1 + i for i in range(len(stored))}
-    out, *stored = jax.ffi.ffi_call(target("decode_attention"), shapes, input_output_aliases=aliases)(*inputs, *stored)
-    keys, values = jax.tree.unflatten(tree, stored)
-    return out, layer._replace(k=keys, v=values)
+def stored_heads(k: Array, v: Array, layer: SegmentedLayer) -> tuple[KVArray, KVArray]:
+    """k and v (R, T, K, H) -> keys and values (R, K, T, H) as the layer stores them, 0 for padding."""
+
+    def to_stored(new: Array) -> KVArray:
+        new = new.transpose(0, 2, 1, 3)
+        stored = layer.k[0]
+        if isinstance(stored, Array):
+            return new.astype(stored.dtype)
+        values, scale = round_rows(new)
+        return QuantizedKV(values, scale[..., 0])
+
+    is_token = layer.rows.is_token
+    return to_stored(mask_padding(k, 0, is_token)), to_stored(mask_padding(v, 0, is_token))
+
+
+def mask_padding(x: Array, other: float, is_token: Array | None) -> Array:
+    """x (R, T, ...) -> x, and `other` for padding."""
+    if is_token is None:
+        return x
+    return jnp.where(jnp.expand_dims(is_token, range(2, x.ndim)), x, other)
+
+
+def write_new[Layer: SegmentedLayer](layer: Layer, keys: KVArray, values: KVArray) -> Layer:
+    """Returns the layer with the keys and values (R, K, T, H) of each row in the slots that it is written to."""
+
+    def write(side: LayerSegments, new: KVArray) -> LayerSegments:
+        return _write(side, jax.tree.map(lambda array: array[layer.rows.source], new), layer.destinations)
+
+    return layer._replace(k=write(layer.k, keys), v=write(layer.v, values))
 
 
 def _attend(q: Array, positions: Array, layer: SegmentedLayer) -> Array:
@@ -321,8 +347,14 @@ def _destinations(edges: tuple[int, ...], slots: Array, positions: Array) -> tup
 
 def _write(layer: LayerSegments, new: KVArray, destinations: tuple[Array, ...]) -> LayerSegments:
     """Writes new (U, K, T, H), whose T tokens lie in one segment, at its destinations."""
-    scatter = lambda at: lambda array, part: _scatter(array, part.astype(array.dtype), at)
-    return tuple(jax.tree.map(scatter(at), segment, new) for segment, at in zip(layer, destinations))
+    segments = []
+    for segment, at in zip(layer, destinations):
+
+        def scatter(array: Array, part: Array, at: Array = at) -> Array:
+            return _scatter(array, part.astype(array.dtype), at)
+
+        segments.append(jax.tree.map(scatter, segment, new))
+    return tuple(segments)
 
 
 @jax.jit(inline=True)

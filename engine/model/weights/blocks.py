@@ -17,7 +17,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from engine.model.native.library import target
-from engine.model.ops import has_kernel, over_rows
+from engine.model.ops import computes_in_c, over_rows
 from engine.model.paths import leaf_paths
 from engine.model.weights.weight import TrainingForm, Weight
 
@@ -60,7 +60,7 @@ class Blocks(Weight, TrainingForm):
     def cast(self, dtype: DTypeLike) -> "Blocks":
         return self
 
-    def rows(self, tokens: Array) -> Array:
+    def lookup(self, tokens: Array) -> Array:
         return lookup_blocks(self, tokens)
 
     @jax.jit
@@ -69,7 +69,7 @@ class Blocks(Weight, TrainingForm):
         return dense_blocks(self, _round_factors(trained, self.kind))
 
     def fuses(self, x: Array) -> bool:
-        return has_kernel()
+        return computes_in_c()
 
     def times_fused(
         self, x: Array, dtype: DTypeLike, gain: Array | None = None, eps: float = 0.0, pairs: tuple[Any, ...] = ()
@@ -252,7 +252,7 @@ def block_matmul(
     The kernel of native/ multiplies where there is one; else XLA adds the same products in another order. A row of x with a
     number that is not finite gives NaN, and changes no other row. There is no gradient.
     """
-    if has_kernel():
+    if computes_in_c():
         shapes = [jax.ShapeDtypeStruct((len(x), weight.columns), jnp.float32)] * (2 if pairs else 1)
         before = jnp.zeros(0) if gain is None else gain.astype(jnp.float32), np.float32(eps)
         parts = jax.ffi.ffi_call(target("block_matmul"), shapes)(x.astype(jnp.float32), weight.packed, *before, *pairs)

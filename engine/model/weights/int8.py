@@ -82,7 +82,7 @@ class Int8(Weight):
     def cast(self, dtype: DTypeLike) -> "Int8":
         return self
 
-    def rows(self, tokens: Array) -> Array:
+    def lookup(self, tokens: Array) -> Array:
         return lookup_rows(self, tokens)
 
     def column_starts(self, size: int) -> list[int]:

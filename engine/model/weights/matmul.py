@@ -79,7 +79,7 @@ def join_projections(block: Params) -> Params:
 
 def lookup(embed: Any, tokens: Array) -> Array:
     """embed (V, D), tokens (...) int32 -> (..., D) float32."""
-    return as_weight(embed, axis=0).rows(tokens)
+    return as_weight(embed, axis=0).lookup(tokens)
 
 
 def cast_matrices(params: Params, dtype: DTypeLike) -> Params:

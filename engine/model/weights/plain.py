@@ -40,7 +40,7 @@ class Plain(Weight):
         """Gains and biases stay."""
         return self.array.astype(dtype) if self.array.ndim >= 2 else self.array
 
-    def rows(self, tokens: Array) -> Array:
+    def lookup(self, tokens: Array) -> Array:
         return backward.lookup(self.array, tokens).astype(jnp.float32)
 
     def gradients(self, x: Array, g: Array) -> tuple[Array, Array]:

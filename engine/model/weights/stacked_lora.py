@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from engine.model.config import JOINED, MATRICES, ModelConfig
 from engine.model.layers import einsum32
 from engine.model.native.library import target
-from engine.model.ops import has_kernel
+from engine.model.ops import computes_in_c
 from engine.model.paths import Params, leaf_paths, map_paths, unflatten
 from engine.model.weights.int8 import LARGEST
 from engine.model.weights.plain import as_weight
@@ -91,7 +91,7 @@ class StackedLoRA(Weight):
 def adapter_product(x: Array, weight: StackedLoRA) -> Array:
     """x (B, T, in) -> what adapters add to the base's product, (B, T, out) float32; -0, which adds nothing, where none does."""
     edges, rank = weight.edges.tolist(), weight.b.shape[1]
-    if x.shape[1] == 1 and has_kernel():
+    if x.shape[1] == 1 and computes_in_c():
         shape = jax.ShapeDtypeStruct((len(x), edges[-1]), jnp.float32)
         return jax.ffi.ffi_call(target("adapter_matmul"), shape)(x[:, 0].astype(jnp.float32), *weight.pairs)[:, None]
     a, b, scale = (stack[weight.index] for stack in (weight.a, weight.b, weight.scale))

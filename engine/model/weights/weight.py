@@ -44,7 +44,7 @@ class Weight(abc.ABC):
 
     # As an embedding
 
-    def rows(self, tokens: Array) -> Array:
+    def lookup(self, tokens: Array) -> Array:
         """tokens (...) int32 -> those rows of an embedding (V, D), (..., D) float32."""
         return self.dense(jnp.float32)[tokens]
 
