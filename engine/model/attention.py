@@ -31,8 +31,11 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
 def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
     """As `layers.causal_attention`, by a kernel where there is one."""
     kernel = ops().fused_attention
-    fused = layout.attend_by_head(kernel, q, k, v, segments) if kernel else None
-    return causal_attention_in_blocks(q, k, v, segments) if fused is None else fused
+    if kernel:
+        fused = layout.attend_by_head(kernel, q, k, v, segments)
+        if fused is not None:
+            return fused
+    return causal_attention_in_blocks(q, k, v, segments)
 
 
 def has_fused_attention(cfg: ModelConfig, tokens: int) -> bool:

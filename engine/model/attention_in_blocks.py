@@ -23,7 +23,7 @@ def causal_attention_in_blocks(q: Array, k: Array, v: Array, segments: Array | N
     return _causal_attention_forward(q, k, v, segments)[0]
 
 
-def _blocks(T: int) -> list[tuple[int, int]]:
+def _tiles(T: int) -> list[tuple[int, int]]:
     size = QUERY_BLOCK if T % QUERY_BLOCK == 0 else T
     return [(start, start + size) for start in range(0, T, size)]
 
@@ -46,10 +46,13 @@ def _block_mask(start: int, end: int, G: int, segments: Array | None) -> Array:
 def _causal_attention_forward(q: Array, k: Array, v: Array, segments: Array | None):
     B, T, N, H = q.shape
     K = k.shape[2]
-    q, k, v = layers.group_heads(q, K), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    q = layers.group_heads(q, K)
+    k = k.transpose(0, 2, 1, 3)
+    v = v.transpose(0, 2, 1, 3)
     v_transposed = transpose(v)
-    weights, out = [], []
-    for start, end in _blocks(T):
+    weights = []
+    out = []
+    for start, end in _tiles(T):
         scores = layers.einsum32("bksh,bkrh->bksr", k[:, :, :end], _rows(q, start, end))
         mask = _block_mask(start, end, N // K, segments)
         p = jax.nn.softmax(jnp.where(mask, scores, layers.MASKED), axis=-2).astype(v.dtype)
@@ -69,7 +72,7 @@ def _causal_attention_backward(residuals: Any, g: Array):
     k_transposed = transpose(k)
     dq_blocks: list[Array] = []
     dk = dv = jnp.zeros(k.shape, jnp.float32)
-    for p, (start, end) in zip(weights, _blocks(T)):
+    for p, (start, end) in zip(weights, _tiles(T)):
         g_rows = _rows(g, start, end)
         dp = layers.einsum32("bksh,bkrh->bksr", v[:, :, :end], g_rows)
         ds = p.astype(jnp.float32) * (dp - delta[..., start:end].reshape(B, K, 1, -1))
@@ -79,7 +82,8 @@ def _causal_attention_backward(residuals: Any, g: Array):
         dk_block = layers.einsum32("bksr,bkrh->bksh", ds, _rows(q, start, end))
         dv_block = layers.einsum32("bksr,bkrh->bksh", p, g_rows)
         rest = ((0, 0), (0, 0), (0, T - end), (0, 0))
-        dk, dv = dk + jnp.pad(dk_block, rest), dv + jnp.pad(dv_block, rest)
+        dk = dk + jnp.pad(dk_block, rest)
+        dv = dv + jnp.pad(dv_block, rest)
     dq = transpose(jnp.concatenate(dq_blocks, axis=-1).transpose(0, 1, 3, 2, 4))
     dq = dq.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
     return dq, dk.astype(k.dtype).transpose(0, 2, 1, 3), dv.astype(v.dtype).transpose(0, 2, 1, 3), None

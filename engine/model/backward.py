@@ -22,7 +22,11 @@ from engine.model.ops import transpose
 def _with_backward[F: Callable[..., Any]](f: F, backward: Callable[..., Any], static: tuple[int, ...] = (2,)) -> F:
     """Returns f with the rule backward(*static arguments, (a, b), gradient); a and b are f's first two arguments."""
     rule: Any = jax.custom_vjp(f, nondiff_argnums=static)
-    rule.defvjp(lambda a, b, *options: (f(a, b, *options), (a, b)), backward)
+
+    def forward(a: Any, b: Any, *options: Any) -> tuple[Any, tuple[Any, Any]]:
+        return f(a, b, *options), (a, b)
+
+    rule.defvjp(forward, backward)
     return rule
 
 
@@ -112,7 +116,8 @@ def _rotate(x: Array, cos: Array, sin: Array, scale: float, dtype: DTypeLike) ->
     """
     pairs = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
     cos, sin = jax.lax.optimization_barrier((cos, jnp.stack([-sin, sin], axis=2)))  # or each head would compute them
-    cos, sin = cos[:, :, None, None], sin[:, :, None]
+    cos = cos[:, :, None, None]
+    sin = sin[:, :, None]
     rotated = (pairs.astype(jnp.float32) * cos + jnp.flip(pairs, axis=-2).astype(jnp.float32) * sin) * scale
     return jax.lax.optimization_barrier(rotated.astype(dtype)).reshape(x.shape)
 
@@ -123,9 +128,13 @@ def rope(x: Array, cos: Array, sin: Array, scale: float, dtype: DTypeLike) -> Ar
     return _rotate(x, cos, sin, scale, dtype)
 
 
+def _rope_forward(x: Array, cos: Array, sin: Array, scale: float, dtype: DTypeLike):
+    return rope(x, cos, sin, scale, dtype), (jnp.zeros((), x.dtype), cos, sin)
+
+
 def _rope_backward(scale: float, dtype: DTypeLike, residuals: tuple[Array, ...], g: Array):
     like, cos, sin = residuals
     return _rotate(g, cos, -sin, scale, like.dtype), None, None
 
 
-rope.defvjp(lambda x, cos, sin, *static: (rope(x, cos, sin, *static), (jnp.zeros((), x.dtype), cos, sin)), _rope_backward)
+rope.defvjp(_rope_forward, _rope_backward)

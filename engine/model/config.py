@@ -53,7 +53,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab", "width", "layers", "heads", "ff", "context", "kv_heads", "head_dim"):
-            value, least = getattr(self, name), 0 if name in ("kv_heads", "head_dim") else 1
+            value = getattr(self, name)
+            least = 0 if name in ("kv_heads", "head_dim") else 1
             if type(value) is not int or value < least:
                 raise UserError(f"ModelConfig: {name} must be an integer of at least {least}, not {value!r}.")
         for name in ("rope_theta", "eps"):
@@ -94,7 +95,10 @@ class ModelConfig:
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
         """The shape (in, out) of each matrix of a block, in the order of the forward pass."""
-        D, F, queries, keys = self.width, self.ff, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        D = self.width
+        F = self.ff
+        queries = self.heads * self.head_dim
+        keys = self.kv_heads * self.head_dim
         shapes = (D, queries), (D, keys), (D, keys), (queries, D), (D, F), (D, F), (F, D)
         return dict(zip(MATRICES, shapes, strict=True))
 
@@ -104,7 +108,8 @@ class ModelConfig:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "ModelConfig":
         """Returns the config of a `to_json` dict. Raises UserError naming a field that is unknown or missing."""
-        if scaling := fields.get("rope_scaling"):
+        scaling = fields.get("rope_scaling")
+        if scaling:
             fields = fields | {"rope_scaling": _from_fields(RopeScaling, scaling)}
         return _from_fields(cls, fields)
 

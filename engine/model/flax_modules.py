@@ -22,14 +22,18 @@ from engine.model.weights.matmul import lookup, norm_and_project, project, swigl
 # A tied embedding is also the head, whose logits start at TIED_STD, lower for a small vocabulary; an untied one starts as large
 # as what blocks add. A tied 4 x 256 reaches 2.31 bits per byte after 500 steps of 1,024 tokens with the first SwiGLU random,
 # 2.32 with all so, and with none 2.39 (an embedding of 1 / D) or 2.47 (a small last gain).
-TIED_STD, EMBED_STD = 0.3, 0.5
+TIED_STD = 0.3
+EMBED_STD = 0.5
 Rotary = tuple[Array, Array]
 Cached = tuple[Array, Array, Array]  # one layer's k and v (B, K, S, H), and each row's length (B,)
 
 
 def write_rows(cached: Array, new: Array, start: Array) -> Array:
     """Writes new (B, K, T, H) into cached (B, K, S, H) at start (B,)."""
-    write_row = lambda row, value, at: jax.lax.dynamic_update_slice(row, value, (0, at, 0))
+
+    def write_row(row: Array, value: Array, at: Array) -> Array:
+        return jax.lax.dynamic_update_slice(row, value, (0, at, 0))
+
     return jax.vmap(write_row)(cached, new.astype(cached.dtype), start)
 
 
@@ -57,11 +61,13 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
-        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        cfg = self.cfg
+        dtype = jnp.dtype(cfg.dtype)
         # In a scan XLA would cut what the backward pass keeps along all axes, and then gather it whole: twice the traffic.
         x = layout.shard_rows(x)
         with jax.named_scope("attention"):
-            queries, keys = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+            queries = cfg.heads * cfg.head_dim
+            keys = cfg.kv_heads * cfg.head_dim
             q, k, v = self.norm_and_project(x, "attn_norm", "qkv", {"q": queries, "k": keys, "v": keys})
             mixed, cached = self.attention(q, k, v, rotary, segments, cached)
             x = x + project(mixed, self.weight("out", cfg.heads * cfg.head_dim, cfg.width, scale=0.0), jnp.float32)
@@ -77,7 +83,8 @@ class Block(nn.Module):
 
         Where `join_projections` has joined the weights for inference, it is cut out of one product.
         """
-        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        cfg = self.cfg
+        dtype = jnp.dtype(cfg.dtype)
         gain = self.gain(norm, cfg.width)
         if self.has_variable("params", joined):
             weight = self.weight(joined, cfg.width, sum(columns.values()))
@@ -87,7 +94,8 @@ class Block(nn.Module):
 
     def attention(self, q: Array, k: Array, v: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
         """q (B, T, N * H), k and v (B, T, K * H) -> (B, T, N * H), and the layer's cache with this call's keys and values."""
-        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        cfg = self.cfg
+        dtype = jnp.dtype(cfg.dtype)
         q, k, v = (self.heads(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
         q = backward.rope(q, *rotary, cfg.head_dim**-0.5, dtype)  # with the scores' factor
         k = backward.rope(k, *rotary, 1.0, dtype)
@@ -110,7 +118,8 @@ class Block(nn.Module):
 
     def heads(self, name: str, x: Array) -> Array:
         """x (B, T, N * H) -> (B, T, N, H), of queries, keys or values, with a bias and normalised where the model has that."""
-        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        cfg = self.cfg
+        dtype = jnp.dtype(cfg.dtype)
         if cfg.qkv_bias:
             x = x + self.param(f"{name}_bias", nn.initializers.zeros, x.shape[-1:]).astype(dtype)
         x = x.reshape(*x.shape[:2], -1, cfg.head_dim)
@@ -127,7 +136,7 @@ class Block(nn.Module):
         return matrix(self, name, init, (rows, columns))
 
 
-class Blocks(nn.Module):
+class BlockStack(nn.Module):
     """All L blocks in turn, named '0' to 'L - 1'."""
 
     cfg: ModelConfig
@@ -138,9 +147,10 @@ class Blocks(nn.Module):
         if cache is not None:
             # Unrolled: a scan over a stacked cache copies it whole at every step. One block is traced and inlined L times;
             # calls that are left to XLA would make the program slower.
-            block = jax.jit(inline=True)(
-                lambda params, x, cached: Block(cfg, parent=None).apply({"params": params}, x, rotary, segments, cached)
-            )
+            @jax.jit(inline=True)
+            def block(params: Any, x: Array, cached: Any) -> Any:
+                return Block(cfg, parent=None).apply({"params": params}, x, rotary, segments, cached)
+
             written = []
             for i in range(cfg.layers):
                 x, cached = block(self.variables["params"][str(i)], x, cache.layer(i))
@@ -159,8 +169,14 @@ class Blocks(nn.Module):
         run = jax.jit(run, inline=True)  # traced once, and inlined L times: the same program in two thirds of the time
         params = [self.variables["params"][str(i)] for i in range(cfg.layers)]
         if cfg.scan:
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-            return jax.lax.scan(lambda x, block: (run(block, x), None), x, stacked)[0], None
+
+            def stack(*leaves: Array) -> Array:
+                return jnp.stack(leaves)
+
+            def run_next(x: Array, block: Any) -> tuple[Array, None]:
+                return run(block, x), None
+
+            return jax.lax.scan(run_next, x, jax.tree.map(stack, *params))[0], None
         for block in params:
             x = run(block, x)
         return x, None
@@ -179,7 +195,7 @@ class Transformer(nn.Module):
         embed = matrix(self, "embed", nn.initializers.normal(std), (cfg.vocab, cfg.width))
         with jax.named_scope("embed"):
             x = layout.look_up(lookup, embed, tokens)
-        x, cache = Blocks(cfg, name="blocks")(x, layers.rope_tables(cfg, positions), segments, cache)
+        x, cache = BlockStack(cfg, name="blocks")(x, layers.rope_tables(cfg, positions), segments, cache)
         self.param("norm", nn.initializers.ones, (cfg.width,))
         if not cfg.tied:
             matrix(self, "head", nn.initializers.zeros, (cfg.width, cfg.vocab))

@@ -42,14 +42,17 @@ def rms_norm(x: Array, gain: Array | None, eps: float, dtype: DTypeLike) -> Arra
     """x (..., D), gain (..., D) or None for 1 -> gain * x / rms(x) in `dtype` (Zhang & Sennrich 2019, equation 4)."""
     x = x.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return (x if gain is None else x * gain.astype(jnp.float32)).astype(dtype)
+    if gain is not None:
+        x = x * gain.astype(jnp.float32)
+    return x.astype(dtype)
 
 
 def rope_frequencies(cfg: ModelConfig) -> Array:
     """Returns the angle per position of each of the H / 2 pairs, float32 (Su et al. 2021, equation 15; Llama 3.1's scaling)."""
     half = cfg.head_dim // 2
     frequencies = cfg.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if scaling := cfg.rope_scaling:  # slow pairs turn `factor` times slower, fast ones stay, those between are blended
+    scaling = cfg.rope_scaling
+    if scaling:  # slow pairs turn `factor` times slower, fast ones stay, those between are blended
         turns = scaling.original_context * frequencies / (2 * math.pi)
         blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         blend = jnp.clip(blend, 0.0, 1.0)
@@ -69,7 +72,8 @@ def rope(x: Array, cos: Array, sin: Array, scale: float, dtype: DTypeLike) -> Ar
     Pairs are (i, i + H / 2), as in Hugging Face's files.
     """
     first, second = jnp.split(x.astype(jnp.float32) * scale, 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
+    cos = cos[:, :, None]
+    sin = sin[:, :, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(dtype)
 
 
@@ -99,14 +103,17 @@ def join_heads(x: Array) -> Array:
 
 def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
     """q (B, T, N, H) scaled by H ** -0.5, k and v (B, T, K, H), segments (B, T) or None -> (B, T, N * H)."""
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    k = k.transpose(0, 2, 1, 3)
+    v = v.transpose(0, 2, 1, 3)
     return attention(q, k, v, causal_mask(q.shape[1], segments))
 
 
 def causal_mask(T: int, segments: Array | None = None) -> Array:
     """(1, T, T) or, with segments (B, T), (B, T, T): a query attends to itself and back, inside its segment."""
     causal = jnp.tril(jnp.ones((1, T, T), bool))
-    return causal if segments is None else causal & (segments[:, :, None] == segments[:, None, :])
+    if segments is None:
+        return causal
+    return causal & (segments[:, :, None] == segments[:, None, :])
 
 
 def swiglu(gate: Array, up: Array, dtype: DTypeLike) -> Array:

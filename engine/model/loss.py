@@ -41,7 +41,9 @@ def target_losses(cfg: ModelConfig, params: Params, batch: Any, head_trains: boo
 def summed_loss(cfg: ModelConfig, params: Params, batch: Any, head_trains: bool = True) -> Array:
     """Returns the summed nats of the batch's masked-in targets, each times its weight where the mask has weights."""
     losses = target_losses(cfg, params, batch, head_trains)
-    return (losses if batch.mask.dtype == bool else losses * batch.mask).sum()
+    if batch.mask.dtype != bool:
+        losses = losses * batch.mask
+    return losses.sum()
 
 
 @jax.jit(static_argnames="cfg")

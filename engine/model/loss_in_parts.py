@@ -79,8 +79,11 @@ def _logits(head: Any, x: Array) -> list[_Columns]:
 def _slope(pieces: list[_Columns], targets: Array) -> list[_Columns]:
     """p - one-hot, the gradient of each row's loss by its logits."""
     whole = _normalizer(pieces)[:, None]
-    hit = lambda piece: piece.start + jnp.arange(piece.values.shape[1]) == targets[:, None]
-    return [_Columns(piece.start, jnp.exp(piece.values - whole) - hit(piece)) for piece in pieces]
+    slopes = []
+    for start, values in pieces:
+        is_target = start + jnp.arange(values.shape[1]) == targets[:, None]
+        slopes.append(_Columns(start, jnp.exp(values - whole) - is_target))
+    return slopes
 
 
 def _head_backward(head: Any, rows: Array, slopes: list[_Columns]) -> tuple[Array, Array | None]:
@@ -130,8 +133,11 @@ def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Arr
     chunk's logits again.
     """
     B, T, D = hidden.shape
-    hidden, targets = layout.spread_rows(hidden.reshape(-1, D)), targets.reshape(-1)
-    columns = as_weight(params["embed"]).dense().T if cfg.tied else as_weight(params["head"]).dense()
+    hidden = layout.spread_rows(hidden.reshape(-1, D))
+    targets = targets.reshape(-1)
+    columns = as_weight(params[cfg.head_path]).dense()
+    if cfg.tied:
+        columns = columns.T
     count = -(-cfg.vocab // chunk)
     columns = jnp.pad(columns, ((0, 0), (0, count * chunk - cfg.vocab)))
     chunks = columns.reshape(D, count, chunk).transpose(1, 0, 2).astype(hidden.dtype)

@@ -66,9 +66,14 @@ def splash(q: Array, k: Array, v: Array, segments: Array | None, *, interpret: b
         q_seq_shards=1,
         interpret=interpret,
     )
-    by_head = lambda x: jnp.pad(x, ((0, 0), (0, padded - T), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
+
+    def by_head(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, padded - T), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
+
+    def attend(q: Array, k: Array, v: Array, *ids: Array) -> Array:
+        return kernel(q, k, v, *(pallas.SegmentIds(each, each) for each in ids))
+
     ids = [] if segments is None else [jnp.pad(segments, ((0, 0), (0, padded - T)))]
-    attend = lambda q, k, v, *ids: kernel(q, k, v, *(pallas.SegmentIds(each, each) for each in ids))
     out = jax.vmap(attend)(by_head(q), by_head(k), by_head(v), *ids)
     return out.transpose(0, 2, 1, 3)[:, :T].reshape(B, T, -1)
 
@@ -77,7 +82,9 @@ def native(q: Array, k: Array, v: Array, segments: Array | None) -> Array | None
     """The kernel in C, in float32 and bfloat16, where it can be built."""
     if q.dtype.name not in ("float32", "bfloat16") or native_problem():
         return None
-    return _native(q, k, v, jnp.zeros(0, jnp.int32) if segments is None else segments)
+    if segments is None:
+        segments = jnp.zeros(0, jnp.int32)
+    return _native(q, k, v, segments)
 
 
 @jax.custom_vjp
@@ -131,7 +138,9 @@ def kernels_note() -> str:
     if not _on_one_cpu():
         return ""
     problem = native_problem()
-    return f"; decoding would be faster with the kernels in C, but {problem}" if problem else "; kernels in C"
+    if problem:
+        return f"; decoding would be faster with the kernels in C, but {problem}"
+    return "; kernels in C"
 
 
 def _on_one_cpu() -> bool:

@@ -64,8 +64,10 @@ def split(params: Params, chosen: Collection[str]) -> tuple[Params, Params]:
     inside: dict[str, Any] = {}
     outside: dict[str, Any] = {}
     for path, leaf in leaf_paths(params).items():
-        part = inside if path in chosen else outside
-        part[path] = leaf
+        if path in chosen:
+            inside[path] = leaf
+        else:
+            outside[path] = leaf
     return unflatten(inside), unflatten(outside)
 
 

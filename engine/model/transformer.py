@@ -33,7 +33,10 @@ class KVCache(NamedTuple):
 
 def make_cache(cfg: ModelConfig, batch: int, capacity: int) -> KVCache:
     shape = (batch, cfg.kv_heads, capacity, cfg.head_dim)
-    empty = lambda: tuple(jnp.zeros(shape, jnp.dtype(cfg.dtype)) for _ in range(cfg.layers))
+
+    def empty() -> tuple[Array, ...]:
+        return tuple(jnp.zeros(shape, jnp.dtype(cfg.dtype)) for _ in range(cfg.layers))
+
     return KVCache(empty(), empty(), jnp.zeros((batch,), jnp.int32))
 
 

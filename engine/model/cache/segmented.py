@@ -8,6 +8,7 @@ not reached it is discarded, so a row's bits depend on its own tokens alone. `in
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -174,7 +175,7 @@ def write_chunk(segments: KVSegments, chunk: KVArray, slot: Array, start: Array,
     chunk = jax.tree.map(clear_others, chunk)
     layers = []
     for i, layer in enumerate((*segments.k, *segments.v)):
-        part = jax.tree.map(lambda array, i=i: array[i : i + 1], chunk)
+        part = jax.tree.map(operator.itemgetter(slice(i, i + 1)), chunk)
         layers.append(_write(layer, part, destinations))
     return segments._replace(k=tuple(layers[:L]), v=tuple(layers[L:]))
 
@@ -197,7 +198,11 @@ def clear_slot(segments: KVSegments, slot: Array, max_positions: Array) -> KVSeg
 
     slots = [jnp.where(edge < max_positions, slot, segments.slots) for edge in segments.edges[:-1]]
     starts = [jnp.stack([slot, 0])[None] for slot in slots]
-    return map_segments(lambda segment, at: jax.tree.map(lambda array: clear(array, at), segment), segments, starts)
+
+    def clear_segment(segment: KVArray, at: Array) -> KVArray:
+        return jax.tree.map(functools.partial(clear, at=at), segment)
+
+    return map_segments(clear_segment, segments, starts)
 
 
 def copy_slot(segments: KVSegments, slot: Array, targets: Array, max_positions: Array) -> KVSegments:
@@ -212,8 +217,11 @@ def copy_slot(segments: KVSegments, slot: Array, targets: Array, max_positions: 
         content = jax.lax.dynamic_index_in_dim(array, slot, 0)
         return _scatter(array, jnp.broadcast_to(content, (len(targets), *array.shape[1:])), at)
 
+    def copy_all(layers: tuple[KVArray, ...]) -> Any:
+        return jax.tree.map(copied, layers)
+
     def copy_segment(layers: tuple[KVArray, ...], start: int) -> Any:
-        return jax.lax.cond(start < max_positions, lambda layers: jax.tree.map(copied, layers), lambda layers: layers, layers)
+        return jax.lax.cond(start < max_positions, copy_all, _unchanged, layers)
 
     layers = tuple(zip(*map(copy_segment, zip(*segments.k, *segments.v), segments.edges)))
     return segments._replace(k=layers[:L], v=layers[L:])
@@ -282,7 +290,7 @@ def _attend(q: Array, positions: Array, layer: SegmentedLayer) -> Array:
     for keys, values, start in zip(layer.k, layer.v, _edges(layer.k)):
         add = functools.partial(attend_segment, queries, positions - start, keys, values, slot)
         with jax.named_scope(f"segment_{start}"):
-            state = jax.lax.cond(longest >= start, add, lambda state: state, state) if start else add(state)
+            state = jax.lax.cond(longest >= start, add, _unchanged, state) if start else add(state)
     return state.mixed / state.total[..., None]
 
 
@@ -305,7 +313,8 @@ def attend_segment(q: Any, last: Array, keys: KVArray, values: KVArray, slot: Ar
     mask = (jnp.arange(jax.tree.leaves(keys)[0].shape[2]) <= last[:, :, None])[:, None]
     scores = jnp.where(mask, _scores(q, keys), MASKED)
     best = jnp.maximum(state.best, scores.max(-1))
-    weights, factor = jnp.exp(scores - best[..., None]), jnp.exp(state.best - best)
+    weights = jnp.exp(scores - best[..., None])
+    factor = jnp.exp(state.best - best)
     mixed = state.mixed * factor[..., None] + _mix(weights, values, mask)
     reached = (last >= 0)[:, None]
     return Mixture(
@@ -334,15 +343,22 @@ def _mix(weights: Array, values: KVArray, mask: Array) -> Array:
     return join_digits(products) * scale
 
 
+def _unchanged(tree: Any) -> Any:
+    return tree
+
+
 def _edges(layer: LayerSegments) -> tuple[int, ...]:
     return tuple(itertools.accumulate((jax.tree.leaves(segment)[0].shape[2] for segment in layer), initial=0))
 
 
 def _destinations(edges: tuple[int, ...], slots: Array, positions: Array) -> tuple[Array, ...]:
     """Returns where writes to slots (U,) from positions (U,) on go: beyond the end of every segment but their own."""
-    inside = lambda start, stop: (positions >= start) & (positions < stop)
-    at = lambda start, stop: jnp.where(inside(start, stop), positions - start, stop - start)
-    return tuple(jnp.stack([slots, at(*ends)], axis=1) for ends in itertools.pairwise(edges))
+    destinations = []
+    for start, stop in itertools.pairwise(edges):
+        inside = (positions >= start) & (positions < stop)
+        at = jnp.where(inside, positions - start, stop - start)
+        destinations.append(jnp.stack([slots, at], axis=1))
+    return tuple(destinations)
 
 
 def _write(layer: LayerSegments, new: KVArray, destinations: tuple[Array, ...]) -> LayerSegments:

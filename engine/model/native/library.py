@@ -112,7 +112,8 @@ def _functions(kernel: str) -> list[str]:
 
 def read_library(kernel: str) -> Library:
     """Returns a kernel's library for this machine, built if need be. Raises _Unavailable or OSError."""
-    machine, instructions = platform.machine(), processor()[1]
+    machine = platform.machine()
+    instructions = processor()[1]
     if not INSTRUCTIONS.get(machine, set()) & {*instructions.split()}:
         raise _Unavailable("this processor is not known to multiply int8 fast")
     flags = (*FLAGS, KERNELS[kernel])

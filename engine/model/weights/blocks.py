@@ -21,7 +21,8 @@ from engine.model.ops import computes_in_c, over_rows
 from engine.model.paths import leaf_paths
 from engine.model.weights.weight import TrainingForm, Weight
 
-COLUMNS, GROUP = 16, 32  # that lie side by side, and inputs of a block
+COLUMNS = 16  # that lie side by side
+GROUP = 32  # inputs of a block
 KINDS = {"Q4_0": 288, "Q4_1": 320, "Q8_0": 544}  # bytes of 16 blocks
 STEPS = {"Q4_0": (-8, 7), "Q4_1": (0, 15), "Q8_0": (-127, 127)}  # the least and the largest that a weight is rounded to
 SMALLEST = np.finfo(np.float32).tiny  # a smaller scale's inverse could be infinite
@@ -44,8 +45,10 @@ class Blocks(Weight, TrainingForm):
 
     @property
     def shape(self) -> tuple[int, int]:
-        shape = self.packed.shape[1] * GROUP, self.columns
-        return shape if self.axis else shape[::-1]
+        inputs = self.packed.shape[1] * GROUP
+        if self.axis == 0:
+            return self.columns, inputs
+        return inputs, self.columns
 
     @property
     def kind(self) -> str:
@@ -136,8 +139,10 @@ def served_kind(path: str, kind: str = "Q4_0") -> str:
 @functools.partial(jax.jit, static_argnames=("kind", "axis"))
 def round_to_blocks(weight: Array, kind: str, axis: int = 1) -> Blocks:
     """Returns the Blocks of a weight (in, out), or with `axis` 0 of an embedding (V, D), as `nearest` rounds it."""
-    of_nearest, of_factors = nearest(weight, kind, axis)
-    numbers, *factors = (part.transpose(2, 0, 1) if axis else part for part in (of_nearest, *of_factors))
+    numbers, factors = nearest(weight, kind, axis)
+    if axis:
+        numbers = numbers.transpose(2, 0, 1)
+        factors = [factor.transpose(2, 0, 1) for factor in factors]
     if kind == "Q8_0":
         numbers = numbers.astype(jnp.int8)
     else:
@@ -199,10 +204,14 @@ def with_factors(weight: Blocks, trained: Array) -> Blocks:
 
 def _round_factors(trained: Array, kind: str) -> Array:
     """Returns scales and minima of float16 in float32, with the gradient of what is trained."""
-    to_half = lambda x: _straight_through(x.astype(jnp.float16).astype(jnp.float32), x)
     quarter, *center = jnp.moveaxis(trained, -2, 0)
-    scale = to_half(quarter / UNIT[kind])
-    return jnp.stack([scale, *(to_half(2 * (part - UNIT[kind] * scale)) for part in center)], axis=-2)
+    scale = _to_half(quarter / UNIT[kind])
+    return jnp.stack([scale, *(_to_half(2 * (part - UNIT[kind] * scale)) for part in center)], axis=-2)
+
+
+def _to_half(x: Array) -> Array:
+    """Returns x rounded to float16, in float32, with the gradient of x."""
+    return _straight_through(x.astype(jnp.float16).astype(jnp.float32), x)
 
 
 def nearest(weight: Array, kind: str, axis: int) -> tuple[Array, list[Array]]:
@@ -215,7 +224,8 @@ def nearest(weight: Array, kind: str, axis: int) -> tuple[Array, list[Array]]:
     """
     inputs = 1 - axis
     x = weight.astype(jnp.float32).reshape(*weight.shape[:inputs], -1, GROUP, *weight.shape[inputs + 1 :])
-    low, high = x.min(axis=inputs + 1, keepdims=True), x.max(axis=inputs + 1, keepdims=True)
+    low = x.min(axis=inputs + 1, keepdims=True)
+    high = x.max(axis=inputs + 1, keepdims=True)
     minimum = []
     if kind == "Q4_1":
         minimum = [low.astype(jnp.float16)]
@@ -238,7 +248,8 @@ def factors_shape(packed: tuple[int, ...]) -> tuple[int, ...]:
 
 def _factor_bytes(size: int) -> int:
     """Returns the bytes of the factors of 16 blocks of so many bytes: float16 scales, and in Q4_1 minima."""
-    return 2 * COLUMNS * (2 if size == KINDS["Q4_1"] else 1)
+    count = 1 + (size == KINDS["Q4_1"])
+    return count * 2 * COLUMNS
 
 
 def block_matmul(
@@ -253,9 +264,10 @@ def block_matmul(
     number that is not finite gives NaN, and changes no other row. There is no gradient.
     """
     if computes_in_c():
-        shapes = [jax.ShapeDtypeStruct((len(x), weight.columns), jnp.float32)] * (2 if pairs else 1)
-        before = jnp.zeros(0) if gain is None else gain.astype(jnp.float32), np.float32(eps)
-        parts = jax.ffi.ffi_call(target("block_matmul"), shapes)(x.astype(jnp.float32), weight.packed, *before, *pairs)
+        shapes = [jax.ShapeDtypeStruct((len(x), weight.columns), jnp.float32)] * (1 + bool(pairs))
+        gain = jnp.zeros(0) if gain is None else gain.astype(jnp.float32)
+        kernel = jax.ffi.ffi_call(target("block_matmul"), shapes)
+        parts = kernel(x.astype(jnp.float32), weight.packed, gain, np.float32(eps), *pairs)
         return sum(parts[1:], parts[0]).astype(dtype)
     assert gain is None, "normalised elsewhere"
     values = dense_blocks(dataclasses.replace(weight, axis=1))
@@ -291,11 +303,14 @@ def join_blocks(weights: Sequence[Blocks]) -> Blocks | None:
 def dense_blocks(weight: Blocks, factors: Array | None = None) -> Array:
     """Returns the matrix, (in, out) or of `axis` 0 (V, D), float32; with other factors in the shape of `_take_apart`."""
     numbers, own = _take_apart(weight.packed)
-    factors = jnp.moveaxis(own if factors is None else factors, (2, 3), (0, 2))  # (1 or 2, out / 16, 16, in / 32)
+    if factors is None:
+        factors = own
+    factors = jnp.moveaxis(factors, (2, 3), (0, 2))  # (1 or 2, out / 16, 16, in / 32)
     numbers = jnp.moveaxis(numbers, 3, 1).reshape(-1, factors.shape[3], GROUP)[: weight.columns]
     factors = factors.reshape(len(factors), -1, factors.shape[3], 1)[:, : weight.columns]
     if weight.axis:  # before the product, whose gradient need not be transposed
-        numbers, factors = numbers.transpose(1, 2, 0), factors.transpose(0, 2, 3, 1)
+        numbers = numbers.transpose(1, 2, 0)
+        factors = factors.transpose(0, 2, 3, 1)
     scale, *minimum = factors
     return sum(minimum, numbers * scale).reshape(weight.shape)
 

@@ -107,11 +107,17 @@ class Int8(Weight):
     def beside(self, others: Sequence["Int8"]) -> "Int8 | None":
         if len({jax.tree.structure(weight) for weight in (self, *others)}) > 1:
             return None
-        return jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=-1), self, *others)
+        return jax.tree.map(_side_by_side, self, *others)
 
     def for_cpu(self) -> "Int8":
         """Widened integers stay as they are."""
-        return self if self.activations == "full" else store_transposed(self)
+        if self.activations == "full":
+            return self
+        return store_transposed(self)
+
+
+def _side_by_side(*arrays: Array) -> Array:
+    return jnp.concatenate(arrays, axis=-1)
 
 
 def quantize_matrix(weight: Array, activations: Activations = "int8", axis: int = 1) -> Int8:
@@ -132,7 +138,9 @@ def dequantize(leaf: Int8) -> Array:
 
 
 def _gather(leaf: Int8) -> Array:
-    return leaf.values if leaf.gathered is None else jax.lax.with_sharding_constraint(leaf.values, leaf.gathered)
+    if leaf.gathered is None:
+        return leaf.values
+    return jax.lax.with_sharding_constraint(leaf.values, leaf.gathered)
 
 
 def store_transposed(leaf: Int8) -> Int8:
@@ -160,15 +168,20 @@ def quantize(params: Params, activations: Activations = "int8") -> Params:
     The input of `down` has a few numbers far above the rest, so with "int8" it gets two digits: SmolLM2 then loses 0.6%
     in bits per byte, not 1.1%. Raises UserError for a leaf that is not a plain matrix: merge adapters first.
     """
-    names = {*MATRICES, *JOINED, "head" if "head" in params else "embed"}
+    names = {*MATRICES, *JOINED, "head"}
+    if "head" not in params:
+        names.add("embed")
 
     def convert(path: str, leaf: Any) -> Any:
-        if (name := path.rpartition("/")[2]) not in names or isinstance(leaf, Blocks):
+        name = path.rpartition("/")[2]
+        if name not in names or isinstance(leaf, Blocks):
             return leaf
         if getattr(leaf, "ndim", 0) != 2:
             raise UserError(f"Only plain matrices can be quantised, and {path} is not one.")
-        by_digits: Activations = "int16" if (name, activations) == ("down", "int8") else activations
-        return _quantize_jitted(leaf, by_digits, 0 if path == "embed" else 1)
+        by_digits = activations
+        if name == "down" and activations == "int8":
+            by_digits = "int16"
+        return _quantize_jitted(leaf, by_digits, int(path != "embed"))
 
     return map_paths(convert, params)
 
@@ -217,7 +230,9 @@ def int8_matmul(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
 
     Raises UserError when a gradient is taken through a leaf whose activations are integers too.
     """
-    return (_multiply_widened if weight.activations == "full" else _multiply_integers)(x, weight, dtype)
+    if weight.activations == "full":
+        return _multiply_widened(x, weight, dtype)
+    return _multiply_integers(x, weight, dtype)
 
 
 def _contract(x: Array, values: Array, axis: int, **options: Any) -> Array:
@@ -245,7 +260,11 @@ def _no_gradient(*_: Any) -> Any:
     )
 
 
-_multiply_integers.defvjp(lambda *arguments: (_multiply_integers(*arguments), None), _no_gradient)
+def _integers_forward(x: Array, weight: Int8, dtype: DTypeLike) -> tuple[Array, None]:
+    return _multiply_integers(x, weight, dtype), None
+
+
+_multiply_integers.defvjp(_integers_forward, _no_gradient)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -258,6 +277,10 @@ def _multiply_widened(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
     widened = _gather(dataclasses.replace(weight, values=values)).astype(x.dtype)
     product = _contract(x, widened, weight.contracting_axis, preferred_element_type=jnp.float32)
     return (product * weight.scale).astype(dtype)
+
+
+def _widened_forward(x: Array, weight: Int8, dtype: DTypeLike) -> tuple[Array, tuple[Int8, Array]]:
+    return _multiply_widened(x, weight, dtype), (weight, jnp.zeros((), x.dtype))
 
 
 def widened_backward(dtype: DTypeLike, residuals: tuple[Int8, Array], g: Array) -> tuple[Array, None]:
@@ -274,6 +297,4 @@ def widened_backward(dtype: DTypeLike, residuals: tuple[Int8, Array], g: Array) 
     return dx, None
 
 
-_multiply_widened.defvjp(
-    lambda x, weight, dtype: (_multiply_widened(x, weight, dtype), (weight, jnp.zeros((), x.dtype))), widened_backward
-)
+_multiply_widened.defvjp(_widened_forward, widened_backward)

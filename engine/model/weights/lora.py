@@ -74,7 +74,9 @@ class LoRA(Weight):
         return whole - Plain(self.b * -self.scale).times(inner, dtype)  # subtracted as in `dense`
 
     def cast(self, dtype: DTypeLike) -> "LoRA":
-        base = None if self.base is None else as_weight(self.base).cast(dtype)
+        base = self.base
+        if base is not None:
+            base = as_weight(base).cast(dtype)
         return dataclasses.replace(self, base=base, a=self.a.astype(dtype), b=self.b.astype(dtype))
 
     @property
@@ -110,7 +112,8 @@ def init_lora(cfg: ModelConfig, key: Array, lora: LoraConfig) -> Params:
     adapters: dict[str, LoRA] = {}
     for layer in range(cfg.layers):
         for name in lora.adapted_matrices:
-            path, shape = f"blocks/{layer}/{name}", cfg.matrices[name]
+            path = f"blocks/{layer}/{name}"
+            shape = cfg.matrices[name]
             if lora.rank >= min(shape):
                 raise UserError(f"A LoRA rank for {path} must lie between 1 and {min(shape) - 1}, not {lora.rank}.")
             adapters[path] = make_adapter(jax.random.fold_in(key, len(adapters)), shape, lora.rank, lora.alpha)
@@ -118,7 +121,10 @@ def init_lora(cfg: ModelConfig, key: Array, lora: LoraConfig) -> Params:
 
 
 def innermost_base(weight: Any) -> Any:
-    return innermost_base(weight.base) if isinstance(weight, LoRA) else weight
+    """Returns the weight below all adapters."""
+    while isinstance(weight, LoRA):
+        weight = weight.base
+    return weight
 
 
 def to_dense(weight: Any, dtype: DTypeLike | None = None) -> Array:

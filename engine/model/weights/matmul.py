@@ -53,7 +53,9 @@ def _are_smaller(weights: Sequence[Any], x: Array) -> bool:
 
 def project_each(x: Array, weights: Sequence[Any], dtype: DTypeLike) -> tuple[Array, ...]:
     """x (..., in), each weight (in, out) -> each product (..., out), as `project`; going back, their dx add up in float32."""
-    rows = x if as_weight(weights[0]).rows_differ else x.reshape(-1, x.shape[-1])
+    rows = x
+    if not as_weight(weights[0]).rows_differ:
+        rows = x.reshape(-1, x.shape[-1])
     if all(isinstance(weight, Array) for weight in weights):
         together = _are_smaller(weights, x)
     else:
@@ -84,7 +86,7 @@ def lookup(embed: Any, tokens: Array) -> Array:
 
 def cast_matrices(params: Params, dtype: DTypeLike) -> Params:
     """Returns params with every plain matrix in `dtype`, adapters too. Gains, biases, Int8, Blocks and Roundings stay."""
-    return map_paths(lambda _, leaf: as_weight(leaf).cast(dtype), params)
+    return unflatten({path: as_weight(leaf).cast(dtype) for path, leaf in leaf_paths(params).items()})
 
 
 def matrices_to_blocks(params: Params, kind: str = "Q4_0") -> Params:
@@ -105,7 +107,7 @@ def matrices_to_blocks(params: Params, kind: str = "Q4_0") -> Params:
 def round_while_training(trainable: Params, frozen: Params) -> tuple[Params, Params]:
     """Returns what trains, of Blocks the factors, and frozen weights: merged they are the numbers of `matrices_to_blocks`."""
     trained: dict[str, Any] = {}
-    forms = leaf_paths(map_paths(lambda _, leaf: as_weight(leaf).dense(), matrices_to_blocks(frozen)))
+    forms = {path: as_weight(leaf).dense() for path, leaf in leaf_paths(matrices_to_blocks(frozen)).items()}
     for path, leaf in leaf_paths(trainable).items():
         if isinstance(leaf, Blocks):
             trained[path] = factors_to_train(leaf)

@@ -61,8 +61,10 @@ def _after(weight: Any, other: Array) -> tuple[Any, Array]:
 def _forward(x: Array, weights: tuple[Any, ...], dtype: DTypeLike):
     products = []
     for weight in weights:
-        late, rows = _after(weight, x) if as_weight(weight).merges_late else (weight, x)
-        products.append(_dot(rows, as_weight(late).merged(x.dtype), dtype))
+        rows = x
+        if as_weight(weight).merges_late:
+            weight, rows = _after(weight, x)
+        products.append(_dot(rows, as_weight(weight).merged(x.dtype), dtype))
     return tuple(products), (x, weights)
 
 
@@ -72,14 +74,17 @@ def _backward(dtype: DTypeLike, residuals: tuple[Array, tuple[Any, ...]], gs: tu
     again: list[Any] = []
     late_gs: list[Array] = []
     for weight, g in zip(weights, gs):
-        hold_back = _after if as_weight(weight).merges_late else layout.regather
-        held, late = hold_back(weight, g.astype(x.dtype))
+        late = g.astype(x.dtype)
+        if as_weight(weight).merges_late:
+            held, late = _after(weight, late)
+        else:
+            held, late = layout.regather(weight, late)
         again.append(as_weight(held))
         late_gs.append(late)
     dx = _input_gradient(late_gs, [weight.merged(x.dtype) for weight in again])
     x_transposed = transpose(x)
     pairs = [(weight, g) for weight, g in zip(weights, late_gs) if isinstance(weight, LoRA)]
-    of_pairs = iter(_pair_gradients(x, pairs) if pairs else [])
+    of_pairs = iter(_pair_gradients(x, pairs))
     gradients: list[Any] = []
     for weight, g in zip(weights, late_gs):
         if isinstance(weight, LoRA):
@@ -93,6 +98,8 @@ def _backward(dtype: DTypeLike, residuals: tuple[Array, tuple[Any, ...]], gs: tu
 
 def _pair_gradients(x: Array, pairs: list[tuple[LoRA, Array]]) -> list[LoRA]:
     """Returns da and db of each pair, given the gradient of its product. All a side by side: x is read once for each."""
+    if not pairs:
+        return []
     ends = np.cumsum([weight.rank for weight, _ in pairs])[:-1].tolist()
     side_by_side = jnp.concatenate([weight.a for weight, _ in pairs], 1).astype(x.dtype)
     inner = jnp.split(transpose(_dot(x, side_by_side, x.dtype)), ends)

@@ -38,7 +38,9 @@ class Plain(Weight):
 
     def cast(self, dtype: DTypeLike) -> Array:
         """Gains and biases stay."""
-        return self.array.astype(dtype) if self.array.ndim >= 2 else self.array
+        if self.array.ndim < 2:
+            return self.array
+        return self.array.astype(dtype)
 
     def lookup(self, tokens: Array) -> Array:
         return backward.lookup(self.array, tokens).astype(jnp.float32)
@@ -52,8 +54,9 @@ class Plain(Weight):
 
     def beside(self, others: Sequence["Plain"]) -> Any:
         arrays = [self.array, *(other.array for other in others)]
-        on_host = isinstance(self.array, np.ndarray)
-        return (np if on_host else jnp).concatenate(arrays, axis=-1)
+        if isinstance(self.array, np.ndarray):
+            return np.concatenate(arrays, axis=-1)
+        return jnp.concatenate(arrays, axis=-1)
 
     def for_cpu(self) -> Any:
         return self.array
@@ -61,4 +64,6 @@ class Plain(Weight):
 
 def as_weight(leaf: Any, axis: int = 1) -> Any:
     """Returns a leaf of a model as a Weight; an Array as Plain, with `axis` 0 as an embedding."""
-    return leaf if isinstance(leaf, Weight | TrainingForm) else Plain(leaf, axis)
+    if isinstance(leaf, Weight | TrainingForm):
+        return leaf
+    return Plain(leaf, axis)

@@ -90,7 +90,8 @@ class StackedLoRA(Weight):
 
 def adapter_product(x: Array, weight: StackedLoRA) -> Array:
     """x (B, T, in) -> what adapters add to the base's product, (B, T, out) float32; -0, which adds nothing, where none does."""
-    edges, rank = weight.edges.tolist(), weight.b.shape[1]
+    edges = weight.edges.tolist()
+    rank = weight.b.shape[1]
     if x.shape[1] == 1 and computes_in_c():
         shape = jax.ShapeDtypeStruct((len(x), edges[-1]), jnp.float32)
         return jax.ffi.ffi_call(target("adapter_matmul"), shape)(x[:, 0].astype(jnp.float32), *weight.pairs)[:, None]
@@ -111,10 +112,15 @@ def make_stacks(params: Params, count: int, rank: int) -> Params:
     """
     stacks = {}
     for path, leaf in leaf_paths(params).items():
-        if parts := PARTS.get(path.rpartition("/")[2]):
-            dtype, (rows, columns), ranks = getattr(leaf, "dtype", np.int8), leaf.shape, len(parts) * rank
-            a, b = np.zeros((count + 1, ranks, rows), dtype), np.zeros((count + 1, rank, columns), dtype)
-            stacks[path] = a, b, np.zeros((count + 1, ranks), np.float32)
+        parts = PARTS.get(path.rpartition("/")[2])
+        if not parts:
+            continue
+        dtype = getattr(leaf, "dtype", np.int8)
+        rows, columns = leaf.shape
+        ranks = len(parts) * rank
+        a = np.zeros((count + 1, ranks, rows), dtype)
+        b = np.zeros((count + 1, rank, columns), dtype)
+        stacks[path] = a, b, np.zeros((count + 1, ranks), np.float32)
     return unflatten(stacks)
 
 
@@ -126,9 +132,11 @@ def put_adapter(cfg: ModelConfig, stacks: Params, index: int, adapter: Params) -
         block, _, name = path.rpartition("/")
         a, b, scale = map(np.array, stack)
         a[index] = b[index] = scale[index] = 0
-        column, rank = 0, b.shape[1]
+        column = 0
+        rank = b.shape[1]
         for n, (part, columns) in enumerate(zip(PARTS[name], _columns(cfg, name))):
-            if leaf := leaves.get(f"{block}/{part}"):
+            leaf = leaves.get(f"{block}/{part}")
+            if leaf:
                 ranks = slice(n * rank, n * rank + leaf.rank)
                 a[index, ranks], of_a = _round_rows(np.asarray(leaf.a).T, a.dtype)
                 b[index, : leaf.rank, column : column + columns], of_b = _round_rows(np.asarray(leaf.b), b.dtype)
