@@ -16,44 +16,58 @@ from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import merge_lora
 from engine.model.weights.matmul import matrices_to_blocks
 
-Weights = Literal["file", "q4", "int8", "bfloat16", "float32"]
+WeightType = Literal["file", "q4", "int8", "bfloat16", "float32"]
 # Of a weight at most, and a block's scale.
 BYTES: dict[str, float] = {"file": 17 / 16, "q4": 17 / 16, "int8": 17 / 16, "bfloat16": 2, "float32": 4}
-CHUNK, TAIL = 128, 32  # prompt tokens a call: of a whole chunk, and of a short rest
-SMALL_CHUNK, SMALL_SEGMENT = 64, 256  # where an engine completes a few prompts and is gone: one program reads any prompt
+CHUNK = 128  # prompt tokens a call
+TAIL = 32  # prompt tokens a call of a short rest
+# Where an engine completes a few prompts and is gone: one program reads any prompt.
+SMALL_CHUNK = 64
+SMALL_SEGMENT = 256
 SMALL_CAPACITY = 2048  # tokens that a slot has by default even where they take more than the SHARE
 SMALL_PREFIX_CACHE = 64 * 10**6  # bytes
 SHARE = 0.5  # of free memory that an engine takes at most by default
 
 
-def default_weights(backend: str) -> Weights:
+def largest_power_of_two_below(number: int) -> int:
+    """Returns the largest power of two that is less than a number of at least 2: 4 for 5, and 4 for 8."""
+    return 1 << (number - 1).bit_length() - 1
+
+
+def default_weights(backend: str) -> WeightType:
     return "file" if backend == "cpu" else "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """The options of an engine. A completion depends on its request, the model and these, to the bit, but not on `speculate`,
-    `prefix_cache_bytes` and `embeds`.
-
-    slots: requests at once. capacity: tokens of a slot, prompt and completion; None for the model's context. weights: the type
-    of the matrices, None for the model's; "file" leaves Blocks as they are and makes the others int8, which the kernels in C
-    have in Blocks too; "q4" makes them Blocks of 4 bits. kv_dtype: of the KV cache. prefix_cache_bytes: 0 for none, None for
-    what `with_capacity` chooses. speculate: whether idle rows check draft tokens. chunk: prompt tokens a call; tail: of a short
-    rest. segment: positions of the KV cache's first segment, a multiple of chunk; None for one chunk; the kernels in C have one
-    segment. embeds: whether embeddings are asked for. adapters: the most at once, of at most adapter_rank. Raises UserError.
+    `prefix_cache_bytes` and `embeds`. Raises UserError.
     """
 
+    # Requests at once.
     slots: int = 8
+    # Tokens of a slot, prompt and completion; None for the model's context.
     capacity: int | None = None
-    weights: Weights | None = None
+    # The type of the matrices, None for the model's. "file" leaves Blocks as they are and makes the others int8, which the
+    # kernels in C have in Blocks too; "q4" makes them Blocks of 4 bits.
+    weights: WeightType | None = None
+    # The type of the KV cache.
     kv_dtype: KVDtype = "bfloat16"
+    # 0 for no prefix cache, None for what `with_capacity` chooses.
     prefix_cache_bytes: int | None = 0
+    # Whether idle rows check draft tokens.
     speculate: bool = True
+    # Prompt tokens a call.
     chunk: int = CHUNK
+    # Prompt tokens a call of a short rest.
     tail: int = TAIL
+    # Positions of the KV cache's first segment, a multiple of `chunk`; None for one chunk. The kernels in C have one segment.
     segment: int | None = None
+    # Whether embeddings are asked for.
     embeds: bool = False
+    # Adapters at once, at most.
     adapters: int = 0
+    # The largest rank of an adapter.
     adapter_rank: int = 8
 
     def __post_init__(self) -> None:
@@ -74,7 +88,9 @@ class EngineConfig:
 
         The prefix cache holds a prompt that occurs several times. The KV cache is in the compute dtype.
         """
-        capacity, different = cfg.context if capacity is None else capacity, len(set(prompts))
+        if capacity is None:
+            capacity = cfg.context
+        different = len(set(prompts))
         config = cls(
             len(prompts),
             capacity,
@@ -107,7 +123,9 @@ class EngineConfig:
         """Returns cfg with `weights` as the compute dtype; float32 where the kernel multiplies blocks: it rounds x to int8."""
         if self.weights in ("bfloat16", "float32"):
             return dataclasses.replace(cfg, dtype=self.weights)
-        return dataclasses.replace(cfg, dtype="float32") if self.weights and choose_backend().in_c else cfg
+        if self.weights and choose_backend().in_c:
+            return dataclasses.replace(cfg, dtype="float32")
+        return cfg
 
     def prepare_params(self, cfg: ModelConfig, params: Any, whole: bool = True) -> Any:
         """Returns params as the programs use them, `whole` on one device: adapters merged, and rounded for file, int8 and q4.
@@ -126,9 +144,10 @@ class EngineConfig:
 
         A prefix cache of the default size holds a slot's text, and at least SMALL_PREFIX_CACHE.
         """
-        capacity, prefix = self.capacity or cfg.context, self.prefix_cache_bytes
+        capacity = self.capacity or cfg.context
+        prefix = self.prefix_cache_bytes
         while not self.capacity and capacity > SMALL_CAPACITY and self.bytes(cfg, capacity) > SHARE * free:
-            capacity = 1 << (capacity - 1).bit_length() - 1
+            capacity = largest_power_of_two_below(capacity)
         if prefix is None:
             prefix = max(SMALL_PREFIX_CACHE, self.slot_bytes(cfg, capacity))
         return dataclasses.replace(self, capacity=capacity, prefix_cache_bytes=prefix)

@@ -33,7 +33,8 @@ class Constraint:
     """Follows one completion through a grammar, which has `failed` when it became too complex on the way."""
 
     def __init__(self, matcher: Any, end_ids: frozenset[int]) -> None:
-        self._matcher, self._end_ids = matcher, end_ids
+        self._matcher = matcher
+        self._end_ids = end_ids
 
     can_run_ahead = True  # whether a sampled token may be allowed without its mask
 
@@ -80,7 +81,8 @@ class ForcedTokens(Constraint):
     failed = can_run_ahead = False
 
     def __init__(self, tokens: Sequence[int]) -> None:
-        self.tokens, self._done = tuple(tokens), 0
+        self.tokens = tuple(tokens)
+        self._done = 0
 
     def begin(self) -> "ForcedTokens":
         return ForcedTokens(self.tokens)
@@ -110,7 +112,8 @@ class GrammarCompiler:
             raise UserError("Grammars need llguidance: install the extra `serve` (uv sync --extra serve).") from None
         self._library: Any = llguidance
         self._tokenizer = self._library.LLTokenizer(_Vocabulary(tokenizer, vocab, min(end_ids)), vocab, sorted(end_ids))
-        self._limits, self._end_ids = self._library.LLParserLimits(**LIMITS), frozenset(end_ids)
+        self._limits = self._library.LLParserLimits(**LIMITS)
+        self._end_ids = frozenset(end_ids)
 
     def compile(self, grammar: str) -> Constraint:
         """Compiles a grammar, in about a second at most, without Python's lock. Raises UserError, which says what is wrong."""
@@ -133,9 +136,15 @@ class _Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer, vocab: int, end: int) -> None:
         controls = tokenizer.controls
-        self._tokenizer, self.eos_token_id, self.special_token_ids = tokenizer, end, [*controls]
-        name = lambda token: controls[token].content.encode() if token in controls else tokenizer.bytes_of(token)
-        self.tokens = [name(token) for token in range(vocab)]
+        self._tokenizer = tokenizer
+        self.eos_token_id = end
+        self.special_token_ids = [*controls]
+        self.tokens = []
+        for token in range(vocab):
+            if token in controls:
+                self.tokens.append(controls[token].content.encode())
+            else:
+                self.tokens.append(tokenizer.bytes_of(token))
 
     def __call__(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, continued=True).tolist()
@@ -185,8 +194,13 @@ def tag_grammar(structures: Sequence[tuple[str, dict[str, Any], str]], triggers:
         if not matching:
             raise UserError(f"no trigger begins the structure {begin[:80]!r}")
         trigger = min(matching, key=len)  # the text comes to it first
-        texts = [json.dumps(text) if text else "" for text in (begin.removeprefix(trigger), end)]
-        rules[trigger].append(f"{texts[0]} {json_rule(schema)} {texts[1]}")
+        rest = begin.removeprefix(trigger)
+        parts = [json_rule(schema)]
+        if rest:
+            parts.insert(0, json.dumps(rest))
+        if end:
+            parts.append(json.dumps(end))
+        rules[trigger].append(" ".join(parts))
     lines = []
     for number, (trigger, bodies) in enumerate(rules.items()):
         if not bodies:
@@ -216,7 +230,9 @@ def _checked(schema: Any, depth: int, lenient: bool) -> Any:
         return [_checked(value, depth + 1, lenient) for value in schema]
     if not isinstance(schema, dict):
         return schema
-    multiple, least, checked = schema.get("multipleOf"), schema.get("minProperties"), dict[str, Any]()
+    checked: dict[str, Any] = {}
+    multiple = schema.get("multipleOf")
+    least = schema.get("minProperties")
     if isinstance(multiple, int | float) and not 0 < _digits(multiple) <= MAX_MULTIPLE:
         if not lenient:
             raise UserError(f"multipleOf {multiple} cannot be enforced, for it is 0 or has too many digits")
@@ -234,7 +250,9 @@ def _checked(schema: Any, depth: int, lenient: bool) -> Any:
             checked[name] = {_rust_pattern(pattern): _checked(inner, depth + 2, lenient) for pattern, inner in value.items()}
         else:
             inner = _checked(value, depth + 1, lenient)
-            checked[name] = value if name in ("const", "enum") else inner
+            if name in ("const", "enum"):
+                inner = value
+            checked[name] = inner
     return checked
 
 
@@ -243,7 +261,8 @@ def _rust_pattern(pattern: str) -> str:
 
     White space and line ends are other characters in each: U+0085 is none in ECMAScript, U+FEFF and U+2028 are none in Rust.
     """
-    parts, inside = [], ""
+    parts = []
+    inside = ""  # the bracket that opened a class of characters
     for part in re.findall(r"\\.|\[\^?|.", pattern, re.S):
         if part == r"\s":
             parts.append({"": r"[ \t\n\r\f\v]", "[": r" \t\n\r\f\v"}.get(inside, r"\s\x{FEFF}"))
@@ -251,7 +270,10 @@ def _rust_pattern(pattern: str) -> str:
             parts.append(r"[^\s\x{FEFF}]" if part == r"\S" else r"[^\n\r\x{2028}\x{2029}]")
         else:
             parts.append(part)
-        inside = part if not inside and part in ("[", "[^") else "" if part == "]" else inside
+        if part == "]":
+            inside = ""
+        elif not inside and part in ("[", "[^"):
+            inside = part
     return "".join(parts)
 
 

@@ -39,7 +39,9 @@ def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Para
 
     def to_numpy(_: str, leaf: Any) -> Any:  # JAX casts and joins by a program for each shape
         is_here = transposes and isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-        return np.asarray(leaf) if is_here and leaf.ndim == 2 and leaf.dtype != cfg.dtype else leaf
+        if is_here and leaf.ndim == 2 and leaf.dtype != cfg.dtype:
+            return np.asarray(leaf)
+        return leaf
 
     def lay_out(_: str, leaf: Any) -> Any:
         if transposes:
@@ -48,7 +50,9 @@ def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Para
 
     def prepare(tree: Params, joins: bool = False) -> Params:
         cast = cast_matrices(map_paths(to_numpy, merge_lora(tree, cfg.dtype)), cfg.dtype)
-        return map_paths(lay_out, join_projections(cast) if joins else cast)
+        if joins:
+            cast = join_projections(cast)
+        return map_paths(lay_out, cast)
 
     # One block after another: what is merged and not yet joined takes no more room than a block.
     blocks = {layer: prepare(block, joins=whole) for layer, block in params["blocks"].items()}
@@ -103,9 +107,15 @@ def generate(
     for chunk in chunks:
         tokens = np.pad(np.array([chunk], np.int32), ((0, 0), (0, CHUNK - len(chunk))))
         _, cache = prefill(cfg, params, tokens, np.array([len(chunk)], np.int32), cache)
-    token, output = np.array(prompt[-1:], np.int32), list[int]()
+    token = np.array(prompt[-1:], np.int32)
+    output: list[int] = []
     while len(output) < count and not {*output} & {*stop_token_ids}:
         following, cache = decode_steps(cfg, params, token, cache, sampling)
         output += following[0].tolist()
         token = following[:, -1]
-    return [*itertools.takewhile(lambda token: token not in stop_token_ids, output[:count])]
+    before_stop = []
+    for token_id in output[:count]:
+        if token_id in stop_token_ids:
+            break
+        before_stop.append(token_id)
+    return before_stop

@@ -48,7 +48,8 @@ class Engine:
         capacity = cfg.context if config.capacity is None else config.capacity
         if not 2 <= capacity <= cfg.context:
             raise UserError(f"capacity must be between 2 and the model's context of {cfg.context}, not {capacity}.")
-        self.cfg, self.capacity = cfg, capacity
+        self.cfg = cfg
+        self.capacity = capacity
         self.config = dataclasses.replace(config, capacity=capacity)
         self.rows = config.rows
         self.prefix_cache = PrefixCache(config.prefix_cache_bytes or 0)
@@ -83,7 +84,8 @@ class Engine:
 
     @property
     def used_positions(self) -> int:
-        return sum(s.prefilled_tokens if s.to_prefill else s.position for s in self.scheduler.running)
+        prefilled = sum(sequence.prefilled_tokens for sequence in self.scheduler.prefilling)
+        return prefilled + sum(sequence.position for sequence in self.scheduler.decoding)
 
     def submit(self, request: Request, priority: int = 0) -> int:
         """Queues a request and returns its id. Slots go to the lowest priority, among equal ones to the first that came.
@@ -98,7 +100,9 @@ class Engine:
     def queue_position(self, priority: int) -> int:
         """Returns the queue position of the requests with this priority: 1 is served next, 0 when none waits for a slot."""
         waiting = {sequence.priority for sequence in tuple(self.scheduler.waiting)}
-        return sum(other <= priority for other in waiting) if priority in waiting else 0
+        if priority not in waiting:
+            return 0
+        return sum(other <= priority for other in waiting)
 
     def prefill_progress(self, priority: int) -> tuple[int, int]:
         """Returns how many tokens of a prompt with this priority are prefilled, and of how many; zeros if none is under way."""
@@ -160,9 +164,12 @@ class Engine:
 
     def _compare_tails(self) -> bool:
         """Returns whether a chunk computed at once and in tails has the same bits, under an adapter where there may be one."""
-        chunk, tail = self.config.chunk, self.config.tail
+        chunk = self.config.chunk
+        tail = self.config.tail
         tokens = np.random.default_rng(0).integers(self.cfg.vocab, size=(1, chunk), dtype=np.int32)
-        results, stacks, adapter = [], self.runner.stacks, int(self.config.adapters > 0)
+        results = []
+        stacks = self.runner.stacks
+        adapter = int(self.config.adapters > 0)
         if adapter:
             self.runner.put_adapter(adapter, self.random_adapter())
         self.used_slots.add(0)
@@ -181,21 +188,22 @@ class Engine:
             position: Any = np.full(R, -1, np.int32)
             position[0] = 0
             rows = make_rows(position, np.zeros_like(position), self.config.slots)
-            masks, sampling = make_token_masks(R, self.cfg.vocab), [SamplingParams(seed=1)] * R
+            masks = make_token_masks(R, self.cfg.vocab)
+            sampling = [SamplingParams(seed=1)] * R
             sampled = self.runner.decode(np.zeros_like(position), rows, sampling, masks, STEPS, True, np.zeros_like(position))
             results.append([(sampled.token[step, 0], sampled.logprob[step, 0]) for step in range(STEPS)])
         return results[0] == results[1]
 
     def random_adapter(self) -> Params:
-        rng, rank = np.random.default_rng(0), self.config.adapter_rank
-        normal: Callable[..., Any] = lambda *shape: rng.standard_normal(shape, np.float32)
-        return unflatten(
-            {
-                f"blocks/{layer}/{name}": LoRA(None, normal(rows, rank), normal(rank, columns), 1 / rows)
-                for layer in range(self.cfg.layers)
-                for name, (rows, columns) in self.cfg.matrices.items()
-            }
-        )
+        rng = np.random.default_rng(0)
+        rank = self.config.adapter_rank
+        leaves: dict[str, Any] = {}
+        for layer in range(self.cfg.layers):
+            for name, (rows, columns) in self.cfg.matrices.items():
+                a: Any = rng.standard_normal((rows, rank), np.float32)
+                b: Any = rng.standard_normal((rank, columns), np.float32)
+                leaves[f"blocks/{layer}/{name}"] = LoRA(None, a, b, 1 / rows)
+        return unflatten(leaves)
 
     def _prefill(self, sequence: Sequence) -> None:
         """Copies a prompt's chunks from the prefix cache, then computes one, or a tail: at most HITS_AT_ONCE in all.
@@ -217,8 +225,10 @@ class Engine:
             self.scheduler.record_prefill(sequence, count)
             if not (cached and self.scheduler.prefilling):
                 return
-            if not sequence.to_prefill and (sequence := self.scheduler.shortest_prompt).request.embed:
-                return
+            if not sequence.to_prefill:
+                sequence = self.scheduler.shortest_prompt
+                if sequence.request.embed:
+                    return
 
     def _embed(self, sequence: Sequence) -> list[Event]:
         """Computes one chunk of a text whose embedding is asked for, without the prefix cache: every token's state counts."""
@@ -245,7 +255,8 @@ class Engine:
 
     def _compute(self, sequence: Sequence, tokens: tuple[int, ...], done: int) -> int:
         """Computes the next chunk of a prompt, or a tail of one that is begun; returns the count of its tokens."""
-        tail, chunk = self.config.tail, self.config.chunk
+        tail = self.config.tail
+        chunk = self.config.chunk
         size = tail if done or len(tokens) <= min(MAX_TAILS, chunk // tail) * tail else chunk
         part = tokens[done : done + size]
         self._prefill_part(sequence, part, size)
@@ -258,20 +269,25 @@ class Engine:
         return self.runner.prefill(padded, sequence.slot, sequence.prefilled_tokens, sequence.request.adapter_index)
 
     def _cache(self, sequence: Sequence, tokens: tuple[int, ...], start: int) -> None:
-        size = self.config.tail if len(tokens) <= self.config.tail else self.config.chunk
+        size = self.config.chunk
+        if len(tokens) <= self.config.tail:
+            size = self.config.tail
         chunk = self.runner.read(sequence.slot, start, size)
         counts: Iterable[int] = self._prefix_lengths(tokens)
         # A NaN spoils the tokens before it in its chunk too, for 0 times NaN is NaN; and from any layer it reaches the last.
-        last = [np.asarray(leaf)[[self.cfg.layers - 1, -1]] for leaf in jax.tree.leaves(chunk)] if counts else []
-        if not all(np.isfinite(part[:, :, : len(tokens)]).all() for part in last):
-            counts = ()
+        if counts:
+            last = [np.asarray(leaf)[[self.cfg.layers - 1, -1]] for leaf in jax.tree.leaves(chunk)]
+            if not all(np.isfinite(part[:, :, : len(tokens)]).all() for part in last):
+                counts = ()
         keys = [chunk_key(sequence.prefix_key, tokens[:count]) for count in (len(tokens), *counts)]
         self.prefix_cache.put(keys[0], chunk, sequence.prefix_key if start else None, keys[1:])
 
     def _prefix_lengths(self, tokens: tuple[int, ...]) -> range:
         """Returns the counts of a chunk's first tokens after which tails may follow, the most first."""
+        if not self.tails_are_exact:
+            return range(0)
         tail = self.config.tail
-        return range((len(tokens) - 1) // tail * tail if self.tails_are_exact else 0, 0, -tail)
+        return range((len(tokens) - 1) // tail * tail, 0, -tail)
 
     def _decode(self, batch: Decode) -> list[Event]:
         sequences = batch.sequences
@@ -282,15 +298,20 @@ class Engine:
         R = self.rows
         program = "decode"
         if len(batch.rows) <= self.few_rows:
-            R, batch = self.few_rows, batch.renumbered()
+            R = self.few_rows
+            batch = batch.renumbered()
             program = "decode_few"
         token: Any = np.zeros(R, np.int32)
         position: Any = np.full(R, -1, np.int32)
         slot: Any = np.minimum(np.arange(R, dtype=np.int32), self.config.slots - 1)
-        sampling, adapters = [IDLE_SAMPLING] * R, np.zeros(R, np.int32)
+        sampling = [IDLE_SAMPLING] * R
+        adapters = np.zeros(R, np.int32)
         for row in batch.rows:
-            token[row.row], position[row.row], slot[row.row] = row.token, row.position, row.slot
-            sampling[row.row], adapters[row.row] = row.sequence.request.sampling, row.sequence.request.adapter_index
+            token[row.row] = row.token
+            position[row.row] = row.position
+            slot[row.row] = row.slot
+            sampling[row.row] = row.sequence.request.sampling
+            adapters[row.row] = row.sequence.request.adapter_index
         rows = make_rows(position, slot, self.config.slots, batch.draft_writes)
         logprobs = any(sequence.request.sampling.logprobs is not None for sequence in sequences)
         masks = self._masks(batch, R)
@@ -313,18 +334,24 @@ class Engine:
                 for token in sequence.request.sampling.stop_token_ids:
                     allowed[token // 32] &= ~np.uint32(1 << token % 32)
                 if allowed.any():  # else its grammar ends here
-                    masks.steps[row], masks.allowed[row] = 1 if sequence.constraint else STEPS, allowed
+                    masks.allowed[row] = allowed
+                    masks.steps[row] = 1 if sequence.constraint else STEPS
         return masks
 
     def _event(self, sequence: Sequence, batch: Decode, sampled: SampledTokens) -> Event:
-        samples = [(step, row) for row in batch.rows_of(sequence) for step in range(batch.steps)]
-        values = (int(sampled.token[at]) if sampled.finite[at] else None for at in samples)
+        samples = []  # (step, row) of each token, in order
+        values: list[int | None] = []
+        for row in batch.rows_of(sequence):
+            for step in range(batch.steps):
+                samples.append((step, row))
+                values.append(int(sampled.token[step, row]) if sampled.finite[step, row] else None)
         tokens, reason = sequence.accept(values, batch.drafts_of(sequence))
         count = sequence.request.sampling.logprobs
         logprobs = []
-        for at in samples[: len(tokens)] if count is not None else ():
-            top = (array[at][:count].tolist() for array in (sampled.top_tokens, sampled.top_logprobs))
-            logprobs.append(LogProb(int(sampled.token[at]), float(sampled.logprob[at]), tuple(zip(*top))))
+        if count is not None:
+            for at in samples[: len(tokens)]:
+                top = zip(sampled.top_tokens[at][:count].tolist(), sampled.top_logprobs[at][:count].tolist())
+                logprobs.append(LogProb(int(sampled.token[at]), float(sampled.logprob[at]), tuple(top)))
         if reason:
             self.scheduler.finish(sequence)
         return Event(sequence.id, tokens, reason, logprobs, sequence.cached_tokens, sequence.stop_token)
@@ -336,7 +363,7 @@ def complete(
     prompts: Iterable[Collection[int]],
     sampling: Iterable[SamplingParams],
     capacity: int | None = None,
-    report: Callable[[int, int], None] = lambda *_: None,
+    report: Callable[[int, int], None] | None = None,
 ) -> list[Completion]:
     """Completes each prompt, in at most `capacity` tokens together with it, by an engine of its own.
 
@@ -349,7 +376,8 @@ def complete(
     for prompt, options in zip(texts, sampling, strict=True):
         tokens[engine.submit(Request(prompt, options.within(engine.capacity - len(prompt))))] = []
     while engine.busy:
-        report(sum(event.finish_reason is not None for event in ends.values()), len(texts))
+        if report:
+            report(sum(event.finish_reason is not None for event in ends.values()), len(texts))
         for event in engine.step():
             tokens[event.id] += event.tokens
             ends[event.id] = event

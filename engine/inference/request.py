@@ -165,7 +165,8 @@ class Completion(NamedTuple):
 
 def check_request(request: Request, vocab: int, capacity: int) -> None:
     """Raises InvalidField when a model of `vocab` tokens with room for `capacity` cannot serve the request to its end."""
-    prompt, sampling = request.prompt, request.sampling
+    prompt = request.prompt
+    sampling = request.sampling
     if not prompt:
         raise InvalidField("prompt", "The prompt has no tokens; give at least one.")
     fields = {"prompt": prompt, "logit_bias": sampling.logit_bias, "stop_token_ids": sampling.stop_token_ids}

@@ -77,8 +77,12 @@ class SampledTokens(NamedTuple):
     top_logprobs: Array  # (STEPS, R, X) float32
 
 
+def _like_prefilled(params: Params, segments: KVSegments, tokens: Array, embeds: Array | None, *_: Any) -> Any:
+    return embeds, segments
+
+
 @jax.jit(static_argnames="cfg", donate_argnames="segments")
-@stored(lambda params, segments, tokens, embeds, *_: (embeds, segments))
+@stored(_like_prefilled)
 def prefill_chunk(
     cfg: ModelConfig,
     params: Params,
@@ -93,7 +97,8 @@ def prefill_chunk(
 
     With `embeds`, which is EMBEDS, it sums the head's input over the tokens, for an embedding: (1, D) float32.
     """
-    is_token, T = tokens >= 0, tokens.shape[1]
+    is_token = tokens >= 0
+    T = tokens.shape[1]
     rows = CacheRows(start[None], slot[None], jnp.zeros((1,), jnp.int32), slot[None], is_token)
     params = with_stacks(cfg, params, *adapters)
     hidden, cache = hidden_states(cfg, params, tokens, (start + jnp.arange(T))[None], segmented_cache(segments, rows))
@@ -101,8 +106,12 @@ def prefill_chunk(
     return summed, layout.pin_cache(cache.segments)
 
 
+def _like_decoded(params: Params, segments: KVSegments, counts: TokenCounts, *_: Any) -> Any:
+    return SampledTokens(*range(5)), segments, counts
+
+
 @jax.jit(static_argnames="cfg", donate_argnames=("segments", "counts"))
-@stored(lambda params, segments, counts, *_: (SampledTokens(*range(5)), segments, counts))
+@stored(_like_decoded)
 def decode_slots(
     cfg: ModelConfig,
     params: Params,
@@ -121,7 +130,8 @@ def decode_slots(
     One program does one step or several: a row's numbers are the same to the bit, whatever others do. `masks` hold for as many
     steps as they say. Without `logprobs` () bool log-probabilities are 0.
     """
-    R, X = len(token), min(MAX_LOGPROBS, cfg.vocab)
+    R = len(token)
+    X = min(MAX_LOGPROBS, cfg.vocab)
     params = with_stacks(cfg, params, *adapters)
 
     def step(i: Array, carry: Any) -> Any:
@@ -131,21 +141,29 @@ def decode_slots(
         logits, cache = forward(cfg, params, token[:, None], jnp.maximum(position, 0)[:, None], cache)
         logits = logits[:, 0]
         with jax.named_scope("sample"):
-            adjusted = jax.lax.cond(
-                sampling.adjusts_logits.any(), adjust_logits, lambda logits, *_: logits, logits, counts, rows.slot, sampling
-            )
+            is_any_adjusted = sampling.adjusts_logits.any()
+            adjusted = jax.lax.cond(is_any_adjusted, adjust_logits, _unchanged, logits, counts, rows.slot, sampling)
             masked = masks.steps > i
-            allowed = jax.lax.cond(masked.any(), mask_logits, lambda logits, *_: logits, adjusted, masked, masks.allowed)
+            allowed = jax.lax.cond(masked.any(), mask_logits, _unchanged, adjusted, masked, masks.allowed)
             token = sample(allowed, position + 1, sampling)
             new = (token, jnp.isfinite(logits.max(-1)), *_log_probabilities(logits, token, X, logprobs))
             sampled = SampledTokens(*(array.at[i].set(row) for array, row in zip(sampled, new)))
             counts = counts._replace(counts=counts.counts.at[rows.slot, token].add(position >= 0))
         return token, cache.segments, counts, sampled
 
-    zeros = lambda dtype, *shape: jnp.zeros((STEPS, R, *shape), dtype)
-    sampled = SampledTokens(zeros(jnp.int32), zeros(bool), zeros(jnp.float32), zeros(jnp.int32, X), zeros(jnp.float32, X))
+    sampled = SampledTokens(
+        token=jnp.zeros((STEPS, R), jnp.int32),
+        finite=jnp.zeros((STEPS, R), bool),
+        logprob=jnp.zeros((STEPS, R)),
+        top_tokens=jnp.zeros((STEPS, R, X), jnp.int32),
+        top_logprobs=jnp.zeros((STEPS, R, X)),
+    )
     _, segments, counts, sampled = jax.lax.fori_loop(0, steps, step, (token, segments, counts, sampled))
     return sampled, *layout.pin_cache((segments, counts))
+
+
+def _unchanged(logits: Array, *_: Any) -> Array:
+    return logits
 
 
 def _log_probabilities(logits: Array, token: Array, X: int, wanted: Array) -> tuple[Array, Array, Array]:
@@ -157,7 +175,10 @@ def _log_probabilities(logits: Array, token: Array, X: int, wanted: Array) -> tu
         best, tokens = jax.lax.top_k(logits, X)
         return (jnp.take_along_axis(logits, token[:, None], axis=-1) - total)[:, 0], tokens, best - total
 
-    return jax.lax.cond(wanted, computed, lambda: (jnp.zeros(R), jnp.zeros((R, X), jnp.int32), jnp.zeros((R, X))))
+    def zeros():
+        return jnp.zeros(R), jnp.zeros((R, X), jnp.int32), jnp.zeros((R, X))
+
+    return jax.lax.cond(wanted, computed, zeros)
 
 
 class Program(NamedTuple):
@@ -215,7 +236,7 @@ def idle_programs(
         chunk = layout.inference_shapes((), jax.tree.map(shape, segments.k[0][0]))[1]
         if isinstance(jax.tree.leaves(segments)[0], jax.ShapeDtypeStruct):
             return chunk
-        return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), chunk)
+        return jax.tree.map(_zeros_like, chunk)
 
     def decode(R: int) -> Program:
         nobody: Any = np.full(R, -1, np.int32)
@@ -255,6 +276,10 @@ def idle_programs(
     return programs
 
 
+def _zeros_like(shape: jax.ShapeDtypeStruct) -> Array:
+    return jax.device_put(np.zeros(shape.shape, shape.dtype), shape.sharding)
+
+
 def row_adapters(stacks: Params | None, index: Any) -> RowAdapters:
     return NO_ADAPTERS if stacks is None else RowAdapters(stacks, np.asarray(index, np.int32))
 
@@ -278,7 +303,11 @@ def compile_programs(programs: Mapping[str, Program]) -> Generator[tuple[str, in
 def compile_ahead(cfg: ModelConfig, params: Any, config: EngineConfig) -> Iterator[tuple[str, int]]:
     """Compiles the programs of an engine, as it is iterated, from the shapes of `params` alone."""
     backend = choose_backend()
-    state = jax.eval_shape(lambda: (*empty_cache(cfg, config, backend), empty_stacks(params, config)))
+
+    def empty_state() -> Any:
+        return *empty_cache(cfg, config, backend), empty_stacks(params, config)
+
+    state = jax.eval_shape(empty_state)
     params, state_shapes = layout.inference_shapes(params, state)
     return compile_programs(idle_programs(cfg, config, backend, params, *state_shapes))
 

@@ -22,13 +22,15 @@ DTYPES = {"top_k": np.int32, "seed": np.uint32, "adjusts_logits": np.bool_}  # o
 
 
 class SamplingArrays(NamedTuple):
-    """The fields of B rows' SamplingParams that `sample` reads, and then those that `adjust_logits` reads: (B,) of DTYPES."""
+    """The fields of B rows' SamplingParams that programs read: (B,) of DTYPES."""
 
+    # What `sample` reads
     temperature: Array
     top_k: Array
     top_p: Array
     min_p: Array
     seed: Array
+    # What `adjust_logits` reads
     adjusts_logits: Array
     presence_penalty: Array
     frequency_penalty: Array
@@ -50,8 +52,10 @@ class TokenCounts(NamedTuple):
 
 
 def sampling_arrays(rows: Sequence[SamplingParams]) -> SamplingArrays:
-    column: Any = lambda name: np.array([getattr(row, name) for row in rows], DTYPES.get(name, np.float32))
-    return SamplingArrays(*map(column, SamplingArrays._fields))
+    columns: dict[str, Any] = {}
+    for name in SamplingArrays._fields:
+        columns[name] = np.array([getattr(row, name) for row in rows], DTYPES.get(name, np.float32))
+    return SamplingArrays(**columns)
 
 
 def make_token_masks(rows: int, vocab: int) -> TokenMasks:
@@ -65,7 +69,8 @@ def make_token_counts(cfg: ModelConfig, slots: int) -> TokenCounts:
 
 def count_prompt(prompt: Sequence[int], logit_bias: Mapping[int, float], vocab: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns a request's bias (V,) float32 and counts (V,) int32 before any output."""
-    bias, counts = np.zeros(vocab, np.float32), np.zeros(vocab, np.int32)
+    bias = np.zeros(vocab, np.float32)
+    counts = np.zeros(vocab, np.int32)
     bias[[*logit_bias]] = [*logit_bias.values()]
     counts[[*prompt]] = IN_PROMPT
     return bias, counts
@@ -80,7 +85,10 @@ def adjust_logits(logits: Array, counts: TokenCounts, slots: Array, sampling: Sa
     """Returns logits (R, V) after bias and penalties by the counts of slots (R,), unchanged to the bit in rows without any."""
     counts = TokenCounts(counts.bias[slots], counts.counts[slots])
     in_output = counts.counts & (IN_PROMPT - 1)
-    adjusts, presence, frequency, repetition = (values[:, None] for values in sampling[5:])
+    adjusts = sampling.adjusts_logits[:, None]
+    presence = sampling.presence_penalty[:, None]
+    frequency = sampling.frequency_penalty[:, None]
+    repetition = sampling.repetition_penalty[:, None]
     repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
     adjusted = jnp.where(counts.counts > 0, repeated, logits) + counts.bias
     adjusted = adjusted - frequency * in_output - jnp.where(in_output > 0, presence, 0)
@@ -100,20 +108,36 @@ def sample(logits: Array, positions: Array, sampling: SamplingArrays) -> Array:
     V = logits.shape[-1]
     best = jnp.min(jnp.where(logits == logits.max(-1, keepdims=True), jnp.arange(V), V), axis=-1)
     best = jnp.where(best < V, best, 0)
-    sampled = lambda: jnp.where(sampling.temperature > 0, _sample(logits, positions, sampling, best), best)
-    return jax.lax.cond(jnp.any(sampling.temperature > 0), sampled, lambda: best)
+
+    def greedy() -> Array:
+        return best
+
+    def sampled() -> Array:
+        return jnp.where(sampling.temperature > 0, _sample(logits, positions, sampling, best), best)
+
+    return jax.lax.cond(jnp.any(sampling.temperature > 0), sampled, greedy)
 
 
 def _sample(logits: Array, positions: Array, sampling: SamplingArrays, best: Array) -> Array:
     scaled = logits / jnp.maximum(sampling.temperature, 1e-6)[:, None]
     top = scaled.max(-1)
     cut = (sampling.top_k > 0) | (sampling.top_p < 1)
-    lowest = jax.lax.cond(jnp.any(cut), lambda: _threshold(scaled, sampling), lambda: jnp.full(cut.shape, -jnp.inf))
+
+    def threshold() -> Array:
+        return _threshold(scaled, sampling)
+
+    def none() -> Array:
+        return jnp.full(cut.shape, -jnp.inf)
+
+    lowest = jax.lax.cond(jnp.any(cut), threshold, none)
     lowest = jnp.maximum(jnp.where(cut, lowest, -jnp.inf), top + jnp.log(sampling.min_p))
     weights = jnp.where(scaled >= lowest[:, None], jnp.exp(scaled - top[:, None]), 0.0)
-    key = lambda seed, position: jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
-    uniform = jax.vmap(lambda seed, position: jax.random.uniform(key(seed, position)))(sampling.seed, positions)
-    return _pick(weights, uniform, best)
+
+    def draw(seed: Array, position: Array) -> Array:
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
+        return jax.random.uniform(key)
+
+    return _pick(weights, jax.vmap(draw)(sampling.seed, positions), best)
 
 
 def _threshold(scaled: Array, sampling: SamplingArrays) -> Array:
@@ -138,7 +162,10 @@ def _threshold(scaled: Array, sampling: SamplingArrays) -> Array:
         among_k = jnp.where(scaled >= kth[:, None], weights, 0.0)
         return jnp.where(enough, lowest, _largest(scaled, among_k, sampling.top_p * among_k.sum(-1)))
 
-    return jax.lax.cond(jnp.all(enough), lambda: lowest, search)
+    def found() -> Array:
+        return lowest
+
+    return jax.lax.cond(jnp.all(enough), found, search)
 
 
 def _largest(x: Array, weights: Array, goal: Array) -> Array:
@@ -146,7 +173,10 @@ def _largest(x: Array, weights: Array, goal: Array) -> Array:
 
     The bits of a float32, those below the sign flipped where it is negative, are integers in the same order.
     """
-    in_order = lambda bits: jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+
+    def in_order(bits: Array) -> Array:
+        return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+
     keys = in_order(jax.lax.bitcast_convert_type(x, jnp.int32))
 
     def bisect(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -5,6 +5,8 @@
 
 import bisect
 import dataclasses
+import itertools
+import operator
 from collections import deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -56,7 +58,8 @@ class Drafter:
     def draft(self, count: int) -> list[int]:
         """Returns up to `count` draft tokens: as many as are right often enough for checking them to pay."""
         drafts: list[int] = []
-        tail, chance = self._text[-len(CHANCES) :], 1.0
+        tail = self._text[-len(CHANCES) :]
+        chance = 1.0
         while len(drafts) < count:
             length, token = self._match(tail)
             chance *= self._likelihood(length)
@@ -78,7 +81,8 @@ class Drafter:
     def _match(self, tail: list[int]) -> tuple[int, int]:
         """Returns how many of the last tokens stood earlier in the text, and what followed them there; (0, -1) if none."""
         for length in range(len(tail), 0, -1):
-            if (position := self._next.get(tuple(tail[-length:]))) is not None:
+            position = self._next.get(tuple(tail[-length:]))
+            if position is not None:
                 return length, self._text[position]
         return 0, -1
 
@@ -122,7 +126,8 @@ class Sequence:
 
         The most probable of all tokens, if it is allowed, is the most probable of those that are.
         """
-        sampling, constraint = self.request.sampling, self.constraint
+        sampling = self.request.sampling
+        constraint = self.constraint
         is_greedy = sampling.temperature == 0 and not sampling.adjusts_logits
         return constraint is not None and constraint.can_run_ahead and is_greedy and self.patience <= 0
 
@@ -137,7 +142,9 @@ class Sequence:
 
     @property
     def last_token(self) -> int:
-        return self.output_tokens[-1] if self.output_tokens else self.request.prompt[-1]
+        if self.output_tokens:
+            return self.output_tokens[-1]
+        return self.request.prompt[-1]
 
     @property
     def position(self) -> int:
@@ -169,7 +176,9 @@ class Sequence:
         drafts = self.drafter.draft(count)
         if self.constraint:
             return self.constraint.allowed_drafts(drafts, count)
-        return drafts or ([] if self.drafter.is_worthwhile else None)
+        if not drafts and not self.drafter.is_worthwhile:
+            return None
+        return drafts
 
     def accept(self, sampled: Iterable[int | None], drafts: list[int] | None = None) -> tuple[list[int], FinishReason | None]:
         """Appends the sampled tokens that count; returns them, and the reason if the sequence ends.
@@ -177,22 +186,29 @@ class Sequence:
         None: a token whose logits were no numbers. With `drafts`, each token after the first was sampled after one of them, and
         counts only if all drafts up to that one were right; without, the tokens are of consecutive steps.
         """
-        sampled, accepted = list(sampled), list[int]()
+        accepted: list[int] = []
         reason: FinishReason | None = None
+        ends = self.request.sampling.stop_token_ids
         for index, token in enumerate(sampled):
             if self.constraint and self.constraint.failed:
                 reason = "grammar"
                 break
-            ends, ran_ahead = self.request.sampling.stop_token_ids, index > 0 and not drafts
+            ran_ahead = index > 0 and not drafts
             if self.constraint and ran_ahead and token is not None and (token in ends or not self.constraint.allows(token)):
                 self.patience = PATIENCE + len(accepted)
                 break
-            if token is None or token in ends:
-                reason, self.stop_token = "error" if token is None else "stop", token
+            if token is None:
+                reason = "error"
+                break
+            if token in ends:
+                reason = "stop"
+                self.stop_token = token
                 break
             accepted.append(token)
-            if self.constraint and (reason := self.constraint.accept(token)):
-                break
+            if self.constraint:
+                reason = self.constraint.accept(token)
+                if reason:
+                    break
             if len(accepted) == self.remaining:
                 reason = "length"
                 break
@@ -252,8 +268,11 @@ class Decode(NamedTuple):
     @property
     def draft_writes(self) -> list[tuple[int, int]]:
         """(row, slot) of each write beside the rows' own, so that a single sequence and its copies hold the same text."""
+        if not self.copies:
+            return []
         slots = [self.rows[0].row, *self.copies]
-        return [(row.row, slot) for row in self.rows for slot in slots if self.copies and slot != row.row]
+        pairs = itertools.product([row.row for row in self.rows], slots)
+        return [(row, slot) for row, slot in pairs if slot != row]
 
 
 class Scheduler:
@@ -264,7 +283,10 @@ class Scheduler:
     """
 
     def __init__(self, slots: int, speculate: bool, rows: int, shares_slots: bool) -> None:
-        self.slots, self.speculate, self.rows, self.shares_slots = slots, speculate, rows, shares_slots
+        self.slots = slots
+        self.speculate = speculate
+        self.rows = rows
+        self.shares_slots = shares_slots
         self.waiting: deque[Sequence] = deque()
         self.prefilling: list[Sequence] = []
         self.decoding: list[Sequence] = []
@@ -280,12 +302,15 @@ class Scheduler:
     @property
     def spare_rows(self) -> list[int]:
         """The rows that can check draft tokens in the slot of a single sequence."""
-        return [*range(self.slots, self.rows), *(self.free if self.shares_slots else ())]
+        spare = list(range(self.slots, self.rows))
+        if self.shares_slots:
+            spare += self.free
+        return spare
 
     def submit(self, request: Request, priority: int = 0) -> Sequence:
         self._submitted += 1
         sequence = Sequence(self._submitted, request, priority)
-        bisect.insort(self.waiting, sequence, key=lambda other: other.order)
+        bisect.insort(self.waiting, sequence, key=operator.attrgetter("order"))
         return sequence
 
     def admit(self) -> list[Sequence]:
@@ -296,13 +321,17 @@ class Scheduler:
         while self.waiting and self.free:
             sequence = self.waiting.popleft()
             sequence.slot = self.free.pop(0)
-            (self.prefilling if sequence.to_prefill else self.decoding).append(sequence)
+            if sequence.to_prefill:
+                self.prefilling.append(sequence)
+            else:
+                self.decoding.append(sequence)
             admitted.append(sequence)
         return admitted
 
     def schedule(self) -> Prefill | Decode | None:
         """Returns the next step, or None when nothing runs."""
-        prefilling, decoding = self.prefilling, self.decoding
+        prefilling = self.prefilling
+        decoding = self.decoding
         # prefill: one chunk of one prompt, so that a long prompt delays neither tokens nor shorter prompts
         if prefilling and not (decoding and self._last_was_prefill):
             self._last_was_prefill = True
@@ -316,21 +345,10 @@ class Scheduler:
             return None
         rows = [DecodeRow(each.slot, each.slot, each, each.last_token, each.position) for each in decoding]
         looked_up = self._draft_tokens()
-        if drafts := {decoding[0].slot: looked_up} if looked_up else self._forced_tokens(decoding):
-            spare = self.spare_rows
-            copies_are_new = not (self.copies or spare)
-            if copies_are_new:
-                self.copies, self.free = self.free[:DRAFT_ROWS], self.free[DRAFT_ROWS:]
-            free = iter(spare or self.copies)
-            rows += [
-                DecodeRow(row := next(free), own.slot if spare else row, own.sequence, token, own.position + n)
-                for own in tuple(rows)
-                for n, token in enumerate(drafts.get(own.slot, ()), 1)
-            ]
-            return Decode(rows, 1, drafts, self.copies, copies_are_new)
-        # A token that does not count may leave a NaN in the slot. Kernels, whose rows share slots, read no such position.
-        runs_ahead = lambda sequence: not sequence.constraint or (self.shares_slots and sequence.runs_ahead)
-        if not all(sequence.output_tokens and runs_ahead(sequence) for sequence in decoding):
+        drafts = {decoding[0].slot: looked_up} if looked_up else self._forced_tokens(decoding)
+        if drafts:
+            return self._check_drafts(rows, drafts)
+        if not all(sequence.output_tokens and self._runs_ahead(sequence) for sequence in decoding):
             steps = 1  # a grammar's mask is for one token, or a request waits for its first
         elif prefilling:
             steps = STEPS_BESIDE_PREFILL
@@ -343,9 +361,31 @@ class Scheduler:
         steps = min(steps, max(sequence.remaining for sequence in decoding), *stopless)
         return Decode(rows, steps, {}, self.copies, False)
 
+    def _check_drafts(self, rows: list[DecodeRow], drafts: dict[int, list[int]]) -> Decode:
+        """Returns a step of these rows and of spare ones, or rows of copied slots, which check the draft tokens by slot."""
+        spare = self.spare_rows
+        copies_are_new = not (self.copies or spare)
+        if copies_are_new:
+            self.copies = self.free[:DRAFT_ROWS]
+            self.free = self.free[DRAFT_ROWS:]
+        free = iter(spare or self.copies)
+        checking = []
+        for own in rows:
+            for n, token in enumerate(drafts.get(own.slot, ()), 1):
+                row = next(free)
+                slot = own.slot if spare else row
+                checking.append(DecodeRow(row, slot, own.sequence, token, own.position + n))
+        return Decode([*rows, *checking], 1, drafts, self.copies, copies_are_new)
+
+    def _runs_ahead(self, sequence: Sequence) -> bool:
+        """Whether its tokens may be sampled without masks. One that does not count may leave a NaN in the slot: kernels, whose
+        rows share slots, read no such position.
+        """
+        return not sequence.constraint or (self.shares_slots and sequence.runs_ahead)
+
     @property
     def shortest_prompt(self) -> Sequence:
-        return min(self.prefilling, key=lambda sequence: sequence.to_prefill)
+        return min(self.prefilling, key=operator.attrgetter("to_prefill"))
 
     def record_prefill(self, sequence: Sequence, count: int) -> None:
         sequence.prefilled_tokens += count
@@ -355,7 +395,10 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """Takes a sequence out, and frees its slot."""
-        (self.prefilling if sequence in self.prefilling else self.decoding).remove(sequence)
+        if sequence in self.prefilling:
+            self.prefilling.remove(sequence)
+        else:
+            self.decoding.remove(sequence)
         self.free.append(sequence.slot)
         self._free_copies()
 
@@ -363,7 +406,10 @@ class Scheduler:
         """Drops a sequence. Returns False when there is none of that id."""
         for sequence in (*self.waiting, *self.running):
             if sequence.id == id:
-                (self.waiting.remove if sequence in self.waiting else self.finish)(sequence)
+                if sequence in self.waiting:
+                    self.waiting.remove(sequence)
+                else:
+                    self.finish(sequence)
                 return True
         return False
 
@@ -388,7 +434,8 @@ class Scheduler:
         ]
         for others, (sequence, constraint) in zip(range(len(constrained), 0, -1), constrained):
             count = min(spare // others, sequence.remaining - 1)
-            if count > 0 and (tokens := constraint.allowed_drafts((), count)):
+            tokens = constraint.allowed_drafts((), count) if count > 0 else []
+            if tokens:
                 forced[sequence.slot] = tokens
                 spare -= len(tokens)
         return forced
