@@ -85,7 +85,9 @@ class InC:
 
     def few_rows(self, rows: int, params: Params) -> int:
         """Blocks give a row the same bits among any number of rows."""
-        return MIN_ROWS if rows > MIN_ROWS and has_only_blocks(params) else 0
+        if rows <= MIN_ROWS or not has_only_blocks(params):
+            return 0
+        return MIN_ROWS
 
     def slot_programs(self, segments: KVSegments, drafts: int) -> dict[str, Any]:
         return {}
@@ -96,4 +98,6 @@ Backend = ByXla | InC
 
 def choose_backend() -> Backend:
     """Returns InC on one CPU where the kernels can be built, else ByXla."""
-    return InC() if computes_in_c() else ByXla()
+    if computes_in_c():
+        return InC()
+    return ByXla()

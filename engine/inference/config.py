@@ -40,16 +40,16 @@ def default_weights(backend: str) -> WeightType:
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """The options of an engine. A completion depends on its request, the model and these, to the bit, but not on `speculate`,
-    `prefix_cache_bytes` and `embeds`. Raises UserError.
+    """The options of an engine. A completion depends on its request, the model and these, to the
+    bit, but not on `speculate`, `prefix_cache_bytes` and `embeds`. Raises UserError.
     """
 
     # Requests at once.
     slots: int = 8
     # Tokens of a slot, prompt and completion; None for the model's context.
     capacity: int | None = None
-    # The type of the matrices, None for the model's. "file" leaves Blocks as they are and makes the others int8, which the
-    # kernels in C have in Blocks too; "q4" makes them Blocks of 4 bits.
+    # The type of the matrices, None for the model's. "file" leaves Blocks as they are and makes the
+    # others int8, which the kernels in C have in Blocks too; "q4" makes them Blocks of 4 bits.
     weights: WeightType | None = None
     # The type of the KV cache.
     kv_dtype: KVDtype = "bfloat16"
@@ -61,7 +61,8 @@ class EngineConfig:
     chunk: int = CHUNK
     # Prompt tokens a call of a short rest.
     tail: int = TAIL
-    # Positions of the KV cache's first segment, a multiple of `chunk`; None for one chunk. The kernels in C have one segment.
+    # Positions of the KV cache's first segment, a multiple of `chunk`; None for one chunk. The
+    # kernels in C have one segment.
     segment: int | None = None
     # Whether embeddings are asked for.
     embeds: bool = False
@@ -86,7 +87,8 @@ class EngineConfig:
     def for_prompts(cls, cfg: ModelConfig, prompts: Collection[tuple[int, ...]], capacity: int | None = None) -> "EngineConfig":
         """Returns the options of an engine that completes these prompts at once: few programs, and no slot more.
 
-        The prefix cache holds a prompt that occurs several times. The KV cache is in the compute dtype.
+        The prefix cache holds a prompt that occurs several times. The KV cache is in the compute
+        dtype.
         """
         if capacity is None:
             capacity = cfg.context
@@ -130,7 +132,8 @@ class EngineConfig:
     def prepare_params(self, cfg: ModelConfig, params: Any, whole: bool = True) -> Any:
         """Returns params as the programs use them, `whole` on one device: adapters merged, and rounded for file, int8 and q4.
 
-        Weights of 8 bits become blocks where the kernel multiplies, else Int8, because XLA is slow to unpack blocks.
+        Weights of 8 bits become blocks where the kernel multiplies, else Int8, because XLA is slow
+        to unpack blocks.
         """
         if self.weights in ("int8", "file", "q4"):
             if self.weights == "q4" or (whole and choose_backend().in_c):
@@ -139,8 +142,9 @@ class EngineConfig:
         return prepare_params(cfg, params, whole)
 
     def with_capacity(self, cfg: ModelConfig, free: int) -> "EngineConfig":
-        """Returns this config with a capacity: its own, else the model's context, or, where `bytes` are more than a SHARE of
-        the `free` ones, the largest power of two for which they are not, but at least SMALL_CAPACITY.
+        """Returns this config with a capacity: its own, else the model's context, or, where `bytes`
+        are more than a SHARE of the `free` ones, the largest power of two for which they are not,
+        but at least SMALL_CAPACITY.
 
         A prefix cache of the default size holds a slot's text, and at least SMALL_PREFIX_CACHE.
         """

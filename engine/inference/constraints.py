@@ -20,12 +20,14 @@ MAX_BYTES = 65_536  # of a grammar: the time to compile a schema grows with the 
 MAX_FORCED_BYTES = 16_384  # with which every text would begin
 MAX_DEPTH = 100  # of a schema
 MAX_MULTIPLE = 10_000  # of `multipleOf`, without its point: the time to compile it grows with the square
-# Bounds on what a token may cost, and on the memory of a completion: a grammar that exceeds them ends it.
+# Bounds on what a token may cost, and on the memory of a completion: a grammar that exceeds them
+# ends it.
 LIMITS = {"step_max_items": 20_000, "max_lexer_states": 50_000, "verbose_errors": False}
-# The formats of strings that are enforced. JSON Schema lets any other be a note for people, as OpenAPI's `password` is.
+# The formats of strings that are enforced. JSON Schema lets any other be a note for people, as
+# OpenAPI's `password` is.
 FORMATS = frozenset(("date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"))
-# JSON as Python's `json.dumps` writes it. With free white space next to nothing would be forced, and a model may write
-# line ends for ever.
+# JSON as Python's `json.dumps` writes it. With free white space next to nothing would be forced,
+# and a model may write line ends for ever.
 JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -72,7 +74,9 @@ class Constraint:
         """Goes on by a sampled token. Returns stop when only the end can follow, grammar when the grammar has failed."""
         if not self._matcher.consume_token(token):
             return "grammar"
-        return "stop" if self._matcher.is_stopped() else None
+        if self._matcher.is_stopped():
+            return "stop"
+        return None
 
 
 class ForcedTokens(Constraint):
@@ -157,8 +161,9 @@ def json_grammar(schema: dict[str, Any]) -> str:
 def json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
     """Returns the schema as a part of a rule.
 
-    A keyword that cannot be enforced is ignored if `lenient`, and else refused, here or by the compiler. Raises UserError for
-    that, and for a schema that is nested too deeply or has too many bytes.
+    A keyword that cannot be enforced is ignored if `lenient`, and else refused, here or by the
+    compiler. Raises UserError for that, and for a schema that is nested too deeply or has too many
+    bytes.
     """
     options = JSON_OPTIONS | {"lenient": lenient}
     text = json.dumps({**_checked(schema, 0, lenient), "x-guidance": options}, ensure_ascii=False)
@@ -185,8 +190,9 @@ def regex_grammar(pattern: str) -> str:
 def tag_grammar(structures: Sequence[tuple[str, dict[str, Any], str]], triggers: Sequence[str]) -> str:
     """Returns a grammar of texts with structures in them: a beginning, JSON that satisfies a schema, and an end.
 
-    Text that has come to one of the `triggers`, with which a structure begins, goes on with a structure to its end. Raises
-    UserError for a structure without a trigger, for a trigger without a structure, and as `json_rule`.
+    Text that has come to one of the `triggers`, with which a structure begins, goes on with a
+    structure to its end. Raises UserError for a structure without a trigger, for a trigger without
+    a structure, and as `json_rule`.
     """
     rules: dict[str, list[str]] = {trigger: [] for trigger in triggers}
     for begin, schema, end in structures:
@@ -259,7 +265,8 @@ def _checked(schema: Any, depth: int, lenient: bool) -> Any:
 def _rust_pattern(pattern: str) -> str:
     """Returns an ECMAScript pattern, as JSON Schema has them, for Rust's regex crate: texts that match it match both.
 
-    White space and line ends are other characters in each: U+0085 is none in ECMAScript, U+FEFF and U+2028 are none in Rust.
+    White space and line ends are other characters in each: U+0085 is none in ECMAScript, U+FEFF and
+    U+2028 are none in Rust.
     """
     parts = []
     inside = ""  # the bracket that opened a class of characters

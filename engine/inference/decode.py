@@ -1,8 +1,8 @@
 """Prefill and decode for rows that start together, in one contiguous KV cache: the readable reference.
 
-`engine.Engine`, which serves many requests, samples the same tokens in float32; in bfloat16 it sums in another order. The tests
-compare the two, `bench` times these programs, and a training run writes its samples by `generate`. They donate the cache, and
-no parameter.
+`engine.Engine`, which serves many requests, samples the same tokens in float32; in bfloat16 it sums
+in another order. The tests compare the two, `bench` times these programs, and a training run writes
+its samples by `generate`. They donate the cache, and no parameter.
 """
 
 import itertools
@@ -63,7 +63,8 @@ def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Para
 def prefill(cfg: ModelConfig, params: Params, tokens: Array, lengths: Array, cache: KVCache) -> tuple[Array, KVCache]:
     """tokens (B, T) int32, the first lengths (B,) of each row real -> logits (B, V) float32 after the last real one, cache.
 
-    T tokens are written after each row's length, which grows by `lengths`. The logits of a row of length 0 mean nothing.
+    T tokens are written after each row's length, which grows by `lengths`. The logits of a row of
+    length 0 mean nothing.
     """
     positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
     hidden, cache = hidden_states(cfg, params, tokens, positions, cache)

@@ -6,9 +6,10 @@
     while engine.busy:
         for event in engine.step(): ...
 
-The scheduler decides what a step does; `runner.ModelRunner` does it on the device. A completion depends on its request alone,
-to the bit: chunks of prompts begin at fixed positions, rows that decode do not see one another and have the same bits in a
-program of few rows and of all, and keys come from the request's own seed and positions.
+The scheduler decides what a step does; `runner.ModelRunner` does it on the device. A completion
+depends on its request alone, to the bit: chunks of prompts begin at fixed positions, rows that
+decode do not see one another and have the same bits in a program of few rows and of all, and keys
+come from the request's own seed and positions.
 """
 
 import dataclasses
@@ -40,12 +41,15 @@ IDLE_SAMPLING = SamplingParams(temperature=0.0)  # of rows not in use: greedy de
 class Engine:
     """Completes the prompts of many requests at once: `submit` them, then `step` while `busy`.
 
-    `params` are those of `prepare_params`, on the mesh of this thread if it has one. `waiting` and `running` count the requests
-    without and with a slot. Raises UserError for a capacity that the model has no room for.
+    `params` are those of `prepare_params`, on the mesh of this thread if it has one. `waiting` and
+    `running` count the requests without and with a slot. Raises UserError for a capacity that the
+    model has no room for.
     """
 
     def __init__(self, cfg: ModelConfig, params: Params, config: EngineConfig) -> None:
-        capacity = cfg.context if config.capacity is None else config.capacity
+        capacity = config.capacity
+        if capacity is None:
+            capacity = cfg.context
         if not 2 <= capacity <= cfg.context:
             raise UserError(f"capacity must be between 2 and the model's context of {cfg.context}, not {capacity}.")
         self.cfg = cfg
@@ -148,8 +152,8 @@ class Engine:
         return []
 
     def warm(self, report: Callable[[int, int], None] | None = None, ahead: Iterable[tuple[str, int]] = ()) -> None:
-        """Compiles every program and runs each; nothing is compiled after that. Compares bits to set `tails_are_exact` and
-        `few_rows`.
+        """Compiles every program and runs each; nothing is compiled after that. Compares bits to
+        set `tails_are_exact` and `few_rows`.
 
         `ahead`, `report`: see `ModelRunner.warm`. Raises ValueError while there are requests.
         """
@@ -160,7 +164,8 @@ class Engine:
         with jax.set_mesh(self.runner.mesh):
             self.tails_are_exact = has_tails and self._compare_tails()
             few_rows = self.backend.few_rows(self.rows, self.params)
-            self.few_rows = few_rows if few_rows and self._rows_are_exact(few_rows) else 0
+            if few_rows and self._rows_are_exact(few_rows):
+                self.few_rows = few_rows
 
     def _compare_tails(self) -> bool:
         """Returns whether a chunk computed at once and in tails has the same bits, under an adapter where there may be one."""
@@ -274,7 +279,8 @@ class Engine:
             size = self.config.tail
         chunk = self.runner.read(sequence.slot, start, size)
         counts: Iterable[int] = self._prefix_lengths(tokens)
-        # A NaN spoils the tokens before it in its chunk too, for 0 times NaN is NaN; and from any layer it reaches the last.
+        # A NaN spoils the tokens before it in its chunk too, for 0 times NaN is NaN; and from any
+        # layer it reaches the last.
         if counts:
             last = [np.asarray(leaf)[[self.cfg.layers - 1, -1]] for leaf in jax.tree.leaves(chunk)]
             if not all(np.isfinite(part[:, :, : len(tokens)]).all() for part in last):

@@ -1,8 +1,9 @@
 """PrefixCache: chunks of prompts' KV cache, for later prompts that begin alike, within a bound on memory.
 
-Chunks start at fixed positions and are computed by one program from those before them, so a hit has the bits of a miss. A
-chunk's key is a hash of namespace, adapter and tokens up to its end; the last chunk of a prompt may be shorter. A chunk is of
-no use without those before it, so the last of a prompt is dropped first.
+Chunks start at fixed positions and are computed by one program from those before them, so a hit has
+the bits of a miss. A chunk's key is a hash of namespace, adapter and tokens up to its end; the last
+chunk of a prompt may be shorter. A chunk is of no use without those before it, so the last of a
+prompt is dropped first.
 """
 
 import array

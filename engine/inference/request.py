@@ -38,14 +38,16 @@ RANGES = {
 class SamplingParams:
     """How one completion is sampled, and which tokens end it: some fields of vLLM's, with its defaults.
 
-    Temperature 0 is greedy. top_k keeps the k most probable tokens (0 or -1: all), top_p the smallest set whose probability
-    reaches p (Holtzman et al. 2019, 1904.09751), min_p those at least min_p times as probable as the best (Nguyen et al. 2024,
-    2407.01082); ties with the last one stay too. Before temperature, `presence_penalty` is subtracted once from the logit of
-    every token in the completion, `frequency_penalty` once for each time it is there; `repetition_penalty` divides positive and
-    multiplies negative logits of tokens of prompt and completion (Keskar et al. 2019, 1909.05858); `logit_bias` is added.
-    `logprobs`: how many of the most probable tokens get their log-probabilities beside each sampled one, before any of this and
-    before a grammar's mask. A token of `stop_token_ids` ends the completion and is not part of it; none is sampled before
-    `min_tokens`. Raises InvalidField for a value out of RANGES.
+    Temperature 0 is greedy. top_k keeps the k most probable tokens (0 or -1: all), top_p the
+    smallest set whose probability reaches p (Holtzman et al. 2019, 1904.09751), min_p those at
+    least min_p times as probable as the best (Nguyen et al. 2024, 2407.01082); ties with the last
+    one stay too. Before temperature, `presence_penalty` is subtracted once from the logit of every
+    token in the completion, `frequency_penalty` once for each time it is there;
+    `repetition_penalty` divides positive and multiplies negative logits of tokens of prompt and
+    completion (Keskar et al. 2019, 1909.05858); `logit_bias` is added. `logprobs`: how many of the
+    most probable tokens get their log-probabilities beside each sampled one, before any of this and
+    before a grammar's mask. A token of `stop_token_ids` ends the completion and is not part of it;
+    none is sampled before `min_tokens`. Raises InvalidField for a value out of RANGES.
     """
 
     max_tokens: int = 16
@@ -110,7 +112,8 @@ class Adapter:
 class Request:
     """A prompt of token ids, and how to continue it. Only prompts of one `namespace` and `adapter` share the prefix cache.
 
-    The completion keeps to the grammar of `constraint`. With `embed` the prompt's embedding is asked for instead.
+    The completion keeps to the grammar of `constraint`. With `embed` the prompt's embedding is
+    asked for instead.
     """
 
     prompt: tuple[int, ...]
@@ -141,9 +144,10 @@ class LogProb(NamedTuple):
 class Event(NamedTuple):
     """New tokens of a request, and why it is finished: stop, length, error, grammar; or None.
 
-    'stop': by `stop_token`, which is not among the tokens, or at the grammar's end. 'error': the logits were no numbers.
-    'grammar': it became too complex to be followed. `cached_tokens` of the prompt came from the prefix cache. `embedding` (D,)
-    float32: the mean over the prompt's tokens of the head's input.
+    'stop': by `stop_token`, which is not among the tokens, or at the grammar's end. 'error': the
+    logits were no numbers. 'grammar': it became too complex to be followed. `cached_tokens` of the
+    prompt came from the prefix cache. `embedding` (D,) float32: the mean over the prompt's tokens
+    of the head's input.
     """
 
     id: int

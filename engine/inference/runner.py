@@ -1,7 +1,8 @@
 """ModelRunner: the weights, KV cache and token counts of `engine.Engine` on the device, and the programs that work on them.
 
-The programs' shapes depend on the model, the slots and their capacity, never on a request, so all can be compiled before
-the first one. They donate the KV cache and the token counts, and no parameter.
+The programs' shapes depend on the model, the slots and their capacity, never on a request, so all
+can be compiled before the first one. They donate the KV cache and the token counts, and no
+parameter.
 """
 
 import contextlib
@@ -95,7 +96,8 @@ def prefill_chunk(
 ) -> tuple[Array | None, KVSegments]:
     """Writes the keys and values of tokens (1, T) int32, -1 after the last, into a slot, from position `start` on.
 
-    With `embeds`, which is EMBEDS, it sums the head's input over the tokens, for an embedding: (1, D) float32.
+    With `embeds`, which is EMBEDS, it sums the head's input over the tokens, for an embedding: (1,
+    D) float32.
     """
     is_token = tokens >= 0
     T = tokens.shape[1]
@@ -127,8 +129,9 @@ def decode_slots(
 ) -> tuple[SampledTokens, KVSegments, TokenCounts]:
     """token (R,) int32 at its row's position -> the `steps` tokens that follow, at most STEPS.
 
-    One program does one step or several: a row's numbers are the same to the bit, whatever others do. `masks` hold for as many
-    steps as they say. Without `logprobs` () bool log-probabilities are 0.
+    One program does one step or several: a row's numbers are the same to the bit, whatever others
+    do. `masks` hold for as many steps as they say. Without `logprobs` () bool log-probabilities are
+    0.
     """
     R = len(token)
     X = min(MAX_LOGPROBS, cfg.vocab)
@@ -281,7 +284,9 @@ def _zeros_like(shape: jax.ShapeDtypeStruct) -> Array:
 
 
 def row_adapters(stacks: Params | None, index: Any) -> RowAdapters:
-    return NO_ADAPTERS if stacks is None else RowAdapters(stacks, np.asarray(index, np.int32))
+    if stacks is None:
+        return NO_ADAPTERS
+    return RowAdapters(stacks, np.asarray(index, np.int32))
 
 
 def compile_programs(programs: Mapping[str, Program]) -> Generator[tuple[str, int]]:
@@ -321,14 +326,16 @@ def empty_cache(cfg: ModelConfig, config: EngineConfig, backend: Backend) -> Cac
 
 
 def empty_stacks(params: Params, config: EngineConfig) -> Params | None:
-    return make_stacks(params, config.adapters, config.adapter_rank) if config.adapters else None
+    if not config.adapters:
+        return None
+    return make_stacks(params, config.adapters, config.adapter_rank)
 
 
 def make_rows(position: Any, slot: Any, slots: int, draft_writes: Iterable[tuple[int, int]] = ()) -> CacheRows:
     """Makes the CacheRows of R rows at position (R,) int32 of slot (R,) int32.
 
-    Row r is written to its slot, and each (row, slot) of `draft_writes` too: there is room for a single sequence's rows in the
-    slots of all its copies.
+    Row r is written to its slot, and each (row, slot) of `draft_writes` too: there is room for a
+    single sequence's rows in the slots of all its copies.
     """
     R = len(position)
     target: Any = np.full(R + (1 + DRAFT_ROWS) * DRAFT_ROWS, slots, np.int32)
@@ -342,7 +349,8 @@ def make_rows(position: Any, slot: Any, slots: int, draft_writes: Iterable[tuple
 class ModelRunner:
     """The weights, KV cache and token counts on the device, or on the mesh of the thread that makes them.
 
-    `stacks`: of adapters, as `make_stacks` returns them, or None. `prefill` and `decode` take indices in them.
+    `stacks`: of adapters, as `make_stacks` returns them, or None. `prefill` and `decode` take
+    indices in them.
     """
 
     def __init__(self, cfg: ModelConfig, params: Params, config: EngineConfig, backend: Backend) -> None:
@@ -375,7 +383,8 @@ class ModelRunner:
     def prefill(self, tokens: Any, slot: int, start: int, adapter: int) -> Array | None:
         """Writes the keys and values of tokens (1, T) int32, -1 after the last, into a slot, from position `start` on.
 
-        Where the engine embeds it returns the sum of the head's input over the tokens, (1, D) float32.
+        Where the engine embeds it returns the sum of the head's input over the tokens, (1, D)
+        float32.
         """
         summed, self.segments = prefill_chunk(
             self.cfg,
@@ -437,7 +446,8 @@ class ModelRunner:
             np.bool_(logprobs),
             row_adapters(self.stacks, adapters),
         )
-        # As NumPy arrays: indexing a JAX array would compile a program. `device_get` takes four times as long here.
+        # As NumPy arrays: indexing a JAX array would compile a program. `device_get` takes four
+        # times as long here.
         fetched = map(np.asarray, sampled if logprobs else sampled[:2])
         return sampled._replace(**dict(zip(sampled._fields, fetched)))
 
@@ -446,11 +456,12 @@ class ModelRunner:
     ) -> None:
         """Compiles every program and runs each once with no row in use, but for those `to_run_later`.
 
-        A program that `ahead`, of `compile_ahead`, has compiled runs while the next is compiled. `report(ready, total)` counts
-        programs.
+        A program that `ahead`, of `compile_ahead`, has compiled runs while the next is compiled.
+        `report(ready, total)` counts programs.
         """
         with jax.set_mesh(self.mesh):
-            # Compiled from shapes: a program that runs donates arrays while others are being compiled.
+            # Compiled from shapes: a program that runs donates arrays while others are being
+            # compiled.
             params, state = layout.inference_shapes(self.params, (self.segments, self.counts, self.stacks))
             programs = idle_programs(self.cfg, self.config, self.backend, params, *state)
             pending = {*programs}
@@ -467,7 +478,9 @@ class ModelRunner:
 
     def _device_put(self, tree: Any) -> Any:
         """Puts arrays on a named device: for an unnamed one a program would be compiled once more."""
-        return tree if self.mesh else jax.device_put(tree, layout.own_device())
+        if self.mesh:
+            return tree
+        return jax.device_put(tree, layout.own_device())
 
     def _idle_programs(self) -> dict[str, Program]:
         state = self.params, self.segments, self.counts, self.stacks

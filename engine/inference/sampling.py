@@ -1,7 +1,7 @@
 """Sampling: from logits to tokens, by temperature, top-k, top-p, min-p, penalties and logit bias of each row's own.
 
-A row's token depends on its logits, its seed and its position alone: the key is fold_in(key(seed), position). So a
-request samples the same tokens in any slot and company.
+A row's token depends on its logits, its seed and its position alone: the key is fold_in(key(seed),
+position). So a request samples the same tokens in any slot and company.
 """
 
 from collections.abc import Mapping, Sequence
@@ -148,7 +148,8 @@ def _threshold(scaled: Array, sampling: SamplingArrays) -> Array:
     V = scaled.shape[-1]
     weights = jnp.exp(scaled - scaled.max(-1, keepdims=True))
     k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, V), V)
-    # Without the barrier top_k would be compiled as a sort of everything: held by tests/laws/test_barriers.py.
+    # Without the barrier top_k would be compiled as a sort of everything: held by
+    # tests/laws/test_barriers.py.
     ranked, _ = jax.lax.optimization_barrier(jax.lax.top_k(scaled, min(CANDIDATES, V)))
     size = ranked.shape[-1]
     share = jnp.where(jnp.arange(size) < k[:, None], jnp.exp(ranked - ranked[:, :1]), 0.0)
@@ -171,7 +172,8 @@ def _threshold(scaled: Array, sampling: SamplingArrays) -> Array:
 def _largest(x: Array, weights: Array, goal: Array) -> Array:
     """x, weights (B, V), goal (B,) -> the largest t (B,) for which the weights of x >= t sum to the goal; -inf if none.
 
-    The bits of a float32, those below the sign flipped where it is negative, are integers in the same order.
+    The bits of a float32, those below the sign flipped where it is negative, are integers in the
+    same order.
     """
 
     def in_order(bits: Array) -> Array:

@@ -1,6 +1,7 @@
 """Scheduler: gives sequences slots; chooses between prefilling prompts and decoding others, with draft tokens. Imports no jax.
 
-`engine.Engine` asks `schedule` for the next step, carries it out on the device, and reports with `record_prefill` and `finish`.
+`engine.Engine` asks `schedule` for the next step, carries it out on the device, and reports with
+`record_prefill` and `finish`.
 """
 
 import bisect
@@ -20,10 +21,12 @@ STEPS_BESIDE_PREFILL = 2  # of a dispatch while a prompt is being prefilled
 STEPS_BETWEEN_DRAFTS = 4  # of a dispatch of a single sequence that has no draft here, and may have one soon
 OLDEST_EVERY = 4  # every so many chunks one goes to the oldest prompt, the others to the shortest rest
 DRAFT_ROWS = 3  # rows, beside its own, in which a single sequence may check draft tokens
-# How often the token that followed the last 1, 2, ... tokens of a text follows again: where measuring begins.
+# How often the token that followed the last 1, 2, ... tokens of a text follows again: where
+# measuring begins.
 CHANCES = (0.1, 0.35, 0.5, 0.6)
-# That a draft token and those before it are right, for checking it to pay. A row adds 0.07 (blocks) to 0.12 (int8) of a step's
-# time, and a dispatch of one step 0.15 to 0.3, which the more drafts share.
+# That a draft token and those before it are right, for checking it to pay. A row adds 0.07 (blocks)
+# to 0.12 (int8) of a step's time, and a dispatch of one step 0.15 to 0.3, which the more drafts
+# share.
 MIN_CHANCE = 0.15
 MIN_SHARE = 0.2  # of positions whose first draft token is right, for looking again soon to pay
 DECAY = 0.9  # weight of the past in what is measured
@@ -33,9 +36,10 @@ PATIENCE = 8  # tokens without one that its grammar forbids, until a sequence ru
 class Drafter:
     """Drafts the next tokens of one text, for speculative decoding; measures how often a match of each length is right.
 
-    A draft token is what followed the last few tokens earlier in the text (prompt lookup, Saxena 2023; after Leviathan et al.
-    2023, 2211.17192). Each idle row samples the token after one draft token, with the key of its position: if the drafts before
-    it were right, the token that decoding one by one would give, greedy or not.
+    A draft token is what followed the last few tokens earlier in the text (prompt lookup, Saxena
+    2023; after Leviathan et al. 2023, 2211.17192). Each idle row samples the token after one draft
+    token, with the key of its position: if the drafts before it were right, the token that decoding
+    one by one would give, greedy or not.
     """
 
     def __init__(self, text: Iterable[int]) -> None:
@@ -95,12 +99,13 @@ class Drafter:
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
-    """A request, its priority (the lowest is served first), its slot (-1 while it waits for one), the number of its prompt's
-    prefilled tokens, and its output so far.
+    """A request, its priority (the lowest is served first), its slot (-1 while it waits for one),
+    the number of its prompt's prefilled tokens, and its output so far.
 
-    `cached_tokens` of those came from the prefix cache, in which `prefix_key` is the last prefilled chunk's. `constraint`
-    follows its output through the request's grammar. `stop_token`: the one that ended it. `hidden_sum`: for an embedding, over
-    the prefilled tokens. `patience`: tokens still to be allowed by its grammar until it runs ahead.
+    `cached_tokens` of those came from the prefix cache, in which `prefix_key` is the last prefilled
+    chunk's. `constraint` follows its output through the request's grammar. `stop_token`: the one
+    that ended it. `hidden_sum`: for an embedding, over the prefilled tokens. `patience`: tokens
+    still to be allowed by its grammar until it runs ahead.
     """
 
     id: int
@@ -121,8 +126,9 @@ class Sequence:
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether it is greedy, and PATIENCE tokens were accepted since one that was sampled without a mask was rejected: then
-        the next are sampled without masks, and looked at afterwards.
+        """Whether it is greedy, and PATIENCE tokens were accepted since one that was sampled
+        without a mask was rejected: then the next are sampled without masks, and looked at
+        afterwards.
 
         The most probable of all tokens, if it is allowed, is the most probable of those that are.
         """
@@ -183,8 +189,9 @@ class Sequence:
     def accept(self, sampled: Iterable[int | None], drafts: list[int] | None = None) -> tuple[list[int], FinishReason | None]:
         """Appends the sampled tokens that count; returns them, and the reason if the sequence ends.
 
-        None: a token whose logits were no numbers. With `drafts`, each token after the first was sampled after one of them, and
-        counts only if all drafts up to that one were right; without, the tokens are of consecutive steps.
+        None: a token whose logits were no numbers. With `drafts`, each token after the first was
+        sampled after one of them, and counts only if all drafts up to that one were right; without,
+        the tokens are of consecutive steps.
         """
         accepted: list[int] = []
         reason: FinishReason | None = None
@@ -240,9 +247,9 @@ class DecodeRow(NamedTuple):
 class Decode(NamedTuple):
     """The step that decodes `steps` tokens in each row, in one dispatch.
 
-    With `drafts`, by slot, it is a single step, in which other rows sample after one draft token each. They share the slot of
-    their sequence, or read `copies`: slots that hold a single sequence's text as well, `copies_are_new` if it must be copied
-    there first.
+    With `drafts`, by slot, it is a single step, in which other rows sample after one draft token
+    each. They share the slot of their sequence, or read `copies`: slots that hold a single
+    sequence's text as well, `copies_are_new` if it must be copied there first.
     """
 
     rows: list[DecodeRow]
@@ -278,8 +285,8 @@ class Decode(NamedTuple):
 class Scheduler:
     """Sequences in three stages (waiting, prefilling, decoding), and the slots that are free.
 
-    `rows`: of a dispatch, one for each slot, but more for a single slot, which all of them read. `shares_slots`: whether any
-    row can read any slot, so that draft tokens need no copies.
+    `rows`: of a dispatch, one for each slot, but more for a single slot, which all of them read.
+    `shares_slots`: whether any row can read any slot, so that draft tokens need no copies.
     """
 
     def __init__(self, slots: int, speculate: bool, rows: int, shares_slots: bool) -> None:
@@ -332,7 +339,8 @@ class Scheduler:
         """Returns the next step, or None when nothing runs."""
         prefilling = self.prefilling
         decoding = self.decoding
-        # prefill: one chunk of one prompt, so that a long prompt delays neither tokens nor shorter prompts
+        # prefill: one chunk of one prompt, so that a long prompt delays neither tokens nor shorter
+        # prompts
         if prefilling and not (decoding and self._last_was_prefill):
             self._last_was_prefill = True
             self._chunks += 1
@@ -378,8 +386,8 @@ class Scheduler:
         return Decode([*rows, *checking], 1, drafts, self.copies, copies_are_new)
 
     def _runs_ahead(self, sequence: Sequence) -> bool:
-        """Whether its tokens may be sampled without masks. One that does not count may leave a NaN in the slot: kernels, whose
-        rows share slots, read no such position.
+        """Whether its tokens may be sampled without masks. One that does not count may leave a NaN
+        in the slot: kernels, whose rows share slots, read no such position.
         """
         return not sequence.constraint or (self.shares_slots and sequence.runs_ahead)
 
@@ -414,8 +422,8 @@ class Scheduler:
         return False
 
     def _draft_tokens(self) -> list[int] | None:
-        """Returns draft tokens for a single sequence, as many as free rows can check; None when it is not alone, or they have
-        not paid.
+        """Returns draft tokens for a single sequence, as many as free rows can check; None when it
+        is not alone, or they have not paid.
         """
         if not self.speculate or len(self.decoding) > 1 or self.prefilling or self.waiting:
             return None

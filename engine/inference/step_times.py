@@ -17,7 +17,8 @@ class StepTimes:
 
     A program that `Engine.warm` has not compiled is compiled in its first run, which counts.
 
-    `running`: None between two steps of the engine. `changed`: when a program last began or ended, by time.monotonic.
+    `running`: None between two steps of the engine. `changed`: when a program last began or ended,
+    by time.monotonic.
     """
 
     def __init__(self) -> None:
@@ -45,7 +46,8 @@ class StepTimes:
     def longest(self, running: RunningProgram) -> float | None:
         """Returns the seconds that a run has taken at most so far; None for a program that has not run yet.
 
-        Of runs of fewer steps the longest step counts, times the steps of the run that is asked about.
+        Of runs of fewer steps the longest step counts, times the steps of the run that is asked
+        about.
         """
         seconds = self._longest.get(running.name)
         if seconds is None:

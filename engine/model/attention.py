@@ -1,7 +1,7 @@
 """Attention for training, and over cached keys, by the platform that a program is compiled for.
 
-A fused kernel (`ops.py`) takes the shapes it can; elsewhere causal attention goes in blocks of queries. `layers.py` has both
-functions as on paper.
+A fused kernel (`ops.py`) takes the shapes it can; elsewhere causal attention goes in blocks of
+queries. `layers.py` has both functions as on paper.
 """
 
 import jax

@@ -1,8 +1,8 @@
 """Causal attention in blocks of queries, each against the keys up to its own end, with its backward pass by hand.
 
-Keys after a block are never multiplied, and the softmax weights are kept for the backward pass in the compute dtype,
-B N T T / 2 numbers. Scores are key-major (S, T): then every product of both passes reads its operands along the last axis,
-and only arrays of head width are transposed.
+Keys after a block are never multiplied, and the softmax weights are kept for the backward pass in
+the compute dtype, B N T T / 2 numbers. Scores are key-major (S, T): then every product of both
+passes reads its operands along the last axis, and only arrays of head width are transposed.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """The functions of `layers.py` with backward rules by hand (custom_vjp), the same on every platform.
 
-A weight's gradient is summed and returned in float32, and no float32 copy of an activation is kept for the backward pass.
-The rules of `jax.grad` do neither. Where a product needs an operand turned over, it goes through `ops.transpose`. The
-barriers are held by tests/laws/test_barriers.py.
+A weight's gradient is summed and returned in float32, and no float32 copy of an activation is kept
+for the backward pass. The rules of `jax.grad` do neither. Where a product needs an operand turned
+over, it goes through `ops.transpose`. The barriers are held by tests/laws/test_barriers.py.
 """
 
 import functools
@@ -69,7 +69,8 @@ lookup = _with_backward(layers.lookup, _lookup_backward, ())
 def _rms_norm_backward(eps: float, dtype: DTypeLike, residuals: tuple[Array, Array], g: Array):
     """With y = x / rms(x) and g the gradient times the gain: dx = (g - y mean(g y)) / rms(x)."""
     x, gain = residuals
-    # Without the barrier XLA would keep float32 values of the forward pass: a sixth more memory for a step.
+    # Without the barrier XLA would keep float32 values of the forward pass: a sixth more memory for
+    # a step.
     x32, g32 = (a.astype(jnp.float32) for a in jax.lax.optimization_barrier((x, g)))
     inverse = _inverse_rms(x32, eps)
     dgain = None
@@ -83,7 +84,8 @@ def _rms_norm_backward(eps: float, dtype: DTypeLike, residuals: tuple[Array, Arr
 def _gain_backward(x: Array, g: Array, gain: Array, eps: float) -> Array:
     """The sum of g x / rms(x) over all but the gain's axes.
 
-    Each barrier keeps XLA from making one float32 copy of x or g for two loops: half of the time of the norm's backward pass.
+    Each barrier keeps XLA from making one float32 copy of x or g for two loops: half of the time of
+    the norm's backward pass.
     """
     x, g = jax.lax.optimization_barrier((x, g))
     inverse = jax.lax.optimization_barrier(_inverse_rms(jax.lax.optimization_barrier(x).astype(jnp.float32), eps))
@@ -111,8 +113,8 @@ swiglu = _with_backward(layers.swiglu, _swiglu_backward)
 
 
 def _rotate(x: Array, cos: Array, sin: Array, scale: float, dtype: DTypeLike) -> Array:
-    """scale * x rotated, with x (B, T, N, H) as (B, T, N, 2, H / 2): exchanging halves is reversing an axis, ten times as fast
-    as inside H. The barrier keeps the loop to this shape.
+    """scale * x rotated, with x (B, T, N, H) as (B, T, N, 2, H / 2): exchanging halves is reversing
+    an axis, ten times as fast as inside H. The barrier keeps the loop to this shape.
     """
     pairs = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
     cos, sin = jax.lax.optimization_barrier((cos, jnp.stack([-sin, sin], axis=2)))  # or each head would compute them

@@ -27,10 +27,11 @@ class RopeScaling:
 class ModelConfig:
     """A decoder of the Llama family: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
-    With `qkv_bias` it is Qwen2's block, with `qk_norm` Qwen3's. Products are computed in `dtype`; weights in training are
-    float32. `scan` compiles one block and loops over it (compile time); `remat='block'`, gradient checkpointing, saves each
-    block's input and recomputes the rest in the backward pass (memory). Neither changes what is computed. Raises UserError when
-    the numbers do not describe a model.
+    With `qkv_bias` it is Qwen2's block, with `qk_norm` Qwen3's. Products are computed in `dtype`;
+    weights in training are float32. `scan` compiles one block and loops over it (compile time);
+    `remat='block'`, gradient checkpointing, saves each block's input and recomputes the rest in the
+    backward pass (memory). Neither changes what is computed. Raises UserError when the numbers do
+    not describe a model.
     """
 
     vocab: int
@@ -124,7 +125,8 @@ class ModelConfig:
 class LoraConfig:
     """An adapter: a LoRA pair of `rank` on the targets in every block, added with the factor alpha / rank.
 
-    Targets are q, k, v, out (or o), gate, up, down, or all. Raises UserError for a target, rank or alpha that cannot be.
+    Targets are q, k, v, out (or o), gate, up, down, or all. Raises UserError for a target, rank or
+    alpha that cannot be.
     """
 
     rank: int = 8
@@ -182,7 +184,8 @@ def _from_fields[T: DataclassInstance](kind: type[T], fields: dict[str, Any]) ->
 
 _LLAMA3 = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
 
-# vocab, width, layers, heads, ff, context, kv_heads, head_dim; those of published models are from their own config.json.
+# vocab, width, layers, heads, ff, context, kv_heads, head_dim; those of published models are from
+# their own config.json.
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(256, 32, 2, 4, 88, 64, 2, qk_norm=True, tied=True),
     "demo": ModelConfig(2048, 192, 3, 3, 512, 256, qk_norm=True),

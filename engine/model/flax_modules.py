@@ -19,9 +19,10 @@ from engine.model.cache.segmented import SegmentedLayer
 from engine.model.config import ModelConfig
 from engine.model.weights.matmul import lookup, norm_and_project, project, swiglu_and_project
 
-# A tied embedding is also the head, whose logits start at TIED_STD, lower for a small vocabulary; an untied one starts as large
-# as what blocks add. A tied 4 x 256 reaches 2.31 bits per byte after 500 steps of 1,024 tokens with the first SwiGLU random,
-# 2.32 with all so, and with none 2.39 (an embedding of 1 / D) or 2.47 (a small last gain).
+# A tied embedding is also the head, whose logits start at TIED_STD, lower for a small vocabulary;
+# an untied one starts as large as what blocks add. A tied 4 x 256 reaches 2.31 bits per byte after
+# 500 steps of 1,024 tokens with the first SwiGLU random, 2.32 with all so, and with none 2.39 (an
+# embedding of 1 / D) or 2.47 (a small last gain).
 TIED_STD = 0.3
 EMBED_STD = 0.5
 Rotary = tuple[Array, Array]
@@ -63,7 +64,8 @@ class Block(nn.Module):
     def __call__(self, x: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
         cfg = self.cfg
         dtype = jnp.dtype(cfg.dtype)
-        # In a scan XLA would cut what the backward pass keeps along all axes, and then gather it whole: twice the traffic.
+        # In a scan XLA would cut what the backward pass keeps along all axes, and then gather it
+        # whole: twice the traffic.
         x = layout.shard_rows(x)
         with jax.named_scope("attention"):
             queries = cfg.heads * cfg.head_dim
@@ -145,8 +147,8 @@ class BlockStack(nn.Module):
     def __call__(self, x: Array, rotary: Rotary, segments: Array | None, cache: Any):
         cfg = self.cfg
         if cache is not None:
-            # Unrolled: a scan over a stacked cache copies it whole at every step. One block is traced and inlined L times;
-            # calls that are left to XLA would make the program slower.
+            # Unrolled: a scan over a stacked cache copies it whole at every step. One block is
+            # traced and inlined L times; calls that are left to XLA would make the program slower.
             @jax.jit(inline=True)
             def block(params: Any, x: Array, cached: Any) -> Any:
                 return Block(cfg, parent=None).apply({"params": params}, x, rotary, segments, cached)
@@ -190,7 +192,8 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, tokens, positions, segments=None, cache=None):
         cfg = self.cfg
-        # 256 tokens at TIED_STD start more than 1% from ln 256 for every fourth key, and are 0.04 bits per byte ahead later.
+        # 256 tokens at TIED_STD start more than 1% from ln 256 for every fourth key, and are 0.04
+        # bits per byte ahead later.
         std = min(TIED_STD, 0.011 * cfg.vocab**0.5) * cfg.width**-0.5 if cfg.tied else EMBED_STD
         embed = matrix(self, "embed", nn.initializers.normal(std), (cfg.vocab, cfg.width))
         with jax.named_scope("embed"):

@@ -1,6 +1,7 @@
 """The layers without parameters, as on paper: the readable reference, and the forward pass of `backward.py`.
 
-Elementwise work and softmax are float32: bfloat16 arithmetic is emulated on a CPU, and loses bits everywhere.
+Elementwise work and softmax are float32: bfloat16 arithmetic is emulated on a CPU, and loses bits
+everywhere.
 """
 
 import math
@@ -78,8 +79,8 @@ def rope(x: Array, cos: Array, sin: Array, scale: float, dtype: DTypeLike) -> Ar
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """q (B, T, N, H) scaled by H ** -0.5, k and v (B, K, S, H), mask (B, T, S) True where a query may attend
-    -> (B, T, N * H) in v's dtype. Query head n reads key head n // G.
+    """q (B, T, N, H) scaled by H ** -0.5, k and v (B, K, S, H), mask (B, T, S) True where a query
+    may attend -> (B, T, N * H) in v's dtype. Query head n reads key head n // G.
     """
     grouped = group_heads(q, k.shape[1])
     B, K, G, T, H = grouped.shape

@@ -19,8 +19,9 @@ SCORED_LIMIT = 64 * 2**20  # bytes of float32 logits a device that `score` makes
 def target_losses(cfg: ModelConfig, params: Params, batch: Any, head_trains: bool, limit: int | None = None) -> Array:
     """Returns the nats of each target of a Batch, (B, T) float32, 0 where the mask is False.
 
-    Makes at most `limit` bytes of logits at a time on a device, by default LOGITS_LIMIT for a head that trains, and ROWS_LIMIT
-    for a frozen one. Where there are more it takes a chunk of the vocabulary at a time for a head that trains, else a few rows.
+    Makes at most `limit` bytes of logits at a time on a device, by default LOGITS_LIMIT for a head
+    that trains, and ROWS_LIMIT for a frozen one. Where there are more it takes a chunk of the
+    vocabulary at a time for a head that trains, else a few rows.
     """
     if limit is None:
         limit = LOGITS_LIMIT if head_trains else ROWS_LIMIT

@@ -1,11 +1,13 @@
 """The loss where not all logits may exist at once: of a few rows at a time, or of a chunk of the vocabulary.
 
-A head that is frozen or only read goes by rows. With p the softmax of a row's logits, the gradient of its loss by the hidden
-state is (p - one-hot) W^T, computed in the forward pass while the logits exist; the backward pass only scales it. An int8 head
-is also multiplied a few columns at a time: widened, it would be larger than its logits.
+A head that is frozen or only read goes by rows. With p the softmax of a row's logits, the gradient
+of its loss by the hidden state is (p - one-hot) W^T, computed in the forward pass while the logits
+exist; the backward pass only scales it. An int8 head is also multiplied a few columns at a time:
+widened, it would be larger than its logits.
 
-A trained head goes by chunks of the vocabulary: by rows the gradient of its matrix would be a sum of one a piece, which takes 3
-times the memory of a chunk's (943 MB for 310, 4,096 rows of 49,152 logits).
+A trained head goes by chunks of the vocabulary: by rows the gradient of its matrix would be a sum
+of one a piece, which takes 3 times the memory of a chunk's (943 MB for 310, 4,096 rows of 49,152
+logits).
 """
 
 import functools
@@ -69,7 +71,8 @@ def _logits(head: Any, x: Array) -> list[_Columns]:
         return [_Columns(0, head.times(x, jnp.float32))]
     pieces: list[_Columns] = []
     for start in starts:
-        # One after the other: held by tests/laws/test_barriers.py, as are the barriers of `_head_backward` and `_forward`.
+        # One after the other: held by tests/laws/test_barriers.py, as are the barriers of
+        # `_head_backward` and `_forward`.
         head, x, _ = jax.lax.optimization_barrier((head, x, pieces[-1:]))
         part = head.column_piece(start, start + COLUMNS)
         pieces.append(_Columns(start, part.times(x, jnp.float32)))
@@ -129,8 +132,8 @@ row_losses.defvjp(_forward, _backward)
 def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Array, chunk: int) -> Array:
     """hidden (B, T, D), targets (B, T) -> (B, T) nats, holding (B, T, chunk) logits at a time, forward and backward.
 
-    A running maximum and sum give the log-sum-exp (Milakov & Gimelshein 2018, algorithm 3); the backward pass makes each
-    chunk's logits again.
+    A running maximum and sum give the log-sum-exp (Milakov & Gimelshein 2018, algorithm 3); the
+    backward pass makes each chunk's logits again.
     """
     B, T, D = hidden.shape
     hidden = layout.spread_rows(hidden.reshape(-1, D))

@@ -1,13 +1,14 @@
 """Chooses by platform how the model's products and attention of whole texts go, and says whether the kernels in C compute.
 
-What else these change, in an engine, is in `inference/backend.py`. The platform is that of JAX's default device where the
-program is traced. JAX keeps its traces by that device, so `with jax.default_device("tpu")` traces any program for a TPU, on a
-machine that has none.
+What else these change, in an engine, is in `inference/backend.py`. The platform is that of JAX's
+default device where the program is traced. JAX keeps its traces by that device, so `with
+jax.default_device("tpu")` traces any program for a TPU, on a machine that has none.
 
-Attention is fused where a kernel exists: cuDNN on NVIDIA's GPUs, splash attention on a TPU, and on a CPU the one in C. No
-scores reach memory: a kernel keeps a block of them at a time and computes them anew in its own backward pass (Dao et al. 2022,
-2205.14135). Each takes q (B, T, N, H) scaled by H ** -0.5, k and v (B, T, K, H), segments (B, T) int32 or None, and returns
-causal attention (B, T, N * H); or None for shapes, types and machines that it cannot serve.
+Attention is fused where a kernel exists: cuDNN on NVIDIA's GPUs, splash attention on a TPU, and on
+a CPU the one in C. No scores reach memory: a kernel keeps a block of them at a time and computes
+them anew in its own backward pass (Dao et al. 2022, 2205.14135). Each takes q (B, T, N, H) scaled
+by H ** -0.5, k and v (B, T, K, H), segments (B, T) int32 or None, and returns causal attention (B,
+T, N * H); or None for shapes, types and machines that it cannot serve.
 """
 
 import dataclasses
@@ -154,9 +155,10 @@ def ops() -> Ops:
 def transpose(x: Array) -> Array:
     """x (..., M, N) -> (..., N, M), where a product needs it turned over. On a CPU it is moved in memory.
 
-    There XLA hands a product to its fast library only when the left operand lies in memory with the summed axis last; the
-    fallback is ten times slower. Without the barrier XLA folds the transpose into a neighbouring product, without the layout it
-    relabels the axes: held by tests/laws/test_barriers.py.
+    There XLA hands a product to its fast library only when the left operand lies in memory with the
+    summed axis last; the fallback is ten times slower. Without the barrier XLA folds the transpose
+    into a neighbouring product, without the layout it relabels the axes: held by
+    tests/laws/test_barriers.py.
     """
     if not ops().transposes_in_memory:
         return x.swapaxes(-1, -2)

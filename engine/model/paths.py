@@ -29,8 +29,8 @@ def _by_number(name: str) -> tuple[int, int, str]:
 def array_paths(tree: Any) -> dict[str, Any]:
     """Returns {path: array} of any tree, in its own order: keys, fields and positions are names alike.
 
-    So trees read from disk have the paths of the dataclasses and tuples they were saved from. Raises ValueError when two arrays
-    share a path.
+    So trees read from disk have the paths of the dataclasses and tuples they were saved from.
+    Raises ValueError when two arrays share a path.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     by_path = {path_of(keys): leaf for keys, leaf in leaves}
@@ -74,8 +74,9 @@ def split(params: Params, chosen: Collection[str]) -> tuple[Params, Params]:
 def merge(trainable: Params, frozen: Params) -> Params:
     """Merges two trees into one: the inverse of `split`.
 
-    Where both have a leaf, an adapter that trains goes on the frozen weight, and numbers that train become the weight that the
-    frozen TrainingForm makes of them. Raises ValueError for two weights at one path.
+    Where both have a leaf, an adapter that trains goes on the frozen weight, and numbers that train
+    become the weight that the frozen TrainingForm makes of them. Raises ValueError for two weights
+    at one path.
     """
     leaves = leaf_paths(frozen)
     for path, leaf in leaf_paths(trainable).items():

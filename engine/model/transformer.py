@@ -43,7 +43,8 @@ def make_cache(cfg: ModelConfig, batch: int, capacity: int) -> KVCache:
 def init_params(cfg: ModelConfig, key: Array) -> Params:
     """Makes random float32 weights with which the first loss is ln V: blocks are the identity and an untied head is zero.
 
-    With a tied head the first SwiGLU is random, or the model would predict each token to follow itself.
+    With a tied head the first SwiGLU is random, or the model would predict each token to follow
+    itself.
     """
     from engine.model.flax_modules import Transformer
 
@@ -56,8 +57,8 @@ def forward(
 ) -> tuple[Array, Any]:
     """tokens, positions (B, T) int32 -> logits (B, T, V) float32 and the cache with these T tokens' keys and values.
 
-    Token t sees tokens 0..t of its row (and segment), and what `cache`, a KVCache or SegmentedCache, holds. A KVCache's
-    `length` does not change.
+    Token t sees tokens 0..t of its row (and segment), and what `cache`, a KVCache or
+    SegmentedCache, holds. A KVCache's `length` does not change.
     """
     x, cache = _apply(cfg, params, tokens, positions, cache, segments)
     return _norm_and_logits(cfg, params, x), cache

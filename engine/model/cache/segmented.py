@@ -1,9 +1,10 @@
 """KVSegments: the KV cache of many slots, cut by position, so that XLA multiplies only segments that a row has reached.
 
-Segments double in length from the second on. Each segment of all slots is one array: a matrix product on a CPU reads a
-whole array in place, but would copy a part of one first. Attention goes segment by segment with a running softmax
-(Milakov & Gimelshein 2018, 1805.02867) and skips segments that no row has reached. What a segment adds to a row that has
-not reached it is discarded, so a row's bits depend on its own tokens alone. `in_c.py` attends by kernels in C.
+Segments double in length from the second on. Each segment of all slots is one array: a matrix
+product on a CPU reads a whole array in place, but would copy a part of one first. Attention goes
+segment by segment with a running softmax (Milakov & Gimelshein 2018, 1805.02867) and skips segments
+that no row has reached. What a segment adds to a row that has not reached it is discarded, so a
+row's bits depend on its own tokens alone. `in_c.py` attends by kernels in C.
 """
 
 import functools
@@ -38,9 +39,9 @@ LayerSegments = tuple[KVArray, ...]  # the keys or the values of one layer
 class CacheRows(NamedTuple):
     """The positions of a call's R rows, the slots that they read, and those that their keys and values are written to; int32.
 
-    Row r holds T tokens from position[r] (R,) on, or none if that is -1, and reads slot[r] (R,). Without the kernel in C
-    that is slot r, unless there is one row or one slot.
-    Write u (U,) puts row source[u] into slot target[u], but not where that is no slot or beyond the last segment.
+    Row r holds T tokens from position[r] (R,) on, or none if that is -1, and reads slot[r] (R,).
+    Without the kernel in C that is slot r, unless there is one row or one slot. Write u (U,) puts
+    row source[u] into slot target[u], but not where that is no slot or beyond the last segment.
     `is_token` (R, T) bool: False for padding at a row's end; None where there is none.
     """
 
@@ -63,12 +64,15 @@ class SegmentedLayer(NamedTuple):
     def query_dtype(self) -> Any:
         """The type in which queries meet the stored keys."""
         stored = self.k[0]
-        return stored.dtype if isinstance(stored, Array) else jnp.float32
+        if isinstance(stored, QuantizedKV):
+            return jnp.float32
+        return stored.dtype
 
     def attend(self, q: Array, k: Array, v: Array) -> tuple[Array, "SegmentedLayer"]:
         """q (R, T, N, H) scaled by H ** -0.5, k and v (R, T, K, H) -> (R, T, N * H) in q's dtype, and the layer with k and v.
 
-        A query at position p sees positions 0 .. p of its slot, this call's own among them. Padding gets keys and values of 0.
+        A query at position p sees positions 0 .. p of its slot, this call's own among them. Padding
+        gets keys and values of 0.
         """
         return attend_by_xla(q, k, v, self)
 
@@ -118,8 +122,8 @@ def segmented_cache(segments: KVSegments, rows: CacheRows) -> SegmentedCache:
 def segment_edges(capacity: int, first: int, chunk: int) -> tuple[int, ...]:
     """Returns where segments for `capacity` tokens start, and where the last ends: at a multiple of `chunk`.
 
-    The first has `first` positions, each other one as many as all before it, but the last perhaps fewer. A `first` of at
-    least the capacity makes one segment.
+    The first has `first` positions, each other one as many as all before it, but the last perhaps
+    fewer. A `first` of at least the capacity makes one segment.
     """
     end = -(-capacity // chunk) * chunk
     edges = [0, end if first >= capacity else first]
@@ -156,8 +160,11 @@ def read_chunk(segments: KVSegments, slot: Array, start: Array, length: int) -> 
             sizes = (1, array.shape[1], length, *array.shape[3:])
             return jax.lax.dynamic_slice(array, (slot, 0, start - edges[segment], *[0] * (array.ndim - 3)), sizes)[0]
 
+        def stack(*arrays: Array) -> Array:
+            return jnp.stack([cut(array) for array in arrays])
+
         layers = (layer[segment] for layer in (*segments.k, *segments.v))
-        return jax.tree.map(lambda *arrays: jnp.stack([cut(array) for array in arrays]), *layers)
+        return jax.tree.map(stack, *layers)
 
     which = jnp.sum(start >= jnp.array(edges[1:-1], jnp.int32))
     return jax.lax.switch(which, [functools.partial(read, segment) for segment in range(len(edges) - 1)])
@@ -206,8 +213,8 @@ def clear_slot(segments: KVSegments, slot: Array, max_positions: Array) -> KVSeg
 
 
 def copy_slot(segments: KVSegments, slot: Array, targets: Array, max_positions: Array) -> KVSegments:
-    """Copies a single sequence's segments that begin below `max_positions` to the slots targets (X,) int32, whose rows check
-    its draft tokens. A target of no slot is skipped.
+    """Copies a single sequence's segments that begin below `max_positions` to the slots targets
+    (X,) int32, whose rows check its draft tokens. A target of no slot is skipped.
     """
     L = len(segments.k)
     at = jnp.stack([targets, jnp.zeros_like(targets)], axis=1)
@@ -273,7 +280,7 @@ def write_new[Layer: SegmentedLayer](layer: Layer, keys: KVArray, values: KVArra
     """Returns the layer with the keys and values (R, K, T, H) of each row in the slots that it is written to."""
 
     def write(side: LayerSegments, new: KVArray) -> LayerSegments:
-        return _write(side, jax.tree.map(lambda array: array[layer.rows.source], new), layer.destinations)
+        return _write(side, jax.tree.map(operator.itemgetter(layer.rows.source), new), layer.destinations)
 
     return layer._replace(k=write(layer.k, keys), v=write(layer.v, values))
 
@@ -305,8 +312,8 @@ class Mixture(NamedTuple):
 def attend_segment(q: Any, last: Array, keys: KVArray, values: KVArray, slot: Array | None, state: Mixture) -> Mixture:
     """Adds a segment's keys and values (B, K, C, H) to the attention of queries (R, K, M, H).
 
-    last (R, M): the last position of the segment that each query sees; below 0 the query's state stays, to the bit. `slot` is
-    that of a single row; without it row r reads slot r.
+    last (R, M): the last position of the segment that each query sees; below 0 the query's state
+    stays, to the bit. `slot` is that of a single row; without it row r reads slot r.
     """
     if slot is not None:
         keys, values = jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, slot, 0), (keys, values))

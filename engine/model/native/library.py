@@ -1,9 +1,10 @@
 """Builds the kernels in C for this machine, once, into the user's cache folder, and registers them with XLA: all or none.
 
-Each file is compiled by the system's C compiler (`$CC`, cc, gcc or clang) or by that of the extra `native`. Its name in the
-cache is a digest of all that it depends on, the processor's instructions among them, so that machines may share a folder.
-The file ends in the SHA-256 of its name and the library: one damaged, misplaced, or that others can write is built anew.
-A library is kept only if it loads and holds the kernel's functions.
+Each file is compiled by the system's C compiler (`$CC`, cc, gcc or clang) or by that of the extra
+`native`. Its name in the cache is a digest of all that it depends on, the processor's instructions
+among them, so that machines may share a folder. The file ends in the SHA-256 of its name and the
+library: one damaged, misplaced, or that others can write is built anew. A library is kept only if
+it loads and holds the kernel's functions.
 """
 
 import contextlib
@@ -32,7 +33,8 @@ from engine.errors import UserError
 from engine.files import cache_folder, read_checked, read_limited, write_checked
 
 FOLDER = Path(__file__).parent
-# The files in C, and whether products are fused with sums: not where a row's bits must not depend on how it is compiled.
+# The files in C, and whether products are fused with sums: not where a row's bits must not depend
+# on how it is compiled.
 KERNELS = {
     "block_matmul": "-ffp-contract=off",
     "decode_attention": "-ffp-contract=fast",
@@ -48,10 +50,12 @@ FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trappin
 INSTRUCTIONS = {"x86_64": {"avx512_vnni", "avx2"}, "aarch64": {"asimddp"}}  # one of which is needed, as /proc/cpuinfo has them
 TUNING = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
 MAX_BYTES = 2**22  # that are read of a library; it has some 80 thousand
-# The time that all compilers together may take. One that hangs takes its share of what is left, and the next has its own. The
-# four kernels are 12 s of work and are compiled at once; on two cores with a load of 15 that took 55 s.
+# The time that all compilers together may take. One that hangs takes its share of what is left, and
+# the next has its own. The four kernels are 12 s of work and are compiled at once; on two cores
+# with a load of 15 that took 55 s.
 SECONDS = 240
-# Loads the library at `path` and looks for its `functions`: in a process of its own, which a damaged library may crash.
+# Loads the library at `path` and looks for its `functions`: in a process of its own, which a
+# damaged library may crash.
 CHECK = """
 import ctypes
 try:
@@ -149,8 +153,8 @@ def read_library(kernel: str) -> Library:
 def _compile(kernel: str, command: list[str], sources: dict[str, bytes], deadline: float) -> bytes:
     """Compiles the sources and returns the library. They are those whose digest names it: a file may have been edited since.
 
-    Raises _Unavailable when the compiler fails, is not done at the `deadline` (of time.monotonic), or writes no library that
-    loads.
+    Raises _Unavailable when the compiler fails, is not done at the `deadline` (of time.monotonic),
+    or writes no library that loads.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # what is left of a compiler may still write there
         for name, text in sources.items():
@@ -192,9 +196,9 @@ def _run(command: list[str], deadline: float, *files: int) -> str:
 def _load_library(kernel: str, data: bytes) -> Library:
     """Loads a library. Raises OSError when it does not load here, and AttributeError when it lacks a function.
 
-    It is loaded from memory, as the bytes that were checked: a file in the cache could be changed or cut while it is mapped,
-    and may lie where nothing can be executed. The file in memory stays open, because dlopen would take a later one with its
-    number for the same library.
+    It is loaded from memory, as the bytes that were checked: a file in the cache could be changed
+    or cut while it is mapped, and may lie where nothing can be executed. The file in memory stays
+    open, because dlopen would take a later one with its number for the same library.
     """
     handle = _open_in_memory(kernel, data)
     loaded = ctypes.CDLL(f"/proc/self/fd/{handle}")

@@ -1,8 +1,9 @@
 """Blocks: a weight in GGUF's blocks of 32 inputs, read from a file as they are or rounded here, and the product with it.
 
-A kind is known by the bytes of 16 blocks: Q4_0 and Q4_1 have 4 bits a weight, Q8_0 has 8; each block has a scale, and in Q4_1
-a minimum, in float16. x is rounded to int8 with a scale for each 32 numbers, so numbers far above the rest make the steps of
-their own block coarse and of no other. What a file has is not converted, and no weight is rounded a second time.
+A kind is known by the bytes of 16 blocks: Q4_0 and Q4_1 have 4 bits a weight, Q8_0 has 8; each
+block has a scale, and in Q4_1 a minimum, in float16. x is rounded to int8 with a scale for each 32
+numbers, so numbers far above the rest make the steps of their own block coarse and of no other.
+What a file has is not converted, and no weight is rounded a second time.
 """
 
 import dataclasses
@@ -36,7 +37,8 @@ UNIT = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 64}  # steps of a quarter of a block's ran
 class Blocks(Weight, TrainingForm):
     """packed (out / 16, in / 32, bytes of 16 blocks) uint8, as native/block_matmul.c reads it: a weight with `columns` outputs.
 
-    `axis` 1: the matrix (in, out); 0: the embedding (V, D), its blocks along D, by whose transpose a tied head multiplies.
+    `axis` 1: the matrix (in, out); 0: the embedding (V, D), its blocks along D, by whose transpose
+    a tied head multiplies.
     """
 
     packed: Array
@@ -131,7 +133,8 @@ def unpack_blocks(weight: Blocks) -> np.ndarray:
 def served_kind(path: str, kind: str = "Q4_0") -> str:
     """Returns the kind that a matrix is rounded to where most become `kind`: embedding and head have 8 bits.
 
-    Q4_1 takes a ninth more than Q4_0 and costs no less: 0.0025 bits per byte for 0.0012 (the default model after 300 steps).
+    Q4_1 takes a ninth more than Q4_0 and costs no less: 0.0025 bits per byte for 0.0012 (the
+    default model after 300 steps).
     """
     return "Q8_0" if path in ("embed", "head") else kind
 
@@ -187,8 +190,8 @@ def _straight_through(values: Array, x: Array) -> Array:
 def factors_to_train(weight: Blocks) -> Array:
     """Returns what trains while the integers stay (Kim et al. 2023, 2305.14152), (out / 16, in / 32, 1 or 2, 16) float32.
 
-    A quarter of each block's range, and in Q4_1 half its center: numbers of a block move by twice what these do, and the
-    learning rate that is best for weights is so for these.
+    A quarter of each block's range, and in Q4_1 half its center: numbers of a block move by twice
+    what these do, and the learning rate that is best for weights is so for these.
     """
     scale, *minimum = jnp.moveaxis(_take_apart(weight.packed)[1], -2, 0)
     quarter = UNIT[weight.kind] * scale
@@ -217,10 +220,11 @@ def _to_half(x: Array) -> Array:
 def nearest(weight: Array, kind: str, axis: int) -> tuple[Array, list[Array]]:
     """weight (in, out), or with `axis` 0 (V, D) -> integers float32, and a scale, in Q4_1 a minimum too, float16 each.
 
-    Inputs become in / 32 blocks, which share a factor: (in / 32, 32, out) and (in / 32, 1, out). A block's largest magnitude
-    becomes 127 in Q8_0 and -8 in Q4_0; in Q4_1 its least number becomes 0 and its largest 15: llama.cpp's rule but for ties. A
-    block that was rounded once stays as it is. A scale by least squares brings weights nearer to theirs, and the model's
-    predictions no nearer (bench/results/zen4/rounding-tries.csv).
+    Inputs become in / 32 blocks, which share a factor: (in / 32, 32, out) and (in / 32, 1, out). A
+    block's largest magnitude becomes 127 in Q8_0 and -8 in Q4_0; in Q4_1 its least number becomes 0
+    and its largest 15: llama.cpp's rule but for ties. A block that was rounded once stays as it is.
+    A scale by least squares brings weights nearer to theirs, and the model's predictions no nearer
+    (bench/results/zen4/rounding-tries.csv).
     """
     inputs = 1 - axis
     x = weight.astype(jnp.float32).reshape(*weight.shape[:inputs], -1, GROUP, *weight.shape[inputs + 1 :])
@@ -257,11 +261,13 @@ def block_matmul(
 ) -> Array:
     """x (M, in) -> x times the weight, (M, out) in `dtype`; with `axis` 0 times its transpose, x (M, D) -> (M, V).
 
-    pairs: of adapters, `StackedLoRA.pairs`; the kernel then adds each row's in the same call. With a gain (in,) it normalises x
-    first, and of x (M, 2 in), gates and values beside them, it takes the SwiGLU.
+    pairs: of adapters, `StackedLoRA.pairs`; the kernel then adds each row's in the same call. With
+    a gain (in,) it normalises x first, and of x (M, 2 in), gates and values beside them, it takes
+    the SwiGLU.
 
-    The kernel of native/ multiplies where there is one; else XLA adds the same products in another order. A row of x with a
-    number that is not finite gives NaN, and changes no other row. There is no gradient.
+    The kernel of native/ multiplies where there is one; else XLA adds the same products in another
+    order. A row of x with a number that is not finite gives NaN, and changes no other row. There is
+    no gradient.
     """
     if computes_in_c():
         shapes = [jax.ShapeDtypeStruct((len(x), weight.columns), jnp.float32)] * (1 + bool(pairs))

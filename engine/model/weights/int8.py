@@ -1,7 +1,7 @@
 """Int8: a weight as integers from -127 to 127 and one scale a column, and the products with it, which XLA makes.
 
-It is a frozen base in training, and what inference has where no kernel in C multiplies `blocks`: on accelerators and meshes.
-`activations` says how x is multiplied:
+It is a frozen base in training, and what inference has where no kernel in C multiplies `blocks`: on
+accelerators and meshes. `activations` says how x is multiplied:
 
 - "int8" (W8A8) rounds each row of x to int8 and multiplies integers, exactly, in int32. It has no gradient.
 - "int16" rounds x to two such digits, 15 bits, for twice the products and the same reading of the weight: for rows in which
@@ -46,9 +46,10 @@ LARGEST = 127  # -128 is not used, so that a weight and its negative are rounded
 class Int8(Weight):
     """values (in, out) int8, scale (out,) float32: the weight is values * scale.
 
-    The scale runs along `axis`: 1, a scale a column; 0, a scale a row, for the embedding (V, D), by whose transpose a tied head
-    multiplies. With `transposed` values lie as (out, in); shape, matrix and bits are the same. `gathered`: the axes of a mesh
-    that still cut the values where "full" reads them, so that integers are exchanged.
+    The scale runs along `axis`: 1, a scale a column; 0, a scale a row, for the embedding (V, D), by
+    whose transpose a tied head multiplies. With `transposed` values lie as (out, in); shape, matrix
+    and bits are the same. `gathered`: the axes of a mesh that still cut the values where "full"
+    reads them, so that integers are exchanged.
     """
 
     values: Array
@@ -123,7 +124,8 @@ def _side_by_side(*arrays: Array) -> Array:
 def quantize_matrix(weight: Array, activations: Activations = "int8", axis: int = 1) -> Int8:
     """Returns the Int8 nearest to weight (in, out): each column's largest magnitude becomes 127.
 
-    No number is off by more than half a step, 1/254 of its column's largest magnitude. Columns of zeros stay zero.
+    No number is off by more than half a step, 1/254 of its column's largest magnitude. Columns of
+    zeros stay zero.
     """
     weight = weight.astype(jnp.float32)
     scale = jnp.abs(weight).max(axis=1 - axis) / LARGEST
@@ -165,8 +167,9 @@ def slice_columns(leaf: Int8, start: int, stop: int) -> Int8:
 def quantize(params: Params, activations: Activations = "int8") -> Params:
     """Returns params with the matrices of the blocks and the head (tied: the embedding) as Int8; Blocks stay.
 
-    The input of `down` has a few numbers far above the rest, so with "int8" it gets two digits: SmolLM2 then loses 0.6%
-    in bits per byte, not 1.1%. Raises UserError for a leaf that is not a plain matrix: merge adapters first.
+    The input of `down` has a few numbers far above the rest, so with "int8" it gets two digits:
+    SmolLM2 then loses 0.6% in bits per byte, not 1.1%. Raises UserError for a leaf that is not a
+    plain matrix: merge adapters first.
     """
     names = {*MATRICES, *JOINED, "head"}
     if "head" not in params:
@@ -199,8 +202,8 @@ def round_rows(x: Array) -> tuple[Array, Array]:
 
 
 def two_digit_rows(x: Array) -> tuple[Array, Array]:
-    """x (..., M, D) -> values (..., 2 M, D) int8, scale (..., M, 1) float32: rows as in `round_rows`, then the rest of each
-    number in steps FINE times smaller.
+    """x (..., M, D) -> values (..., 2 M, D) int8, scale (..., M, 1) float32: rows as in
+    `round_rows`, then the rest of each number in steps FINE times smaller.
     """
     steps, scale = _scale_rows(x)
     first = jnp.round(steps)
@@ -217,7 +220,8 @@ def join_digits(products: Array) -> Array:
 def _scale_rows(x: Array) -> tuple[Array, Array]:
     """x (..., M, D) -> x / scale and scale (..., M, 1), float32."""
     x = x.astype(jnp.float32)
-    # The largest by its bits, which sort as magnitudes do, and a NaN's come last: XLA's maximum on a CPU loses some NaNs.
+    # The largest by its bits, which sort as magnitudes do, and a NaN's come last: XLA's maximum on
+    # a CPU loses some NaNs.
     bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32).max(axis=-1)
     scale = jax.lax.bitcast_convert_type(bits, jnp.float32) * (1 / LARGEST)
     scale = jnp.where(scale == 0, 1, scale)[..., None]
@@ -244,8 +248,8 @@ def _multiply_integers(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
     fine = weight.activations == "int16"
     rows, row_scale = two_digit_rows(x) if fine else round_rows(x)
     if weight.contracting_axis == 1 and len(rows) <= FEW and len(weight.values) <= MANY:
-        # The weight on the left is read as it lies, on the right it would be packed first. Without the barrier XLA would
-        # swap them back: held by tests/model/test_int8.py.
+        # The weight on the left is read as it lies, on the right it would be packed first. Without
+        # the barrier XLA would swap them back: held by tests/model/test_int8.py.
         product = _contract(weight.values, rows, 1, preferred_element_type=jnp.int32)
         product = jax.lax.optimization_barrier(product).T
     else:
@@ -271,7 +275,8 @@ _multiply_integers.defvjp(_integers_forward, _no_gradient)
 def _multiply_widened(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
     """Integers up to 127 are exact in bfloat16, so the weight is not rounded a second time: the scale comes after.
 
-    Without the barrier a forward pass would first widen the weights of all layers: held by tests/laws/test_barriers.py.
+    Without the barrier a forward pass would first widen the weights of all layers: held by
+    tests/laws/test_barriers.py.
     """
     values, x = jax.lax.optimization_barrier((weight.values, x))
     widened = _gather(dataclasses.replace(weight, values=values)).astype(x.dtype)
@@ -286,8 +291,8 @@ def _widened_forward(x: Array, weight: Int8, dtype: DTypeLike) -> tuple[Array, t
 def widened_backward(dtype: DTypeLike, residuals: tuple[Int8, Array], g: Array) -> tuple[Array, None]:
     """dx = (g scale) values^T; the weight is frozen.
 
-    Without the barrier the forward pass would hold its wide copy of every weight until here: see tests/laws/test_barriers.py,
-    which holds it.
+    Without the barrier the forward pass would hold its wide copy of every weight until here: see
+    tests/laws/test_barriers.py, which holds it.
     """
     weight, like = residuals
     scaled = (g.astype(jnp.float32) * weight.scale).astype(like.dtype)

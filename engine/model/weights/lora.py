@@ -5,7 +5,8 @@
     state, _ = train_step(cfg, tx, state, params, ...)  # params: the base, plain or Int8, stays as it is
     plain = merge_lora(merge(state.trainable, params))
 
-Several adapters on one base add up: `merge(second, merge(first, params))`. `matmul.py` multiplies by them.
+Several adapters on one base add up: `merge(second, merge(first, params))`. `matmul.py` multiplies
+by them.
 """
 
 import dataclasses
@@ -31,7 +32,8 @@ from engine.model.weights.weight import Weight
 class LoRA(Weight):
     """The weight base + scale * a b, with a (in, R) and b (R, out).
 
-    base (in, out): an Array, another weight, a LoRA too (adapters add up), or None for an adapter as it is trained and saved.
+    base (in, out): an Array, another weight, a LoRA too (adapters add up), or None for an adapter
+    as it is trained and saved.
     """
 
     base: Any
@@ -63,7 +65,8 @@ class LoRA(Weight):
         """Returns base and adapter merged in `dtype` or that of the base."""
         base = as_weight(self.base).dense(dtype)
         b = self.b.astype(jnp.float32) * -self.scale
-        # Subtracted, because x - 0 is x to the bit, while -0 + 0 is 0: an adapter whose b is 0 changes nothing.
+        # Subtracted, because x - 0 is x to the bit, while -0 + 0 is 0: an adapter whose b is 0
+        # changes nothing.
         less = jnp.dot(self.a.astype(jnp.float32), b, precision=jax.lax.Precision.HIGHEST)
         return (base.astype(jnp.float32) - less).astype(dtype or base.dtype)
 
@@ -135,7 +138,8 @@ def to_dense(weight: Any, dtype: DTypeLike | None = None) -> Array:
 def merge_lora(params: Params, dtype: DTypeLike | None = None) -> Params:
     """Returns params with every LoRA leaf as one matrix, in `dtype` or that of its base (float32 over an Int8).
 
-    Logits are those of base and adapter up to rounding; params without adapters come back as they are.
+    Logits are those of base and adapter up to rounding; params without adapters come back as they
+    are.
     """
 
     def merge(_: str, leaf: Any) -> Any:

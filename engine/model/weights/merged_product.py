@@ -1,13 +1,14 @@
 """Multiplies many rows by weights in the rows' own type, their adapters merged, forward and backward.
 
-Unmerged, the pair would cost every row two thin products and two passes
-over results as wide as the base's: on a CPU half as much again as the base's own product. Merging costs R operations a weight.
-The backward pass still needs no gradient of the whole matrix: with W = base + scale a b and y = x W,
+Unmerged, the pair would cost every row two thin products and two passes over results as wide as the
+base's: on a CPU half as much again as the base's own product. Merging costs R operations a weight.
+The backward pass still needs no gradient of the whole matrix: with W = base + scale a b and y = x
+W,
 
     dx = g W^T,    da = x^T (g (scale b)^T),    db = (x a)^T (scale g).
 
-W is rounded to x's dtype, as in full training. The backward pass merges again, in a hundredth of the time of the products: all
-merged weights together would be a second model.
+W is rounded to x's dtype, as in full training. The backward pass merges again, in a hundredth of
+the time of the products: all merged weights together would be a second model.
 """
 
 import dataclasses
@@ -30,8 +31,8 @@ from engine.model.weights.plain import as_weight
 
 
 def is_merged(weight: Any, x: Array) -> bool:
-    """Whether x is multiplied by the whole weight in x's dtype: where the weight is smaller than x, or, if it has a pair to
-    merge, than x and the result; not where the base multiplies integers.
+    """Whether x is multiplied by the whole weight in x's dtype: where the weight is smaller than x,
+    or, if it has a pair to merge, than x and the result; not where the base multiplies integers.
     """
     rows, columns = weight.shape
     numbers = x.size // layout.row_shards()
@@ -70,7 +71,8 @@ def _forward(x: Array, weights: tuple[Any, ...], dtype: DTypeLike):
 
 def _backward(dtype: DTypeLike, residuals: tuple[Array, tuple[Any, ...]], gs: tuple[Array, ...]):
     x, weights = residuals
-    # Else XLA would keep what the forward pass merged, or the products of the pairs: a fifth to a third more memory for a step.
+    # Else XLA would keep what the forward pass merged, or the products of the pairs: a fifth to a
+    # third more memory for a step.
     again: list[Any] = []
     late_gs: list[Array] = []
     for weight, g in zip(weights, gs):

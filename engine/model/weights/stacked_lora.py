@@ -4,8 +4,8 @@
     stacks = put_adapter(cfg, stacks, 3, adapter)         # in new arrays: whoever reads the old ones goes on with them
     forward(cfg, with_stacks(cfg, params, stacks, index), tokens, positions)       # index (B,): 3, or 0 for none
 
-Each row gathers its own pair (Punica: Chen et al. 2023, 2310.18547), so that its numbers depend neither on other rows nor on
-where its adapter lies.
+Each row gathers its own pair (Punica: Chen et al. 2023, 2310.18547), so that its numbers depend
+neither on other rows nor on where its adapter lies.
 """
 
 import dataclasses
@@ -36,8 +36,9 @@ PARTS = {name: (name,) for name in MATRICES} | JOINED  # a block's weights, alon
 class StackedLoRA(Weight):
     """The weight base (in, out), to which row n of a batch adds scale a b of adapter index[n] unless that is 0; index (B,).
 
-    a (A + 1, P R, in), b (A + 1, R, out) and scale (A + 1, P R): the base is P matrices of these `widths` side by side, each
-    with a pair of rank R, and a scale for each of the R. A scale of 0 is of a rank that an adapter does not have.
+    a (A + 1, P R, in), b (A + 1, R, out) and scale (A + 1, P R): the base is P matrices of these
+    `widths` side by side, each with a pair of rank R, and a scale for each of the R. A scale of 0
+    is of a rank that an adapter does not have.
     """
 
     base: Any
@@ -107,8 +108,9 @@ def adapter_product(x: Array, weight: StackedLoRA) -> Array:
 def make_stacks(params: Params, count: int, rank: int) -> Params:
     """Returns stacks for `count` adapters of at most that rank: at each weight's path its (a, b, scale).
 
-    params: as `prepare_params` returns them. a and b have the dtype of a plain weight. Over int8 and blocks they are int8,
-    because each stream reads its own: wider ones of eight streams would add half the weights' bytes.
+    params: as `prepare_params` returns them. a and b have the dtype of a plain weight. Over int8
+    and blocks they are int8, because each stream reads its own: wider ones of eight streams would
+    add half the weights' bytes.
     """
     stacks = {}
     for path, leaf in leaf_paths(params).items():

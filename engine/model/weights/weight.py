@@ -1,9 +1,10 @@
 """Weight: what a matrix of a model can do, however its numbers are kept. A plain matrix stays an Array: `plain.py`.
 
-A kind of weight is a frozen dataclass, registered as a pytree, that does four things: it has a shape, `dense` returns its
-matrix, `times` multiplies by it, and `cast` changes the type of its plain numbers. The other methods are for what a kind does
-in a way of its own, and say what it does otherwise. jit, scan, the sharding rules, digests and checkpoints see the arrays of a
-weight by the names of its fields, below the path of the matrix: blocks/0/q/values.
+A kind of weight is a frozen dataclass, registered as a pytree, that does four things: it has a
+shape, `dense` returns its matrix, `times` multiplies by it, and `cast` changes the type of its
+plain numbers. The other methods are for what a kind does in a way of its own, and say what it does
+otherwise. jit, scan, the sharding rules, digests and checkpoints see the arrays of a weight by the
+names of its fields, below the path of the matrix: blocks/0/q/values.
 """
 
 import abc
@@ -59,8 +60,8 @@ class Weight(abc.ABC):
         raise TypeError(f"The columns of {self.kind} are not cut.")
 
     def gradients(self, x: Array, g: Array) -> tuple[Array, Array | None]:
-        """x (M, in), the gradient g (M, out) of its product in float32 -> the gradients of x and of the matrix, None where
-        that is frozen.
+        """x (M, in), the gradient g (M, out) of its product in float32 -> the gradients of x and of
+        the matrix, None where that is frozen.
         """
         raise TypeError(f"A product with {self.kind} has no gradient.")
 
@@ -92,8 +93,9 @@ class Weight(abc.ABC):
     def times_fused(
         self, x: Array, dtype: DTypeLike, gain: Array | None = None, eps: float = 0.0, pairs: tuple[Any, ...] = ()
     ) -> Array:
-        """As `times`, where `fuses` says so. With a gain (in,) it normalises x (..., in) first; of x (..., 2 in), gates and
-        values beside them, it takes the SwiGLU. pairs: of adapters, `StackedLoRA.pairs`.
+        """As `times`, where `fuses` says so. With a gain (in,) it normalises x (..., in) first; of
+        x (..., 2 in), gates and values beside them, it takes the SwiGLU. pairs: of adapters,
+        `StackedLoRA.pairs`.
         """
         raise TypeError(f"No kernel multiplies by {self.kind}.")
 
