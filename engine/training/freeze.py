@@ -23,8 +23,8 @@ def select_trainable(
     Raises UserError when a rule matches nothing, with the nearest path, and when nothing is left.
     """
     matches = {rule: _match(cfg, rule) for rule in (*train, *freeze)}
-    trainable = {path for rule in train for path in matches[rule]} if train else {*leaf_shapes(cfg)}
-    trainable -= {path for rule in freeze for path in matches[rule]}
+    trainable = set().union(*(matches[rule] for rule in train)) if train else {*leaf_shapes(cfg)}
+    trainable = trainable.difference(*(matches[rule] for rule in freeze))
     if not trainable:
         raise UserError(
             f"Nothing is left to train: --freeze {' '.join(freeze)} names all that would be trained. Freeze less of it."
@@ -34,13 +34,20 @@ def select_trainable(
 
 def _match(cfg: ModelConfig, rule: str) -> Collection[str]:
     shapes = leaf_shapes(cfg)
-    if end := re.fullmatch(r"(bottom|top):(\d+)", rule):
-        count, is_bottom = int(end[2]), end[1] == "bottom"
+    end = re.fullmatch(r"(bottom|top):(\d+)", rule)
+    if end:
+        count = int(end[2])
+        is_bottom = end[1] == "bottom"
         if not 1 <= count <= cfg.layers:
             raise UserError(f"{rule!r} names no blocks: the model has {cfg.layers}; give a number from 1 to that.")
-        layers = range(count) if is_bottom else range(cfg.layers - count, cfg.layers)
-        beginnings = *(("embed",) if is_bottom else ("norm", "head")), *(f"blocks/{layer}/" for layer in layers)
-        return [path for path in shapes if path.startswith(beginnings)]
+        if is_bottom:
+            beginnings = ["embed"]
+            layers = range(count)
+        else:
+            beginnings = ["norm", "head"]
+            layers = range(cfg.layers - count, cfg.layers)
+        beginnings += [f"blocks/{layer}/" for layer in layers]
+        return [path for path in shapes if path.startswith(tuple(beginnings))]
     pattern = {"all": ".*", "head": "embed" if cfg.tied else "head"}.get(rule, rule)
     try:
         matches = [path for path in shapes if re.fullmatch(pattern, path)]

@@ -32,36 +32,45 @@ MUON_PATHS = r"blocks/\d+/(q|k|v|out|gate|up|down)"
 UNDECAYED = r".*(norm|bias)"  # gains and biases
 
 
+# The largest value of each setting that may be above 1.
+MOST = {
+    "learning_rate": 10.0,
+    "matrix_learning_rate": 10.0,
+    "weight_decay": 10.0,
+    "embedding_factor": 1000.0,
+    "head_factor": 1000.0,
+    "clip": math.inf,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer's settings. `learning_rate` is AdamW's, `matrix_learning_rate` Muon's, per unit of spectral norm.
-
-    `embedding_factor` and `head_factor` multiply AdamW's for these two: a row of the embedding has a gradient only where its
-    token is read, a column of the head at each token.
-    Raises UserError for a value out of range.
-    """
+    """The optimizer's settings. Raises UserError for a value out of range."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 1e-3
-    matrix_learning_rate: float = 0.02
+    learning_rate: float = 1e-3  # AdamW's
+    matrix_learning_rate: float = 0.02  # Muon's, per unit of spectral norm
+    # By which AdamW's is multiplied: a row of the embedding has a gradient only where its token is read, a column of the head
+    # at each token.
     embedding_factor: float = 1.0
     head_factor: float = 1.0
     schedule: Literal["cosine", "wsd"] = "cosine"
-    warmup: float = 0.02
-    decay: float = 0.5
-    final: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    momentum: float = 0.95
+    warmup: float = 0.02  # share of the run in which the rate rises
+    decay: float = 0.5  # share in which it falls, with wsd
+    final: float = 0.0  # factor on the rate at the end
+    beta1: float = 0.9  # of AdamW's mean gradient
+    beta2: float = 0.95  # of its mean square
+    momentum: float = 0.95  # Muon's
     weight_decay: float = 0.1
-    clip: float = 1.0
+    clip: float = 1.0  # largest norm of the gradient
 
     def __post_init__(self) -> None:
-        most = dict.fromkeys(("learning_rate", "matrix_learning_rate", "weight_decay"), 10.0)
-        most |= {"embedding_factor": 1000.0, "head_factor": 1000.0, "clip": math.inf}
         for name, value in vars(self).items():
-            if name not in ("kind", "schedule") and not 0 <= value <= most.get(name, 1.0):
-                raise UserError(f"{name} must lie between 0 and {most.get(name, 1.0):g}, not {value!r}.")
+            if name in ("kind", "schedule"):
+                continue
+            most = MOST.get(name, 1.0)
+            if not 0 <= value <= most:
+                raise UserError(f"{name} must lie between 0 and {most:g}, not {value!r}.")
         if self.clip == 0:
             raise UserError("clip must be above 0: a gradient clipped to norm 0 teaches nothing. Give inf for no clipping.")
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
@@ -110,17 +119,30 @@ def clip_by_norm(most: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
+def descend_by_path(cfg: OptimizerConfig) -> optax.GradientTransformation:
+    """Multiplies updates by minus AdamW's learning rate, and by the factors of the embedding and of the head."""
+    factors = {"embed": cfg.embedding_factor, "head": cfg.head_factor}
+
+    def scale(path: str, update: Any) -> Any:
+        rate = -cfg.learning_rate * factors.get(path, 1.0)
+        return jax.tree.map(lambda u: rate * u, update)
+
+    return optax.stateless(lambda updates, _: map_paths(scale, updates))
+
+
 @functools.cache
 def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """Returns the chain for `cfg`, one object for each, so that a compiled step is found again."""
-    is_decayed = lambda path, _: not re.fullmatch(UNDECAYED, path)
-    is_matrix = lambda path, leaf: re.fullmatch(MUON_PATHS, path) and not isinstance(leaf, LoRA)
-    label = lambda path, leaf: "muon" if cfg.kind == "muon" and is_matrix(path, leaf) else "adamw"
+
+    def is_decayed(path: str, _: Any) -> bool:
+        return not re.fullmatch(UNDECAYED, path)
+
+    def label(path: str, leaf: Any) -> str:
+        is_matrix = re.fullmatch(MUON_PATHS, path) and not isinstance(leaf, LoRA)
+        return "muon" if cfg.kind == "muon" and is_matrix else "adamw"
+
     decay = optax.add_decayed_weights(cfg.weight_decay, mask=functools.partial(map_paths, is_decayed))
-    factors = {"embed": cfg.embedding_factor, "head": cfg.head_factor}
-    by_rate = lambda path, update: jax.tree.map(lambda u: -cfg.learning_rate * factors.get(path, 1.0) * u, update)
-    descend = optax.stateless(lambda updates, _: map_paths(by_rate, updates))
-    adamw = optax.chain(optax.scale_by_adam(cfg.beta1, cfg.beta2), decay, descend)
+    adamw = optax.chain(optax.scale_by_adam(cfg.beta1, cfg.beta2), decay, descend_by_path(cfg))
     momentum = optax.trace(cfg.momentum, nesterov=True)
     muon = optax.chain(momentum, orthogonalize(), decay, optax.scale(-cfg.matrix_learning_rate))
     return optax.chain(
@@ -164,7 +186,8 @@ def orthogonal(matrix: Array, dtype: DTypeLike) -> Array:
     less for those that were below 0.003 (nearly square) or 0.013 of the bound on the largest. All products are in `dtype`.
     """
     rows, columns = matrix.shape
-    tall, nearly_square = rows > columns, max(rows, columns) < NEARLY_SQUARE * min(rows, columns)
+    tall = rows > columns
+    nearly_square = max(rows, columns) < NEARLY_SQUARE * min(rows, columns)
     x = matrix.astype(dtype)
     wide = transpose(x) if tall else x
     gram = _gram(wide)

@@ -110,8 +110,10 @@ def _kto(logprobs: Sequence[Array], answers: Preferences, beta: float) -> Array:
 
     KL, at least 0, is the mean of the batch's mismatched answers' log p / reference, through which no gradient goes.
     """
-    log_ratio, mismatched = (logprobs[side] - answers.reference[:, side] for side in (0, 1))
-    value, counts = answers.value, answers.value != 0
+    log_ratio = logprobs[0] - answers.reference[:, 0]
+    mismatched = logprobs[1] - answers.reference[:, 1]
+    value = answers.value
+    counts = value != 0
     kl = jnp.maximum(0, jnp.where(counts, mismatched, 0).sum() / jnp.maximum(counts.sum(), 1))
     return jnp.abs(value) * jax.nn.sigmoid(-beta * jnp.sign(value) * (log_ratio - jax.lax.stop_gradient(kl)))
 

@@ -71,7 +71,8 @@ def grpo(clip: float = 0.2, kl_weight: float = 0.0) -> Objective:
     def summed(cfg: ModelConfig, params: Params, rollouts: PolicyBatch, head_trains: bool = True) -> Array:
         new = -target_losses(cfg, params, rollouts.batch, head_trains)
         old = jax.lax.stop_gradient(new) if rollouts.old_logprobs is None else rollouts.old_logprobs
-        ratio, advantage = jnp.exp(new - old), rollouts.advantage[:, None]
+        ratio = jnp.exp(new - old)
+        advantage = rollouts.advantage[:, None]
         loss = -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
         if kl_weight:
             log_ratio = rollouts.reference_logprobs - new
@@ -98,21 +99,35 @@ def make_reward(task: str) -> Reward:
     """Makes the reward of `length:12`, `regex:PATTERN`, `exact`, `sum` or `yes-no`. Raises UserError for anything else."""
     name, _, rest = task.partition(":")
     if name == "length" and rest.isdecimal() and 1 <= int(rest) <= 1000:
-        words = int(rest)
-        share = lambda count: min(count, words) / max(count, words)
-        return lambda completion, _: share(len(completion.split()))
+        return length_reward(int(rest))
     if name == "regex" and rest:
         return regex_reward(rest)
     if task == "exact":
-        return lambda completion, right: float(isinstance(right, str) and completion.strip() == right.strip())
+        return exact_reward
     if task == "sum":
         return sum_reward
     if task == "yes-no":
         return regex_reward(r"^(Yes|No)\b")
     if name in TASKS:
-        raise UserError(f"The task {task!r} should be {TASKS[name]}{' from 1 to 1000' if name == 'length' else ''}.")
+        limits = " from 1 to 1000" if name == "length" else ""
+        raise UserError(f"The task {task!r} should be {TASKS[name]}{limits}.")
     there_are = "; ".join([*TASKS.values(), "FILE.py:FUNCTION"])
     raise UserError(f"There is no task {task!r}; there are {there_are}.{did_you_mean(name, [*TASKS])}")
+
+
+def length_reward(words: int) -> Reward:
+    """Rewards a completion of so many words with 1, and another with the share that the shorter number is of the longer."""
+
+    def reward(completion: str, _: Any) -> float:
+        count = len(completion.split())
+        return min(count, words) / max(count, words)
+
+    return reward
+
+
+def exact_reward(completion: str, right: Any) -> float:
+    """Rewards a completion with 1 if it is the right answer but for space around it, else 0."""
+    return float(isinstance(right, str) and completion.strip() == right.strip())
 
 
 def regex_reward(pattern: str) -> Reward:
