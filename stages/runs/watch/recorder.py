@@ -22,7 +22,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from engine.errors import UserError
 from engine.files import open_regular
 from engine.inference.decode import generate, prepare_params
 from engine.mesh import processes
+from engine.model.config import ModelConfig
 from engine.model.paths import array_paths, merge
 from engine.storage.digest import digest
 from engine.training.step import gradient_norms
@@ -89,13 +90,21 @@ def refuse_other_file(path: Path, step: int, **run: str) -> None:
         except ValueError:
             first = {}
         for name, now in run.items():
-            if (was := first.get(name)) != now:
+            was = first.get(name)
+            if was != now:
                 raise UserError(f"{path} holds the recording of another run ({name} {was}, and here {now}). {other}")
+
+
+def nobody_watches() -> bool:
+    return False
 
 
 @contextlib.contextmanager
 def open_recorder(record: Path | None, tensorboard: Path | None, watch: int | None, console: Console) -> Iterator["Recorder"]:
-    sinks, is_watched = [file_sink(record)] if record else [], lambda: False
+    sinks: list[Sink] = []
+    if record:
+        sinks.append(file_sink(record))
+    is_watched = nobody_watches
     with contextlib.ExitStack() as stack:
         if tensorboard and processes.is_first():
             sinks.append(stack.enter_context(tensorboard_sink(tensorboard)))
@@ -104,7 +113,8 @@ def open_recorder(record: Path | None, tensorboard: Path | None, watch: int | No
 
             page = stack.enter_context(Watch(watch))
             console.print_rows([("watch", page.url)])
-            sinks, is_watched = [*sinks, page], page.is_watched
+            sinks.append(page)
+            is_watched = page.is_watched
         yield Recorder(sinks, console.print, record is not None, is_watched)
     if watch is not None:
         kept = "--record FILE keeps what it shows"
@@ -126,56 +136,65 @@ class Recorder:
         sinks: Sequence[Sink],
         say: Callable[[str], None],
         recorded: bool = True,
-        is_watched: Callable[[], bool] = lambda: False,
+        is_watched: Callable[[], bool] = nobody_watches,
     ) -> None:
-        self.sinks, self.say, self.recorded, self.is_watched = [*sinks], say, recorded, is_watched
+        self.sinks = [*sinks]
+        self.say = say
+        self.recorded = recorded
+        self.is_watched = is_watched
         self.shown: dict[str, np.ndarray] = {}  # the weights of the last frame
         self.pixels: dict[str, tuple[str, float]] = {}  # its mosaics, each with its limit
-        self.frame_step, self.part, self.digest = -1, 0, ""
-        self.frames, self.rests_until = 0, 0.0
+        self.frame_step = -1  # of the last frame
+        self.digest = ""  # of its weights
+        self.part = 0  # of the run that the last frame due was for
+        self.frames = 0
+        self.rests_until = 0.0
         self.before: Any = None  # the trainable weights before a step whose frame is due
 
     def begin(self, run: Prepared, trainable: Any, step: int, **header: Any) -> None:
         """Begins with the weights before the first step. `header`: fields of the event that `run` does not tell."""
         with self._going_on():
-            self.run, self.frozen, plan, cfg = run, run.frozen, run.plan, run.plan.cfg
+            self.run = run
+            self.frozen = run.frozen
+            plan = run.plan
             text, self.prompt = run.prompt()
-            trained, still = (
-                {path: leaf.shape for path, leaf in array_paths(tree).items()} for tree in (trainable, run.frozen)
-            )
-            shapes, self.trained = _together(trained, still), trained.keys()
-            places = {path: place for place, path in enumerate(leaf_shapes(cfg))}  # in the order in which a token passes them
-            # An array in a leaf, such as a LoRA's `a`, has the leaf's place.
-            place = lambda path: max(places.get(leaf, -1) for leaf in itertools.accumulate(path.split("/"), "{}/{}".format))
-            self.paths = sorted(shapes, key=lambda path: (place(path), path in trained, path))
+            trained = _shapes(trainable)
+            still = _shapes(run.frozen)
+            shapes = _together(trained, still)
+            self.trained = trained.keys()
+            self.paths = _in_order(plan.cfg, shapes, self.trained)
             self.patch = _patch([*shapes.values()])
             tensors = [_describe(path, shapes[path], self.patch) | {"trainable": path in trained} for path in self.paths]
-            counts = [sum(map(math.prod, each.values())) for each in (trained, still)]
-            header |= {"params": sum(counts), "trainable": counts[0], "tensors": tensors}
+            trained_count = sum(map(math.prod, trained.values()))
+            still_count = sum(map(math.prod, still.values()))
             header |= {
+                "params": trained_count + still_count,
+                "trainable": trained_count,
+                "tensors": tensors,
                 "name": plan.name,
-                "layers": cfg.layers,
-                "width": cfg.width,
+                "layers": plan.cfg.layers,
+                "width": plan.cfg.width,
                 "steps": plan.steps,
                 "seconds": plan.seconds,
+                "prompt": text,
+                "life": _life(header["stage"], self.paths, self.trained),
             }
-            is_lora, is_whole = any(path.endswith("/a") for path in self.paths), self.trained == shapes.keys()
-            life = "lora" if is_lora else "all" if is_whole else "frozen"
-            header |= {"prompt": text, "life": "train" if header["stage"] == "train" else life}
         self.event("begin", step=step, **header)
 
     def sample(self, trainable: Any) -> str:
-        run, cfg = self.run, self.run.plan.cfg
+        cfg = self.run.plan.cfg
         prompt = self.prompt[-(cfg.context // 2) :]  # one may fill the context
-        params, count = prepare_params(cfg, merge(trainable, self.frozen)), min(SAMPLE, cfg.context - len(prompt))
-        tokens = generate(cfg, params, prompt, count, temperature=0.0, stop_token_ids=run.stop_token_ids)
-        return run.tokenizer.decode(tokens)[:SAMPLE_TEXT]
+        params = prepare_params(cfg, merge(trainable, self.frozen))
+        count = min(SAMPLE, cfg.context - len(prompt))
+        tokens = generate(cfg, params, prompt, count, temperature=0.0, stop_token_ids=self.run.stop_token_ids)
+        return self.run.tokenizer.decode(tokens)[:SAMPLE_TEXT]
 
     def digest_of(self, trainable: Any) -> str:
         return digest(self.run.to_saved(trainable), scales=False)
 
     def gradient_norms(self, trainable: Any, batch: Any) -> Any:
-        plan, objective = self.run.plan, self.run.objective
+        plan = self.run.plan
+        objective = self.run.objective
         return gradient_norms(plan.cfg, trainable, self.frozen, batch, plan.recipe.accumulate, objective)
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -213,7 +232,8 @@ class Recorder:
             self.shown |= {path: now[path] for path in self.trained}
             drawn = [path for path in self.paths if changed[path] or path not in self.pixels]
             self.pixels |= {path: _pixels(now[path], self.patch) for path in drawn}
-            self.frame_step, self.digest = step, self.digest_of(copies)
+            self.frame_step = step
+            self.digest = self.digest_of(copies)
             fields |= {
                 "changed": sum(changed[path] for path in self.trained),
                 "frozen_changed": sum(count for path, count in changed.items() if path not in self.trained),
@@ -247,13 +267,45 @@ class Recorder:
 
 def _arrays(tree: Any, copy: bool = True) -> dict[str, np.ndarray]:
     """Returns the arrays of a tree by path, on the host; without `copy` perhaps the very memory of the tree's."""
-    return {path: np.asarray(jnp.copy(leaf) if copy else leaf) for path, leaf in array_paths(tree).items()}
+    arrays = {}
+    for path, leaf in array_paths(tree).items():
+        arrays[path] = np.asarray(jnp.copy(leaf) if copy else leaf)
+    return arrays
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in array_paths(tree).items()}
+
+
+def _in_order(cfg: ModelConfig, paths: Iterable[str], trained: Collection[str]) -> list[str]:
+    """Returns paths of arrays in the order in which a token passes them; those of a leaf, as a LoRA's `a`, have its place."""
+    places = {path: place for place, path in enumerate(leaf_shapes(cfg))}
+
+    def rank(path: str) -> tuple[int, bool, str]:
+        beginnings = itertools.accumulate(path.split("/"), "{}/{}".format)
+        place = max(places.get(leaf, -1) for leaf in beginnings)
+        return place, path in trained, path
+
+    return sorted(paths, key=rank)
+
+
+def _life(stage: str, paths: Collection[str], trained: Collection[str]) -> str:
+    if stage == "train":
+        return "train"
+    if any(path.endswith("/a") for path in paths):
+        return "lora"
+    return "all" if {*trained} == {*paths} else "frozen"
 
 
 def _together[T](trained: dict[str, T], still: dict[str, T]) -> dict[str, T]:
     """Returns both; of an adapter on an adapter the frozen one is called `q/base/a`."""
-    name = lambda path: "{}/base/{}".format(*path.rsplit("/", 1)) if path in trained else path
-    return {name(path): value for path, value in still.items()} | trained
+    both = {}
+    for path, value in still.items():
+        if path in trained:
+            leaf, _, array = path.rpartition("/")
+            path = f"{leaf}/base/{array}"
+        both[path] = value
+    return both | trained
 
 
 def _changed(before: np.ndarray, now: np.ndarray) -> int:
@@ -273,16 +325,23 @@ def _describe(path: str, shape: tuple[int, ...], patch: int) -> dict[str, Any]:
 
 def _patch(shapes: Sequence[tuple[int, ...]]) -> int:
     """Returns the side of the smallest patch with which all mosaics, and their numbers, have PIXELS at most."""
-    largest, most = max(math.prod(shape) for shape in shapes), PIXELS - PIXELS_OF_TENSOR * len(shapes)
-    return next((n for n in range(1, largest) if sum(math.prod(_grid(shape, n)) for shape in shapes) <= most), largest)
+    largest = max(math.prod(shape) for shape in shapes)
+    most = PIXELS - PIXELS_OF_TENSOR * len(shapes)
+    for side in range(1, largest):
+        if sum(math.prod(_grid(shape, side)) for shape in shapes) <= most:
+            return side
+    return largest
 
 
 def _pixels(array: np.ndarray, patch: int) -> tuple[str, float]:
     """Returns a tensor's mosaic, int8 in base64 with 127 for `limit`, and `limit`, which ROBUST of its pixels are within."""
     matrix = np.nan_to_num(array.reshape(math.prod(array.shape[:-1]), -1).astype(np.float32), posinf=0, neginf=0)
-    rows, columns = (np.arange(0, size, patch) for size in matrix.shape)
+    rows = np.arange(0, matrix.shape[0], patch)
+    columns = np.arange(0, matrix.shape[1], patch)
     sums = np.add.reduceat(np.add.reduceat(matrix, rows, 0), columns, 1)
-    means = sums / np.outer(*(np.diff(at, append=size) for at, size in zip((rows, columns), matrix.shape)))
+    heights = np.diff(rows, append=matrix.shape[0])
+    widths = np.diff(columns, append=matrix.shape[1])
+    means = sums / np.outer(heights, widths)
     limit = float(np.quantile(np.abs(means), ROBUST))
     pixels = np.clip(np.rint(means * (127 / limit if limit else 0)), -127, 127).astype(np.int8)
     return base64.b64encode(pixels.tobytes()).decode(), limit

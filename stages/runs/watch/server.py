@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.errors import UserError
 from stages.runs.watch.page import page_html
@@ -36,6 +36,14 @@ KEPT = {"frame": 60}  # events of the kind at most
 KEPT_OF_OTHERS = 2000
 PAUSE = 1.0  # seconds between writes to a browser, whose drawing takes time from the run
 PATIENCE = 20.0  # seconds for a browser to send its request, or to read what it is sent
+
+
+class SentEvent(NamedTuple):
+    """An event as browsers get it."""
+
+    number: int  # from 1
+    kind: str
+    message: bytes
 
 
 class Watch(socketserver.ThreadingTCPServer):
@@ -55,7 +63,7 @@ class Watch(socketserver.ThreadingTCPServer):
             raise UserError(message) from None
         self.url = "http://{}:{}".format(*self.server_address)
         self.run = secrets.token_hex(4)  # a browser may have had its last event from an earlier run
-        self.events: list[tuple[int, str, bytes]] = []
+        self.events: list[SentEvent] = []
         self.counts: collections.Counter[str] = collections.Counter()
         self.has_ended = False
         self.streams: set[socket.socket] = set()
@@ -77,13 +85,16 @@ class Watch(socketserver.ThreadingTCPServer):
         return bool(self.streams)
 
     def __call__(self, event: dict[str, Any]) -> None:
-        kind, number = event["event"], self.events[-1][0] + 1 if self.events else 1
+        kind = event["event"]
+        number = self.events[-1].number + 1 if self.events else 1
         text = json.dumps(event, separators=(",", ":"), allow_nan=False)
-        self.events.append((number, kind, f"id: {self.run}-{number}\ndata: {text}\n\n".encode()))
+        message = f"id: {self.run}-{number}\ndata: {text}\n\n".encode()
+        self.events.append(SentEvent(number, kind, message))
         self.counts[kind] += 1
         if self.counts[kind] > KEPT.get(kind, KEPT_OF_OTHERS):
-            dropped = {*[each[0] for each in self.events if each[1] == kind][1:-1:2]}
-            self.events = [each for each in self.events if each[0] not in dropped]
+            of_kind = [sent.number for sent in self.events if sent.kind == kind]
+            dropped = {*of_kind[1:-1:2]}
+            self.events = [sent for sent in self.events if sent.number not in dropped]
             self.counts[kind] -= len(dropped)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -121,15 +132,19 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body.encode())
 
     def _stream(self) -> None:
-        watch, stream = self.server, self.connection
+        watch = self.server
+        stream = self.connection
         last = re.fullmatch(rf"{watch.run}-(\d{{1,15}})", self.headers.get("Last-Event-ID", ""))
-        sent, ended = int(last[1]) if last else 0, False
+        sent = int(last[1]) if last else 0
+        ended = False
         while not ended:
-            ended, events = watch.has_ended, watch.events  # in this order: no event comes after the end
+            ended = watch.has_ended  # before the events: none comes after the end
+            events = watch.events
+            first = bisect.bisect_right(events, sent, key=lambda event: event.number)
             stream.settimeout(PATIENCE)
-            for number, _, message in events[bisect.bisect_right(events, sent, key=lambda each: each[0]) :]:
-                self.wfile.write(message)
-                sent = number
+            for event in events[first:]:
+                self.wfile.write(event.message)
+                sent = event.number
             stream.settimeout(PAUSE)
             with contextlib.suppress(TimeoutError):
                 stream.recv(1)  # returns when the browser goes away, and at the end

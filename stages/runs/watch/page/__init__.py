@@ -32,6 +32,7 @@ SITE = {
     "report.html": "What each stage costs",
     "plan.html": "What it will take",
 }
+PLACES = {".html": "<!-- page -->", ".css": "</head>", ".js": "</body>"}  # of the shell, before which a part stands
 LAW = re.compile(r"tests/\w+/\w+\.py::\w+")
 LINKS = re.compile(r'(<nav id="site" aria-label="Pages">).*?(</nav>)')
 LISTS = {"step": "steps", "validation": "validation", "frame": "frames"}  # of a life, by the kind of event
@@ -44,7 +45,11 @@ def page_html(document: dict[str, Any], parts: Sequence[Path] = LIVES) -> str:
     Those of the lives draw what `bench.lives` writes. Raises UserError for a number that is not finite.
     """
     html = _joined(tuple(parts))
-    laws = {name: code for name in sorted({*LAW.findall(html)}) if (code := _law(name))}
+    laws = {}
+    for name in sorted({*LAW.findall(html)}):
+        code = _law(name)
+        if code:
+            laws[name] = code
     try:
         recording = json.dumps(_smaller(document) | {"laws": laws}, separators=(",", ":"), allow_nan=False)
     except ValueError:
@@ -58,12 +63,12 @@ def _joined(parts: tuple[Path, ...]) -> str:
     page = whole_page(SHELL)
     for path in parts:
         text = path.read_text("utf-8")
-        place, part = {
-            ".html": ("<!-- page -->", text),
-            ".css": ("</head>", f"<style>\n{text}</style>\n"),
-            ".js": ("</body>", f"<script>\n{text}</script>\n"),
-        }[path.suffix]
-        page = page.replace(place, part + place)
+        if path.suffix == ".css":
+            text = f"<style>\n{text}</style>\n"
+        elif path.suffix == ".js":
+            text = f"<script>\n{text}</script>\n"
+        place = PLACES[path.suffix]
+        page = page.replace(place, text + place)
     return page
 
 
@@ -71,7 +76,9 @@ def _joined(parts: tuple[Path, ...]) -> str:
 def _law(name: str) -> str:
     """Returns the function of this checkout's tests that a page names as its law; empty where the tests are not there."""
     path, _, function = name.partition("::")
-    source = (CHECKOUT / path).read_text("utf-8") if (CHECKOUT / path).is_file() else ""
+    if not (CHECKOUT / path).is_file():
+        return ""
+    source = (CHECKOUT / path).read_text("utf-8")
     functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == function]
     return "".join(ast.get_source_segment(source, node) or "" for node in functions)
 
@@ -111,40 +118,58 @@ def write_train_page(folder: Path) -> Path:
 
 def _link_pages(folder: Path) -> None:
     present = [folder / name for name in SITE if (folder / name).is_file()]
-    for each in present if len(present) > 1 else ():
-        links = (
-            f'<a href="{other.name}"{' aria-current="page"' * (other == each)}>{SITE[other.name]}</a>' for other in present
-        )
-        text = each.read_text("utf-8")
-        if (linked := LINKS.sub(rf"\1{' '.join(links)}\2", text, count=1)) != text:
-            write_text(each, linked)
+    if len(present) < 2:
+        return
+    for page in present:
+        links = []
+        for other in present:
+            current = ' aria-current="page"' if other == page else ""
+            links.append(f'<a href="{other.name}"{current}>{SITE[other.name]}</a>')
+        text = page.read_text("utf-8")
+        linked = LINKS.sub(rf"\1{' '.join(links)}\2", text, count=1)
+        if linked != text:
+            write_text(page, linked)
 
 
 def _smaller(document: dict[str, Any]) -> dict[str, Any]:
     """Leaves out what is not seen, for a page of a megabyte whatever the machine and the model: most lines of a long life,
-    digits, and the paths of tensors, in whose order a frame's values are. What is as in the frame before is null there."""
+    digits, and the paths of tensors, in whose order a frame's values are."""
     lives = document.get("lives")
+    if not isinstance(lives, dict):
+        return document
     smaller = {}
-    for name, life in lives.items() if isinstance(lives, dict) else ():
-        if not life:
-            continue
-        paths = [tensor["path"] for tensor in life.get("begin", {}).get("tensors", [])]
-        last: dict[int, tuple[Any, Any]] = {}
-        frames = []
-        for frame in life.get("frames", []):
-            listed = {field: [_rounded(frame[field].get(path), 3) for path in paths] for field in BY_TENSOR if field in frame}
-            for at, picture in enumerate([*zip(listed.get("mosaic", []), listed.get("limits", []))]):
-                if last.get(at) == picture:
-                    listed["mosaic"][at] = listed["limits"][at] = None
-                last[at] = picture
-            frames.append(frame | listed)
-        steps = life.get("steps", [])
-        if len(steps) > LINES:
-            steps = [steps[place * (len(steps) - 1) // (LINES - 1)] for place in range(LINES)]
-        steps = [{field: _rounded(value, 5) for field, value in line.items()} for line in steps]
-        smaller[name] = life | {"frames": frames, "steps": steps}
-    return document | {"lives": smaller} if isinstance(lives, dict) else document
+    for name, life in lives.items():
+        if life:
+            smaller[name] = life | {"frames": _smaller_frames(life), "steps": _fewer_steps(life.get("steps", []))}
+    return document | {"lives": smaller}
+
+
+def _smaller_frames(life: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns a life's frames with lists in place of values by path. What is as in the frame before is null there."""
+    paths = [tensor["path"] for tensor in life.get("begin", {}).get("tensors", [])]
+    last: dict[int, tuple[Any, Any]] = {}
+    frames = []
+    for frame in life.get("frames", []):
+        listed: dict[str, list[Any]] = {}
+        for field in BY_TENSOR:
+            if field in frame:
+                listed[field] = [_rounded(frame[field].get(path), 3) for path in paths]
+        for at, picture in enumerate([*zip(listed.get("mosaic", []), listed.get("limits", []))]):
+            if last.get(at) == picture:
+                listed["mosaic"][at] = None
+                listed["limits"][at] = None
+            last[at] = picture
+        frames.append(frame | listed)
+    return frames
+
+
+def _fewer_steps(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if len(steps) > LINES:
+        steps = [steps[place * (len(steps) - 1) // (LINES - 1)] for place in range(LINES)]
+    return [{field: _rounded(value, 5) for field, value in line.items()} for line in steps]
 
 
 def _rounded(value: Any, digits: int) -> Any:
-    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    return value
