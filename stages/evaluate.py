@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,19 +25,25 @@ from engine.format import format_count
 from engine.mesh import processes
 from stages.cli import signals
 from stages.cli.command import leave, run_command
-from stages.cli.console import Console
+from stages.cli.console import Console, ReportProgress
 from stages.cli.flags import COUNT, DeviceFlag, MeshFlags, MetricFlag, ModelFlag, VerboseFlag, default, integer, one_of, parser
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from engine.storage.model_loader import LoadedModel
+    from engine.text.chat_tokenizer import ChatTokenizer
     from engine.text.conversations import Conversations
-    from stages.runs.answers import Metrics
+    from engine.text.template import Message
+    from stages.runs.answers import AnswerMetrics
     from stages.runs.text_data import Source
 
 WINDOW = 1024  # tokens by default: more tell little and take much longer
 Rows = list[tuple[str, str]]  # to print
 
-perplexity = lambda nats: f"{math.exp(min(nats, 700)):.3f}"
+
+def perplexity(nats: float) -> str:
+    return f"{math.exp(min(nats, 700)):.3f}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,19 +81,21 @@ def evaluate(flags: EvaluateFlags) -> None:
     from engine.storage.model_loader import load_model
     from engine.storage.tensor_layout import describe_kinds
     from engine.text.conversations import SHIPPED
-    from stages.runs.answers import Metrics
+    from stages.runs.answers import AnswerMetrics
     from stages.runs.mesh import device_with_mesh, make_mesh_here
     from stages.runs.text_data import check_text_name
 
     def digest_in_memory(params: Any) -> str:
-        return digest(process_allgather(params, tiled=True) if processes.process_count() > 1 else params)
+        if processes.process_count() > 1:
+            params = process_allgather(params, tiled=True)
+        return digest(params)
 
     shape = flags.mesh.shape()
     if shape and flags.weights:
         raise UserError("--weights is for one device; leave --mesh out.")
     if flags.metric and (shape or flags.weights):
         raise UserError("--metric is for the weights as loaded, on one device; leave --mesh and --weights out.")
-    metrics = Metrics(flags.metric)
+    metrics = AnswerMetrics(flags.metric)
     mesh = make_mesh_here(shape) if shape else None
     with Console() as console, jax.set_mesh(mesh):
         data = _read_conversations(flags.data) if flags.data else None
@@ -133,8 +142,10 @@ def _read_conversations(data: str) -> "Conversations | None":
     from engine.text.conversations import SHIPPED, read_conversations
 
     is_file = Path(data).suffix.lower() in (".jsonl", ".json") and Path(data).is_file()
-    conversations = read_conversations(data) if is_file or data in SHIPPED else None
-    return conversations if conversations and conversations.kind != "text" else None
+    if not is_file and data not in SHIPPED:
+        return None
+    conversations = read_conversations(data)
+    return None if conversations.kind == "text" else conversations
 
 
 def evaluate_text(
@@ -152,14 +163,17 @@ def evaluate_text(
 
     with processes.process_0_first():
         source = text_data.evaluation_source(data, console) if data else _validation_source(model, record, console)
-        text, cfg = text_data.encode_text(source, model.tokenizer, console), model.cfg
+        text = text_data.encode_text(source, model.tokenizer, console)
+    cfg = model.cfg
     seq = min(context or min(cfg.context, WINDOW), max(2, len(text.tokens) - 1))
     stride = stride or max(1, seq // 2)
     if stride > seq:
         raise UserError(f"--stride {stride:,} would leave tokens out: it is at most the window of {seq:,} tokens.")
-    beyond = f" (the model was trained on {cfg.context:,})" if seq > cfg.context else ""
     batch = batch or text_data.rows_in_memory(cfg, seq)
-    window = f"{seq:,} tokens{beyond}, moved on by {stride:,}; {batch * layout.row_shards()} at a time"
+    window = f"{seq:,} tokens"
+    if seq > cfg.context:
+        window += f" (the model was trained on {cfg.context:,})"
+    window += f", moved on by {stride:,}; {batch * layout.row_shards()} at a time"
     processes.refuse_differences({"text": text_data.digest_tokens(text)})
     console.print_rows([("text", text_data.source_name(source)), ("window", window)])
     begin = time.perf_counter()
@@ -184,9 +198,21 @@ def _validation_source(model: "LoadedModel", record: dict[str, Any], console: Co
     if not text.get("data") or record.get("stage") == "reinforce":
         raise UserError(f"{model.name} does not say what it was validated on; give --data.")
     held_out = Path(text["validation"]) if text.get("validation") else None
-    if (source := find_sources(text["data"], held_out, console)[1]) is None:
+    _, source = find_sources(text["data"], held_out, console)
+    if source is None:
         raise UserError("The run was validated on the end of a .bin; give a text with --data.")
     return source
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversationSet:
+    """Conversations to score: those of --data, or the held-out set of a fine-tuned run."""
+
+    name: str
+    notes: list[str]  # on the rows used and left out
+    examples: Sequence[Any]  # or pairs
+    references: "Sequence[Sequence[Message]]"  # each up to an answer that a metric compares with
+    digest: str
 
 
 def evaluate_conversations(
@@ -194,89 +220,148 @@ def evaluate_conversations(
     data: "Conversations | None",
     record: dict[str, Any],
     context: int | None,
-    metrics: "Metrics",
+    metrics: "AnswerMetrics",
     console: Console,
 ) -> Rows:
     """Scores `data`, or the held-out set of the fine-tuning `record` beside its scores from before fine-tuning."""
-    from engine.mesh import layout
     from engine.text.chat_tokenizer import ChatTokenizer
-    from engine.text.examples import Pair, RatedPair, make_examples, make_pairs
-    from engine.training.step import NEXT_TOKEN
-    from stages.runs import conversation_data as conversations
-    from stages.runs.text_data import EVALUATION_ROWS
+    from engine.text.examples import Pair, RatedPair
 
     record = record if record.get("stage") == "finetune" else {}
     chat = ChatTokenizer(model.tokenizer)
-    seq, objective = min(context or record.get("recipe", {}).get("context") or WINDOW, model.cfg.context), ""
-    full = not data and record.get("full_loss", False)
+    seq = min(context or record.get("recipe", {}).get("context") or WINDOW, model.cfg.context)
+    is_whole = not data and record.get("full_loss", False)
     if data:
-        make = make_pairs if data.kind == "preference" else make_examples
-        dataset = make(data, chat, seq)
-        name, lines, examples = f"{data.name} ({data.kind})", dataset.describe(), dataset.examples
-        references, digest = conversations.references_of(data), conversations.digest_examples(examples)
+        given = _given_conversations(data, chat, seq)
     else:
-        names, objective = (record["text"]["data"], record["text"]["validation"]), record["objective"]
-        objective = "kto" if (objective, record.get("loss")) == ("preference", "kto") else objective
-        split = conversations.prepare_conversations(*names, objective, seq, record["seed"], chat, console, full)
-        examples, name, lines = split.held_out, split.held_out_name, [split.overlap] if split.overlap else []
-        references, digest = list(split.references), split.held_out_digest
-        if not context and record["text"].get("validation_digest") not in (None, digest):
-            raise UserError(
-                f"{name} is not what {model.name} was validated on: {names[0]} or the way it is split has changed since, and "
-                "it may have been trained on. Give conversations that it was not trained on with --data."
-            )
-    console.print_rows([("data", name), *(("", line) for line in lines), ("template", chat.template_name)])
-    processes.refuse_differences({"data": digest})
-    begin, together = time.perf_counter(), EVALUATION_ROWS * layout.row_shards()
+        given = _held_out_conversations(model, record, chat, seq, is_whole, console)
+        if not context:
+            _refuse_other_split(model, record, given)
+    console.print_rows([("data", given.name), *(("", note) for note in given.notes), ("template", chat.template_name)])
+    processes.refuse_differences({"data": given.digest})
+    begin = time.perf_counter()
     with console.task("evaluating", always=True) as report:
-        if isinstance(examples[0], Pair | RatedPair):
-            logprobs = conversations.reference_logprobs(model.cfg, model.params, examples, seq, together, report)
-        if isinstance(examples[0], RatedPair):
-            is_good = [pair.is_good for pair in examples]
-            sides = {side: -logprobs[[good == (side == "good") for good in is_good], 0] for side in ("good", "bad")}
-            rows = [("answers", f"{len(sides['good']):,} good ones and {len(sides['bad']):,} bad ones")]
-            rows += [(f"{side} ones", f"{each.mean():.3f} nats each on average") for side, each in sides.items() if len(each)]
-        elif isinstance(examples[0], Pair):
-            margin, more = logprobs[:, 0] - logprobs[:, 1], "the chosen answer is the more probable one in"
-            rows = [
-                ("pairs", f"{len(margin):,}"),
-                ("preferred", f"{more} {format_count(100 * (margin > 0).mean())}% of them"),
-                ("margin", f"{margin.mean():.3f} nats on average"),
-            ]
+        if isinstance(given.examples[0], RatedPair):
+            rows = _score_ratings(model, given.examples, seq, report)
+        elif isinstance(given.examples[0], Pair):
+            rows = _score_pairs(model, given.examples, seq, report)
         else:
-            evaluator = conversations.held_out_evaluator(model.cfg, {}, None, examples, NEXT_TOKEN, seq)
-            nats = evaluator.evaluate(model.params, report)
-            scored = "whole conversations" if full else "what the assistant says, the end of each answer included"
-            rows = [
-                ("examples", f"{len(examples):,}"),
-                ("scored tokens" if full else "answer tokens", f"{evaluator.size:,}"),
-                ("nats per token", f"{nats:.4f} of {scored}"),
-                ("perplexity", perplexity(nats)),
-            ]
+            rows = _score_answers(model, given.examples, seq, is_whole, report)
     with console.task("scoring answers") as report:
         stops = {*model.eos_ids, *chat.eot_ids}
-        scores = metrics.score(model.cfg, model.params, chat, references, stops, report)
-        rows += [(task, f"{score:.4f} of {len(references):,} answers") for task, score in scores.items()]
+        scores = metrics.score(model.cfg, model.params, chat, given.references, stops, report)
+    for task, score in scores.items():
+        rows.append((task, f"{score:.4f} of {len(given.references):,} answers"))
     seconds = time.perf_counter() - begin
-    rows += [] if data or context else _before_finetuning(model, record, console)
+    if not data and not context:
+        rows += _before_finetuning(model, record, console)
     chat.close()
     return [*rows, ("seconds", f"{seconds:.1f}")]
+
+
+def _given_conversations(data: "Conversations", chat: "ChatTokenizer", seq: int) -> ConversationSet:
+    from engine.text.examples import make_examples, make_pairs
+    from stages.runs.conversation_data import digest_examples, references_of
+
+    make = make_pairs if data.kind == "preference" else make_examples
+    dataset = make(data, chat, seq)
+    examples = dataset.examples
+    name = f"{data.name} ({data.kind})"
+    return ConversationSet(name, dataset.describe(), examples, references_of(data), digest_examples(examples))
+
+
+def _held_out_conversations(
+    model: "LoadedModel", record: dict[str, Any], chat: "ChatTokenizer", seq: int, is_whole: bool, console: Console
+) -> ConversationSet:
+    from stages.runs.conversation_data import prepare_conversations
+
+    text = record["text"]
+    objective = record["objective"]
+    if objective == "preference" and record.get("loss") == "kto":
+        objective = "kto"
+    split = prepare_conversations(text["data"], text["validation"], objective, seq, record["seed"], chat, console, is_whole)
+    notes = [split.overlap] if split.overlap else []
+    return ConversationSet(split.held_out_name, notes, split.held_out, split.references, split.held_out_digest)
+
+
+def _refuse_other_split(model: "LoadedModel", record: dict[str, Any], held_out: ConversationSet) -> None:
+    """Raises UserError where the held-out set is not that of the run: the model may have been trained on it."""
+    text = record["text"]
+    if text.get("validation_digest") in (None, held_out.digest):
+        return
+    raise UserError(
+        f"{held_out.name} is not what {model.name} was validated on: {text['data']} or the way it is split has changed since, "
+        "and it may have been trained on. Give conversations that it was not trained on with --data."
+    )
+
+
+def _pair_logprobs(model: "LoadedModel", pairs: Sequence[Any], seq: int, report: ReportProgress) -> "np.ndarray":
+    from engine.mesh import layout
+    from stages.runs.conversation_data import reference_logprobs
+    from stages.runs.text_data import EVALUATION_ROWS
+
+    return reference_logprobs(model.cfg, model.params, pairs, seq, EVALUATION_ROWS * layout.row_shards(), report)
+
+
+def _score_ratings(model: "LoadedModel", pairs: Sequence[Any], seq: int, report: ReportProgress) -> Rows:
+    nats = -_pair_logprobs(model, pairs, seq, report)[:, 0]
+    good = [row for row, pair in enumerate(pairs) if pair.is_good]
+    bad = [row for row, pair in enumerate(pairs) if not pair.is_good]
+    rows = [("answers", f"{len(good):,} good ones and {len(bad):,} bad ones")]
+    for name, places in (("good ones", good), ("bad ones", bad)):
+        if places:
+            rows.append((name, f"{nats[places].mean():.3f} nats each on average"))
+    return rows
+
+
+def _score_pairs(model: "LoadedModel", pairs: Sequence[Any], seq: int, report: ReportProgress) -> Rows:
+    logprobs = _pair_logprobs(model, pairs, seq, report)
+    margin = logprobs[:, 0] - logprobs[:, 1]
+    preferred = format_count(100 * (margin > 0).mean())
+    return [
+        ("pairs", f"{len(margin):,}"),
+        ("preferred", f"the chosen answer is the more probable one in {preferred}% of them"),
+        ("margin", f"{margin.mean():.3f} nats on average"),
+    ]
+
+
+def _score_answers(model: "LoadedModel", examples: Sequence[Any], seq: int, is_whole: bool, report: ReportProgress) -> Rows:
+    from engine.training.step import NEXT_TOKEN
+    from stages.runs.conversation_data import held_out_evaluator
+
+    evaluator = held_out_evaluator(model.cfg, {}, None, examples, NEXT_TOKEN, seq)
+    nats = evaluator.evaluate(model.params, report)
+    assert nats is not None
+    unit = "answer tokens"
+    scored = "what the assistant says, the end of each answer included"
+    if is_whole:
+        unit = "scored tokens"
+        scored = "whole conversations"
+    return [
+        ("examples", f"{len(examples):,}"),
+        (unit, f"{evaluator.size:,}"),
+        ("nats per token", f"{nats:.4f} of {scored}"),
+        ("perplexity", perplexity(nats)),
+    ]
 
 
 def _before_finetuning(model: "LoadedModel", record: dict[str, Any], console: Console) -> Rows:
     from stages.runs import text_data
 
     result = record.get("result") or {}
-    before, text = result.get("before") or {}, str(result.get("general"))
+    before = result.get("before") or {}
     rows = []
     if before:  # and after, for a preference loss is of a run alone
         scores = f"{before['held_out']:.4f} {result['unit']} on the held-out set, before fine-tuning"
-        rows = [("before", f"{scores}; {result['after']['held_out']:.4f} at its end")]
-    if before.get("general") is None or not (text in text_data.TEXTS or Path(text).exists()):
+        rows.append(("before", f"{scores}; {result['after']['held_out']:.4f} at its end"))
+    text = str(result.get("general"))
+    is_there = text in text_data.TEXTS or Path(text).exists()
+    if before.get("general") is None or not is_there:
         return rows
-    cfg, params, context = model.cfg, model.params, record["recipe"]["context"]
-    now = text_data.general_bits_per_byte(cfg, params, model.tokenizer, text, context, console)
-    return [*rows, ("forgotten", f"{before['general']:.3f} -> {now:.3f} bits per byte on {text}")]
+    context = record["recipe"]["context"]
+    now = text_data.general_bits_per_byte(model.cfg, model.params, model.tokenizer, text, context, console)
+    rows.append(("forgotten", f"{before['general']:.3f} -> {now:.3f} bits per byte on {text}"))
+    return rows
 
 
 main = functools.partial(run_command, "evaluate", __doc__, EvaluateFlags, evaluate)

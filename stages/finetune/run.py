@@ -22,14 +22,14 @@ from engine.storage.run_folder import read_json
 from engine.text.batch import EpochOrder
 from engine.text.chat_tokenizer import Example
 from engine.text.examples import PackedBatches, Pair, RatedPair, count_targets
-from engine.text.template import read_template
+from engine.text.template import Message, read_template
 from engine.training.optimizer import OptimizerConfig
 from engine.training.preference import LOSSES, Preferences, preference_batch, preference_objective
 from engine.training.step import NEXT_TOKEN, Objective, TrainState
 from stages.cli.console import Console
 from stages.finetune.flags import FinetuneFlags
 from stages.finetune.general_examples import general_examples, write_general_answers
-from stages.runs.answers import Answer, Metrics, ask, compare, describe_faults, known_questions
+from stages.runs.answers import AnswerMetrics, JudgedAnswer, ask, compare, describe_faults, known_questions
 from stages.runs.batch_steps import BatchSteps, MeshBatches, temporary_bytes
 from stages.runs.conversation_data import (
     ConversationData,
@@ -105,20 +105,23 @@ class TuningPlan:
     keep_last: bool
     overwrites: bool  # a run in the folder
     general: str  # the text that shows what was forgotten, or none
-    answer_metrics: Metrics
+    answer_metrics: AnswerMetrics
     peak_flops: float
 
     def rows(self, console: Console) -> Rows:
-        mix = "general questions, answered in the tone of the data before training (not with --no-mix)"
-        return tuning_rows(self, mix if self.mixes_general else "")
+        mix = ""
+        if self.mixes_general:
+            mix = "general questions, answered in the tone of the data before training (not with --no-mix)"
+        return tuning_rows(self, mix)
 
     def print_example(self, console: Console) -> None:
         print_first_example(self, console)
 
     def steps_a_reading(self) -> float:
         """Returns how many steps read all of the data once."""
-        count = self.packed.order.count if self.packed else len(self.dataset.train)
-        return count / self.rows_a_step
+        if self.packed:
+            return self.packed.order.count / self.rows_a_step
+        return len(self.dataset.train) / self.rows_a_step
 
     def prepare(self, console: Console) -> "PreparedTuning":
         weights = load_weights(self.opened, self.plan)
@@ -137,14 +140,16 @@ class TuningPlan:
             params=weights.params,
             tuning=self,
         )
-        return mix_general_answers(prepared, console) if self.mixes_general else prepared
+        if self.mixes_general:
+            return mix_general_answers(prepared, console)
+        return prepared
 
 
 def plan_tuning(flags: FinetuneFlags, options: RunOptions, console: Console) -> TuningPlan:
     """Plans a fine-tuning, of which only this reads the flags. Raises UserError for flags, data and a model that do not fit."""
     examples = flags.examples
     tuning = flags.tuning
-    answer_metrics = Metrics(examples.metric)
+    answer_metrics = AnswerMetrics(examples.metric)
     if examples.general != "none":
         check_text_name(examples.general)
     for data in filter(None, (examples.data, examples.validation)):
@@ -177,8 +182,13 @@ def plan_tuning(flags: FinetuneFlags, options: RunOptions, console: Console) -> 
     plan, matches = plan_for_model(flags, options, opened.model.cfg, opened.lora, opened.blocks)
     require_room_for_step(plan, flags, is_adapter=opened.lora is not None)
     plan = dataclasses.replace(plan, name=opened.model.name)
+    objective = NEXT_TOKEN
+    has_reference = False
     packed = None
-    if not is_preference:
+    if is_preference:
+        objective = preference_objective(tuning.loss, tuning.beta)
+        has_reference = LOSSES[tuning.loss].has_reference
+    else:
         packed = PackedBatches(dataset.train, context, tuning.rows, flags.seed, not examples.no_pack)
     planned = TuningPlan(
         plan=plan,
@@ -186,8 +196,8 @@ def plan_tuning(flags: FinetuneFlags, options: RunOptions, console: Console) -> 
         dataset=dataset,
         metadata=tuning_metadata(flags, opened, dataset),
         matches=[*matches, *rank_rows],
-        objective=preference_objective(tuning.loss, tuning.beta) if is_preference else NEXT_TOKEN,
-        has_reference=is_preference and LOSSES[tuning.loss].has_reference,
+        objective=objective,
+        has_reference=has_reference,
         packed=packed,
         rows_a_step=tuning.rows,
         has_chosen_length=bool(flags.length.steps or flags.length.max_time),
@@ -218,9 +228,13 @@ def plan_for_model(
     context = choose_context(flags, cfg)
     if context > cfg.context:
         raise UserError(f"--context {context:,} is more than the {cfg.context:,} tokens {flags.model} was made for.")
-    rate = 2e-3 if trainable.adapter else 2e-4
+    rate = 2e-4
+    rows = tuning.rows
+    if trainable.adapter:
+        rate = 2e-3
     if is_preference:
         rate /= 10
+        rows *= 2  # of tokens: both answers
     optimizer = OptimizerConfig(
         learning_rate=tuning.learning_rate or rate,
         warmup=tuning.warmup,
@@ -231,7 +245,7 @@ def plan_for_model(
     recipe = Recipe(
         tokenizer="the model's",
         context=context,
-        batch=tuning.rows * (2 if is_preference else 1),  # rows of tokens
+        batch=rows,
         optimizer=optimizer,
         accumulate=flags.microbatches,
         scan=tuning.scan,
@@ -257,7 +271,9 @@ def plan_for_model(
 def require_room_for_step(plan: RunPlan, flags: FinetuneFlags, is_adapter: bool) -> None:
     check_mesh(plan.mesh, plan.cfg, flags.tuning.rows, flags.microbatches)
     parts = flags.tuning.rows // plan.mesh.row_shards
-    lighter = "--base int8" if is_adapter else "a LoRA (no --train, no --freeze)"
+    lighter = "a LoRA (no --train, no --freeze)"
+    if is_adapter:
+        lighter = "--base int8"
     remedy = f"what takes less: --accumulate {parts}, --remat, {lighter}, or a smaller model."
     require_room(plan, plan.memory.total, "A step would need about", remedy)
 
@@ -269,7 +285,9 @@ def choose_adapter(
 
     A token teaches a bit, and so does a preference, which says no more than yes or no.
     """
-    bits = len(dataset.train) if is_preference else count_targets(dataset.train)
+    bits = len(dataset.train)
+    if not is_preference:
+        bits = count_targets(dataset.train)
     chosen = choose_rank(cfg, lora, bits)
     holds = f"an adapter that can hold {lora_bits(cfg, chosen):,} bits, for data of about {bits:,}"
     return chosen, [("rank", f"{chosen.rank}, chosen: {holds}")]
@@ -327,7 +345,16 @@ def tuning_rows(planned: TuningPlan, mix: str, trained_numbers: int = 0) -> Rows
     dataset = planned.dataset
     steps, long = plan.predict(plan.step_flops / (EXPECTED_MFU * planned.peak_flops))
     readings = steps / planned.steps_a_reading()
-    counted = f"{quantity(steps, plan.step_name)}, " if plan.seconds else ""  # else they are said already
+    length = f"{plan.length()}; about "
+    if plan.seconds:  # else the steps are said already
+        length += f"{quantity(steps, plan.step_name)}, "
+    length += f"{long}, {readings:,.1f} times the data"
+    packing = ""
+    if planned.packed:
+        packing = planned.packed.describe()
+    many = ""
+    if readings >= MANY_READINGS:
+        many = MANY_READINGS_NOTE
     rows, *problems = dataset.summary
     unit = {"text": "piece", "preference": "pair"}.get(dataset.kind, "example")
     if isinstance(dataset.train[0], RatedPair):
@@ -343,10 +370,10 @@ def tuning_rows(planned: TuningPlan, mix: str, trained_numbers: int = 0) -> Rows
         ("", dataset.overlap),
         ("mixed in", mix),
         ("template", planned.opened.chat.template_name),
-        ("packing", planned.packed.describe() if planned.packed else ""),
+        ("packing", packing),
         ("step", f"{recipe.batch} x {recipe.context} tokens, adamw, learning rate {recipe.optimizer.learning_rate:g}"),
-        ("length", f"{plan.length()}; about {counted}{long}, {readings:,.1f} times the data"),
-        ("", MANY_READINGS_NOTE if readings >= MANY_READINGS else ""),
+        ("length", length),
+        ("", many),
     ]
 
 
@@ -375,7 +402,7 @@ class Scores:
 
     held_out: float
     general: float | None  # bits per byte of a general text
-    answers: tuple[Answer, ...]  # to held-out questions
+    answers: tuple[JudgedAnswer, ...]  # to held-out questions
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     known: tuple[str, ...] | None = None  # general questions that it answers right, None where they were not asked
 
@@ -451,7 +478,9 @@ class PreparedTuning(PreparedModel):
 
     def _reference(self) -> Any:
         """Returns the params before training where the loss compares with them, else None."""
-        return self.initial_params() if self.tuning.has_reference else None
+        if self.tuning.has_reference:
+            return self.initial_params()
+        return None
 
     def measure(self, trainable: Any, console: Console, before: Measured | None = None) -> Measured:
         """Measures the model. `before`: what was measured before training, when this is after it."""
@@ -471,7 +500,9 @@ class PreparedTuning(PreparedModel):
         if not fits_device:
             return Measured(Scores(held_out, general, ()), evaluator.unit, fits_device)
         asks_general = tuning.general != "none" and (before is None or tells_enough(before.scores.known or ()))
-        questions = tuning.dataset.questions if processes.is_first() else ()
+        questions: Sequence[Sequence[Message]] = ()
+        if processes.is_first():
+            questions = tuning.dataset.questions
         references = tuning.dataset.references[:QUICK_EXAMPLES]
         chat = self.opened.chat
         stops = self.stop_token_ids
@@ -556,7 +587,7 @@ def tuning_report(prepared: PreparedTuning, finished: Finished, after: Measured,
         "tokens_per_second": speed,
         "flops_share_of_ceiling": share_of_ceiling,
         "general": tuning.general,
-        "kept_step": step if step != last_step else None,
+        "kept_step": None,
     }
     rows = [("held out", f"{before.held_out:.3f} -> {now.held_out:.3f} {after.unit} on {tuning.dataset.held_out_name}")]
     scored = f"of {quantity(len(tuning.dataset.references[:QUICK_EXAMPLES]), 'held-out answer')}"
@@ -571,16 +602,20 @@ def tuning_report(prepared: PreparedTuning, finished: Finished, after: Measured,
         result["kept_answers"] = dataclasses.asdict(kept_answers)
         rows += kept_answers.rows()
     rows.append(("speed", f"{speed:,.0f} tokens/s, {share_of_ceiling:.0%} of the ceiling"))
-    rows.append(("answers", describe_faults(now.answers) if now.answers else ""))
-    chosen = f"step {step:,}, the best evaluated; the last, {last_step:,}, is still there to train on from"
-    rows.append(("chosen", chosen if step != last_step else ""))
+    if now.answers:
+        rows.append(("answers", describe_faults(now.answers)))
+    if step != last_step:
+        result["kept_step"] = step
+        rows.append(("chosen", f"step {step:,}, the best evaluated; the last, {last_step:,}, is still there to train on from"))
     texts = compare(
         [answer.question for answer in now.answers],
         [(answer.text, answer.faults) for answer in before.answers],
         [(answer.text, answer.faults) for answer in now.answers],
     )
     trained_count = sum(leaf.size for leaf in jax.tree.leaves(finished.state.trainable))
-    as_trained = " --weights q4" if prepared.opened.in_blocks else ""
+    as_trained = ""
+    if prepared.opened.in_blocks:
+        as_trained = " --weights q4"
     next_stages = ["chat", f"serve{as_trained}", f"evaluate{as_trained}", "export"]
     return RunReport(result, texts, rows, f"{path} ({trained_count:,} parameters)", next_stages)
 

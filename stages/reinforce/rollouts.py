@@ -1,6 +1,7 @@
 """Rollouts: a task's prompts, their sampled completions, the rewards of these, and their log-probabilities."""
 
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -94,20 +95,21 @@ def prompts_for(tasks: set[str], data: Path | None, seed: int) -> Prompts:
     """
     if data:
         rows = _read(data, tasks)
-        prompts = [*{normalize(prompt.text): prompt for prompt in reversed(rows)}.values()][::-1]  # the first of each
+        prompts = _without_copies(rows)
         copies = len(rows) - len(prompts)
-        name = f"{data}" + f" ({copies:,} copies left out)" * (copies > 0)
+        name = f"{data} ({copies:,} copies left out)" if copies else f"{data}"
     elif "exact" in tasks:
         raise UserError("The task exact needs --data with an `answer` to each prompt.")
     elif "sum" in tasks:
-        pairs = random.Random(seed).choices([(a, b) for a in range(10) for b in range(10)], k=SUMS)
-        prompts, name = [Prompt(f"What is {a} + {b}?", a + b) for a, b in dict.fromkeys(pairs)], "sums of two digits"
+        pairs = random.Random(seed).choices([*itertools.product(range(10), range(10))], k=SUMS)
+        prompts = [Prompt(f"What is {a} + {b}?", a + b) for a, b in dict.fromkeys(pairs)]
+        name = "sums of two digits"
+    elif "yes-no" in tasks:
+        prompts = _ask_about_things(YES_NO_QUESTIONS)
+        name = f"{len(prompts)} short questions of yes or no"
     else:
-        yes_no = "yes-no" in tasks
-        prompts = [
-            Prompt(question.format(thing)) for question in (YES_NO_QUESTIONS if yes_no else QUESTIONS) for thing in THINGS
-        ]
-        name = f"{len(prompts)} short questions{' of yes or no' * yes_no}"
+        prompts = _ask_about_things(QUESTIONS)
+        name = f"{len(prompts)} short questions"
     if len(prompts) < 2:
         raise UserError(f"{name} has {len(prompts)} prompts, too few to hold any out; at least 2 are needed.")
     random.Random(seed).shuffle(prompts)
@@ -115,12 +117,28 @@ def prompts_for(tasks: set[str], data: Path | None, seed: int) -> Prompts:
     return Prompts(tuple(prompts[held_out:]), tuple(prompts[:held_out]), name)
 
 
+def _without_copies(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Returns of prompts that are the same but for case, spaces and punctuation the first one, where the last one stood."""
+    firsts: dict[str, Prompt] = {}
+    for prompt in reversed(prompts):
+        firsts[normalize(prompt.text)] = prompt
+    return [*firsts.values()][::-1]
+
+
+def _ask_about_things(questions: Sequence[str]) -> list[Prompt]:
+    prompts = []
+    for question in questions:
+        prompts += [Prompt(question.format(thing)) for thing in THINGS]
+    return prompts
+
+
 def _read(path: Path, tasks: set[str]) -> list[Prompt]:
     if not path.is_file():
         raise UserError(f'There is no file {path}; --data takes a .jsonl of {{"prompt": "...", "answer": 7}}.')
     prompts = []
     for row, where in read_rows(path):
-        prompt, answer = check_text(row.get("prompt", ""), "prompt", where), row.get("answer")
+        prompt = check_text(row.get("prompt", ""), "prompt", where)
+        answer = row.get("answer")
         if not prompt.strip():
             raise UserError(f"{where}: `prompt` is missing or empty.")
         for task, kind, word in (("sum", int, "an integer"), ("exact", str, "text")):
@@ -150,7 +168,8 @@ class Rollout(NamedTuple):
 
     def bits(self, logprobs: np.ndarray) -> tuple[np.ndarray, float]:
         """Returns the bits per byte of each completion, (B,), and of all together, by log-probabilities (B, T)."""
-        bits, sizes = -logprobs.sum(1) / math.log(2), np.array(self.text_bytes)
+        bits = -logprobs.sum(1) / math.log(2)
+        sizes = np.array(self.text_bytes)
         return bits / np.maximum(sizes, 1), float(bits.sum() / max(sizes.sum(), 1))
 
 
@@ -166,5 +185,8 @@ def rollout_batch(prompts: Sequence[list[int]], completions: Sequence[list[int]]
 
 def score_batch(cfg: ModelConfig, params: Params, batch: Batch, rows: int) -> np.ndarray:
     """Returns the log-probabilities (B, T) of a batch under `params`, `rows` at once; 0 where the mask is False."""
-    parts = [jax.tree.map(lambda x, at=at: x[at : at + rows], batch) for at in range(0, len(batch.tokens), rows)]
-    return np.concatenate([np.asarray(log_probabilities(cfg, params, part)) for part in parts])
+    logprobs = []
+    for first in range(0, len(batch.tokens), rows):
+        part = jax.tree.map(lambda x, first=first: x[first : first + rows], batch)
+        logprobs.append(np.asarray(log_probabilities(cfg, params, part)))
+    return np.concatenate(logprobs)

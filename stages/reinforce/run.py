@@ -156,18 +156,25 @@ def plan_reinforcement(flags: ReinforceFlags, options: RunOptions, console: Cons
         fluency=update.fluency,
     )
     paths, matches = choose_trainable(cfg, opened.lora, flags.trainable.train, flags.trainable.freeze)
-    has_length = bool(flags.length.max_time or flags.length.rounds)
+    seconds = flags.length.max_time
+    least_rounds = 0
+    if not flags.length.max_time and not flags.length.rounds:
+        seconds = SECONDS
+        least_rounds = LEAST_ROUNDS
+    rate = update.learning_rate
+    if rate is None:
+        rate = 5e-4 if opened.lora else 2e-5
     plan = RunPlan(
         name=opened.model.name,
         cfg=cfg,
-        recipe=round_recipe(config, update.learning_rate or (5e-4 if opened.lora else 2e-5)),
+        recipe=round_recipe(config, rate),
         seed=flags.seed,
         steps=flags.length.rounds,
-        seconds=flags.length.max_time if has_length else SECONDS,
+        seconds=seconds,
         trainable=paths,
         base=flags.trainable.base,
         step_name="round",
-        least_steps=0 if has_length else LEAST_ROUNDS,
+        least_steps=least_rounds,
         blocks=opened.blocks,
     )
     # A step, beside the weights that sample and their cache.
@@ -323,7 +330,10 @@ class PreparedReinforcement(PreparedModel):
             report(start + rows, len(prompts))
         seconds = time.perf_counter() - begin
         texts = [chat.tokenizer.decode(end.tokens).strip() for end in ends]
-        completions = [end.tokens if end.stop_token is None else [*end.tokens, end.stop_token] for end in ends]
+        completions = []
+        for end in ends:
+            stop = [] if end.stop_token is None else [end.stop_token]
+            completions.append([*end.tokens, *stop])
         questions = [prompt.text for prompt in prompts]
         answers = [prompt.answer for prompt in prompts]
         rewards = self.reinforce.rewards(questions, texts, answers)
@@ -430,7 +440,9 @@ class Rounds:
             metrics["kl"] = updated.kl
         before = own_state(loop_state)
         totals = {name: before[name] + metrics[name] for name in TOTALS}
-        alike = [] if differs else [*before["alike"], reward]
+        alike: list[float] = []
+        if not differs:
+            alike = [*before["alike"], reward]
         told = Round(metrics, self._describe(metrics, digest_before))
         return StepResult(updated.state, updated.refused, told, batch, totals | {"alike": alike}, reward)
 
@@ -446,7 +458,9 @@ class Rounds:
     ) -> PolicyBatch:
         fluency = -self.config.fluency * bits.reshape(rewards.shape)
         advantages = np.asarray(group_advantages(rewards, fluency)).reshape(-1)
-        old = self.prepared.logprobs(state.trainable, rollout) if self.config.updates > 1 else None
+        old = None
+        if self.config.updates > 1:
+            old = self.prepared.logprobs(state.trainable, rollout)
         return PolicyBatch(rollout.batch, advantages, old, reference)
 
     def _update(self, state: TrainState, batch: PolicyBatch, progress: np.float32) -> Updated:
@@ -464,14 +478,17 @@ class Rounds:
 
     def _describe(self, metrics: dict[str, Any], digest_before: str) -> list[str]:
         before = digest_before[:8]
-        changed = f"weights {before} -> {self.digest[:8]}" if metrics["differs"] else "all alike, nothing to train on"
-        divergence = f", KL {metrics['kl']:.4f} |" if "kl" in metrics else " |"
+        changed = "all alike, nothing to train on"
+        if metrics["differs"]:
+            changed = f"weights {before} -> {self.digest[:8]}"
+        if "kl" in metrics:
+            changed += f", KL {metrics['kl']:.4f}"
         return [
             f"reward {metrics['reward']:.3f}",
             f"base {metrics['base_bits_per_byte']:.2f} bits/byte",
             f"| inference {metrics['inference_seconds']:.2f} s, {metrics['answer_tokens']:,} tokens, "
             f"weights {before} unchanged",
-            f"| training {metrics['training_seconds']:.2f} s, {changed}{divergence}",
+            f"| training {metrics['training_seconds']:.2f} s, {changed} |",
         ]
 
     def log_fields(self, metrics: list[Round], loop_state: LoopState, step_seconds: float) -> dict[str, Any]:

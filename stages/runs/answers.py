@@ -26,19 +26,23 @@ WIDTH = 96  # characters of a printed line
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """An answer to a question: its length in tokens, whether it ends by itself, and whether it repeats itself."""
+class JudgedAnswer:
+    """An answer to a question."""
 
     question: str
     text: str
     tokens: int
-    stops: bool
-    repeats: bool
+    stops: bool  # whether it ends by itself
+    repeats: bool  # whether it repeats itself
 
     @property
     def faults(self) -> str:
-        faults = [] if self.stops else [f"does not stop within {self.tokens} tokens"]
-        return " and ".join([*faults, *["repeats itself"] * self.repeats])
+        faults = []
+        if not self.stops:
+            faults.append(f"does not stop within {self.tokens} tokens")
+        if self.repeats:
+            faults.append("repeats itself")
+        return " and ".join(faults)
 
 
 def ask(
@@ -48,15 +52,16 @@ def ask(
     questions: Sequence[Sequence[Message]],
     stop_token_ids: Collection[int],
     report: ReportProgress = lambda *_: None,
-) -> tuple[Answer, ...]:
+) -> tuple[JudgedAnswer, ...]:
     """Returns the greedy answers to conversations that end with a question; leaves out one that fills the model's context."""
     completions = _complete(cfg, params, chat, questions, MAX_TOKENS, stop_token_ids, report)
-    pairs = [(question[-1]["content"], end) for question, end in zip(questions, completions) if end]
-    texts = [chat.tokenizer.decode(end.tokens).strip() for _, end in pairs]
-    return tuple(
-        Answer(question, text, len(end.tokens), end.finish_reason == "stop", repeats_itself(text))
-        for (question, end), text in zip(pairs, texts)
-    )
+    answers = []
+    for question, end in zip(questions, completions):
+        if end:
+            text = chat.tokenizer.decode(end.tokens).strip()
+            stops = end.finish_reason == "stop"
+            answers.append(JudgedAnswer(question[-1]["content"], text, len(end.tokens), stops, repeats_itself(text)))
+    return tuple(answers)
 
 
 def known_questions(
@@ -87,7 +92,8 @@ def _complete(
     report: ReportProgress = lambda *_: None,
 ) -> list[Completion | None]:
     """Completes conversations greedily, ANSWERED_TOGETHER at once; None where one fills the model's context."""
-    params, completions = prepare_params(cfg, params), list[Completion | None]()
+    params = prepare_params(cfg, params)
+    completions: list[Completion | None] = []
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop_token_ids)
     for batch in itertools.batched(conversations, ANSWERED_TOGETHER):
         prompts = [chat.prompt(messages).tolist() for messages in batch]
@@ -98,13 +104,15 @@ def _complete(
         def report_batch(done: int, _: int, before: int = before) -> None:
             report(before + done, len(conversations))
 
-        ends = iter(complete(cfg, params, fitting, [sampling] * len(fitting), capacity, report_batch) if fitting else ())
-        completions += [next(ends) if len(prompt) < cfg.context else None for prompt in prompts]
+        ends = complete(cfg, params, fitting, [sampling] * len(fitting), capacity, report_batch) if fitting else []
+        waiting = iter(ends)
+        for prompt in prompts:
+            completions.append(next(waiting) if len(prompt) < cfg.context else None)
         report(len(completions), len(conversations))
     return completions
 
 
-class Metrics:
+class AnswerMetrics:
     """Scores greedy answers by tasks as of Rewards, each a metric of its own: exact, regex:PATTERN, FILE.py:FUNCTION.
 
     Raises UserError as Rewards, and for `sum`, whose answers are numbers.
@@ -138,12 +146,16 @@ class Metrics:
         self.check(references)
         if not self._rewards:
             return {}
-        prompts, answers = [messages[:-1] for messages in references], [messages[-1]["content"] for messages in references]
+        prompts = [messages[:-1] for messages in references]
+        answers = [messages[-1]["content"] for messages in references]
         room = 16 + max(len(chat.tokenizer.encode(answer)) for answer in answers)
         completions = _complete(cfg, params, chat, prompts, room, stop_token_ids, report)
         texts = [chat.tokenizer.decode(end.tokens).strip() if end else "" for end in completions]
         questions = [prompt[-1]["content"] for prompt in prompts]
-        return {task: sum(rewards(questions, texts, answers)) / len(texts) for task, rewards in self._rewards.items()}
+        scores = {}
+        for task, rewards in self._rewards.items():
+            scores[task] = sum(rewards(questions, texts, answers)) / len(texts)
+        return scores
 
 
 def repeats_itself(text: str) -> bool:
@@ -157,20 +169,28 @@ def repeats_itself(text: str) -> bool:
     return len(sequences) - len({*sequences}) > MAX_REPEATED * len(sequences)
 
 
-def compare(questions: Iterable[str], *answers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+def compare(
+    questions: Iterable[str], before: Iterable[tuple[str, str]], after: Iterable[tuple[str, str]]
+) -> list[tuple[str, str]]:
     """Returns each question, and its answers before and after, a text and a note ('' for none), below one another."""
     compared = []
-    for question, *pair in zip(questions, *answers):
-        shown = []
-        for title, (text, note) in zip(("before", "after"), pair, strict=True):
-            lines = textwrap.wrap(" ".join(text.split()) or "(nothing)", WIDTH) + [f"[{note}]"] * bool(note)
-            shown += [f"{name:<6}  {line}" for name, line in zip([title, *[""] * len(lines)], lines)]
-        compared.append((question, "\n".join(shown)))
+    for question, earlier, later in zip(questions, before, after):
+        lines = [*_titled("before", *earlier), *_titled("after", *later)]
+        compared.append((question, "\n".join(lines)))
     return compared
 
 
-def describe_faults(answers: Sequence[Answer]) -> str:
-    endless, repeating = sum(not answer.stops for answer in answers), sum(answer.repeats for answer in answers)
+def _titled(title: str, text: str, note: str) -> list[str]:
+    lines = textwrap.wrap(" ".join(text.split()) or "(nothing)", WIDTH)
+    if note:
+        lines.append(f"[{note}]")
+    first, *others = lines
+    return [f"{title:<6}  {first}", *(f"{'':<6}  {line}" for line in others)]
+
+
+def describe_faults(answers: Sequence[JudgedAnswer]) -> str:
+    endless = sum(not answer.stops for answer in answers)
+    repeating = sum(answer.repeats for answer in answers)
     if not endless + repeating:
         return f"all {len(answers)} stop and none repeats itself"
     return f"{endless} of {len(answers)} do not stop, {repeating} repeat themselves"

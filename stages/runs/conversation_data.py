@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -55,24 +55,19 @@ WANTED = {  # by each objective: kinds of data, what they are called, and what t
 
 @dataclasses.dataclass(frozen=True)
 class ConversationData:
-    """Training and held-out examples (or pairs), their names, and lines on the rows used and left out.
-
-    No held-out row copies a training row, or has its prompt if a preference; `overlap` says what was left out. `questions`:
-    QUESTIONS conversations of the held-out set, each up to the assistant's first answer. `references`: as of `references_of`;
-    `train_references`: those of the training rows.
-    """
+    """Training and held-out examples, or pairs. No held-out row copies a training row, or has its prompt if a preference."""
 
     train: list[Any]
     held_out: list[Any]
     digest: str
     held_out_digest: str
-    summary: list[str]
-    kind: str
+    summary: list[str]  # lines on the rows used and left out
+    kind: str  # of KINDS
     name: str
     held_out_name: str
-    overlap: str
-    questions: Sequence[Sequence[Message]]
-    references: Sequence[Sequence[Message]]
+    overlap: str  # what was left out as a copy
+    questions: Sequence[Sequence[Message]]  # QUESTIONS held-out conversations, each up to the assistant's first answer
+    references: Sequence[Sequence[Message]]  # held-out ones, as of `references_of`
     train_references: Sequence[Sequence[Message]]
 
 
@@ -121,27 +116,47 @@ def prepare_conversations(
             return source.kind, make(source, chat, seq, report)
 
     kind, dataset = read(data)
-    used, validation = dataset.used, validation or (f"{data}-held-out" if f"{data}-held-out" in SHIPPED else None)
+    if validation is None and f"{data}-held-out" in SHIPPED:
+        validation = f"{data}-held-out"
     if validation:
-        rest, overlap = _without_copies(read(validation)[1].used, used, validation, data)
+        _, other = read(validation)
+        used = dataset.used
+        rest, overlap = _without_copies(other.used, used, validation, data)
     else:
-        used, rest, validation, overlap = _split(used, seed, data)
-    train, held_out = ([item for _, items in part for item in items] for part in (used, rest))
-    digests, rows = (digest_examples(train), digest_examples(held_out)), [row for row, _ in rest]
-    if objective == "kto":
-        train, held_out = mismatch(train, seq), mismatch(held_out, seq)
-    lines, questions, references = dataset.describe(), _questions(rows), references_of(rows)
-    names = kind, data, validation, overlap
-    train_references = references_of(row for row, _ in used)
-    return ConversationData(train, held_out, *digests, lines, *names, questions, references, train_references)
+        used, rest, validation, overlap = _split(dataset.used, seed, data)
+    train = _items(used)
+    held_out = _items(rest)
+    rows = [row for row, _ in rest]
+    return ConversationData(
+        train=mismatch(train, seq) if objective == "kto" else train,
+        held_out=mismatch(held_out, seq) if objective == "kto" else held_out,
+        digest=digest_examples(train),
+        held_out_digest=digest_examples(held_out),
+        summary=dataset.describe(),
+        kind=kind,
+        name=data,
+        held_out_name=validation,
+        overlap=overlap,
+        questions=_questions(rows),
+        references=references_of(rows),
+        train_references=references_of(row for row, _ in used),
+    )
+
+
+def _items(rows: UsedRows) -> list[Any]:
+    items = []
+    for _, of_row in rows:
+        items += of_row
+    return items
 
 
 def _without_copies(held_out: UsedRows, train: UsedRows, name: str, data: str) -> tuple[UsedRows, str]:
     """Returns the held-out rows whose texts are not in `train`, and what was left out. Raises UserError if all are."""
     texts = {row.text for row, _ in train}
     known = {*map(normalize, texts)}
-    others = [each for each in held_out if normalize(each[0].text) not in known]
-    if not (count := len(held_out) - len(others)):
+    others = [(row, items) for row, items in held_out if normalize(row.text) not in known]
+    count = len(held_out) - len(others)
+    if not count:
         return held_out, ""
     exact = sum(row.text in texts for row, _ in held_out)
     found = f"{count:,} of the {len(held_out):,} rows of {name} are in {data} too, {exact:,} of them to the letter"
@@ -156,50 +171,67 @@ def _split(used: UsedRows, seed: int, data: str) -> tuple[UsedRows, UsedRows, st
     All copies of a row are on one side, and rows without a copy are held out first. A hash of seed and text chooses them, so
     that a row more in the file moves no other. Of a single text the end is held out.
     """
-    (row, items), rows = used[0], len(used)
+    row, items = used[0]
+    rows = len(used)
     if rows == 1 < len(items):
         count = max(1, round(HELD_OUT * len(items)))
         name = f"the last {count:,} of {len(items):,} pieces of {data}"
         return [(row, items[:-count])], [(row, items[-count:])], name, ""
     copies = collections.Counter(normalize(row.text) for row, _ in used)
     if len(copies) < 2:
+        different = ", 1 of them different" if rows > 1 else ""
         raise UserError(
-            f"{data} has {quantity(rows, 'usable row')}{', 1 of them different' * (rows > 1)}: too few to hold any "
-            "out; give others with --validation."
+            f"{data} has {quantity(rows, 'usable row')}{different}: too few to hold any out; give others with --validation."
         )
-    rank = lambda text: (copies[text], hashlib.sha256(f"{seed} {text}".encode()).digest())
-    held_out, count = set[str](), 0
+
+    def rank(text: str) -> tuple[int, bytes]:
+        return copies[text], hashlib.sha256(f"{seed} {text}".encode()).digest()
+
+    held_out = set()
+    count = 0
     for text in sorted(copies, key=rank)[:-1]:
         held_out.add(text)
         count += copies[text]
         if count >= round(HELD_OUT * rows):
             break
-    found = f"{rows - len(copies):,} of {rows:,} rows are copies of another; all copies of a row are on one side"
-    train, rest = ([each for each in used if (normalize(each[0].text) in held_out) == side] for side in (False, True))
-    return train, rest, f"{count:,} of {rows:,} rows of {data}, by the seed", found * (len(copies) < rows)
+    train: UsedRows = []
+    rest: UsedRows = []
+    for row, items in used:
+        side = rest if normalize(row.text) in held_out else train
+        side.append((row, items))
+    overlap = ""
+    if len(copies) < rows:
+        overlap = f"{rows - len(copies):,} of {rows:,} rows are copies of another; all copies of a row are on one side"
+    return train, rest, f"{count:,} of {rows:,} rows of {data}, by the seed", overlap
 
 
 def _questions(rows: Sequence[Record]) -> Sequence[Sequence[Message]]:
-    chosen = [rows[at] for at in dict.fromkeys(at * len(rows) // QUESTIONS for at in range(QUESTIONS))]
-    if any(isinstance(row, Text) for row in chosen):
-        return [[{"role": "user", "content": question}] for question in QUESTIONS_BESIDE_TEXTS]
-    is_asked = lambda message: message["role"] != "assistant"
-    return [[*itertools.takewhile(is_asked, row.messages)] for row in chosen if not isinstance(row, Text)]
+    places = dict.fromkeys(at * len(rows) // QUESTIONS for at in range(QUESTIONS))
+    questions = []
+    for place in places:
+        row = rows[place]
+        if isinstance(row, Text):
+            return [[{"role": "user", "content": question}] for question in QUESTIONS_BESIDE_TEXTS]
+        questions.append([*itertools.takewhile(lambda message: message["role"] != "assistant", row.messages)])
+    return questions
 
 
 def references_of(rows: Iterable[Record]) -> list[Sequence[Message]]:
     """Returns conversations up to their last answer: a preference's chosen one, of answers with a label a good one."""
-    references = list[Sequence[Message]]()
+    references: list[Sequence[Message]] = []
     for row in rows:
-        if isinstance(row, Conversation) and row.label is not False:
-            ends = [at for at, message in enumerate(row.messages) if at and message["role"] == "assistant"]
-            references += [row.messages[: at + 1] for at in ends[-1:]]
+        if not isinstance(row, Conversation) or row.label is False:
+            continue
+        ends = [at for at, message in enumerate(row.messages) if at and message["role"] == "assistant"]
+        if ends:
+            references.append(row.messages[: ends[-1] + 1])
     return references
 
 
 def open_conversations(data: str, objective: str) -> Conversations:
     """Opens a data set. Raises UserError for one that the objective cannot use."""
-    conversations, (kinds, wanted, remedy) = read_conversations(data), WANTED[objective]
+    conversations = read_conversations(data)
+    kinds, wanted, remedy = WANTED[objective]
     if conversations.kind in kinds:
         return conversations
     raise UserError(f"{data} holds {conversations.kind} data, and this objective trains on {wanted}; --objective {remedy}.")
@@ -232,14 +264,19 @@ def held_out_evaluator(
     `initial`: the params before training, for a loss that has a reference.
     """
     rows = EVALUATION_ROWS * row_shards()
-    batches: Sequence[Any]
-    summed: Callable[..., Any]
     if objective is NEXT_TOKEN:
-        batches, unit, key = list(evaluation_batches(examples, seq, rows)), "nats/token", "val_nats_per_token"
-        summed, size = score, max(sum(int(batch.mask.sum()) for batch in batches), 1)
-    else:
-        reference = reference_logprobs(cfg, initial, examples, seq, rows)
-        starts = range(0, len(examples), rows)
-        batches = [preference_batch(examples, range(first, first + rows), seq, reference) for first in starts]
-        unit, key, summed, size = "preference loss", "val_preference_loss", functools.partial(_summed, objective), len(examples)
-    return Evaluator(batches, lambda trainable, batch: summed(cfg, merge(trainable, frozen), batch), size, unit, key)
+        answers = list(evaluation_batches(examples, seq, rows))
+        targets = sum(int(batch.mask.sum()) for batch in answers)
+
+        def summed_nats(trainable: Any, batch: Any) -> Any:
+            return score(cfg, merge(trainable, frozen), batch)
+
+        return Evaluator(answers, summed_nats, max(targets, 1), "nats/token", "val_nats_per_token")
+    reference = reference_logprobs(cfg, initial, examples, seq, rows)
+    starts = range(0, len(examples), rows)
+    pairs = [preference_batch(examples, range(first, first + rows), seq, reference) for first in starts]
+
+    def summed_loss(trainable: Any, batch: Any) -> Any:
+        return _summed(objective, cfg, merge(trainable, frozen), batch)
+
+    return Evaluator(pairs, summed_loss, len(examples), "preference loss", "val_preference_loss")

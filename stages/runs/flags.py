@@ -85,7 +85,12 @@ class TrainableFlags:
     """`q4`: train weights, all or those of --train and --freeze, while they are rounded as `serve --weights q4` rounds them."""
 
     def check_together(self) -> None:
-        if not self.adapter and (frozen := "--lora" if self.lora else "--base int8" if self.base == "int8" else ""):
+        frozen = ""
+        if self.lora:
+            frozen = "--lora"
+        elif self.base == "int8":
+            frozen = "--base int8"
+        if frozen and not self.adapter:
             raise UserError(
                 f"{frozen} leaves the whole model frozen under an adapter, and --train, --freeze and --weights q4 train its "
                 f"own weights: leave {frozen} out, or them."
@@ -94,7 +99,9 @@ class TrainableFlags:
     @property
     def adapter(self) -> LoraConfig | None:
         """The LoRA to train; None when parameters of the model itself are trained."""
-        return None if self.train or self.freeze or self.weights == "q4" else self.lora or LoraConfig()
+        if self.train or self.freeze or self.weights == "q4":
+            return None
+        return self.lora or LoraConfig()
 
     def describe(self, lora: LoraConfig | None) -> str:
         """Returns `learns` of run.json: the trainable parameters, which must be the same to resume a run."""

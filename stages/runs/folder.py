@@ -93,7 +93,8 @@ def lock_run(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def updating(folder: Path) -> Iterator[None]:
     """Writes the manifest of a run's own files after the block, which writes them; a kill in between leaves no manifest."""
-    (listing := folder / manifest.NAME).unlink(missing_ok=True)
+    listing = folder / manifest.NAME
+    listing.unlink(missing_ok=True)
     yield
     tokenizer = (f"tokenizer/{path.name}" for path in (folder / "tokenizer").glob("[!.]*"))  # not what a kill left
     with atomic_file(listing) as file:
@@ -103,7 +104,9 @@ def updating(folder: Path) -> Iterator[None]:
 def replace_nonfinite(value: Any, replace: Callable[[float], Any]) -> Any:
     if isinstance(value, dict):
         return {name: replace_nonfinite(inner, replace) for name, inner in value.items()}
-    return replace(value) if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return replace(value)
+    return value
 
 
 class JsonLines:

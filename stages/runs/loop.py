@@ -137,14 +137,15 @@ def count_step(loop: Loop, result: StepResult, seconds: float) -> None:
         loop_state.first_step_seconds = time.perf_counter() - process_start()
     for is_refused in result.refused:
         loop_state.refused += is_refused
-        loop_state.refused_in_a_row = loop_state.refused_in_a_row + 1 if is_refused else 0
+        loop_state.refused_in_a_row += 1
+        if not is_refused:
+            loop_state.refused_in_a_row = 0
     if any(result.refused):
         loop_state.refused_batch = loop_state.step - 1
     if result.stage_state is not None:
         loop_state.stage = result.stage_state
-    # A round's reward is of the weights before its updates, which no checkpoint holds: there is no `best_step`.
     if result.reward is not None and not loop_state.refused_in_a_row:
-        loop_state.best = result.reward if loop_state.best is None else max(loop_state.best, result.reward)
+        loop_state.note_reward(result.reward)
     if loop.log.timer.count == 1:  # not before: touching gigabytes would hold up the first step
         loop.checkpoints.saver.reserve(result.state.trainable, result.state.opt_state)
 

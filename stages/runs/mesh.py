@@ -40,10 +40,17 @@ def connect_devices(mesh: Mesh) -> Mesh:
     another: so the processes meet once each has compiled this. In a connected group a collective waited 45 s without error.
     """
     if processes.process_count() > 1:
-        names, axes = mesh.axis_names, range(len(mesh.axis_names))
-        groups = [group for size in range(1, len(axes) + 1) for group in itertools.combinations(axes, size)]
-        results = [NamedSharding(mesh, PartitionSpec(*(names[axis] for axis in axes if axis not in group))) for group in groups]
-        ones, over_all = np.ones(mesh.devices.shape, np.float32), NamedSharding(mesh, PartitionSpec(*names))
+        names = mesh.axis_names
+        axes = range(len(names))
+        groups: list[tuple[int, ...]] = []
+        for size in range(1, len(axes) + 1):
+            groups += itertools.combinations(axes, size)
+        results = []
+        for group in groups:
+            others = [names[axis] for axis in axes if axis not in group]
+            results.append(NamedSharding(mesh, PartitionSpec(*others)))
+        ones = np.ones(mesh.devices.shape, np.float32)
+        over_all = NamedSharding(mesh, PartitionSpec(*names))
         numbers = jax.make_array_from_callback(ones.shape, over_all, ones.__getitem__)
         program = jax.jit(lambda numbers: [numbers.sum(group) for group in groups], out_shardings=results)
         compiled = program.lower(numbers).compile()

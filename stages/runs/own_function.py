@@ -38,10 +38,12 @@ def call(file: str, name: str, rows: list[dict[str, object]]) -> dict[str, objec
     function = runpy.run_path(file).get(name)
     if not callable(function):
         return {"error": f"{file} has no function {name}."}
-    parameters, values = inspect.signature(function).parameters, []
+    parameters = inspect.signature(function).parameters
+    values = []
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for row in rows:
-        value = function(**{key: value for key, value in row.items() if takes_all or key in parameters})
+        arguments = {key: value for key, value in row.items() if takes_all or key in parameters}
+        value = function(**arguments)
         try:
             number = float(value)
         except (TypeError, ValueError, OverflowError):
@@ -58,8 +60,10 @@ def _describe(file: str, error: BaseException) -> str:
     lines = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == file]
     if isinstance(error, SyntaxError) and error.filename == file:
         lines.append(error.lineno)
-    line, text = lines[-1] if lines else None, " ".join(str(error).split())[:300]
-    return f"{file}{f':{line}' if line else ''}: {type(error).__name__}{f': {text.rstrip(".")}' if text else ''}."
+    place = f"{file}:{lines[-1]}" if lines and lines[-1] else file
+    text = " ".join(str(error).split())[:300]
+    said = f": {text.rstrip('.')}" if text else ""
+    return f"{place}: {type(error).__name__}{said}."
 
 
 if __name__ == "__main__":

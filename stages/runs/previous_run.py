@@ -40,7 +40,7 @@ class PreviousRun:
     def is_finished(self, is_over: bool) -> bool:
         """Whether a run that is over was measured at its end as now asked, and is intact in what it stands for."""
         result = self.record.get("result")
-        if not (is_over and result) or "keep_last" in self.changes:
+        if not is_over or not result or "keep_last" in self.changes:
             return False
         steps = {self.loop_state.step, result.get("kept_step") or self.loop_state.step}
         return not any(find_damage(self.folder / "checkpoints" / str(step)) for step in steps)
@@ -51,11 +51,14 @@ def find_previous_run(folder: Path, metadata: dict[str, Any], cfg: ModelConfig) 
 
     Raises UserError when the one there trains something else, naming what differs.
     """
-    record, steps = read_json(folder / "run.json"), saved_steps(folder)
+    record = read_json(folder / "run.json")
+    steps = saved_steps(folder)
     if not steps:
         return None
-    before, now = settings(record, read_config(folder)), settings(metadata, cfg)
-    if refused := refusals(before, now):
+    before = settings(record, read_config(folder))
+    now = settings(metadata, cfg)
+    refused = refusals(before, now)
+    if refused:
         refuse_other_order(folder, record)
         raise UserError(
             f"{folder} holds a run with another {join_words(refused)}. Give another --out-dir, or --overwrite to "
@@ -106,39 +109,57 @@ NOT_COMPARED = re.compile("(command|changes|result|general_answers)(/.*)?")  # t
 
 
 def settings(metadata: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
-    leaves = leaf_paths(json.loads(json.dumps(metadata)) | {"config": json.loads(json.dumps(cfg.to_json()))})
+    as_read = json.loads(json.dumps({**metadata, "config": cfg.to_json()}))
+    leaves = leaf_paths(as_read)
     return {path: value for path, value in leaves.items() if not NOT_COMPARED.fullmatch(path)}
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> Changes:
     """Returns the settings that differ. What an older run.json does not tell is not known to have changed."""
-    paths = dict.fromkeys([*before, *FIXED, *(path for path in now if path.startswith("config/"))])
-    return {path: (before.get(path), now.get(path)) for path in paths if before.get(path) != now.get(path)}
+    architecture = [path for path in now if path.startswith("config/")]
+    changes = {}
+    for path in dict.fromkeys([*before, *FIXED, *architecture]):
+        if before.get(path) != now.get(path):
+            changes[path] = (before.get(path), now.get(path))
+    return changes
 
 
 def refusals(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Returns what differs and may not: `width (256 there, 384 now)`."""
     if ALWAYS_THERE.keys() - before.keys():
         raise UserError("run.json there is damaged. Give another --out-dir, or --overwrite to begin anew.")
-    changes, refused = differences(before, now), []
-    for path, values in changes.items():
+    changes = differences(before, now)
+    refused = []
+    for path in changes:
         name = path.removeprefix("config/") if path.startswith("config/") else FIXED.get(path)
-        if not name or path in CONFIG_MAY_CHANGE or (name == "text" and "seed" in changes):  # the text follows the seed
+        if not name or path in CONFIG_MAY_CHANGE:
             continue
-        if path.endswith("/digest"):
-            sources = (f"{name}/{part}" for part in ("data", "kind", "model"))
-            path = next((source for source in sources if before.get(source) or now.get(source)), path)
-            values = before.get(path), now.get(path)
-            if values[0] == values[1] and path.endswith(("/data", "/model")):
-                name = f"{name} (what is read from {values[0]} has changed)"
-        refused.append(f"{name} ({values[0]} there, {values[1]} now)" if values[0] != values[1] else name)
+        if name == "text" and "seed" in changes:  # the text follows the seed
+            continue
+        source = _source_of(path, name, before, now) if path.endswith("/digest") else path
+        there = before.get(source)
+        here = now.get(source)
+        if there != here:
+            refused.append(f"{name} ({there} there, {here} now)")
+        elif source.endswith(("/data", "/model")):
+            refused.append(f"{name} (what is read from {there} has changed)")
+        else:
+            refused.append(name)
     return refused
+
+
+def _source_of(path: str, name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Returns the setting that says to people what a digest is of, or the digest's own path where none does."""
+    for part in ("data", "kind", "model"):
+        source = f"{name}/{part}"
+        if before.get(source) or now.get(source):
+            return source
+    return path
 
 
 def describe_changes(changes: Changes) -> list[str]:
     lines = []
     for path, (before, now) in changes.items():
-        name = path.rpartition("/")[2]
         if path == "text/validation_digest":
             lines.append("what is in the validation data")
         elif path == "max_seconds":
@@ -146,13 +167,19 @@ def describe_changes(changes: Changes) -> list[str]:
         elif path == "attention":
             lines.append(f"attention {before} -> {now}: the next steps are those {before} within rounding, not to the bit")
         elif path not in FOLLOWS:
-            lines.append(f"{f'--{name.replace("_", "-")}' if BY_FLAG.fullmatch(path) else name}: {before} -> {now}")
+            name = path.rpartition("/")[2]
+            if BY_FLAG.fullmatch(path):
+                name = f"--{name.replace('_', '-')}"
+            lines.append(f"{name}: {before} -> {now}")
     return lines
 
 
 def print_finished(previous: PreviousRun, plan: RunPlan, console: Console) -> None:
-    done, summary = previous.loop_state, previous.record["result"].get("summary", "measured")
-    more = f"more --{plan.step_name}s or --max-time" if plan.progress(done.step, done.seconds) >= 1 else "a larger --patience"
+    done = previous.loop_state
+    summary = previous.record["result"].get("summary", "measured")
+    more = "a larger --patience"
+    if plan.progress(done.step, done.seconds) >= 1:
+        more = f"more --{plan.step_name}s or --max-time"
     console.print(
         f"This run is finished: {quantity(done.step, plan.step_name)} in {duration(done.seconds)}, {summary}. "
         f"To train it further give {more}; to begin anew, --overwrite."

@@ -46,7 +46,9 @@ class StepTimer:
 
     def warm_rate(self) -> float | None:
         """Returns the steps a second after the first, if there were any."""
-        return (self.count - 1) / self.warm_seconds if self.count > 1 else None
+        if self.count < 2:
+            return None
+        return (self.count - 1) / self.warm_seconds
 
 
 class Stop:
@@ -173,11 +175,14 @@ class ProgressLog:
         now = self.loop_state
         step_seconds = self.timer.mean()
         left = plan.seconds_left(now.step, now.seconds, step_seconds)
-        of_all = f"/{plan.steps:,}" if plan.steps else ""
-        line = [f"{plan.step_name} {now.step:,}{of_all}", *self.steps.live_fields(self.latest, now, step_seconds)]
-        if self.steps.evaluator:
-            unit = self.steps.evaluator.unit
-            line.append("val -" if now.validation is None else f"val {now.validation:.3f} {unit}")
+        done = f"{plan.step_name} {now.step:,}"
+        if plan.steps:
+            done += f"/{plan.steps:,}"
+        line = [done, *self.steps.live_fields(self.latest, now, step_seconds)]
+        if self.steps.evaluator and now.validation is None:
+            line.append("val -")
+        elif self.steps.evaluator:
+            line.append(f"val {now.validation:.3f} {self.steps.evaluator.unit}")
         line.append(format_bytes(peak_rss_bytes()))
         line.append(f"{clock_time(now.seconds)} done, {clock_time(left)} left")
         if now.refused:

@@ -29,31 +29,45 @@ class Rewards:
     """
 
     def __init__(self, tasks: Sequence[str], seconds: float, remedy: str = "mend it") -> None:
-        self.name, self.seconds, self.remedy, self.names = " ".join(tasks), seconds, remedy, set[str]()
-        self._tasks = list[tuple[float, Callable[[Rows], list[float]]]]()
+        self.name = " ".join(tasks)
+        self.seconds = seconds
+        self.remedy = remedy
+        self.names: set[str] = set()  # of rules, "own" for a function
+        self._tasks: list[tuple[float, Callable[[Rows], list[float]]]] = []
         for text in tasks:
             ((weight, task),) = re.findall(r"\A(?:(-?\d*\.?\d+)\*)?(.*)\Z", text, re.DOTALL)
             if weight and not 0 < float(weight) <= MAX_WEIGHT:
                 wanted = f"above 0 and at most {MAX_WEIGHT:,.0f}"
                 raise UserError(f"The weight of the task {task!r} should be {wanted}, not {weight[:40]}.")
-            if own := re.fullmatch(r"(.+\.py):(\w+)", task):
+            own = re.fullmatch(r"(.+\.py):(\w+)", task)
+            if own:
                 file = str(Path(own[1]).expanduser())
                 if not Path(file).is_file():
                     raise UserError(f"There is no file {file}; a function of your own is FILE.py:FUNCTION.")
                 self._call(file, own[2], [])
-            reward = functools.partial(self._call, file, own[2]) if own else functools.partial(_by_rule, make_reward(task))
+                reward = functools.partial(self._call, file, own[2])
+                self.names.add("own")
+            else:
+                reward = functools.partial(_by_rule, make_reward(task))
+                self.names.add(task.partition(":")[0])
             self._tasks.append((float(weight or 1), reward))
-            self.names.add("own" if own else task.partition(":")[0])
 
     def describe(self) -> str:
-        return "; ".join(
-            TASKS[name].partition(", ")[2] if name in TASKS else "by your own function" for name in sorted(self.names)
-        )
+        phrases = []
+        for name in sorted(self.names):
+            phrases.append(TASKS[name].partition(", ")[2] if name in TASKS else "by your own function")
+        return "; ".join(phrases)
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], answers: Sequence[Any]) -> list[float]:
         """Returns the reward of each completion. Raises UserError for a rule or a function that fails or takes too long."""
-        rows = [dict(zip(("prompt", "completion", "answer"), row)) for row in zip(prompts, completions, answers)]
-        return [sum(values) for values in zip(*([weight * value for value in reward(rows)] for weight, reward in self._tasks))]
+        rows = []
+        for prompt, completion, answer in zip(prompts, completions, answers):
+            rows.append({"prompt": prompt, "completion": completion, "answer": answer})
+        sums = [0.0] * len(rows)
+        for weight, reward in self._tasks:
+            for row, value in enumerate(reward(rows)):
+                sums[row] += weight * value
+        return sums
 
     def _call(self, file: str, function: str, rows: Rows) -> list[float]:
         """Calls a user's function in a process that ends with it: it can neither stop this one nor change anything in it.

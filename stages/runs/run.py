@@ -121,7 +121,9 @@ def carry_out(options: RunOptions, prepared: Prepared, console: Console, recorde
     warm_rate = None
     busy_note = ""
     if not options.is_over(plan, loop_state):
-        saved = f"the run is saved up to {plan.step_name} {loop_state.step:,}" if loop_state.step else "nothing was trained yet"
+        saved = "nothing was trained yet"
+        if loop_state.step:
+            saved = f"the run is saved up to {plan.step_name} {loop_state.step:,}"
         signals.set_phase(f"while compiling; {saved}. To go on: {resume}")
         steps = prepared.begin_steps(state, loop_state, compiling, console)
         if recorder and options.shows_weights:

@@ -80,6 +80,11 @@ class LoopState:
             self.best_step = self.step
             self.since_best = 0
 
+    def note_reward(self, reward: float) -> None:
+        """Notes a round's reward: of the weights before its updates, which no checkpoint holds, so that no step is the best."""
+        if self.best is None or reward > self.best:
+            self.best = reward
+
     def forget_best(self) -> None:
         self.best = None
         self.best_step = None

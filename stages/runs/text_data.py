@@ -39,7 +39,8 @@ from stages.cli.console import Console, ReportProgress
 TOKENIZER_TEXT = 64_000_000  # characters that a tokenizer is trained on at most
 HELD_OUT = 0.05
 QUICK_WINDOWS = 32
-GENERAL_WINDOW, GENERAL_TOKENS = 256, 8192  # tokens of a general text: scored at once, and in all
+GENERAL_WINDOW = 256  # tokens of a general text that are scored at once
+GENERAL_TOKENS = 8192  # tokens of it in all
 EVALUATION_ROWS = 2  # conversations, or windows of a general text, that are scored together
 LOGITS = 64 * 2**20  # bytes of float32 logits an evaluation makes at once
 
@@ -81,7 +82,8 @@ def check_text_name(data: str, conversations: Collection[str] = ()) -> None:
     if data in assets.MODELS:
         raise UserError(f"{data} is a model, not a text; --data takes {', '.join(TEXTS)}, a file or a folder.")
     if data not in TEXTS and not Path(data).exists():
-        names, also = (*TEXTS, *conversations), ", nor a file of conversations" * bool(conversations)
+        names = (*TEXTS, *conversations)
+        also = ", nor a file of conversations" if conversations else ""
         hint = did_you_mean(data, names) or f" Give a file, a folder, or one of {', '.join(names)}."
         raise UserError(f"There is no text at {data}{also}.{hint}")
 
@@ -108,11 +110,14 @@ def prepare_text(data: str, validation: Path | None, spec: str, console: Console
     tokenizer = make_tokenizer(spec, train_source, console)
     train = encode_text(train_source, tokenizer, console)
     if validation_source is None:  # a .bin: its beginning, and its held-out end
-        at, whole = round(len(train.tokens) * (1 - HELD_OUT)), train
-        train, held_out = (_part(whole, tokens, tokenizer) for tokens in (whole.tokens[:at], whole.tokens[at:]))
+        whole = train
+        at = round(len(whole.tokens) * (1 - HELD_OUT))
+        train = _part(whole, whole.tokens[:at], tokenizer)
+        held_out = _part(whole, whole.tokens[at:], tokenizer)
         name = f"the last {HELD_OUT:.0%} of {data}"
     else:
-        held_out, name = encode_text(validation_source, tokenizer, console), source_name(validation_source)
+        held_out = encode_text(validation_source, tokenizer, console)
+        name = source_name(validation_source)
     return TextData(train, held_out, tokenizer, digest_tokens(train), digest_tokens(held_out), source_name(train_source), name)
 
 
@@ -205,7 +210,8 @@ def score_text(
     cfg: ModelConfig, params: Params, tokens: np.ndarray, seq: int, stride: int, rows: int, report: ReportProgress | None = None
 ) -> float:
     """Returns the summed nats of every token (N,) of a text but the first, each after seq - stride tokens or more."""
-    total, waiting = 0.0, jnp.zeros(())
+    total = 0.0
+    waiting = jnp.zeros(())
     rows *= row_shards()
     count = count_windows(len(tokens), seq, stride)
     for number, batch in enumerate(evaluation_windows(tokens, seq, stride, rows)):
@@ -260,11 +266,13 @@ def quick_evaluator(cfg: ModelConfig, text: TokenFile, tokenizer: Tokenizer, nat
 
     `nats_of(cfg, params, batch)` sums a batch's nats. Rows behind the last are not counted.
     """
-    seq, rows = cfg.context, rows_in_memory(cfg, cfg.context)
+    seq = cfg.context
+    rows = rows_in_memory(cfg, seq)
     last = len(text.tokens) - 1 - seq
     if last > 0:
         count = min(QUICK_WINDOWS, max(rows, last // seq))
-        starts, shards = np.linspace(0, last, -(-count // rows) * rows).astype(np.int64), row_shards()
+        starts = np.linspace(0, last, -(-count // rows) * rows).astype(np.int64)
+        shards = row_shards()
         rows = min(rows, -(-len(starts) // shards)) * shards
         first = np.pad(starts, (0, -len(starts) % rows), constant_values=-1).reshape(-1, rows, 1)
         mask = np.broadcast_to(first >= 0, (*first.shape[:2], seq))

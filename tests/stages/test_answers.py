@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from engine.inference.request import Completion
 from engine.text.conversations import VOICE, read_conversations
 from stages.runs import answers
-from stages.runs.answers import Answer, compare, describe_faults, repeats_itself
+from stages.runs.answers import JudgedAnswer, compare, describe_faults, repeats_itself
 from stages.runs.general_questions import LEAST_RIGHT, QUESTIONS, QUESTIONS_TO_TRAIN_ON, compare_known, is_right
 
 words = st.lists(st.text("abcdefgh", min_size=1, max_size=6), max_size=60)
@@ -57,8 +57,8 @@ def test_nothing_in_the_house_voice_is_a_repetition():
 
 
 def test_faults_are_said_below_the_answer_and_counted():
-    good = Answer("Why?", "Because  of\nthe tide.", 5, stops=True, repeats=False)
-    endless = Answer("Why?", "so " * 60, 120, stops=False, repeats=True)
+    good = JudgedAnswer("Why?", "Because  of\nthe tide.", 5, stops=True, repeats=False)
+    endless = JudgedAnswer("Why?", "so " * 60, 120, stops=False, repeats=True)
     [(question, text)] = compare(["Why?"], *([(answer.text, answer.faults)] for answer in (endless, good)))
     assert question == "Why?"
     assert re.fullmatch(
