@@ -15,7 +15,6 @@ from bench.stages.checks import SLOTS
 from bench.stages.memory import memory_over_time
 from bench.stages.rows import ADAPTER, Row, decode_row, evaluation_row, training_kinds, training_row
 from bench.timing import MIN_ROUNDS, measure, ratio
-from engine.counting.flops import muon_flops
 from engine.counting.hardware import clock
 from engine.errors import UserError
 from engine.inference.config import SMALL_CHUNK, EngineConfig
@@ -27,7 +26,7 @@ from engine.model.paths import leaf_paths
 from engine.storage.digest import digest
 from engine.storage.model_loader import LoadedModel
 from engine.storage.run_folder import read_json
-from engine.training.optimizer import OptimizerConfig
+from engine.training.optimizer import OptimizerConfig, muon_flops
 
 RATE = "2e-3"  # of each fine-tuning: with rates of their own, one could not see what each way of it does
 ASKED, TOKENS = 100, 48

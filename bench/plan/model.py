@@ -6,10 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from engine.counting.flops import train_flops
-from engine.counting.params import all_trainable, count_params, count_trainable, lora_only
+from engine.counting.params import count_params, count_trainable
 from engine.errors import UserError, did_you_mean
 from engine.format import in_words
 from engine.model.config import PRESETS, LoraConfig, ModelConfig, preset
+from engine.model.trainable import all_trainable, lora_only
 from engine.training.freeze import select_trainable
 
 METHODS = ("pretrain", "full", "freeze:K", "lora:R", "qlora:R", "preference", "rl")

@@ -31,7 +31,6 @@ from engine.counting.flops import (
 )
 from engine.counting.jaxpr import JaxprCost, jaxpr_cost
 from engine.counting.memory import inference_bytes, inference_memory, train_bytes, training_memory
-from engine.counting.params import TrainablePaths, all_trainable, lora_only
 from engine.counting.xla import xla_flops, xla_peak
 from engine.inference.backend import MIN_ROWS, choose_backend
 from engine.inference.config import CHUNK as SLOT_CHUNK
@@ -45,6 +44,7 @@ from engine.model.loss import LOGITS_LIMIT, score
 from engine.model.loss_in_parts import CHUNK as LOSS_CHUNK
 from engine.model.ops import ops
 from engine.model.paths import leaf_paths, merge, split
+from engine.model.trainable import TrainablePaths, all_trainable, lora_only
 from engine.model.transformer import hidden_states, logits_of, make_cache
 from engine.model.weights.int8 import Int8
 from engine.model.weights.lora import init_lora

@@ -18,10 +18,10 @@ from bench.models import BenchModel, StepInputs, TrainingStep, new_state, next_t
 from bench.timing import describe_noise, measure, ratio
 from engine.counting.flops import train_flops
 from engine.counting.hardware import clock, square_product
-from engine.counting.params import TrainablePaths, all_trainable, lora_only
 from engine.device import device_name
 from engine.model.config import LoraConfig, ModelConfig, preset
 from engine.model.paths import split
+from engine.model.trainable import TrainablePaths, all_trainable, lora_only
 from engine.model.transformer import init_params
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import init_lora

@@ -15,16 +15,10 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Any, Literal
 
-from engine.counting.params import (
-    NONE_TRAINABLE,
-    TrainablePaths,
-    all_trainable,
-    leaf_shapes,
-    lowest_gradient,
-    target_shapes,
-)
 from engine.errors import UserError, did_you_mean
 from engine.model.config import JOINED, MATRICES, ModelConfig
+from engine.model.shapes import leaf_shapes, target_shapes
+from engine.model.trainable import NONE_TRAINABLE, TrainablePaths, all_trainable, lowest_gradient
 
 Attention = Literal["causal", "full"] | int
 
@@ -222,23 +216,6 @@ def prefill_flops(cfg: ModelConfig, tokens: int, *, attention: Attention, cached
     pairs_twice = tokens * (2 * cached + twice_mean_keys(tokens, attention))
     parts["attention"] = PassFlops(2 * cfg.layers * cfg.heads * cfg.head_dim * pairs_twice)
     return Flops(parts | {"head": token["head"]})
-
-
-NEARLY_SQUARE = 1.5  # long over short side: below, Muon steps the matrix itself, which costs as little and is more exact
-
-
-def muon_flops(cfg: ModelConfig) -> int:
-    """Returns the FLOPs of Muon's products in **a step**: Newton-Schulz iterations on each matrix of a block.
-
-    On a nearly square one there are four of its Gram matrix, of that squared, and of both times it; on a wide one nine of
-    Gram matrices, after the first and before the last.
-    """
-    total = 0
-    for name in MATRICES:
-        short, long = sorted(leaf_shapes(cfg)[f"blocks/0/{name}"])
-        times, squares = (4, 4) if long < NEARLY_SQUARE * short else (1, 9)
-        total += times * 4 * short * short * long + squares * 2 * short**3
-    return cfg.layers * total
 
 
 # This engine's jitted programs on JAX's platform: exactly what `jaxpr.py` must count in them. A program may do more than its

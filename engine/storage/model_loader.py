@@ -14,10 +14,11 @@ import jax
 
 from engine import manifest
 from engine.counting.hardware import require_memory
-from engine.counting.params import count_params, leaf_shapes
+from engine.counting.params import count_params
 from engine.errors import UserError, did_you_mean
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, unflatten
+from engine.model.shapes import leaf_shapes
 from engine.model.weights.blocks import Blocks, with_factors
 from engine.model.weights.lora import LoRA, to_dense
 from engine.storage import checkpoint_reader, hub, huggingface, run_folder

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.counting.params import leaf_shapes, lora_only, target_shapes
 from engine.errors import UserError
 from engine.model.config import LoraConfig, ModelConfig
+from engine.model.shapes import leaf_shapes, target_shapes
+from engine.model.trainable import lora_only
 from engine.model.weights.blocks import COLUMNS, GROUP, KINDS, Blocks, factors_shape, has_finite_factors
 from engine.untrusted import quote
 

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine.counting.params import leaf_shapes
 from engine.errors import UserError, did_you_mean
 from engine.model.config import JOINED, ModelConfig
 from engine.model.paths import leaf_paths, unflatten
+from engine.model.shapes import leaf_shapes
 from engine.model.weights.blocks import COLUMNS, GROUP, KINDS, Blocks, unpack_blocks
 from engine.model.weights.lora import innermost_base
 from engine.model.weights.plain import as_weight

@@ -7,9 +7,10 @@ weight decay.
 import re
 from collections.abc import Collection, Sequence
 
-from engine.counting.params import TrainablePaths, leaf_shapes
 from engine.errors import UserError, did_you_mean
 from engine.model.config import ModelConfig
+from engine.model.shapes import leaf_shapes
+from engine.model.trainable import TrainablePaths
 
 
 def select_trainable(

@@ -17,9 +17,9 @@ import optax
 from jax import Array
 from jax.typing import DTypeLike
 
-from engine.counting.flops import NEARLY_SQUARE
 from engine.errors import UserError
 from engine.mesh import layout
+from engine.model.config import ModelConfig
 from engine.model.layers import dot32, einsum32
 from engine.model.ops import transpose
 from engine.model.paths import map_paths
@@ -164,6 +164,7 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArg
 # Jordan's steps. Together they take [0.003, 1] to 0.73 .. 1.14.
 STEPS = ((8.2193, -24.2803, 17.9971), (3.9690, -2.9573, 0.5593), (3.4626, -2.5991, 0.5198), (2.3809, -1.7701, 0.4200))
 SECOND_BEGINS = 1.936  # the largest that the first makes of [0, 1]
+NEARLY_SQUARE = 1.5  # long over short side: below, the matrix itself is stepped, which costs as little and is more exact
 
 
 def orthogonalize() -> optax.GradientTransformationExtraArgs:
@@ -239,3 +240,20 @@ def _inverse_root(gram: Array, square: Array, unit: Array) -> Array:
         by = _polynomial(step, gram, dot32(gram, gram))
         root = jnp.dot(root, by)
     return root
+
+
+def muon_flops(cfg: ModelConfig) -> int:
+    """Returns the FLOPs of Muon's products in **a step**, of all matrices in blocks: exactly those of `orthogonal`.
+
+    A nearly square one has four products for its Gram matrix, four squares of that, and four products with the matrix; a wide
+    one two products with the matrix and nine of Gram matrices.
+    """
+    total = 0
+    for shape in cfg.matrices.values():
+        short, long = sorted(shape)
+        if long < NEARLY_SQUARE * short:
+            times, squares = 4, 4
+        else:
+            times, squares = 1, 9
+        total += times * 4 * short * short * long + squares * 2 * short**3
+    return cfg.layers * total

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 
 from engine.counting.hardware import doubt_ceilings
-from engine.counting.params import choose_rank, lora_bits
 from engine.device import Device, return_freed_memory
 from engine.errors import UserError
 from engine.format import quantity
@@ -23,6 +22,7 @@ from engine.text.batch import EpochOrder
 from engine.text.chat_tokenizer import Example
 from engine.text.examples import PackedBatches, Pair, RatedPair, count_targets
 from engine.text.template import Message, read_template
+from engine.training.lora_rank import choose_rank, lora_bits
 from engine.training.optimizer import OptimizerConfig
 from engine.training.preference import LOSSES, Preferences, preference_batch, preference_objective
 from engine.training.step import NEXT_TOKEN, Objective, TrainState

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-from engine.counting.params import TrainablePaths, count_params, count_trainable, lora_only
+from engine.counting.params import count_params, count_trainable
 from engine.device import host_memory
 from engine.errors import UserError
 from engine.mesh import processes
 from engine.mesh.layout import place
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, map_paths, merge, split, unflatten
+from engine.model.trainable import TrainablePaths, lora_only
 from engine.model.weights.blocks import Blocks
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import init_lora, innermost_base, merge_lora

@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 from engine.counting.flops import train_flops
 from engine.counting.memory import TrainingMemory, dtype_bytes, training_memory
-from engine.counting.params import TrainablePaths, all_trainable, count_params
+from engine.counting.params import count_params
 from engine.format import duration, quantity
 from engine.mesh.shape import ONE_DEVICE, MeshShape, divisors
 from engine.model.config import ModelConfig
 from engine.model.loss import loss_chunks
+from engine.model.trainable import TrainablePaths, all_trainable
 from engine.training.optimizer import OptimizerConfig
 from engine.training.step import LORA_COMPILER_OPTIONS
 

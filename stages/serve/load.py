@@ -13,7 +13,6 @@ from typing import Any
 import jax
 
 from engine.counting import hardware
-from engine.counting.params import leaf_shapes
 from engine.device import Device, host_memory
 from engine.errors import UserError
 from engine.format import format_bytes
@@ -25,6 +24,7 @@ from engine.mesh import layout
 from engine.model.config import ModelConfig
 from engine.model.ops import kernels_note
 from engine.model.paths import unflatten
+from engine.model.shapes import leaf_shapes
 from engine.model.weights.matmul import weight_types
 from engine.storage.adapter import base_digest
 from engine.storage.digest import digest

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from engine.counting.accelerators import Accelerator
-from engine.counting.flops import muon_flops
 from engine.counting.memory import train_bytes
 from engine.counting.xla import Collective, read_collectives, xla_peak
 from engine.device import start_jax
@@ -26,7 +25,7 @@ from engine.mesh.shape import MeshShape
 from engine.model.config import ModelConfig
 from engine.model.transformer import init_params
 from engine.text.batch import Batch
-from engine.training.optimizer import OptimizerConfig, make_optimizer
+from engine.training.optimizer import OptimizerConfig, make_optimizer, muon_flops
 from engine.training.step import init_state
 from stages.cli.console import Console
 from stages.runs.plan import Recipe, RunPlan

@@ -12,9 +12,8 @@ import jax
 from jax.stages import Compiled
 
 from engine.counting.accelerators import Accelerator, find_accelerator
-from engine.counting.flops import muon_flops
 from engine.counting.hardware import Ceilings, doubt_ceilings
-from engine.counting.params import count_params, leaf_shapes
+from engine.counting.params import count_params
 from engine.device import Device, processor, return_freed_memory
 from engine.errors import UserError
 from engine.files import write_text
@@ -25,9 +24,10 @@ from engine.mesh.shape import ONE_DEVICE, MeshShape, check_mesh
 from engine.model.config import ModelConfig, preset
 from engine.model.loss import score
 from engine.model.paths import unflatten
+from engine.model.shapes import leaf_shapes
 from engine.model.transformer import init_params
 from engine.text.batch import TextBatches
-from engine.training.optimizer import OptimizerConfig, make_optimizer
+from engine.training.optimizer import OptimizerConfig, make_optimizer, muon_flops
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
 from stages.runs.batch_steps import BatchSteps, MeshBatches, temporary_bytes

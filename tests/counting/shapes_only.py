@@ -6,13 +6,9 @@ import jax
 import jax.numpy as jnp
 from tiny import trainable_paths
 
-from engine.counting.params import (
-    TrainablePaths,
-    all_trainable,
-    leaf_shapes,
-    lora_only,
-)
 from engine.model.config import LoraConfig, ModelConfig
+from engine.model.shapes import leaf_shapes
+from engine.model.trainable import TrainablePaths, all_trainable, lora_only
 from engine.model.transformer import init_params, make_cache
 from engine.text.batch import Batch
 

@@ -9,10 +9,11 @@ from shapes_only import batch_of, cache_of, params_of, shaped
 from tiny import trainable_paths
 
 from engine.counting.memory import inference_bytes, inference_memory, train_bytes, training_memory
-from engine.counting.params import all_trainable, count_params, lora_only
+from engine.counting.params import count_params
 from engine.counting.xla import xla_peak
 from engine.model.config import LoraConfig, ModelConfig, preset
 from engine.model.paths import split
+from engine.model.trainable import all_trainable, lora_only
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import init_lora
 from engine.model.weights.matmul import cast_matrices

@@ -16,13 +16,14 @@ from engine.counting.flops import (
     prefill_program_flops,
 )
 from engine.counting.jaxpr import jaxpr_cost
-from engine.counting.params import TrainablePaths, all_trainable, leaf_shapes, lora_only
 from engine.inference import decode
 from engine.model import loss
 from engine.model.attention_in_blocks import QUERY_BLOCK
 from engine.model.config import LoraConfig
 from engine.model.loss import score
 from engine.model.paths import split, unflatten
+from engine.model.shapes import leaf_shapes
+from engine.model.trainable import TrainablePaths, all_trainable, lora_only
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import make_adapter
 from engine.training.step import loss_and_gradient

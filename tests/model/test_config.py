@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from tiny import tiny_config
 
 from engine import by_hand
-from engine.counting.params import count_params, leaf_shapes
+from engine.counting.params import count_params
 from engine.errors import UserError
 from engine.model.config import PRESETS, LoraConfig, ModelConfig, RopeScaling, preset
 from engine.model.paths import leaf_paths
+from engine.model.shapes import leaf_shapes
 from engine.model.transformer import forward, init_params
 
 # Of the published models: the numbers on their cards, or the sum of the shapes in their files.

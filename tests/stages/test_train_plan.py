@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 from engine.counting import accelerators, hardware
 from engine.counting.accelerators import find_accelerator
 from engine.counting.hardware import Ceilings
-from engine.counting.params import count_params, leaf_shapes, lora_only
+from engine.counting.params import count_params
 from engine.counting.xla import Collective
 from engine.errors import UserError
 from engine.format import format_bytes, format_count
 from engine.mesh import processes
 from engine.mesh.shape import MeshShape
 from engine.model.config import PRESETS, LoraConfig, preset
+from engine.model.shapes import leaf_shapes
+from engine.model.trainable import lora_only
 from engine.model.transformer import init_params
 from engine.training.optimizer import make_optimizer
 from engine.training.step import init_state, train_step

@@ -12,10 +12,10 @@ from gguf_files import SHAPES, tiny_gguf, weights, words_of
 from refusals import refusal
 from tiny import lively_params, positions_of, tiny_config, tokens_of
 
-from engine.counting.params import leaf_shapes
 from engine.inference.config import EngineConfig
 from engine.model.config import RopeScaling
 from engine.model.paths import leaf_paths, unflatten
+from engine.model.shapes import leaf_shapes
 from engine.model.transformer import forward
 from engine.model.weights.blocks import Blocks
 from engine.model.weights.int8 import Int8

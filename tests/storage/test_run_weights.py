@@ -16,10 +16,10 @@ from refusals import refusal
 from tiny import lively_params, tiny_config
 
 from engine import manifest
-from engine.counting.params import leaf_shapes
 from engine.errors import UserError
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, unflatten
+from engine.model.shapes import leaf_shapes
 from engine.model.weights.blocks import Blocks, factors_to_train, round_to_blocks, with_factors
 from engine.model.weights.lora import to_dense
 from engine.storage import checkpoint

@@ -3,14 +3,11 @@
 import pytest
 from tiny import tiny_config
 
-from engine.counting.params import (
-    TrainablePaths,
-    all_trainable,
-    count_params,
-    leaf_shapes,
-)
+from engine.counting.params import count_params
 from engine.errors import UserError
 from engine.model.config import MATRICES
+from engine.model.shapes import leaf_shapes
+from engine.model.trainable import TrainablePaths, all_trainable
 from engine.training.freeze import select_trainable
 from stages.runs.model_stage import choose_trainable
 

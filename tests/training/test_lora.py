@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from tiny import assert_near, equations, positions_of, text_batch, tiny_config, tokens_of
 
-from engine.counting.params import choose_rank, lora_bits
 from engine.errors import UserError
 from engine.model.config import LoraConfig, preset
 from engine.model.paths import leaf_paths, merge
@@ -17,6 +16,7 @@ from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import LoRA, init_lora, merge_lora
 from engine.model.weights.matmul import cast_matrices
 from engine.storage.digest import digest
+from engine.training.lora_rank import choose_rank, lora_bits
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import loss_and_gradient
 

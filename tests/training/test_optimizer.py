@@ -8,13 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.counting.flops import muon_flops
 from engine.counting.jaxpr import jaxpr_cost
 from engine.errors import UserError
 from engine.model.config import MATRICES
 from engine.model.paths import leaf_paths
 from engine.training import optimizer
-from engine.training.optimizer import SECOND_BEGINS, STEPS, OptimizerConfig, make_optimizer, make_schedule, orthogonal
+from engine.training.optimizer import (
+    SECOND_BEGINS,
+    STEPS,
+    OptimizerConfig,
+    make_optimizer,
+    make_schedule,
+    muon_flops,
+    orthogonal,
+)
 
 
 def factors(cfg: OptimizerConfig, *progress: float) -> list[float]:

@@ -30,13 +30,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine.counting.params import leaf_shapes
 from engine.errors import UserError
 from engine.files import open_regular
 from engine.inference.decode import generate, prepare_params
 from engine.mesh import processes
 from engine.model.config import ModelConfig
 from engine.model.paths import array_paths, merge
+from engine.model.shapes import leaf_shapes
 from engine.storage.digest import digest
 from engine.training.step import gradient_norms
 from stages.cli.command import command_line, explain_error
