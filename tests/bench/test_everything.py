@@ -88,7 +88,7 @@ def test_sources_of_no_commit_are_refused(monkeypatch, tmp_path, capsys):
 @pytest.mark.night
 @pytest.mark.timeout(900)
 def test_a_sitting_through_the_real_command(tmp_path):
-    """On a copy of this checkout that is committed: a document of nine processes (torch is not there), kept by the second run."""
+    """On a copy of this checkout, committed: a document of nine processes without torch, which the second run keeps."""
     checkout = tmp_path / "checkout"
     checkout.mkdir()
     for name in ("engine", "stages", "bench"):
