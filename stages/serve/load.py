@@ -171,10 +171,10 @@ def load_state(
         loaded.chat,
         options.queue,
         options.price,
-        loaded.base_digest,
-        options.adapter_folder,
-        options.documents,
-        loaded.adapters,
+        base_digest=loaded.base_digest,
+        adapter_folder=options.adapter_folder,
+        documents=options.documents,
+        adapters=loaded.adapters,
     )
     return state, ahead
 

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -46,7 +47,7 @@ from stages.serve.api.requests import (
     prompt_texts,
     stop_texts,
 )
-from stages.serve.api.structured_outputs import AllowedTexts, StructuredOutputs, structured_grammars
+from stages.serve.api.structured_outputs import GRAMMARS, AllowedTexts, StructuredOutputs
 from stages.serve.tokenizer_pool import token_text
 from stages.serve.tools import (
     NO_TOOLS,
@@ -112,14 +113,20 @@ class CompletionFields(UsualFields):
     @property
     def grammars(self) -> list[Grammar]:
         """The grammars that the request asks for. Raises InvalidField."""
-        return structured_grammars(
-            self.structured_outputs,
-            guided_json=self.guided_json,
-            guided_regex=self.guided_regex,
-            guided_choice=self.guided_choice,
-            guided_grammar=self.guided_grammar,
-            grammar=self.grammar,
-        )
+        grammars = []
+        if self.structured_outputs:
+            grammars.append(self.structured_outputs.wanted_grammar)
+        values = {
+            "guided_json": self.guided_json,
+            "guided_regex": self.guided_regex,
+            "guided_choice": self.guided_choice,
+            "guided_grammar": self.guided_grammar,
+            "grammar": self.grammar,
+        }
+        for name, value in values.items():
+            if value is not None:
+                grammars.append(Grammar(name, partial(GRAMMARS[name], value)))
+        return grammars
 
     def sampling(self, defaults: SamplingParams, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Returns the defaults with what the request gives. Raises InvalidField."""

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 from engine.counting.params import count_params
 from engine.errors import InvalidField
+from engine.inference.request import SamplingParams
 from engine.model.weights.matmul import weight_types
 from stages.serve.api.completions import TokenLogProb, Tools, token_logprob
 from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Reason, Usage, Writer, ignored_header, run
@@ -170,7 +171,7 @@ class OllamaRequest(OllamaFields):
             return _reply_at_once(call, writer.loaded("unload"))
         return _reply_at_once(call, writer.loaded("load"))
 
-    def make_job(self, prompt: ChatPrompt | TextPrompts, call: ApiCall) -> Job:
+    def make_job(self, prompt: ChatPrompt | TextPrompts, defaults: SamplingParams, content: bytearray) -> Job:
         """Returns what a request of /api/chat or /api/generate asks for. Raises InvalidField."""
         options = self.options or Options()
         max_tokens = options.num_predict
@@ -185,7 +186,7 @@ class OllamaRequest(OllamaFields):
         elif self.format:
             grammar = answer_grammar("format", None)
         sampling = sampling_of(
-            call.state.sampling,
+            defaults,
             max_tokens=max_tokens,
             temperature=options.temperature,
             top_k=options.top_k,
@@ -203,7 +204,7 @@ class OllamaRequest(OllamaFields):
             stops=stop_texts(options.stop),
             grammar=grammar,
             streams=bool(self.stream),
-            ignored=self.ignored_in(call.content),
+            ignored=self.ignored_in(content),
         )
 
 
@@ -243,6 +244,12 @@ class OllamaChatRequest(OllamaRequest, kw_only=True):
     messages: Annotated[list[OllamaMessage], Meta(max_length=4096)] | None = None
     tools: Tools = None
 
+    def job(self, defaults: SamplingParams, content: bytearray) -> Job:
+        """Returns what the request, with the JSON `content`, asks for. Raises InvalidField."""
+        turns = [message.turn for message in self.messages or ()]
+        tools = tool_use([tool.function for tool in self.tools or ()])
+        return self.make_job(ChatPrompt("messages", turns, tools=tools), defaults, content)
+
 
 class OllamaGenerateRequest(OllamaRequest, kw_only=True):
     """POST /api/generate. With `raw` the prompt is continued, else it is a message of the user's."""
@@ -254,6 +261,16 @@ class OllamaGenerateRequest(OllamaRequest, kw_only=True):
     template: Literal[""] | None = None
     images: EmptyList | None = None
     context: EmptyList | None = None
+
+    def job(self, defaults: SamplingParams, content: bytearray) -> Job:
+        """Returns what the request, with the JSON `content`, asks for. Raises InvalidField."""
+        text = self.prompt or ""
+        if self.raw:
+            return self.make_job(TextPrompts("prompt", [text]), defaults, content)
+        turns = [make_turn("user", text)]
+        if self.system:
+            turns.insert(0, make_turn("system", self.system))
+        return self.make_job(ChatPrompt("prompt", turns), defaults, content)
 
 
 class OllamaReply(msgspec.Struct, kw_only=True):
@@ -357,9 +374,7 @@ async def ollama_chat(call: ApiCall[OllamaChatRequest]) -> ASGIApp:
     body.check()
     if not body.messages:
         return body.load(call, True)
-    turns = [message.turn for message in body.messages]
-    tools = tool_use([tool.function for tool in body.tools or ()])
-    job = body.make_job(ChatPrompt("messages", turns, tools=tools), call)
+    job = body.job(call.state.sampling, call.content)
     return await run(call, job, OllamaWriter(call, True))
 
 
@@ -369,15 +384,8 @@ async def ollama_generate(call: ApiCall[OllamaGenerateRequest]) -> ASGIApp:
     body.check()
     if not body.prompt:
         return body.load(call, False)
-    prompt: ChatPrompt | TextPrompts
-    if body.raw:
-        prompt = TextPrompts("prompt", [body.prompt])
-    else:
-        turns = [make_turn("user", body.prompt)]
-        if body.system:
-            turns.insert(0, make_turn("system", body.system))
-        prompt = ChatPrompt("prompt", turns)
-    return await run(call, body.make_job(prompt, call), OllamaWriter(call, False))
+    job = body.job(call.state.sampling, call.content)
+    return await run(call, job, OllamaWriter(call, False))
 
 
 class EmbedRequest(OllamaFields, kw_only=True):

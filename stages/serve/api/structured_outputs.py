@@ -108,19 +108,3 @@ class StructuredOutputs(StrictFields):
             raise InvalidField(field, f"{field} must have exactly one of {', '.join(STRUCTURED_OUTPUTS)}, and has {found}.")
         (name,) = wanted
         return Grammar(f"structured_outputs.{name}", partial(STRUCTURED_OUTPUTS[name], values[name]))
-
-
-def structured_grammars(structured_outputs: StructuredOutputs | None, **values: Any) -> list[Grammar]:
-    """Returns the grammars for which a request asks.
-
-    `values`: those of its fields that GRAMMARS names, or None.
-
-    Raises InvalidField.
-    """
-    grammars: list[Grammar] = []
-    if structured_outputs:
-        grammars.append(structured_outputs.wanted_grammar)
-    for name, value in values.items():
-        if value is not None:
-            grammars.append(Grammar(name, partial(GRAMMARS[name], value)))
-    return grammars
