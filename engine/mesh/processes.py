@@ -1,6 +1,6 @@
 """Several processes that train one model: which of them this is, and what they agree on, through JAX's key-value store.
 
-`lifecycle.py` joins them; with one process all functions answer at once. This file loads without JAX.
+A command joins them, and fills `group`; with one process all functions answer at once. This file loads without JAX.
 """
 
 import contextlib

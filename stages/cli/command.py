@@ -22,9 +22,8 @@ import tyro
 
 import stages
 from engine.errors import UserError
-from engine.mesh import lifecycle
 from engine.mesh.processes import MISTAKE
-from stages.cli import signals
+from stages.cli import lifecycle, signals
 
 # What takes less memory, by the flags of a command.
 LESS_MEMORY = {

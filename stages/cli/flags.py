@@ -12,8 +12,9 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from engine.errors import InvalidField, Range, UserError, did_you_mean
 from engine.inference.request import RANGES
-from engine.mesh import lifecycle, processes
+from engine.mesh import processes
 from engine.mesh.shape import MeshShape, parse_mesh
+from stages.cli import lifecycle
 from stages.cli.console import Console
 
 # A name that can be a segment of a URL. Clients fold `.` and `..` away, so what has such a name could not be asked for.

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import stages
 from engine.files import discard_unfinished
-from engine.mesh import lifecycle
+from stages.cli import lifecycle
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 WAKE = signal.SIGURG  # ends a system call in which the main thread waits

@@ -32,7 +32,7 @@ FLAGS = (
 # JAX keeps the programs of process 0 alone, and another's are others, as its devices are: they would be compiled in each test.
 KEEPS_PROGRAMS = """
 from types import SimpleNamespace
-import engine.mesh.lifecycle as lifecycle
+import stages.cli.lifecycle as lifecycle
 join = lifecycle.join
 def join_and_keep(*arguments):
     join(*arguments)

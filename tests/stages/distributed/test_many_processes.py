@@ -16,13 +16,13 @@ from many_processes import FLAGS, STEPS, finish, free_port, until_saved
 from tiny_runs import ROOT, WORDS, metrics, tiny, typed, write_text
 
 from engine.errors import UserError
-from engine.mesh import lifecycle
-from engine.mesh.lifecycle import join
 from engine.mesh.processes import RESTART
 from engine.storage import checkpoint, checkpoint_reader
 from engine.storage.adapter import load_adapter
 from engine.storage.run_folder import read_config
 from stages import by_hand
+from stages.cli import lifecycle
+from stages.cli.lifecycle import join
 from stages.cli.signals import end_now
 from stages.finetune import __main__ as finetune
 from stages.train import __main__ as train
@@ -85,7 +85,7 @@ def test_a_run_survives_kills_and_signals_on_any_number_of_processes(count, star
 
 LIMITED = """
 import resource
-import engine.mesh.lifecycle as lifecycle
+import stages.cli.lifecycle as lifecycle
 meet = lifecycle.join
 def meet_and_limit(*arguments):
     meet(*arguments)
