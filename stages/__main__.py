@@ -1,5 +1,10 @@
 """`python -m stages`: the stages of a model's life, one line each."""
 
+from stages.cli.start import start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import ast
 import signal
 from pathlib import Path

@@ -7,6 +7,11 @@ The losses are those of `python -m stages.train tiny --optimizer adamw --dtype f
 saved on the way, and a signal ends it; `stages.train` is for runs that are worth saving.
 """
 
+from stages.cli.start import start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import dataclasses
 import functools
 import math

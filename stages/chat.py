@@ -12,6 +12,11 @@ every line that comes in is a turn. The conversation, each question above its an
 standard output, everything else to standard error.
 """
 
+from stages.cli.start import start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import contextlib
 import dataclasses
 import datetime

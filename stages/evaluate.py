@@ -11,6 +11,11 @@ assistant says is scored. Of a fine-tuned run, its held-out set, and the general
 beside what was measured before fine-tuning.
 """
 
+from stages.cli.start import start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import dataclasses
 import functools
 import math

@@ -9,6 +9,11 @@ A LoRA model is written with its adapters merged in, unless --adapter says other
 written.
 """
 
+from stages.cli.start import start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import dataclasses
 import functools
 import itertools

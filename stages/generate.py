@@ -7,6 +7,11 @@
 Text goes to standard output, everything else to standard error.
 """
 
+from stages.cli.start import start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import dataclasses
 import functools
 import math

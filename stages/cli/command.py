@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 
 import tyro
 
-import stages
 from engine.errors import UserError
 from engine.mesh.processes import MISTAKE
 from stages.cli import lifecycle, signals
@@ -102,7 +101,7 @@ def run_command[Flags](
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         return MISTAKE
     finally:
-        stages.phase = "after the command was over; nothing is lost."
+        signals.set_phase("after the command was over; nothing is lost.")
 
 
 def _wrapped(about: str) -> str:

@@ -16,9 +16,8 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from typing import NoReturn
 
-import stages
 from engine.files import discard_unfinished
-from stages.cli import lifecycle
+from stages.cli import lifecycle, start
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 WAKE = signal.SIGURG  # ends a system call in which the main thread waits
@@ -89,7 +88,7 @@ def _listen(pipe: int) -> None:
         if number not in SIGNALS:
             continue
         if deferral is None or number not in deferral.signals:
-            end_now(number, stages.phase)
+            end_now(number, start.phase)
         elif not deferral.answered.is_set():
             deferral.receive(number)
             deferral.answered.set()
@@ -122,7 +121,7 @@ def _print_answer(deferral: Deferral) -> None:
 def end_now(number: int, sentence: str) -> NoReturn:
     """Prints the sentence after "Stopped" and ends this process, and the others of its run, with 128 + the signal."""
     show_cursor = "\x1b[?25h" if sys.stderr and sys.stderr.isatty() else ""
-    stages.write_stderr(f"{show_cursor}Stopped {sentence}")
+    start.write_stderr(f"{show_cursor}Stopped {sentence}")
     discard_unfinished()
     lifecycle.end(128 + number, "it was stopped by a signal.")
     os._exit(128 + number)
@@ -130,7 +129,7 @@ def end_now(number: int, sentence: str) -> NoReturn:
 
 def set_phase(phase: str) -> None:
     """Sets what is printed after "Stopped" when a signal comes."""
-    stages.phase = phase
+    start.phase = phase
 
 
 @contextlib.contextmanager

@@ -17,6 +17,11 @@ and after, and says when an answer does not stop or repeats itself. It says how 
 answered right before it still answers right.
 """
 
+from stages.cli.start import start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import functools
 
 from engine.device import start_jax

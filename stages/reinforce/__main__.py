@@ -14,6 +14,11 @@ penalty and a second reward, both by the model before training, keep answers san
 it stopped.
 """
 
+from stages.cli.start import start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import functools
 
 from engine.device import start_jax

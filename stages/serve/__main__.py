@@ -9,6 +9,11 @@ are only read, and GET /v1/attestation shows it. Ctrl-C or SIGTERM lets what is 
 second one ends at once.
 """
 
+from stages.cli.start import start_command
+
+if __name__ == "__main__":
+    start_command()
+
 from collections.abc import Sequence
 
 from engine.errors import require_serve_packages

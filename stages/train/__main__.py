@@ -8,6 +8,11 @@
 The same command run again resumes where it stopped.
 """
 
+from stages.cli.start import start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import functools
 
 from engine.device import start_jax

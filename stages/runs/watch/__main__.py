@@ -8,6 +8,11 @@
 written beside the page of lives.
 """
 
+from stages.cli.start import start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import dataclasses
 import functools
 from pathlib import Path
