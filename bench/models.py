@@ -53,11 +53,11 @@ def load(
     name: str,
     dtype: str | None = "float32",
     on_config: Callable[[ModelConfig], None] = lambda cfg: None,
-    blocks: dict[str, Any] | None = None,
+    keep_blocks: bool = False,
 ) -> BenchModel:
     """Loads a model by path or name; `dtype` None: its own. `on_config` gets its architecture before its weights are read.
 
-    `blocks`: as `load_model`.
+    `keep_blocks`: as `load_model`.
 
     Raises UserError for none, and for an adapter.
     """
@@ -67,7 +67,7 @@ def load(
             f"{location.run} holds an adapter for another model. Fold it into that one first, python -m stages.export "
             f"--model {location.path} --out FOLDER, and give --model FOLDER."
         )
-    model = load_model(name, dtype=dtype, on_config=on_config, blocks=blocks)
+    model = load_model(name, dtype=dtype, on_config=on_config, keep_blocks=keep_blocks)
     return BenchModel(model.name, model.cfg, model.params, model.tokenizer)
 
 

@@ -97,7 +97,7 @@ def chat(flags: ChatFlags) -> int:
     documents = Documents(flags.documents) if flags.documents else None
     with notes.task(f"loading {flags.model or 'the newest finished run'}") as report:
         # As `serve` does: a file's blocks stay, but for those that an adapter is merged into.
-        model = load_model(flags.model, report=report, blocks={} if computes_in_c() and not flags.adapter else None)
+        model = load_model(flags.model, report=report, keep_blocks=computes_in_c() and not flags.adapter)
     params, adapter_notes = with_adapters(model.cfg, model.params, flags.adapter)
     notes.print_notes(*model.notes, *adapter_notes)
     params = prepare_params(model.cfg, params)

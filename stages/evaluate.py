@@ -107,8 +107,8 @@ def evaluate(flags: EvaluateFlags) -> None:
         if flags.data and data is None:
             check_text_name(flags.data, [*SHIPPED])
         with processes.process_0_first(), console.task("loading"), host_memory(mesh is not None):
-            blocks: dict[str, Any] | None = {} if flags.weights in ("file", "q4") else None
-            model = load_model(flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh), blocks=blocks)
+            keep_blocks = flags.weights in ("file", "q4")
+            model = load_model(flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh), keep_blocks=keep_blocks)
         console.print_notes(*model.notes)
         if processes.process_count() > 1:
             options = {f"--{name}": str(getattr(flags, name)) for name in ("data", "context", "stride", "batch")}

@@ -106,7 +106,7 @@ def export(flags: ExportFlags) -> int:
     _check_free(out, to_gguf, flags.overwrite)
     with Console() as console:
         with console.task("loading") as report:
-            model = load_model(flags.model, dtype="float32", report=report, blocks={})
+            model = load_model(flags.model, dtype="float32", report=report, keep_blocks=True)
         if out.resolve() in (path.resolve() for path in model.bases):
             adapted = model.run or model.checkpoint
             raise UserError(f"{out} is the base that {adapted} adapts, which would be replaced. Give another --out.")

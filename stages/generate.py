@@ -18,7 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from engine.device import Device, host_memory, start_jax
 from engine.format import duration
@@ -88,9 +88,8 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     notes = Console(sys.stderr)
     mesh = layout.current_mesh()
     with host_memory(mesh is not None):
-        blocks: dict[str, Any] | None = {} if computes_in_c() else None  # of a file, which stay as they are
         check = functools.partial(layout.check_inference, mesh=mesh)
-        model = load_model(flags.model, on_config=check, blocks=blocks)
+        model = load_model(flags.model, on_config=check, keep_blocks=computes_in_c())
     notes.print_notes(*model.notes)
     text = flags.prompt
     if text == "-":

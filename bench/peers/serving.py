@@ -89,7 +89,7 @@ def measure_streams(
     if location.format != "gguf":
         raise UserError(f"There is no .gguf file at {model_name}; give one, or smollm2-135m-instruct.")
     problem = native_problem()
-    model = load_model(model_name, blocks=None if problem else {})
+    model = load_model(model_name, keep_blocks=not problem)
     config = EngineConfig(weights="file")
     cfg = config.model_config(model.cfg)
     weights = config.prepare_params(cfg, model.params)

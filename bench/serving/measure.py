@@ -89,7 +89,7 @@ def make_engine(name: str, weights: Any, slots: int, capacity: int) -> tuple[Eng
     """Returns the server's engine of a model, without a server, and its tokenizer; `weights`: as of EngineConfig."""
     config = EngineConfig(slots, capacity, weights, prefix_cache_bytes=None)  # texts come again
     # As the server does: int8 of other floats is another model.
-    model = load(name, dtype=None, blocks={} if config.keeps_blocks else None)
+    model = load(name, dtype=None, keep_blocks=config.keeps_blocks)
     if model.tokenizer is None:
         raise UserError(f"{name} has no tokenizer, so there is no text to serve. Give a model that has one.")
     config = config.with_capacity(model.cfg, 0)

@@ -165,14 +165,15 @@ def load_model(
     report: OnProgress = None,
     on_config: OnConfig = lambda cfg: None,
     adapted_by: tuple[Path, ...] = (),
-    blocks: dict[str, Any] | None = None,
+    keep_blocks: bool = False,
+    on_blocks: Callable[[dict[str, Blocks]], None] = lambda blocks: None,
 ) -> LoadedModel:
     """Loads the model `--model` names, by default the newest finished run; a LoRA run with its adapter on its base.
 
     `dtype`: of the matrices of a model that is no run, by default its compute dtype. `report`: bytes or numbers done and in
     all. `on_config` gets the architecture before weights are read. `adapted_by`: the LoRA runs on this base, which is then not
-    fetched from the hub, as nobody named it. `blocks`: gets, before `on_config`, the shapes of the leaves that a GGUF file or
-    a run holds as Blocks, which stay so. Raises UserError, too, when the weights exceed the memory.
+    fetched from the hub, as nobody named it. `keep_blocks`: leaves that a GGUF file or a run holds as Blocks stay so;
+    `on_blocks` then gets their shapes, by path, before `on_config`. Raises UserError, too, when the weights exceed the memory.
     """
     run: Path | None = None
 
@@ -193,11 +194,13 @@ def load_model(
         return _load_adapted(location, on_config, adapted_by)
     if not run:
         stored: StoredModel = _reader(location.path).open_model(location.path)
-        if blocks is not None:
-            blocks.update(block_leaves(stored))
-        prepare(cfg := stored.cfg)
+        kept = block_leaves(stored) if keep_blocks else {}
+        if keep_blocks:
+            on_blocks(kept)
+        cfg = stored.cfg
+        prepare(cfg)
         tokenizer, eos_ids, sampling = stored.tokenizer()
-        params = read_params(stored, dtype or cfg.dtype, report, blocks)
+        params = read_params(stored, dtype or cfg.dtype, report, kept)
         title, hub_id = (name, HUB_IDS[name]) if name in HUB_IDS else (stored.name, stored.hub_id)
         cut = f"attention windows are not built here: the context of {stored.context:,} ends with the first, of {cfg.context:,}"
         notes = stored.notes + ((cut,) if cfg.context < stored.context else ())
@@ -214,15 +217,15 @@ def load_model(
         if path.startswith(PACKED):
             packed_shapes[path] = jax.ShapeDtypeStruct(array.shape, array.dtype)
     planned = _with_blocks(cfg, packed_shapes)
-    if blocks is not None:
-        blocks.update(planned)
+    if keep_blocks:
+        on_blocks(planned)
     prepare(cfg)
     loaded = checkpoint_reader.load_params(location.path, check)
     leaves = _with_blocks(cfg, leaf_paths(loaded.params))
     check_factors(loaded.path, leaves)
     if _kinds(leaves) != _kinds(planned):
         raise UserError(f"{loaded.path} has other weights in blocks than a newer checkpoint of its run. Name the one to load.")
-    params = unflatten(leaves if blocks is not None else {path: to_dense(leaf) for path, leaf in leaves.items()})
+    params = unflatten(leaves if keep_blocks else {path: to_dense(leaf) for path, leaf in leaves.items()})
     notes, title = location.notes + _damage(loaded), model_name(str(run))
     return LoadedModel(title, cfg, params, tokenizer, eos_ids, loaded.path, run, "", notes, sampling)
 

@@ -184,9 +184,7 @@ def block_leaves(model: StoredModel) -> dict[str, Blocks]:
     return leaves
 
 
-def read_params(
-    model: StoredModel, dtype: str, report: OnProgress = None, blocks: Mapping[str, Blocks] | None = None
-) -> dict[str, Any]:
+def read_params(model: StoredModel, dtype: str, report: OnProgress = None, blocks: Mapping[str, Blocks] = {}) -> dict[str, Any]:
     """Reads the params: matrices in `dtype`, bfloat16 or float32, gains and biases in float32.
 
     `blocks`: of `block_leaves`, those that stay as they are. `report`: numbers read and in all. Raises UserError for a weight
@@ -195,7 +193,7 @@ def read_params(
     total, done = sum(math.prod(leaf.stored) for leaf in model.leaves), 0
     params: dict[str, Any] = {}
     for leaf in model.leaves:
-        if blocks and leaf.path in blocks:
+        if leaf.path in blocks:
             assert model.packed
             params[leaf.path] = dataclasses.replace(blocks[leaf.path], packed=jax.device_put(model.packed(leaf.name)))
         else:

@@ -108,8 +108,9 @@ def open_model(
 
     with console.task(f"loading {name}") as report, host_memory(on_mesh):
         dtype = None if options.adapter else "float32"
-        kept_blocks = blocks if in_blocks else None
-        model = load_model(name, dtype=dtype, report=report, on_config=check_config, blocks=kept_blocks)
+        model = load_model(
+            name, dtype=dtype, report=report, on_config=check_config, keep_blocks=in_blocks, on_blocks=blocks.update
+        )
     _refuse_own_folder(model, folder)
     console.print_notes(*model.notes)
     base, continued = _find_adapter(name, model.cfg, options)

@@ -92,11 +92,10 @@ class CompileAhead:
     to compile is silent: a missing program is compiled when needed.
     """
 
-    def __init__(self, config: EngineConfig, device: Device, *, keeps_blocks: bool) -> None:
+    def __init__(self, config: EngineConfig, device: Device) -> None:
         # As planned once `begin` has been called.
         self.config = config
-        # Gets the leaves of a file's blocks, which stay so; None where none does.
-        self.blocks: dict[str, Any] | None = {} if keeps_blocks else None
+        self.blocks: dict[str, Any] = {}  # the leaves of a file's blocks that stay so
         self._device = device
         self._mesh = layout.current_mesh()
         self._thread = ThreadPoolExecutor(1, "ahead")
@@ -115,7 +114,7 @@ class CompileAhead:
                 free *= layout.column_shards()
             self.config = plan_engine(self.config, cfg, free, limit)
         if (self.config.capacity or 0) <= cfg.context:  # `Engine` refuses a larger one
-            self._thread.submit(self._run, self.config, self.config.model_config(cfg), self.blocks or {})
+            self._thread.submit(self._run, self.config, self.config.model_config(cfg), self.blocks)
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
         return iter(self._compiled.get, None)
@@ -195,12 +194,19 @@ def load(
     named = {name: folder for name, folder in options.adapters if name}
     on_mesh = layout.current_mesh() is not None
     # What an adapter is merged into is a block no more.
-    ahead = CompileAhead(engine_config, device, keeps_blocks=engine_config.keeps_blocks and not merged)
+    keep_blocks = engine_config.keeps_blocks and not merged
+    ahead = CompileAhead(engine_config, device)
     with contextlib.ExitStack() as on_error:
         on_error.callback(ahead.stop)
         loading = console.task(f"loading {model_name or 'the newest finished run'}")
         with loading as report, host_memory(on_mesh):
-            model = load_model(model_name, report=report, on_config=ahead.begin, blocks=ahead.blocks)
+            model = load_model(
+                model_name,
+                report=report,
+                on_config=ahead.begin,
+                keep_blocks=keep_blocks,
+                on_blocks=ahead.blocks.update,
+            )
         console.print_notes(*model.notes)
         names = options.names or [_own_name(model)]
         _check_names(names, named)

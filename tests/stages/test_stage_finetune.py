@@ -267,7 +267,9 @@ def test_of_a_base_in_blocks_factors_train_and_integers_stay(trained, chats, tmp
     assert finetune.main(args(base, chats, folder, *options)) == 0
     assert int(re.findall(r"memory (\d+)%", capsys.readouterr().out)[0]) < 80  # two numbers in 32 weights have a gradient
     shapes: dict[str, Any] = {}
-    before, model, losses = load_model(str(base), blocks={}), load_model(str(folder), blocks=shapes), result(folder)
+    before = load_model(str(base), keep_blocks=True)
+    model = load_model(str(folder), keep_blocks=True, on_blocks=shapes.update)
+    losses = result(folder)
     leaves = {path: leaf for path, leaf in leaf_paths(model.params).items() if isinstance(leaf, Blocks)}
     assert {path: (leaf.kind, leaf.shape) for path, leaf in leaves.items()} == {
         path: (leaf.kind, leaf.shape) for path, leaf in leaf_paths(before.params).items() if isinstance(leaf, Blocks)
@@ -291,7 +293,7 @@ def test_of_a_base_in_blocks_factors_train_and_integers_stay(trained, chats, tmp
     assert digest(load_model(str(folder)).params) == digest(map_paths(lambda _, leaf: to_dense(leaf), model.params))
     assert export.main(["--model", str(folder), "--out", str(out), "--dtype", "q4_0", "--check"]) == 0
     assert "by at most 0.0e+00 of the" in capsys.readouterr().out
-    served = [matrices_to_blocks(load_model(str(path), blocks={}).params) for path in (folder, out)]
+    served = [matrices_to_blocks(load_model(str(path), keep_blocks=True).params) for path in (folder, out)]
     of_run, of_file = ({path: leaf for path, leaf in leaf_paths(params).items() if path in leaves} for params in served)
     assert digest(of_run) == digest(of_file) == digest(leaves)  # what has no blocks is rounded to float16 in a file
     with monkeypatch.context() as patch:

@@ -55,7 +55,7 @@ def test_a_file_is_multiplied_as_it_lies(trained, tmp_path, capsys, talk):
     """Where kernels in C compute; by XLA its weights are multiplied in the compute dtype."""
     file = tmp_path / "file.gguf"
     assert export.main(["--model", str(trained), "--out", str(file), "--dtype", "q8_0"]) == 0
-    model = load_model(str(file), blocks={} if computes_in_c() else None)
+    model = load_model(str(file), keep_blocks=computes_in_c())
     sha256 = f"SHA-256 {digest(prepare_params(model.cfg, model.params))[:16]}"
     assert sha256 in generated(capsys, file, "--prompt", "the", "--max-tokens", 4, "--verbose")[1]
     assert sha256 in talk(b"the\n", file, "--max-tokens", 4, "--verbose")[2]

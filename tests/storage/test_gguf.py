@@ -183,7 +183,7 @@ def test_a_file_is_served_from_its_own_blocks(kind, heads, tmp_path):
     }
     path = tiny_gguf(tmp_path / "x.gguf", kind=kind, sizes=sizes, tensors=weights(SHAPES | shapes))
     shapes_ahead: dict[str, Blocks] = {}
-    model, config = load_model(path, blocks=shapes_ahead), EngineConfig(weights="file")
+    model, config = load_model(path, keep_blocks=True, on_blocks=shapes_ahead.update), EngineConfig(weights="file")
     cfg, params = config.model_config(model.cfg), config.prepare_params(model.cfg, model.params)
     loaded: Any = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in leaf_shapes(cfg).items()}
     ahead = jax.eval_shape(lambda params: config.prepare_params(cfg, params), unflatten(loaded | shapes_ahead))
@@ -201,23 +201,23 @@ def test_a_file_is_served_from_its_own_blocks(kind, heads, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("weights", "blocks", "words"),
+    ("weights", "keep_blocks", "words"),
     [
-        (None, None, "of 15 matrices 2 are rounded to bfloat16 (F32), 13 are widened to bfloat16 (Q5_0, Q8_0)"),
+        (None, False, "of 15 matrices 2 are rounded to bfloat16 (F32), 13 are widened to bfloat16 (Q5_0, Q8_0)"),
         (
             None,
-            {},
+            True,
             "of 15 matrices 3 stay as they are (Q8_0), 2 are rounded to bfloat16 (F32), 10 are widened to bfloat16 (Q5_0)",
         ),
-        ("float32", {}, "of 15 matrices 5 stay as they are (Q8_0, F32), 10 are widened to float32 (Q5_0)"),
-        ("q4", {}, "of 15 matrices 3 stay as they are (Q8_0), 10 are rounded to Q4_0 (Q5_0), 2 are rounded to int8 (F32)"),
+        ("float32", True, "of 15 matrices 5 stay as they are (Q8_0, F32), 10 are widened to float32 (Q5_0)"),
+        ("q4", True, "of 15 matrices 3 stay as they are (Q8_0), 10 are rounded to Q4_0 (Q5_0), 2 are rounded to int8 (F32)"),
     ],
 )
-def test_what_becomes_of_a_files_kinds_is_said(weights, blocks, words, tmp_path):
+def test_what_becomes_of_a_files_kinds_is_said(weights, keep_blocks, words, tmp_path):
     """Of the weights as they are in use, of which some lie side by side."""
     names = ("token_embd.weight", "blk.0.attn_q.weight", "blk.1.ffn_up.weight")
     path = tiny_gguf(tmp_path / "model.gguf", kind="Q5_0", kinds=dict.fromkeys(names, "Q8_0"))
-    model = load_model(str(path), blocks=blocks)
+    model = load_model(str(path), keep_blocks=keep_blocks)
     config = EngineConfig(weights=weights)
     cfg = config.model_config(model.cfg)
     assert describe_kinds(model.kinds, config.prepare_params(cfg, model.params)) == words
@@ -240,5 +240,5 @@ def test_a_named_models_recommended_sampling_is_known_here(tmp_path, monkeypatch
 def test_a_factor_that_is_not_finite_is_refused(tmp_path):
     with np.errstate(all="ignore"):
         path = tiny_gguf(tmp_path / "x.gguf", kind="Q4_1", tensors=with_fault(np.inf))
-    sentence = refusal(functools.partial(load_model, blocks={}), path)
+    sentence = refusal(functools.partial(load_model, keep_blocks=True), path)
     assert "'blk.1.ffn_down.weight' holds weights that are not finite" in sentence

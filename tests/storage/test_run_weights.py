@@ -1,6 +1,7 @@
 """A run's weights are those that its config describes, or they are refused in a sentence, whoever made the manifests."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -92,7 +93,7 @@ def dense(loaded: LoadedModel) -> Arrays:
 def test_runs_of_every_kind_load_as_they_were_saved(runs, arrays):
     assert all(np.array_equal(leaf, arrays["plain"][path]) for path, leaf in dense(load_model(str(runs["plain"]))).items())
     blocks: dict[str, Any] = {}
-    kept = leaf_paths(load_model(str(runs["packed"]), blocks=blocks).params)
+    kept = leaf_paths(load_model(str(runs["packed"]), keep_blocks=True, on_blocks=blocks.update).params)
     assert {path: leaf.kind for path, leaf in kept.items() if isinstance(leaf, Blocks)} == PACKED
     assert {path: leaf.shape for path, leaf in blocks.items()} == {path: CFG_SHAPES[path] for path in PACKED}
     stored = arrays["packed"]
@@ -138,11 +139,11 @@ def test_a_change_of_one_array_is_refused_or_changes_nothing(runs, arrays, kind,
     same = same and all((a.dtype, a.shape) == (changed[path].dtype, changed[path].shape) for path, a in arrays[kind].items())
     try:
         write_step(runs[kind], changed)
-        blocks = data.draw(st.sampled_from([None, {}])) if kind != "adapter" else None
+        keep_blocks = kind != "adapter" and data.draw(st.booleans())
         if same:
-            load_model(str(runs[kind]), blocks=blocks)
+            load_model(str(runs[kind]), keep_blocks=keep_blocks)
         else:
-            sentence = refusal(lambda: load_model(str(runs[kind]), blocks=blocks))
+            sentence = refusal(lambda: load_model(str(runs[kind]), keep_blocks=keep_blocks))
             assert str(runs[kind] / "checkpoints" / "7") in sentence, (way, sentence)
     finally:
         write_step(runs[kind], arrays[kind])
@@ -188,8 +189,8 @@ def test_a_block_whose_scale_is_not_finite_is_refused(runs, arrays, path, value)
     else:
         damaged[-1, -1, -1, -1] = value
     write_step(runs["packed"], arrays["packed"] | {path: damaged})
-    for blocks in (None, {}):
-        sentence = refusal(lambda blocks=blocks: load_model(str(runs["packed"]), blocks=blocks))
+    for keep_blocks in (False, True):
+        sentence = refusal(functools.partial(load_model, str(runs["packed"]), keep_blocks=keep_blocks))
         name = path.removeprefix("packed/")
         assert f"{name} has a block whose scale or minimum is not a finite number" in sentence
     write_step(runs["packed"], arrays["packed"])
@@ -197,8 +198,8 @@ def test_a_block_whose_scale_is_not_finite_is_refused(runs, arrays, path, value)
 
 def test_an_earlier_versions_run_does_not_tell_which_blocks_trained(runs, arrays, tmp_path):
     folder = write_run(tmp_path / "run", arrays["packed"])
-    wanted = load_model(str(runs["packed"]), blocks={}).params["blocks"]["1"]["down"]
-    assert np.array_equal(load_model(str(folder), blocks={}).params["blocks"]["1"]["down"].packed, wanted.packed)
+    wanted = load_model(str(runs["packed"]), keep_blocks=True).params["blocks"]["1"]["down"]
+    assert np.array_equal(load_model(str(folder), keep_blocks=True).params["blocks"]["1"]["down"].packed, wanted.packed)
 
 
 def test_a_config_of_more_layers_than_there_are_arrays_takes_no_time(runs, arrays):
@@ -222,7 +223,9 @@ def test_what_was_planned_of_one_checkpoint_is_not_loaded_from_another_with_othe
     with (runs["packed"] / "checkpoints" / "8" / "params.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x01")
-    assert "has other weights in blocks than a newer checkpoint" in refusal(lambda: load_model(str(runs["packed"]), blocks={}))
+    assert "has other weights in blocks than a newer checkpoint" in refusal(
+        lambda: load_model(str(runs["packed"]), keep_blocks=True)
+    )
     shutil.rmtree(runs["packed"] / "checkpoints" / "8")
 
 
