@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import PATIENCE, ROOT, tiny, typed
+from tiny_runs import PATIENCE, ROOT, command, tiny, typed
 
 from engine import manifest
 from engine.storage import checkpoint, checkpoint_reader
+from stages.__main__ import stages
 from stages.train import __main__ as train
 
 LONG = ("--steps", 1_000_000, "--save-every", 5, "--eval-every", 1_000_000)
@@ -95,6 +96,14 @@ def test_a_signal_while_python_starts_or_ends(started, tmp_path, monkeypatch, ph
     output, _ = process.communicate(timeout=PATIENCE)
     assert (process.returncode, output.strip().splitlines()) == (code, [output.strip()])
     assert f"Stopped {sentence}" in output
+
+
+@pytest.mark.parametrize("stage", ["", "runs.watch", *stages()])
+def test_each_command_answers_signals_before_its_imports(stage, tmp_path, monkeypatch):
+    (tmp_path / "tyro.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    ended = command(stage, "--help")
+    assert (ended.returncode, ended.stderr.decode().strip()) == (143, "Stopped before anything was begun.")
 
 
 @pytest.mark.parametrize("again", [False, True])
