@@ -331,10 +331,16 @@ def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Pat
 def read_adapter_record(run: Path) -> tuple[str, str, LoraConfig]:
     """Returns the name and the digest of a LoRA run's base, and its LoraConfig."""
     match run_folder.read_json(run / "run.json"):
-        case {"base": {"model": str(name), "digest": str(base)}, "learns": str(learns)}:
-            with contextlib.suppress(ValueError):
-                return name, base, LoraConfig.from_text(learns.removesuffix(" over int8"))
-    raise UserError(f"{run / 'run.json'} does not say which model it adapts: restore it from a copy, or train anew.")
+        case {
+            "base": {"model": str(name), "digest": str(base)},
+            "lora": {"rank": rank, "alpha": int(alpha) | float(alpha), "targets": [*targets]},
+        } if all(isinstance(target, str) for target in targets):
+            with contextlib.suppress(UserError):
+                return name, base, LoraConfig(rank, float(alpha), tuple(targets))
+    raise UserError(
+        f"{run / 'run.json'} does not say which model it adapts, or by which rank, alpha and targets: restore it from a copy, "
+        "or train anew."
+    )
 
 
 def adapter_origin(name: str, cfg: ModelConfig) -> tuple[str, LoraConfig | None] | None:

@@ -195,6 +195,7 @@ def load_weights(opened: OpenedModel, plan: RunPlan) -> SplitWeights:
             weights = _split_by_paths(opened, plan, params)
     metadata = {
         "kind": "adapter" if opened.lora else "model",
+        "lora": dataclasses.asdict(opened.lora) if opened.lora else None,
         "base": _describe_base(opened, base_digest(weights.params)),
         "tokenizer": {"kind": "the model's", "digest": opened.model.tokenizer.digest},
         **weights.metadata,
@@ -212,7 +213,7 @@ def _split_for_adapter(opened: OpenedModel, lora: LoraConfig, plan: RunPlan, par
         loaded = leaf_paths(params)
         trainable = unflatten({path: dataclasses.replace(loaded[path], base=None) for path in sorted(adapted)})
         params = map_paths(lambda path, leaf: leaf.base if path in adapted else leaf, params)
-        metadata["continues"] = digest(trainable, scales=False)  # `learns` tells them
+        metadata["continues"] = digest(trainable, scales=False)  # `lora` tells them
     base = params if plan.base == "float" else quantize(params, "full")
     return SplitWeights(trainable, cast_matrices(base, plan.cfg.dtype), None, params, metadata)
 

@@ -82,7 +82,7 @@ def runs(arrays, tmp_path_factory) -> dict[str, Path]:
     plain = write_run(root / "plain", arrays["plain"])
     packed = write_run(root / "packed", arrays["packed"], trained_blocks=list(TRAINED))
     base = {"model": str(plain), "digest": base_digest(unflatten(arrays["plain"])), "name": "plain"}
-    adapter = write_run(root / "adapter", arrays["adapter"], kind="adapter", learns=str(LORA), base=base)
+    adapter = write_run(root / "adapter", arrays["adapter"], kind="adapter", lora=dataclasses.asdict(LORA), base=base)
     return {"plain": plain, "packed": packed, "adapter": adapter}
 
 
