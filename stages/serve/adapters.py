@@ -11,6 +11,7 @@ from engine.inference.request import Adapter
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
 from engine.model.weights.lora import LoRA
+from engine.storage.adapter import DoRA
 from engine.storage.digest import digest
 from engine.storage.model_loader import read_adapter
 from stages.serve.engine_thread import EngineThread
@@ -87,7 +88,7 @@ def read(cfg: ModelConfig, folder: Path, base: str, rank: int) -> tuple[Any, Seq
     adapter, _, notes = read_adapter(cfg, folder, lambda: base)
     for path, leaf in leaf_paths(adapter).items():
         if not isinstance(leaf, LoRA):
-            kind = "a DoRA" if hasattr(leaf, "magnitude") else "a weight that was trained whole"
+            kind = "a DoRA" if isinstance(leaf, DoRA) else "a weight that was trained whole"
             raise UserError(
                 f"The adapter {folder} has {kind}, {path}, which can share no batch with other adapters. "
                 "Merge it by "
