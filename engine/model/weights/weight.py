@@ -11,6 +11,7 @@ import abc
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
@@ -60,10 +61,11 @@ class Weight(abc.ABC):
         raise TypeError(f"The columns of {self.kind} are not cut.")
 
     def gradients(self, x: Array, g: Array) -> tuple[Array, Array | None]:
-        """x (M, in), the gradient g (M, out) of its product in float32 -> the gradients of x and of
-        the matrix, None where that is frozen.
+        """x (M, in), the gradient g (M, out) of its product in float32 -> the gradients of x and of the
+        matrix, None where that is frozen. By default `times` is transposed.
         """
-        raise TypeError(f"A product with {self.kind} has no gradient.")
+        (dx,) = jax.linear_transpose(lambda x: self.times(x, jnp.float32), x)(g)
+        return dx, None
 
     # In training
 
