@@ -46,9 +46,9 @@ from engine.model.ops import ops
 from engine.model.paths import leaf_paths, merge, split
 from engine.model.trainable import TrainablePaths, all_trainable, lora_only
 from engine.model.transformer import hidden_states, logits_of, make_cache
+from engine.model.weights.convert import cast_matrices
 from engine.model.weights.int8 import Int8
 from engine.model.weights.lora import init_lora
-from engine.model.weights.matmul import cast_matrices
 from engine.text.batch import Batch
 from engine.training.freeze import select_trainable
 from engine.training.optimizer import OptimizerConfig, make_optimizer

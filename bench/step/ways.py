@@ -23,9 +23,9 @@ from engine.model.config import LoraConfig, ModelConfig, preset
 from engine.model.paths import split
 from engine.model.trainable import TrainablePaths, all_trainable, lora_only
 from engine.model.transformer import init_params
+from engine.model.weights.convert import cast_matrices
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import init_lora
-from engine.model.weights.matmul import cast_matrices
 from engine.storage.checkpoint import BackgroundSaver
 from engine.text.batch import Batch
 from engine.training.freeze import select_trainable

@@ -12,9 +12,9 @@ from engine.inference.backend import MIN_ROWS, Backend, choose_backend
 from engine.inference.decode import prepare_params
 from engine.model.cache.segmented import KVDtype, make_kv_segments, segment_edges
 from engine.model.config import ModelConfig
+from engine.model.weights.convert import matrices_to_blocks
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import merge_lora
-from engine.model.weights.matmul import matrices_to_blocks
 
 WeightType = Literal["file", "q4", "int8", "bfloat16", "float32"]
 # Of a weight at most, and a block's scale.

@@ -22,8 +22,8 @@ from engine.model.config import ModelConfig
 from engine.model.ops import platform
 from engine.model.paths import map_paths
 from engine.model.transformer import KVCache, Params, forward, hidden_states, logits_of, make_cache
+from engine.model.weights.convert import cast_matrices, join_projections
 from engine.model.weights.lora import merge_lora
-from engine.model.weights.matmul import cast_matrices, join_projections
 from engine.model.weights.plain import as_weight
 
 CHUNK = 64  # prompt tokens a prefill call

@@ -23,9 +23,9 @@ from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, map_paths, merge, split, unflatten
 from engine.model.trainable import TrainablePaths, lora_only
 from engine.model.weights.blocks import Blocks
+from engine.model.weights.convert import cast_matrices, round_while_training
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import init_lora, innermost_base, merge_lora
-from engine.model.weights.matmul import cast_matrices, round_while_training
 from engine.storage.adapter import base_digest, build_adapter, save_adapter
 from engine.storage.checkpoint_reader import load_params
 from engine.storage.digest import digest

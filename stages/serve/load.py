@@ -25,7 +25,7 @@ from engine.model.config import ModelConfig
 from engine.model.ops import kernels_note
 from engine.model.paths import unflatten
 from engine.model.shapes import leaf_shapes
-from engine.model.weights.matmul import weight_types
+from engine.model.weights.convert import weight_types
 from engine.storage.adapter import base_digest
 from engine.storage.digest import digest
 from engine.storage.model_loader import LoadedModel, load_model, with_adapters

@@ -14,9 +14,9 @@ from engine.counting.xla import xla_peak
 from engine.model.config import LoraConfig, ModelConfig, preset
 from engine.model.paths import split
 from engine.model.trainable import all_trainable, lora_only
+from engine.model.weights.convert import cast_matrices
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import init_lora
-from engine.model.weights.matmul import cast_matrices
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state, train_step
 

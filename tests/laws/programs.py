@@ -42,9 +42,9 @@ from engine.model.weights.blocks import (
     round_to_blocks,
     with_factors,
 )
+from engine.model.weights.convert import cast_matrices
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import init_lora
-from engine.model.weights.matmul import cast_matrices
 from engine.text.batch import Batch
 from engine.training.freeze import select_trainable
 from engine.training.optimizer import OptimizerConfig, make_optimizer

@@ -9,9 +9,9 @@ from tiny import lively_params, text_batch, tiny_config
 from engine.counting.jaxpr import jaxpr_cost
 from engine.model.config import LoraConfig
 from engine.model.paths import leaf_paths, merge, split
+from engine.model.weights.convert import cast_matrices
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import init_lora
-from engine.model.weights.matmul import cast_matrices
 from engine.storage.digest import digest
 from engine.training.freeze import select_trainable
 from engine.training.optimizer import OptimizerConfig, make_optimizer

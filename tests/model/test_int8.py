@@ -12,8 +12,9 @@ from tiny import lively_params, normal, tiny_config
 
 from engine.errors import UserError
 from engine.model.paths import leaf_paths
+from engine.model.weights.convert import cast_matrices
 from engine.model.weights.int8 import Int8, dequantize, int8_matmul, quantize, quantize_matrix, store_transposed
-from engine.model.weights.matmul import cast_matrices, lookup, project, project_each
+from engine.model.weights.matmul import lookup, project, project_each
 
 D, F, V = 20, 28, 41
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")

@@ -15,8 +15,8 @@ from engine.model.config import LoraConfig
 from engine.model.loss import score
 from engine.model.paths import leaf_paths, map_paths
 from engine.model.transformer import forward
+from engine.model.weights.convert import cast_matrices, weight_types
 from engine.model.weights.lora import init_lora, to_dense
-from engine.model.weights.matmul import cast_matrices, weight_types
 from engine.model.weights.weight import Weight
 from engine.storage.tensor_layout import HUGGING_FACE_NAMES, file_tensors, layout_of
 from engine.text.batch import Batch

@@ -26,8 +26,8 @@ from engine.inference.request import Request, SamplingParams
 from engine.model.config import ModelConfig
 from engine.model.native.library import native_problem
 from engine.model.paths import merge, unflatten
+from engine.model.weights.convert import weight_types
 from engine.model.weights.lora import LoRA
-from engine.model.weights.matmul import weight_types
 from engine.storage.adapter import CONFIG, WEIGHTS, base_digest, save_adapter
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model

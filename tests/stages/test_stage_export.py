@@ -17,8 +17,8 @@ from engine.inference.config import EngineConfig
 from engine.model.config import LoraConfig, RopeScaling
 from engine.model.paths import leaf_paths, map_paths, merge
 from engine.model.transformer import forward
+from engine.model.weights.convert import cast_matrices, weight_types
 from engine.model.weights.lora import LoRA, init_lora
-from engine.model.weights.matmul import cast_matrices, weight_types
 from engine.storage.digest import digest
 from engine.storage.gguf import save_gguf, tokenizer_metadata
 from engine.storage.model_loader import LoadedModel, check_loads, load_model

@@ -22,8 +22,8 @@ from tiny_runs import WORDS, at_step, interrupt, metrics
 from engine.mesh.shape import AXES
 from engine.model.paths import leaf_paths, map_paths, merge, split
 from engine.model.weights.blocks import Blocks
+from engine.model.weights.convert import cast_matrices, matrices_to_blocks
 from engine.model.weights.lora import to_dense
-from engine.model.weights.matmul import cast_matrices, matrices_to_blocks
 from engine.storage import checkpoint, checkpoint_reader
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model, with_adapters

@@ -12,9 +12,9 @@ from engine.errors import UserError
 from engine.model.config import LoraConfig, preset
 from engine.model.paths import leaf_paths, merge
 from engine.model.transformer import forward
+from engine.model.weights.convert import cast_matrices
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import LoRA, init_lora, merge_lora
-from engine.model.weights.matmul import cast_matrices
 from engine.storage.digest import digest
 from engine.training.lora_rank import choose_rank, lora_bits
 from engine.training.optimizer import OptimizerConfig, make_optimizer

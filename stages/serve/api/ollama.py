@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from engine.counting.params import count_params
 from engine.errors import InvalidField
 from engine.inference.request import SamplingParams
-from engine.model.weights.matmul import weight_types
+from engine.model.weights.convert import weight_types
 from stages.serve.api.completions import TokenLogProb, Tools, token_logprob
 from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Reason, Usage, Writer, ignored_header, run
 from stages.serve.api.jobs import ChatPrompt, Job, TextPrompts, sampling_of
