@@ -101,11 +101,16 @@ def evaluate(flags: EvaluateFlags) -> None:
     if flags.metric and (shape or flags.weights):
         raise UserError("--metric is for the weights as loaded, on one device; leave --mesh and --weights out.")
     metrics = AnswerMetrics(flags.metric)
-    mesh = make_mesh_here(shape) if shape else None
+    mesh = None
+    if shape:
+        mesh = make_mesh_here(shape)
+        device = device_with_mesh(device, shape)
     with Console() as console, jax.set_mesh(mesh):
-        data = _read_conversations(flags.data) if flags.data else None
-        if flags.data and data is None:
-            check_text_name(flags.data, [*SHIPPED])
+        data = None
+        if flags.data:
+            data = _read_conversations(flags.data)
+            if data is None:
+                check_text_name(flags.data, [*SHIPPED])
         with processes.process_0_first(), console.task("loading"), host_memory(mesh is not None):
             keep_blocks = flags.weights in ("file", "q4")
             model = load_model(flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh), keep_blocks=keep_blocks)
@@ -121,13 +126,15 @@ def evaluate(flags: EvaluateFlags) -> None:
         by = f"attention {attention_path(model.cfg, model.cfg.context)}"
         console.print_rows(
             [
-                ("device", f"{device_with_mesh(device, shape) if shape else device}; {by}"),
+                ("device", f"{device}; {by}"),
                 ("model", str(model)),
                 ("file", describe_kinds(model.kinds, model.params)),
             ]
         )
         before = digest_in_memory(model.params)
-        record = run_folder.read_json(model.run / "run.json") if model.run else {}
+        record = {}
+        if model.run:
+            record = run_folder.read_json(model.run / "run.json")
         if data or (flags.data is None and record.get("stage") == "finetune"):
             if flags.stride or flags.batch:
                 raise UserError("--stride and --batch are for texts; conversations are read one by one.")
@@ -150,7 +157,9 @@ def _read_conversations(data: str) -> "Conversations | None":
     if not is_file and data not in SHIPPED:
         return None
     conversations = read_conversations(data)
-    return None if conversations.kind == "text" else conversations
+    if conversations.kind == "text":
+        return None
+    return conversations
 
 
 def evaluate_text(
@@ -167,7 +176,10 @@ def evaluate_text(
     from stages.runs import text_data
 
     with processes.process_0_first():
-        source = text_data.evaluation_source(data, console) if data else _validation_source(model, record, console)
+        if data:
+            source = text_data.evaluation_source(data, console)
+        else:
+            source = _validation_source(model, record, console)
         text = text_data.encode_text(source, model.tokenizer, console)
     cfg = model.cfg
     seq = min(context or min(cfg.context, WINDOW), max(2, len(text.tokens) - 1))
@@ -202,7 +214,9 @@ def _validation_source(model: "LoadedModel", record: dict[str, Any], console: Co
     text = record.get("text", {})
     if not text.get("data") or record.get("stage") == "reinforce":
         raise UserError(f"{model.name} does not say what it was validated on; give --data.")
-    held_out = Path(text["validation"]) if text.get("validation") else None
+    held_out = None
+    if text.get("validation"):
+        held_out = Path(text["validation"])
     _, source = find_sources(text["data"], held_out, console)
     if source is None:
         raise UserError("The run was validated on the end of a .bin; give a text with --data.")
@@ -232,7 +246,8 @@ def evaluate_conversations(
     from engine.text.chat_tokenizer import ChatTokenizer
     from engine.text.examples import Pair, RatedPair
 
-    record = record if record.get("stage") == "finetune" else {}
+    if record.get("stage") != "finetune":
+        record = {}
     chat = ChatTokenizer(model.tokenizer)
     seq = min(context or record.get("recipe", {}).get("context") or WINDOW, model.cfg.context)
     is_whole = not data and record.get("full_loss", False)
@@ -285,7 +300,7 @@ def _held_out_conversations(
     if objective == "preference" and record.get("loss") == "kto":
         objective = "kto"
     split = prepare_conversations(text["data"], text["validation"], objective, seq, record["seed"], chat, console, is_whole)
-    notes = [split.overlap] if split.overlap else []
+    notes = [note for note in (split.overlap,) if note]
     return ConversationSet(split.held_out_name, notes, split.held_out, split.references, split.held_out_digest)
 
 

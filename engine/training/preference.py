@@ -1,7 +1,8 @@
 """Trains on preferences without a reward model: LOSSES of pairs of answers, and of answers that are each good or bad.
 
-DPO raises the margin log p(chosen) - log p(rejected) above that of a reference model, whose log-probabilities are computed
-once, before training. KTO compares each answer alone with the reference. ORPO and SimPO need none:
+DPO raises the margin log p(chosen) - log p(rejected) above that of a reference model, whose
+log-probabilities are computed once, before training. KTO compares each answer alone with the
+reference. ORPO and SimPO need none:
 
     pairs = pairs._replace(reference=pair_logprobs(cfg, base, pairs))
     state, metrics = train_step(cfg, tx, state, frozen, pairs, progress, 1, preference_objective("dpo", beta=0.1))
@@ -28,11 +29,13 @@ from engine.training.step import Objective
 
 
 class Preferences(NamedTuple):
-    """B pairs: row i of `answer` is preferred to row i of `other`, (B, T) each; masks count only the completions.
+    """B pairs: row i of `answer` is preferred to row i of `other`, (B, T) each; masks count only
+    the completions.
 
-    For KTO `answer` is good or bad, and `other` has its prompt with another prompt's answer. `reference` (B, 2) float32 nats:
-    the log-probabilities of both by the reference model. `value` (B,) float32: the weight of an answer's loss, negative for a
-    bad one, which only KTO reads. A row whose masks count nothing, with a value of 0, is padding.
+    For KTO `answer` is good or bad, and `other` has its prompt with another prompt's answer.
+    `reference` (B, 2) float32 nats: the log-probabilities of both by the reference model. `value`
+    (B,) float32: the weight of an answer's loss, negative for a bad one, which only KTO reads. A
+    row whose masks count nothing, with a value of 0, is padding.
     """
 
     answer: Batch
@@ -42,7 +45,8 @@ class Preferences(NamedTuple):
 
 
 def preference_batch(pairs: Sequence[Pair | RatedPair], index: Sequence[int], seq: int, logprobs: np.ndarray) -> Preferences:
-    """Returns the batch of the pairs `index` (B,), of which those behind the last are rows of padding.
+    """Returns the batch of the pairs `index` (B,), of which those behind the last are rows of
+    padding.
 
     `logprobs` (pairs, 2): those of both their answers by the reference.
     """
@@ -54,7 +58,8 @@ def preference_batch(pairs: Sequence[Pair | RatedPair], index: Sequence[int], se
 
 
 class AnswerLogProbs(NamedTuple):
-    """The log-probabilities of B pairs by one model, (B,) float32 nats each, summed over an answer's tokens or their mean."""
+    """The log-probabilities of B pairs by one model, (B,) float32 nats each, summed over an
+    answer's tokens or their mean."""
 
     chosen: Array
     rejected: Array
@@ -77,16 +82,19 @@ def pair_logprobs(cfg: ModelConfig, params: Params, pairs: Preferences) -> Array
 
 
 def _dpo(logprobs: AnswerLogProbs, pairs: Preferences, beta: float) -> Array:
-    """-log sigmoid(beta (margin - reference)) (Rafailov et al. 2023, 2305.18290, equation 7): ln 2 at the reference."""
+    """-log sigmoid(beta (margin - reference)) (Rafailov et al. 2023, 2305.18290, equation 7): ln 2
+    at the reference."""
     margin = pairs.reference[:, 0] - pairs.reference[:, 1]
     return -jax.nn.log_sigmoid(beta * (logprobs.chosen - logprobs.rejected - margin))
 
 
 def _orpo(logprobs: AnswerLogProbs, _: Preferences, beta: float) -> Array:
-    """The chosen answer's loss a token, and beta times that of the odds ratio (Hong et al. 2024, 2403.07691, equations 6, 7).
+    """The chosen answer's loss a token, and beta times that of the odds ratio (Hong et al. 2024,
+    2403.07691, equations 6, 7).
 
-    An answer's probability is the geometric mean of its tokens', and its odds are p / (1 - p). A p that float32 rounds to 1
-    has the odds of its neighbour, and they no gradient: else one answer that is certain would make the whole step's NaN.
+    An answer's probability is the geometric mean of its tokens', and its odds are p / (1 - p). A p
+    that float32 rounds to 1 has the odds of its neighbour, and they no gradient: else one answer
+    that is certain would make the whole step's NaN.
     """
 
     def log_odds(mean: Array) -> Array:
@@ -98,7 +106,8 @@ def _orpo(logprobs: AnswerLogProbs, _: Preferences, beta: float) -> Array:
 
 
 def _simpo(logprobs: AnswerLogProbs, _: Preferences, beta: float) -> Array:
-    """-log sigmoid(beta (mean log p(chosen) - mean log p(rejected)) - gamma) (Meng et al. 2024, 2405.14734, equation 6).
+    """-log sigmoid(beta (mean log p(chosen) - mean log p(rejected)) - gamma) (Meng et al. 2024,
+    2405.14734, equation 6).
 
     gamma is SIMPO_MARGIN times beta, the ratio that the paper found to do well.
     """
@@ -106,9 +115,11 @@ def _simpo(logprobs: AnswerLogProbs, _: Preferences, beta: float) -> Array:
 
 
 def _kto(logprobs: Sequence[Array], answers: Preferences, beta: float) -> Array:
-    """|value| sigmoid(-/+ beta (log p / reference - KL)), - for a good answer (Ethayarajh et al. 2024, 2402.01306, equation 8).
+    """|value| sigmoid(-/+ beta (log p / reference - KL)), - for a good answer (Ethayarajh et al.
+    2024, 2402.01306, equation 8).
 
-    KL, at least 0, is the mean of the batch's mismatched answers' log p / reference, through which no gradient goes.
+    KL, at least 0, is the mean of the batch's mismatched answers' log p / reference, through which
+    no gradient goes.
     """
     log_ratio = logprobs[0] - answers.reference[:, 0]
     mismatched = logprobs[1] - answers.reference[:, 1]
@@ -119,10 +130,12 @@ def _kto(logprobs: Sequence[Array], answers: Preferences, beta: float) -> Array:
 
 
 class PreferenceLoss(NamedTuple):
-    """A loss of each row, (B,) float32, by its log-probabilities, the Preferences and beta; and the paper's own beta.
+    """A loss of each row, (B,) float32, by its log-probabilities, the Preferences and beta; and the
+    paper's own beta.
 
-    `has_reference`: whether it compares with a reference. `is_rating`: whether it rates single answers, as KTO, which has
-    the log-probabilities of `answer` and `other`, (B,) each, the latter without a gradient.
+    `has_reference`: whether it compares with a reference. `is_rating`: whether it rates single
+    answers, as KTO, which has the log-probabilities of `answer` and `other`, (B,) each, the latter
+    without a gradient.
     """
 
     of_rows: Callable[..., Array]
@@ -142,10 +155,11 @@ LOSSES = {
 
 @functools.cache
 def preference_objective(name: str = "dpo", beta: float | None = None) -> Objective:
-    """Returns the objective of one of LOSSES: the summed loss, and the number of rows. A row of padding has a loss of 0.
+    """Returns the objective of one of LOSSES: the summed loss, and the number of rows. A row of
+    padding has a loss of 0.
 
-    KTO's KL is estimated by each microbatch for itself. `beta`: None for the loss's own. A larger one keeps DPO and KTO nearer
-    to the reference, and gives the odds ratio of ORPO more weight.
+    KTO's KL is estimated by each microbatch for itself. `beta`: None for the loss's own. A larger
+    one keeps DPO and KTO nearer to the reference, and gives the odds ratio of ORPO more weight.
     """
     loss = LOSSES[name]
     beta = loss.beta if beta is None else beta

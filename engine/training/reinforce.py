@@ -1,8 +1,9 @@
 """GRPO: a policy gradient from rewards of completions, whose baseline is the group's mean; and rewards by rule.
 
-After Shao et al. 2024 (2402.03300, equation 3). Several completions of each prompt are sampled and rewarded. The advantage
-of a completion's tokens is its reward less its group's mean, in standard deviations. A completion weighs the same however
-long it is: in a mean over all tokens the long ones, where they are the worse, would make all that is sampled less probable.
+After Shao et al. 2024 (2402.03300, equation 3). Several completions of each prompt are sampled and
+rewarded. The advantage of a completion's tokens is its reward less its group's mean, in standard
+deviations. A completion weighs the same however long it is: in a mean over all tokens the long
+ones, where they are the worse, would make all that is sampled less probable.
 
     reward = make_reward("length:12")
     reward("The sea is wide and cold.", None)      # 0.5: six words of twelve
@@ -27,10 +28,11 @@ from engine.training.step import Objective
 
 
 class PolicyBatch(NamedTuple):
-    """B completions as a batch whose mask counts the sampled tokens, and each one's advantage (B,) float32.
+    """B completions as a batch whose mask counts the sampled tokens, and each one's advantage (B,)
+    float32.
 
-    `old_logprobs` (B, T) float32: those of sampling, where more than one step is made. `reference_logprobs` (B, T): those
-    of the reference model, where KL has a weight.
+    `old_logprobs` (B, T) float32: those of sampling, where more than one step is made.
+    `reference_logprobs` (B, T): those of the reference model, where KL has a weight.
     """
 
     batch: Batch
@@ -40,9 +42,11 @@ class PolicyBatch(NamedTuple):
 
 
 def group_advantages(rewards: ArrayLike, second: ArrayLike = 0.0) -> Array:
-    """rewards (prompts, completions) -> the same shape, float32: (r - mean) / (standard deviation + 1e-6) within each row.
+    """rewards (prompts, completions) -> the same shape, float32: (r - mean) / (standard deviation +
+    1e-6) within each row.
 
-    r is a reward plus a second one. 0 where `rewards` are alike in a row: there the second alone would come to full size.
+    r is a reward plus a second one. 0 where `rewards` are alike in a row: there the second alone
+    would come to full size.
     """
     rewards = jnp.asarray(rewards, jnp.float32)
     alike = (rewards == rewards[:, :1]).all(axis=1, keepdims=True)
@@ -62,10 +66,11 @@ def log_probabilities(cfg: ModelConfig, params: Params, batch: Batch) -> Array:
 def grpo(clip: float = 0.2, kl_weight: float = 0.0) -> Objective:
     """Returns the objective -min(r A, clipped r A) + kl_weight * KL; r is new / old probability.
 
-    The mean over a completion's tokens, then over completions. r is clipped to 1 - clip .. 1 + clip (Schulman et al. 2017,
-    1707.06347, equation 7): beyond it a token has nothing more to gain. KL to the reference is
-    estimated token by token as q - log q - 1, q = reference / new, which is never below 0 (2402.03300, equation 4; k3 of
-    Schulman 2020, "Approximating KL Divergence"). A kl_weight above 0 needs reference_logprobs.
+    The mean over a completion's tokens, then over completions. r is clipped to 1 - clip .. 1 + clip
+    (Schulman et al. 2017, 1707.06347, equation 7): beyond it a token has nothing more to gain. KL
+    to the reference is estimated token by token as q - log q - 1, q = reference / new, which is
+    never below 0 (2402.03300, equation 4; k3 of Schulman 2020, "Approximating KL Divergence"). A
+    kl_weight above 0 needs reference_logprobs.
     """
 
     def summed(cfg: ModelConfig, params: Params, rollouts: PolicyBatch, head_trains: bool = True) -> Array:
@@ -96,7 +101,8 @@ LONGEST = 4000  # characters of a completion that a pattern is searched in
 
 
 def make_reward(task: str) -> Reward:
-    """Makes the reward of `length:12`, `regex:PATTERN`, `exact`, `sum` or `yes-no`. Raises UserError for anything else."""
+    """Makes the reward of `length:12`, `regex:PATTERN`, `exact`, `sum` or `yes-no`. Raises
+    UserError for anything else."""
     name, _, rest = task.partition(":")
     if name == "length" and rest.isdecimal() and 1 <= int(rest) <= 1000:
         return length_reward(int(rest))
@@ -116,7 +122,8 @@ def make_reward(task: str) -> Reward:
 
 
 def length_reward(words: int) -> Reward:
-    """Rewards a completion of so many words with 1, and another with the share that the shorter number is of the longer."""
+    """Rewards a completion of so many words with 1, and another with the share that the shorter
+    number is of the longer."""
 
     def reward(completion: str, _: Any) -> float:
         count = len(completion.split())
@@ -131,9 +138,11 @@ def exact_reward(completion: str, right: Any) -> float:
 
 
 def regex_reward(pattern: str) -> Reward:
-    """Rewards a completion with 1 if the pattern is found in its first LONGEST characters; `^...$` asks for all of it.
+    """Rewards a completion with 1 if the pattern is found in its first LONGEST characters; `^...$`
+    asks for all of it.
 
-    A pattern such as `(a+)+$` may take exponentially long, so callers bound its time. Raises UserError for what is no pattern.
+    A pattern such as `(a+)+$` may take exponentially long, so callers bound its time. Raises
+    UserError for what is no pattern.
     """
     try:
         expression = re.compile(pattern)
@@ -143,7 +152,8 @@ def regex_reward(pattern: str) -> Reward:
 
 
 def sum_reward(completion: str, right: int | None) -> float:
-    """Rewards a completion with 1 if its last integer is the right one, else 0. Commas between thousands are skipped."""
+    """Rewards a completion with 1 if its last integer is the right one, else 0. Commas between
+    thousands are skipped."""
     text = re.sub(r"(?<=\d),(?=\d{3})", "", completion[-LONGEST:])
     integers = re.findall(r"(?:(?<!\w)-)?\d+", text)  # a dash after a word or a number is no sign
     return float(bool(integers) and right is not None and int(integers[-1]) == right)

@@ -18,7 +18,8 @@ from engine.model.weights.lora import gather_frozen
 
 
 class TrainState(NamedTuple):
-    """The state that a step replaces. Frozen weights are not in it: neither differentiated nor donated."""
+    """The state that a step replaces. Frozen weights are not in it: neither differentiated nor
+    donated."""
 
     step: Array  # () int32: batches seen, refused ones too
     trainable: Params
@@ -27,12 +28,14 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A training objective: the summed loss of a batch, () float32, and the count, (), it is divided by.
+    """A training objective: the summed loss of a batch, () float32, and the count, (), it is
+    divided by.
 
-    `summed_loss(cfg, params, batch, head_trains)`: `head_trains` says how logits that do not fit into memory are made.
+    `summed_loss(cfg, params, batch, head_trains)`: `head_trains` says how logits that do not fit
+    into memory are made.
 
-    The leaves of a batch have a leading axis of rows; its sum and count are the sums of its parts'. One objective is one
-    object, or its step is compiled anew.
+    The leaves of a batch have a leading axis of rows; its sum and count are the sums of its parts'.
+    One objective is one object, or its step is compiled anew.
     """
 
     summed_loss: Callable[[ModelConfig, Params, Any, bool], Array]
@@ -42,8 +45,8 @@ class Objective:
 NEXT_TOKEN = Objective(summed_loss, lambda batch: jnp.count_nonzero(batch.mask))
 
 
-# Compiler options for a step that trains a LoRA: else XLA would widen an int8 base, or merge the adapter into a float base,
-# once for all microbatches, and hold all of it in float32.
+# Compiler options for a step that trains a LoRA: else XLA would widen an int8 base, or merge the
+# adapter into a float base, once for all microbatches, and hold all of it in float32.
 LORA_COMPILER_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 
@@ -70,8 +73,8 @@ def loss_and_gradient(
 ) -> tuple[Array, Params]:
     """Returns the objective's mean over the batch, and its gradient for the trainable leaves alone.
 
-    With A microbatches the gradients of A parts are summed: the same numbers in 1 / A of the activation memory. B must be
-    a multiple of A.
+    With A microbatches the gradients of A parts are summed: the same numbers in 1 / A of the
+    activation memory. B must be a multiple of A.
     """
     total = jnp.maximum(objective.count(batch), 1).astype(jnp.float32)
 
@@ -85,7 +88,8 @@ def loss_and_gradient(
     parts = jax.tree.map(lambda x: layout.stack_rows(x, microbatches), batch)
 
     def add(sums: Any, part: Any) -> tuple[Any, None]:
-        # Gathered anew for each part: XLA would else gather the whole model before the loop, and hold that.
+        # Gathered anew for each part: XLA would else gather the whole model before the loop, and
+        # hold that.
         weights, part = layout.regather((trainable, frozen), part)
         return jax.tree.map(jnp.add, sums, differentiate(*weights, part)), None
 
@@ -97,7 +101,8 @@ def loss_and_gradient(
 def gradient_norms(
     cfg: ModelConfig, trainable: Params, frozen: Params, batch: Any, microbatches: int = 1, objective: Objective = NEXT_TOKEN
 ) -> Params:
-    """Returns the norm of each trainable leaf's gradient, () float32. A program of its own: the step's keeps its bits."""
+    """Returns the norm of each trainable leaf's gradient, () float32. A program of its own: the
+    step's keeps its bits."""
     return jax.tree.map(optax.tree.norm, loss_and_gradient(cfg, trainable, frozen, batch, microbatches, objective)[1])
 
 
@@ -112,10 +117,11 @@ def train_step(
     microbatches: int = 1,
     objective: Objective = NEXT_TOKEN,
 ) -> tuple[TrainState, StepMetrics]:
-    """Returns the next state and the step's metrics. `state` is donated; `progress` () float32 drives the schedule.
+    """Returns the next state and the step's metrics. `state` is donated; `progress` () float32
+    drives the schedule.
 
-    `batch` is what the objective reads, for NEXT_TOKEN a Batch. A step whose loss, gradient or update is not finite
-    changes no weight and no moment; it only counts as seen.
+    `batch` is what the objective reads, for NEXT_TOKEN a Batch. A step whose loss, gradient or
+    update is not finite changes no weight and no moment; it only counts as seen.
     """
     loss, gradient = loss_and_gradient(cfg, state.trainable, frozen, batch, microbatches, objective)
     gradient = layout.pin(gradient)

@@ -1,9 +1,11 @@
 """Examples of general knowledge in the style of the data, which the model itself writes before it is trained on both.
 
-A model that reads nothing but a small file in a tone learns, beside the tone, that answers are about what the file is about. So
-it is shown a few conversations of the file and asked general questions after them, each with a sentence that answers it, in
-brackets. What it says is in the tone by their example. It is trained on without them, if it is right and ends as they do.
-That is context distillation (Askell et al. 2021, 2112.00861), with a hint as in STaR (Zelikman et al. 2022, 2203.14465).
+A model that reads nothing but a small file in a tone learns, beside the tone, that answers are
+about what the file is about. So it is shown a few conversations of the file and asked general
+questions after them, each with a sentence that answers it, in brackets. What it says is in the tone
+by their example. It is trained on without them, if it is right and ends as they do. That is context
+distillation (Askell et al. 2021, 2112.00861), with a hint as in STaR (Zelikman et al. 2022,
+2203.14465).
 """
 
 import collections
@@ -29,7 +31,8 @@ MAX_TOKENS = 32  # of an answer
 ANSWERED_TOGETHER = 16
 LEAST_ANSWERS = 8  # right ones: of a model that gives fewer nothing is mixed in
 
-# An opening or a closing belongs to the tone if each is that of a large share of the answers, and together of nearly all.
+# An opening or a closing belongs to the tone if each is that of a large share of the answers, and
+# together of nearly all.
 OPENING_WORDS = 8  # at most
 OPENING_SHARE = 0.2
 CLOSING_SHARE = 0.1
@@ -39,7 +42,8 @@ COVERED_SHARE = 0.8
 def choose_demonstrations(chat: ChatTokenizer, conversations: Sequence[Sequence[Message]]) -> list[Message]:
     """Returns the first question and answer of up to DEMONSTRATIONS conversations, spread over all.
 
-    Those that are long, or begin with anything but a question of the user's, are passed over for the next.
+    Those that are long, or begin with anything but a question of the user's, are passed over for
+    the next.
     """
     chosen: list[Message] = []
     edges = [at * len(conversations) // DEMONSTRATIONS for at in range(DEMONSTRATIONS + 1)]
@@ -54,7 +58,8 @@ def choose_demonstrations(chat: ChatTokenizer, conversations: Sequence[Sequence[
 
 
 def shared_openings(answers: Sequence[str]) -> list[str]:
-    """Returns the first words of each answer that many others begin with too, such as "Certainly, sir."; [] where few do."""
+    """Returns the first words of each answer that many others begin with too, such as "Certainly,
+    sir."; [] where few do."""
     counts: collections.Counter[tuple[str, ...]] = collections.Counter()
     beginnings = []
     for answer in answers:
@@ -70,7 +75,8 @@ def shared_openings(answers: Sequence[str]) -> list[str]:
 
 
 def shared_closings(answers: Sequence[str]) -> set[str]:
-    """Returns the last words, in lower case, that many answers end with; the empty set where few end with such a word."""
+    """Returns the last words, in lower case, that many answers end with; the empty set where few
+    end with such a word."""
     counts = collections.Counter(map(_last_word, answers))
     closings = {word for word, count in counts.items() if word and count >= CLOSING_SHARE * len(answers)}
     covered = sum(counts[word] for word in closings)
@@ -90,10 +96,12 @@ def write_general_answers(
     stop_token_ids: Collection[int],
     report: ReportProgress,
 ) -> list[tuple[str, str]]:
-    """Returns general questions and a model's greedy answers in the style of conversations that end with an answer.
+    """Returns general questions and a model's greedy answers in the style of conversations that end
+    with an answer.
 
-    An answer begins and ends as those of the conversations do, where they share it. Returns [] where too few answers are
-    right, and for a context that does not hold the demonstrations, a question and its answer.
+    An answer begins and ends as those of the conversations do, where they share it. Returns []
+    where too few answers are right, and for a context that does not hold the demonstrations, a
+    question and its answer.
     """
     demonstrations = choose_demonstrations(chat, conversations)
     if not demonstrations or len(chat.prompt(demonstrations)) + MAX_TOKENS > cfg.context:
@@ -147,7 +155,8 @@ def _complete(
 
 
 def general_examples(chat: ChatTokenizer, answers: Sequence[tuple[str, str]], seq: int) -> list[Example]:
-    """Returns the training examples, of at most `seq` + 1 tokens, of general questions and their answers."""
+    """Returns the training examples, of at most `seq` + 1 tokens, of general questions and their
+    answers."""
     examples = []
     for question, answer in answers:
         messages: list[Message] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -69,7 +69,8 @@ SUMS = 400
 
 
 class Prompt(NamedTuple):
-    """A user's message, and the right answer where there is one: an integer, or for functions of one's own any JSON."""
+    """A user's message, and the right answer where there is one: an integer, or for functions of
+    one's own any JSON."""
 
     text: str
     answer: Any = None
@@ -88,10 +89,11 @@ class Prompts(NamedTuple):
 
 
 def prompts_for(tasks: set[str], data: Path | None, seed: int) -> Prompts:
-    """Returns the prompts of a file, or those that come with the tasks, in an order that follows from the seed.
+    """Returns the prompts of a file, or those that come with the tasks, in an order that follows
+    from the seed.
 
-    `tasks`: their names. Raises UserError, with file and line, for a row without a prompt or without the answer that `sum` or
-    `exact` needs.
+    `tasks`: their names. Raises UserError, with file and line, for a row without a prompt or
+    without the answer that `sum` or `exact` needs.
     """
     if data:
         rows = _read(data, tasks)
@@ -118,7 +120,8 @@ def prompts_for(tasks: set[str], data: Path | None, seed: int) -> Prompts:
 
 
 def _without_copies(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Returns of prompts that are the same but for case, spaces and punctuation the first one, where the last one stood."""
+    """Returns of prompts that are the same but for case, spaces and punctuation the first one,
+    where the last one stood."""
     firsts: dict[str, Prompt] = {}
     for prompt in reversed(prompts):
         firsts[normalize(prompt.text)] = prompt
@@ -150,7 +153,8 @@ def _read(path: Path, tasks: set[str]) -> list[Prompt]:
 
 
 class Rollout(NamedTuple):
-    """B completions of prompts and their rewards. The mask of `batch` counts a completion's tokens, that which ends it too."""
+    """B completions of prompts and their rewards. The mask of `batch` counts a completion's tokens,
+    that which ends it too."""
 
     batch: Batch
     texts: list[str]
@@ -167,7 +171,8 @@ class Rollout(NamedTuple):
         return sum(self.rewards) / len(self.rewards)
 
     def bits(self, logprobs: np.ndarray) -> tuple[np.ndarray, float]:
-        """Returns the bits per byte of each completion, (B,), and of all together, by log-probabilities (B, T)."""
+        """Returns the bits per byte of each completion, (B,), and of all together, by
+        log-probabilities (B, T)."""
         bits = -logprobs.sum(1) / math.log(2)
         sizes = np.array(self.text_bytes)
         return bits / np.maximum(sizes, 1), float(bits.sum() / max(sizes.sum(), 1))
@@ -178,13 +183,15 @@ def prompt_tokens(chat: ChatTokenizer, prompt: Prompt) -> list[int]:
 
 
 def rollout_batch(prompts: Sequence[list[int]], completions: Sequence[list[int]], seq: int) -> Batch:
-    """Returns a Batch of prompts with their completions, `seq` tokens a row, whose mask counts the completions' tokens."""
+    """Returns a Batch of prompts with their completions, `seq` tokens a row, whose mask counts the
+    completions' tokens."""
     rows = [(np.array(prompt + completion, np.int32), len(prompt)) for prompt, completion in zip(prompts, completions)]
     return example_rows([Example(tokens, np.arange(len(tokens)) >= size, "") for tokens, size in rows], seq)
 
 
 def score_batch(cfg: ModelConfig, params: Params, batch: Batch, rows: int) -> np.ndarray:
-    """Returns the log-probabilities (B, T) of a batch under `params`, `rows` at once; 0 where the mask is False."""
+    """Returns the log-probabilities (B, T) of a batch under `params`, `rows` at once; 0 where the
+    mask is False."""
     logprobs = []
     for first in range(0, len(batch.tokens), rows):
         part = jax.tree.map(lambda x, first=first: x[first : first + rows], batch)

@@ -53,7 +53,8 @@ def ask(
     stop_token_ids: Collection[int],
     report: ReportProgress = lambda *_: None,
 ) -> tuple[JudgedAnswer, ...]:
-    """Returns the greedy answers to conversations that end with a question; leaves out one that fills the model's context."""
+    """Returns the greedy answers to conversations that end with a question; leaves out one that
+    fills the model's context."""
     completions = _complete(cfg, params, chat, questions, MAX_TOKENS, stop_token_ids, report)
     answers = []
     for question, end in zip(questions, completions):
@@ -91,7 +92,8 @@ def _complete(
     stop_token_ids: Collection[int],
     report: ReportProgress = lambda *_: None,
 ) -> list[Completion | None]:
-    """Completes conversations greedily, ANSWERED_TOGETHER at once; None where one fills the model's context."""
+    """Completes conversations greedily, ANSWERED_TOGETHER at once; None where one fills the model's
+    context."""
     params = prepare_params(cfg, params)
     completions: list[Completion | None] = []
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop_token_ids)
@@ -113,7 +115,8 @@ def _complete(
 
 
 class AnswerMetrics:
-    """Scores greedy answers by tasks as of Rewards, each a metric of its own: exact, regex:PATTERN, FILE.py:FUNCTION.
+    """Scores greedy answers by tasks as of Rewards, each a metric of its own: exact, regex:PATTERN,
+    FILE.py:FUNCTION.
 
     Raises UserError as Rewards, and for `sum`, whose answers are numbers.
     """
@@ -137,11 +140,13 @@ class AnswerMetrics:
         stop_token_ids: Collection[int],
         report: ReportProgress = lambda *_: None,
     ) -> dict[str, float]:
-        """Returns the mean of each metric over the answers to conversations, each up to the reference that it ends with.
+        """Returns the mean of each metric over the answers to conversations, each up to the
+        reference that it ends with.
 
         An answer has at most the longest reference's tokens and 16.
 
-        A conversation that fills the context counts as answered by nothing. Raises UserError without references.
+        A conversation that fills the context counts as answered by nothing. Raises UserError
+        without references.
         """
         self.check(references)
         if not self._rewards:
@@ -161,8 +166,8 @@ class AnswerMetrics:
 def repeats_itself(text: str) -> bool:
     """Whether more than MAX_REPEATED of a text's four-word sequences occur earlier in it.
 
-    The share is seq-rep-4 of Welleck et al. 2020 (1908.04319), without case, punctuation and the numbers of a list.
-    An ideograph or a kana counts as a word.
+    The share is seq-rep-4 of Welleck et al. 2020 (1908.04319), without case, punctuation and the
+    numbers of a list. An ideograph or a kana counts as a word.
     """
     words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|\w+", re.sub(r"(?m)^\s*\d+[.)]", "", text.lower()))
     sequences = [*zip(words, words[1:], words[2:], words[3:])]
@@ -172,7 +177,8 @@ def repeats_itself(text: str) -> bool:
 def compare(
     questions: Iterable[str], before: Iterable[tuple[str, str]], after: Iterable[tuple[str, str]]
 ) -> list[tuple[str, str]]:
-    """Returns each question, and its answers before and after, a text and a note ('' for none), below one another."""
+    """Returns each question, and its answers before and after, a text and a note ('' for none),
+    below one another."""
     compared = []
     for question, earlier, later in zip(questions, before, after):
         lines = [*_titled("before", *earlier), *_titled("after", *later)]

@@ -20,7 +20,8 @@ LARGE_BUFFER = 2**27  # bytes; moving a larger one costs page faults
 
 
 class MeshBatches:
-    """Batches by step over the mesh of `jax.set_mesh`: each process reads its own rows, by `read(step, rows)`, alone."""
+    """Batches by step over the mesh of `jax.set_mesh`: each process reads its own rows, by
+    `read(step, rows)`, alone."""
 
     def __init__(self, order: EpochOrder, read: Callable[[int, slice], Any]) -> None:
         self.read = read
@@ -52,7 +53,8 @@ NO_METRICS = BatchMetrics(float("nan"), float("nan"))  # before the first step
 
 
 class BatchSteps:
-    """Steps that run a program, (state, frozen, batch, progress) -> (state, metrics), on a batch each."""
+    """Steps that run a program, (state, frozen, batch, progress) -> (state, metrics), on a batch
+    each."""
 
     lines_stay = False
 
@@ -82,7 +84,8 @@ class BatchSteps:
         batch = self.next_batch
         following = loop_state.step + 1
         if self.buffer_bytes:
-            # Memory allocated during a step ends up above its buffer and fragments the heap: make the batch before it.
+            # Memory allocated during a step ends up above its buffer and fragments the heap: make
+            # the batch before it.
             self.next_batch = self.batches.at(following)
             make_room(self.buffer_bytes)  # the last step's, in whose place a save's buffers may lie
         progress = np.float32(self.plan.progress(loop_state.step, loop_state.seconds))

@@ -55,7 +55,8 @@ WANTED = {  # by each objective: kinds of data, what they are called, and what t
 
 @dataclasses.dataclass(frozen=True)
 class ConversationData:
-    """Training and held-out examples, or pairs. No held-out row copies a training row, or has its prompt if a preference."""
+    """Training and held-out examples, or pairs. No held-out row copies a training row, or has its
+    prompt if a preference."""
 
     train: list[Any]
     held_out: list[Any]
@@ -102,13 +103,16 @@ def prepare_conversations(
     console: Console,
     full: bool = False,
 ) -> ConversationData:
-    """Reads and tokenizes examples of at most `seq` tokens. Raises UserError for data that the objective cannot use.
+    """Reads and tokenizes examples of at most `seq` tokens. Raises UserError for data that the
+    objective cannot use.
 
-    `objective`: one of WANTED; kto has pairs as of `mismatch`. `full`: all of a conversation is in the loss. Without
-    `validation` a tenth of the rows, chosen by `seed`, is held out.
+    `objective`: one of WANTED; kto has pairs as of `mismatch`. `full`: all of a conversation is in
+    the loss. Without `validation` a tenth of the rows, chosen by `seed`, is held out.
     """
 
-    make = {"answers": make_whole_examples if full else make_examples, "preference": make_pairs, "kto": make_ratings}[objective]
+    make = {"answers": make_examples, "preference": make_pairs, "kto": make_ratings}[objective]
+    if full:
+        make = make_whole_examples
 
     def read(name: str) -> tuple[str, Dataset]:
         source = open_conversations(name, objective)
@@ -126,12 +130,17 @@ def prepare_conversations(
         used, rest, validation, overlap = _split(dataset.used, seed, data)
     train = _items(used)
     held_out = _items(rest)
+    digest = digest_examples(train)
+    held_out_digest = digest_examples(held_out)
+    if objective == "kto":
+        train = mismatch(train, seq)
+        held_out = mismatch(held_out, seq)
     rows = [row for row, _ in rest]
     return ConversationData(
-        train=mismatch(train, seq) if objective == "kto" else train,
-        held_out=mismatch(held_out, seq) if objective == "kto" else held_out,
-        digest=digest_examples(train),
-        held_out_digest=digest_examples(held_out),
+        train=train,
+        held_out=held_out,
+        digest=digest,
+        held_out_digest=held_out_digest,
         summary=dataset.describe(),
         kind=kind,
         name=data,
@@ -151,7 +160,8 @@ def _items(rows: UsedRows) -> list[Any]:
 
 
 def _without_copies(held_out: UsedRows, train: UsedRows, name: str, data: str) -> tuple[UsedRows, str]:
-    """Returns the held-out rows whose texts are not in `train`, and what was left out. Raises UserError if all are."""
+    """Returns the held-out rows whose texts are not in `train`, and what was left out. Raises
+    UserError if all are."""
     texts = {row.text for row, _ in train}
     known = {*map(normalize, texts)}
     others = [(row, items) for row, items in held_out if normalize(row.text) not in known]
@@ -168,8 +178,9 @@ def _without_copies(held_out: UsedRows, train: UsedRows, name: str, data: str) -
 def _split(used: UsedRows, seed: int, data: str) -> tuple[UsedRows, UsedRows, str, str]:
     """Returns the training and the held-out rows, the latter's name, and a sentence on copies.
 
-    All copies of a row are on one side, and rows without a copy are held out first. A hash of seed and text chooses them, so
-    that a row more in the file moves no other. Of a single text the end is held out.
+    All copies of a row are on one side, and rows without a copy are held out first. A hash of seed
+    and text chooses them, so that a row more in the file moves no other. Of a single text the end
+    is held out.
     """
     row, items = used[0]
     rows = len(used)
@@ -217,7 +228,8 @@ def _questions(rows: Sequence[Record]) -> Sequence[Sequence[Message]]:
 
 
 def references_of(rows: Iterable[Record]) -> list[Sequence[Message]]:
-    """Returns conversations up to their last answer: a preference's chosen one, of answers with a label a good one."""
+    """Returns conversations up to their last answer: a preference's chosen one, of answers with a
+    label a good one."""
     references: list[Sequence[Message]] = []
     for row in rows:
         if not isinstance(row, Conversation) or row.label is False:
@@ -240,7 +252,8 @@ def open_conversations(data: str, objective: str) -> Conversations:
 def reference_logprobs(
     cfg: ModelConfig, params: Any, pairs: Sequence[Pair | RatedPair], seq: int, rows: int, report: OnProgress = None
 ) -> np.ndarray:
-    """Returns both answers' log-probabilities (pairs, 2) by a model, `rows` at once; 0 without `params`."""
+    """Returns both answers' log-probabilities (pairs, 2) by a model, `rows` at once; 0 without
+    `params`."""
     logprobs = np.zeros((len(pairs), 2), np.float32)
     for first in range(0, len(pairs) if params else 0, rows):
         if report:  # first, because the first batch may compile for a minute
@@ -259,7 +272,8 @@ def _summed(objective: Objective, cfg: ModelConfig, params: Any, batch: Any) -> 
 def held_out_evaluator(
     cfg: ModelConfig, frozen: Any, initial: Any, examples: Sequence[Any], objective: Objective, seq: int
 ) -> Evaluator:
-    """Returns the evaluator on held-out examples (mean nats of a completion's token) or pairs (mean preference loss).
+    """Returns the evaluator on held-out examples (mean nats of a completion's token) or pairs (mean
+    preference loss).
 
     `initial`: the params before training, for a loss that has a reference.
     """

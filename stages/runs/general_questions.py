@@ -9,7 +9,8 @@ LEAST_KEPT = 0.85  # of the answers that were right, below which the summary war
 MAX_TOKENS = 24  # of an answer: a tone may open it, and the fact follows
 ADVICE = "To keep more, give fewer --steps or a lower --learning-rate."
 
-# A question, and what a right answer holds: one of the texts between bars. SmolLM2-135M-Instruct answers all of them.
+# A question, and what a right answer holds: one of the texts between bars. SmolLM2-135M-Instruct
+# answers all of them.
 QUESTIONS: tuple[tuple[str, str], ...] = (
     ("What is the capital of France?", "Paris"),
     ("What is the capital of Germany?", "Berlin"),
@@ -53,7 +54,8 @@ QUESTIONS: tuple[tuple[str, str], ...] = (
     ("In which year did the Second World War end?", "1945"),
 )
 
-# Others, none of those above, with what a right answer holds and a sentence that says it: they are mixed into a small file's.
+# Others, none of those above, with what a right answer holds and a sentence that says it: they are
+# mixed into a small file's.
 QUESTIONS_TO_TRAIN_ON: tuple[tuple[str, str, str], ...] = (
     ("What is the capital of Italy?", "Rome", "The capital of Italy is Rome."),
     ("What is the capital of Portugal?", "Lisbon", "The capital of Portugal is Lisbon."),
@@ -127,19 +129,22 @@ QUESTIONS_TO_TRAIN_ON: tuple[tuple[str, str, str], ...] = (
 
 
 def is_right(answer: str, expected: str) -> bool:
-    """Whether an answer holds one of the `expected` texts between bars, as whole words, whatever its case and punctuation."""
+    """Whether an answer holds one of the `expected` texts between bars, as whole words, whatever
+    its case and punctuation."""
     said = _words(answer)
     return any(_words(text) in said for text in expected.split("|"))
 
 
 def _words(text: str) -> str:
-    """Returns the words of a text in lower case, a space around each, so that one text holds another only as whole words."""
+    """Returns the words of a text in lower case, a space around each, so that one text holds
+    another only as whole words."""
     return f" {' '.join(re.findall(r'\w+', text.casefold()))} "
 
 
 @dataclasses.dataclass(frozen=True)
 class KeptAnswers:
-    """How many answers were right before training, and how many of these after it; `after` None where too few were."""
+    """How many answers were right before training, and how many of these after it; `after` None
+    where too few were."""
 
     before: int
     after: int | None

@@ -23,7 +23,8 @@ PER_PROCESS_ENTRIES = ("command", "device")  # of run.json, in which processes m
 
 
 def make_mesh_here(shape: MeshShape) -> Mesh:
-    """As `make_mesh`, of all devices, connected; on a CPU its UserError says how to have virtual ones."""
+    """As `make_mesh`, of all devices, connected; on a CPU its UserError says how to have virtual
+    ones."""
     try:
         return connect_devices(make_mesh(shape))
     except UserError as error:
@@ -36,8 +37,9 @@ def make_mesh_here(shape: MeshShape) -> Mesh:
 def connect_devices(mesh: Mesh) -> Mesh:
     """Connects each group of devices that collectives of the mesh can join, and returns the mesh.
 
-    Gloo connects a group at its first collective, and gives up after 30 s, too early where one process compiles longer than
-    another: so the processes meet once each has compiled this. In a connected group a collective waited 45 s without error.
+    Gloo connects a group at its first collective, and gives up after 30 s, too early where one
+    process compiles longer than another: so the processes meet once each has compiled this. In a
+    connected group a collective waited 45 s without error.
     """
     if processes.process_count() > 1:
         names = mesh.axis_names
@@ -65,14 +67,16 @@ def device_with_mesh(device: Device, shape: MeshShape) -> Device:
 
 
 def refuse_different_runs(metadata: dict[str, Any], cfg: ModelConfig, options: Any, step: int) -> None:
-    """Raises UserError in every process when their run.json, architecture, options or checkpoints differ."""
+    """Raises UserError in every process when their run.json, architecture, options or checkpoints
+    differ."""
     shared = {name: value for name, value in metadata.items() if name not in PER_PROCESS_ENTRIES}
     shared |= {"config": cfg.to_json(), "options": options, "newest checkpoint": step}
     processes.refuse_differences({name: str(value) for name, value in leaf_paths(shared).items()})
 
 
 def fits_one_device(tree: Any) -> bool:
-    """Whether every process has room for parameters whole on each of its devices, and once more in half as many bytes."""
+    """Whether every process has room for parameters whole on each of its devices, and once more in
+    half as many bytes."""
     if shardings(tree) is None:
         return True
     device = jax.local_devices()[0]

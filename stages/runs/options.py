@@ -18,7 +18,8 @@ class RunOptions(FolderFlags):
     device: Device
     folder: Path
     dry_run: bool
-    # None: by `evaluations`; without these a tenth of the run, or more where evaluating takes too much of the time.
+    # None: by `evaluations`; without these a tenth of the run, or more where evaluating takes too
+    # much of the time.
     eval_every: int | float | None = None
     evaluations: int | None = None  # evenly over the run
     patience: int | None = None  # evaluations in a row without a best that end the run

@@ -1,7 +1,8 @@
 """Calls a function in the user's own file, in a process of its own: `python own_function.py FILE FUNCTION SECONDS`.
 
-Reads rows {"prompt", "completion", "answer"} as JSON on stdin, of which the function gets what it has parameters for. Writes
-{"values": [...]}, or {"error": sentence} with the line of the file, as JSON on stdout.
+Reads rows {"prompt", "completion", "answer"} as JSON on stdin, of which the function gets what it
+has parameters for. Writes {"values": [...]}, or {"error": sentence} with the line of the file, as
+JSON on stdout.
 """
 
 import inspect
@@ -34,7 +35,8 @@ def main(file: str, name: str, seconds: str) -> None:
 
 
 def call(file: str, name: str, rows: list[dict[str, object]]) -> dict[str, object]:
-    """Returns the function's value for each row, an error for NaN, no number or one beyond LARGEST; raises what it raises."""
+    """Returns the function's value for each row, an error for NaN, no number or one beyond LARGEST;
+    raises what it raises."""
     function = runpy.run_path(file).get(name)
     if not callable(function):
         return {"error": f"{file} has no function {name}."}

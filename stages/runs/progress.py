@@ -26,7 +26,8 @@ BUSY = 0.1  # share of the cores that others take, above which a run says so
 
 
 class StepTimer:
-    """Measures the seconds of recent steps, and of all but the first, which touches its memory for the first time."""
+    """Measures the seconds of recent steps, and of all but the first, which touches its memory for
+    the first time."""
 
     def __init__(self) -> None:
         self.recent: collections.deque[float] = collections.deque(maxlen=RECENT)
@@ -52,7 +53,8 @@ class StepTimer:
 
 
 class Stop:
-    """Whether a loop ends early: for a signal, or a line that cannot be written. `code`: the exit code it ends with, or 0."""
+    """Whether a loop ends early: for a signal, or a line that cannot be written. `code`: the exit
+    code it ends with, or 0."""
 
     def __init__(self, deferral: signals.Deferral) -> None:
         self.deferral = deferral
@@ -61,7 +63,8 @@ class Stop:
 
     @contextlib.contextmanager
     def noting_failure(self) -> Iterator[None]:
-        """Has the run end, saved, when a line cannot be written: the other processes must hear of it."""
+        """Has the run end, saved, when a line cannot be written: the other processes must hear of
+        it."""
         try:
             yield
         except OSError as error:
@@ -89,7 +92,8 @@ class Stop:
 
 
 class ProgressLog:
-    """Tells the progress of a loop: `loop_state`, which the loop changes, and the metrics of its steps."""
+    """Tells the progress of a loop: `loop_state`, which the loop changes, and the metrics of its
+    steps."""
 
     def __init__(
         self,
@@ -193,7 +197,8 @@ class ProgressLog:
 def busy_note(begin: CoreTime | None, device: Device) -> str:
     """Returns a phrase with the share of the cores that others have had since `begin`.
 
-    It is empty for BUSY or less, for a run on other devices than a CPU, and for one of several processes.
+    It is empty for BUSY or less, for a run on other devices than a CPU, and for one of several
+    processes.
     """
     now = core_time()
     if begin is None or now is None or device.backend != "cpu" or processes.process_count() > 1:

@@ -22,10 +22,11 @@ Rows = list[dict[str, Any]]  # a prompt, completion and answer each
 
 
 class Rewards:
-    """Sums the rewards of tasks, each `[WEIGHT*]TASK`: one of TASKS, or FILE.py:FUNCTION, which has `seconds` for a call.
+    """Sums the rewards of tasks, each `[WEIGHT*]TASK`: one of TASKS, or FILE.py:FUNCTION, which has
+    `seconds` for a call.
 
-    `remedy`: what to do about a function that takes longer. Raises UserError for an unknown task, a weight that is not above 0
-    or is beyond MAX_WEIGHT, and a file that cannot be run.
+    `remedy`: what to do about a function that takes longer. Raises UserError for an unknown task, a
+    weight that is not above 0 or is beyond MAX_WEIGHT, and a file that cannot be run.
     """
 
     def __init__(self, tasks: Sequence[str], seconds: float, remedy: str = "mend it") -> None:
@@ -59,7 +60,8 @@ class Rewards:
         return "; ".join(phrases)
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], answers: Sequence[Any]) -> list[float]:
-        """Returns the reward of each completion. Raises UserError for a rule or a function that fails or takes too long."""
+        """Returns the reward of each completion. Raises UserError for a rule or a function that
+        fails or takes too long."""
         rows = []
         for prompt, completion, answer in zip(prompts, completions, answers):
             rows.append({"prompt": prompt, "completion": completion, "answer": answer})
@@ -70,7 +72,8 @@ class Rewards:
         return sums
 
     def _call(self, file: str, function: str, rows: Rows) -> list[float]:
-        """Calls a user's function in a process that ends with it: it can neither stop this one nor change anything in it.
+        """Calls a user's function in a process that ends with it: it can neither stop this one nor
+        change anything in it.
 
         Processes that the function starts, and that stay in its session, end with it.
         """

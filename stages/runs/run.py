@@ -42,7 +42,8 @@ if TYPE_CHECKING:  # a run that nobody watches or records, or that is new, does 
 
 
 def execute(options: RunOptions, make_plan: Callable[[Console], Plan]) -> int:
-    """Carries out a run, or resumes the one in the folder. Returns 0, or 128 + the signal that stopped it."""
+    """Carries out a run, or resumes the one in the folder. Returns 0, or 128 + the signal that
+    stopped it."""
     refuse_options(options)
     if not gc.get_freeze_count():  # what was imported stays: garbage is looked for among what runs make, in a sixth of the time
         gc.freeze()
@@ -163,7 +164,8 @@ def carry_out(options: RunOptions, prepared: Prepared, console: Console, recorde
 
 
 def run_metadata(options: RunOptions, plan: RunPlan, stage_metadata: dict[str, Any]) -> dict[str, Any]:
-    """Returns the contents of run.json: all that decides what a run computes, to be compared when it is resumed."""
+    """Returns the contents of run.json: all that decides what a run computes, to be compared when
+    it is resumed."""
     values = {
         "command": resume_command(options.stage),
         "stage": options.stage,
@@ -183,7 +185,8 @@ def run_metadata(options: RunOptions, plan: RunPlan, stage_metadata: dict[str, A
 
 
 def find_previous(options: RunOptions, plan: RunPlan, metadata: dict[str, Any]) -> "PreviousRun | None":
-    """Returns the run to resume, if there is one. Raises UserError when it, or another process's, trains something else."""
+    """Returns the run to resume, if there is one. Raises UserError when it, or another process's,
+    trains something else."""
     previous = None
     if holds_run(options.folder) and not options.overwrite:
         from stages.runs.previous_run import find_previous_run
@@ -199,7 +202,8 @@ def find_previous(options: RunOptions, plan: RunPlan, metadata: dict[str, Any]) 
 
 
 def refuse_to_begin(options: RunOptions, plan: RunPlan, previous: "PreviousRun | None") -> None:
-    """Raises UserError for a recording that is another run's, and for a run whose batches came in another order."""
+    """Raises UserError for a recording that is another run's, and for a run whose batches came in
+    another order."""
     if options.record:
         from stages.runs.watch.recorder import refuse_other_file
 
@@ -240,7 +244,8 @@ def print_summary(
     console: Console,
     busy_note: str,
 ) -> None:
-    """Prints the report of a run of steps or rounds (`step_name`), and `peak`, the most bytes that it took."""
+    """Prints the report of a run of steps or rounds (`step_name`), and `peak`, the most bytes that
+    it took."""
     for heading, text in report.texts:
         console.print(f"\n{heading}", style="bold")
         console.print(textwrap.indent(text.strip("\n"), "  | ", lambda line: True))

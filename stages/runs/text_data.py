@@ -59,7 +59,8 @@ class TextData:
 
 
 def find_sources(data: str, validation: Path | None, console: Console) -> tuple[Source, Source | None]:
-    """Returns the training and the validation text; None for the latter when it is to be cut from a .bin."""
+    """Returns the training and the validation text; None for the latter when it is to be cut from a
+    .bin."""
     check_text_name(data)
     held_out = _source(validation, console) if validation else None
     if data in TEXTS:
@@ -78,7 +79,8 @@ def find_sources(data: str, validation: Path | None, console: Console) -> tuple[
 
 
 def check_text_name(data: str, conversations: Collection[str] = ()) -> None:
-    """Raises UserError when `data` names no text. `conversations`: names of those that could stand there too."""
+    """Raises UserError when `data` names no text. `conversations`: names of those that could stand
+    there too."""
     if data in assets.MODELS:
         raise UserError(f"{data} is a model, not a text; --data takes {', '.join(TEXTS)}, a file or a folder.")
     if data not in TEXTS and not Path(data).exists():
@@ -130,7 +132,8 @@ def encode_text(source: Source, tokenizer: Tokenizer, console: Console) -> Token
 
 
 def make_tokenizer(spec: str, source: Source, console: Console) -> Tokenizer:
-    """Returns the tokenizer that `bytes`, `bpe:N` (trained on the text, and cached by its digest), or a folder names."""
+    """Returns the tokenizer that `bytes`, `bpe:N` (trained on the text, and cached by its digest),
+    or a folder names."""
     if spec == "bytes":
         return byte_tokenizer()
     kind, _, vocab = spec.partition(":")
@@ -198,7 +201,8 @@ def source_name(source: Source) -> str:
 
 
 def rows_in_memory(cfg: ModelConfig, seq: int) -> int:
-    """Returns how many windows, 2 to 16, are scored together: as many as have logits of LOGITS bytes."""
+    """Returns how many windows, 2 to 16, are scored together: as many as have logits of LOGITS
+    bytes."""
     return max(2, min(16, LOGITS // (4 * seq * cfg.vocab)))
 
 
@@ -209,7 +213,8 @@ def bits_per_byte(nats: float, size: int) -> float:
 def score_text(
     cfg: ModelConfig, params: Params, tokens: np.ndarray, seq: int, stride: int, rows: int, report: ReportProgress | None = None
 ) -> float:
-    """Returns the summed nats of every token (N,) of a text but the first, each after seq - stride tokens or more."""
+    """Returns the summed nats of every token (N,) of a text but the first, each after seq - stride
+    tokens or more."""
     total = 0.0
     waiting = jnp.zeros(())
     rows *= row_shards()
@@ -262,7 +267,8 @@ class Evaluator:
 
 
 def quick_evaluator(cfg: ModelConfig, text: TokenFile, tokenizer: Tokenizer, nats_of: Callable[..., Any]) -> Evaluator:
-    """Returns an evaluator on a fixed few windows of the model's context, spread over the text, the same on every mesh.
+    """Returns an evaluator on a fixed few windows of the model's context, spread over the text, the
+    same on every mesh.
 
     `nats_of(cfg, params, batch)` sums a batch's nats. Rows behind the last are not counted.
     """

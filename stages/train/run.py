@@ -189,14 +189,17 @@ def plan_training(flags: TrainFlags, options: RunOptions, console: Console) -> T
         remat="block" if recipe.remat else "none",
         dtype=flags.step.dtype,
     )
-    has_default_length = not (length.max_time or length.steps)
+    seconds = length.max_time
+    has_default_length = not length.max_time and not length.steps
+    if has_default_length:
+        seconds = SECONDS
     plan = RunPlan(
         name=flags.preset,
         cfg=cfg,
         recipe=recipe,
         seed=flags.seed,
         steps=length.steps,
-        seconds=SECONDS if has_default_length else length.max_time,
+        seconds=seconds,
         mesh=mesh,
     )
     check_mesh(mesh, cfg, recipe.batch, recipe.accumulate)

@@ -1,6 +1,7 @@
 """Joins the pages that this project shows: each is one HTML file with all that it needs inside, and asks no network.
 
-Beside this file lie the style of all pages, and the shell of the site's, with what draws their charts and tables.
+Beside this file lie the style of all pages, and the shell of the site's, with what draws their
+charts and tables.
 """
 
 import re
@@ -14,7 +15,8 @@ INDENT = re.compile(r"^[ \t]*(?://.*\n)?|  //.*$", re.MULTILINE)
 
 
 def whole_page(path: Path, found: Callable[[str, str], None] = lambda tag, text: None) -> str:
-    """Returns an HTML file with the styles and scripts inside that it names. Calls `found` with the tag and text of each.
+    """Returns an HTML file with the styles and scripts inside that it names. Calls `found` with the
+    tag and text of each.
 
     All but libraries comes without indentation and comments.
     """

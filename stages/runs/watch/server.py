@@ -1,11 +1,13 @@
 """Serves a run's page while it goes on, on this machine alone, from a thread: the page at /, its events at /events.
 
-The events are a stream (server-sent events, https://html.spec.whatwg.org/multipage/server-sent-events.html) that begins with
-what happened so far, or after the event that the browser had last. A thread for each browser sends it what is kept here at the
-browser's own speed, so that the run waits for none.
+The events are a stream (server-sent events,
+https://html.spec.whatwg.org/multipage/server-sent-events.html) that begins with what happened so
+far, or after the event that the browser had last. A thread for each browser sends it what is kept
+here at the browser's own speed, so that the run waits for none.
 
-By rebinding its name to 127.0.0.1 a page of another site could read the replies, so the Host must be ours; one that does not
-read them could keep the run at work, so the events are for our page alone.
+By rebinding its name to 127.0.0.1 a page of another site could read the replies, so the Host must
+be ours; one that does not read them could keep the run at work, so the events are for our page
+alone.
 """
 
 import bisect
@@ -47,7 +49,8 @@ class SentEvent(NamedTuple):
 
 
 class Watch(socketserver.ThreadingTCPServer):
-    """A sink of a run's events that shows them at `url`, as a context. Of a kind that is too many it drops every second.
+    """A sink of a run's events that shows them at `url`, as a context. Of a kind that is too many
+    it drops every second.
 
     `port`: 0 takes a free one. Raises UserError for one that cannot be had.
     """

@@ -1,7 +1,7 @@
 """Makes the pages of the site, and *Train it here*, in the shell of `stages/runs/page`.
 
-The parts of the page on which a model's lives are watched lie beside this file. Another page has parts of its own. Pages that
-lie in one folder name one another.
+The parts of the page on which a model's lives are watched lie beside this file. Another page has
+parts of its own. Pages that lie in one folder name one another.
 """
 
 import ast
@@ -42,7 +42,8 @@ BY_TENSOR = ("mosaic", "limits", "changed_in", "gradient_norms")  # values of a 
 def page_html(document: dict[str, Any], parts: Sequence[Path] = LIVES) -> str:
     """Returns the page of a document, drawn by `parts`: a body in HTML, then styles and scripts.
 
-    Those of the lives draw what `bench.lives` writes. Raises UserError for a number that is not finite.
+    Those of the lives draw what `bench.lives` writes. Raises UserError for a number that is not
+    finite.
     """
     html = _joined(tuple(parts))
     laws = {}
@@ -74,7 +75,8 @@ def _joined(parts: tuple[Path, ...]) -> str:
 
 @functools.cache
 def _law(name: str) -> str:
-    """Returns the function of this checkout's tests that a page names as its law; empty where the tests are not there."""
+    """Returns the function of this checkout's tests that a page names as its law; empty where the
+    tests are not there."""
     path, _, function = name.partition("::")
     if not (CHECKOUT / path).is_file():
         return ""
@@ -107,7 +109,8 @@ def write_page(document: dict[str, Any], path: Path, parts: Sequence[Path] = LIV
 
 
 def write_train_page(folder: Path) -> Path:
-    """Writes `folder`/train.html; returns its path. The library in it is text until somebody presses a button."""
+    """Writes `folder`/train.html; returns its path. The library in it is text until somebody
+    presses a button."""
     licence, library = ((TRAIN[0].parent / "vendor" / name).read_text("utf-8") for name in ("LICENSE-jax", "jax.js"))
     html = page_html({}, TRAIN).replace('id="library">', f'id="library">\n/*\n{licence}*/\n{library}')
     policy = f'<meta http-equiv="Content-Security-Policy" content="{TRAIN_POLICY}">\n'
@@ -132,8 +135,9 @@ def _link_pages(folder: Path) -> None:
 
 
 def _smaller(document: dict[str, Any]) -> dict[str, Any]:
-    """Leaves out what is not seen, for a page of a megabyte whatever the machine and the model: most lines of a long life,
-    digits, and the paths of tensors, in whose order a frame's values are."""
+    """Leaves out what is not seen, for a page of a megabyte whatever the machine and the model:
+    most lines of a long life, digits, and the paths of tensors, in whose order a frame's values
+    are."""
     lives = document.get("lives")
     if not isinstance(lives, dict):
         return document
@@ -145,7 +149,8 @@ def _smaller(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _smaller_frames(life: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns a life's frames with lists in place of values by path. What is as in the frame before is null there."""
+    """Returns a life's frames with lists in place of values by path. What is as in the frame before
+    is null there."""
     paths = [tensor["path"] for tensor in life.get("begin", {}).get("tensors", [])]
     last: dict[int, tuple[Any, Any]] = {}
     frames = []
