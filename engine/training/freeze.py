@@ -24,7 +24,9 @@ def select_trainable(
     Raises UserError when a rule matches nothing, with the nearest path, and when nothing is left.
     """
     matches = {rule: _match(cfg, rule) for rule in (*train, *freeze)}
-    trainable = set().union(*(matches[rule] for rule in train)) if train else {*leaf_shapes(cfg)}
+    trainable = {*leaf_shapes(cfg)}
+    if train:
+        trainable = set().union(*(matches[rule] for rule in train))
     trainable = trainable.difference(*(matches[rule] for rule in freeze))
     if not trainable:
         raise UserError(
@@ -49,7 +51,7 @@ def _match(cfg: ModelConfig, rule: str) -> Collection[str]:
             layers = range(cfg.layers - count, cfg.layers)
         beginnings += [f"blocks/{layer}/" for layer in layers]
         return [path for path in shapes if path.startswith(tuple(beginnings))]
-    pattern = {"all": ".*", "head": "embed" if cfg.tied else "head"}.get(rule, rule)
+    pattern = {"all": ".*", "head": cfg.head_path}.get(rule, rule)
     try:
         matches = [path for path in shapes if re.fullmatch(pattern, path)]
     except re.error as error:

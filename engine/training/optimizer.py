@@ -85,7 +85,9 @@ def make_schedule(cfg: OptimizerConfig) -> Schedule:
     """
 
     def factor(progress: Array) -> Array:
-        warm = jnp.minimum(progress / cfg.warmup, 1.0) if cfg.warmup else 1.0
+        warm: Array | float = 1.0
+        if cfg.warmup:
+            warm = jnp.minimum(progress / cfg.warmup, 1.0)
         if cfg.schedule == "cosine":
             done = jnp.clip((progress - cfg.warmup) / max(1 - cfg.warmup, 1e-9), 0.0, 1.0)
             down = 0.5 * (1 + jnp.cos(jnp.pi * done))
@@ -100,10 +102,9 @@ def scale_by_progress(schedule: Schedule) -> optax.GradientTransformationExtraAr
     """Multiplies updates by schedule(progress), where `progress` is an argument of `update`."""
 
     def update(updates: Any, state: Any, params: Any = None, *, progress: Array, **_: Any) -> tuple[Any, Any]:
-        factor = schedule(progress)
-        return jax.tree.map(lambda u: u * factor, updates), state
+        return optax.tree.scale(schedule(progress), updates), state
 
-    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def clip_by_norm(most: float) -> optax.GradientTransformation:
@@ -114,7 +115,7 @@ def clip_by_norm(most: float) -> optax.GradientTransformation:
 
     def clip(updates: Any, _: Any) -> Any:
         factor = jnp.minimum(1.0, most / optax.tree.norm(updates))
-        return jax.tree.map(lambda u: u * factor, updates)
+        return optax.tree.scale(factor, updates)
 
     return optax.stateless(clip)
 
@@ -124,8 +125,7 @@ def descend_by_path(cfg: OptimizerConfig) -> optax.GradientTransformation:
     factors = {"embed": cfg.embedding_factor, "head": cfg.head_factor}
 
     def scale(path: str, update: Any) -> Any:
-        rate = -cfg.learning_rate * factors.get(path, 1.0)
-        return jax.tree.map(lambda u: rate * u, update)
+        return optax.tree.scale(-cfg.learning_rate * factors.get(path, 1.0), update)
 
     return optax.stateless(lambda updates, _: map_paths(scale, updates))
 
@@ -138,15 +138,19 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArg
         return not re.fullmatch(UNDECAYED, path)
 
     def label(path: str, leaf: Any) -> str:
-        is_matrix = re.fullmatch(MUON_PATHS, path) and not isinstance(leaf, LoRA)
-        return "muon" if cfg.kind == "muon" and is_matrix else "adamw"
+        if cfg.kind == "muon" and re.fullmatch(MUON_PATHS, path) and not isinstance(leaf, LoRA):
+            return "muon"
+        return "adamw"
 
     decay = optax.add_decayed_weights(cfg.weight_decay, mask=functools.partial(map_paths, is_decayed))
     adamw = optax.chain(optax.scale_by_adam(cfg.beta1, cfg.beta2), decay, descend_by_path(cfg))
     momentum = optax.trace(cfg.momentum, nesterov=True)
     muon = optax.chain(momentum, orthogonalize(), decay, optax.scale(-cfg.matrix_learning_rate))
+    clip = optax.identity()
+    if cfg.clip != math.inf:
+        clip = clip_by_norm(cfg.clip)
     return optax.chain(
-        clip_by_norm(cfg.clip) if cfg.clip != math.inf else optax.identity(),
+        clip,
         optax.partition({"adamw": adamw, "muon": muon}, functools.partial(map_paths, label)),
         scale_by_progress(make_schedule(cfg)),
     )
@@ -177,7 +181,7 @@ def orthogonalize() -> optax.GradientTransformationExtraArgs:
         traced_once = jax.jit(lambda matrix: orthogonal(matrix, dtype), inline=True)  # for the matrices of a shape
         return layout.map_whole_matrices(traced_once, updates), state
 
-    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def orthogonal(matrix: Array, dtype: DTypeLike) -> Array:

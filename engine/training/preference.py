@@ -162,7 +162,8 @@ def preference_objective(name: str = "dpo", beta: float | None = None) -> Object
     one keeps DPO and KTO nearer to the reference, and gives the odds ratio of ORPO more weight.
     """
     loss = LOSSES[name]
-    beta = loss.beta if beta is None else beta
+    if beta is None:
+        beta = loss.beta
 
     def summed(cfg: ModelConfig, params: Params, pairs: Preferences, head_trains: bool = True) -> Array:
         if loss.is_rating:

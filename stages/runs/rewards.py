@@ -18,7 +18,7 @@ from engine.training.reinforce import TASKS, Reward, make_reward
 RULE_SECONDS = 2.0  # of a rule, for a round
 MAX_WEIGHT = 1e6
 PROCESS = Path(__file__).with_name("own_function.py")
-Rows = list[dict[str, Any]]  # a prompt, completion and answer each
+Cases = list[dict[str, Any]]  # a prompt, completion and answer each
 
 
 class Rewards:
@@ -34,7 +34,7 @@ class Rewards:
         self.seconds = seconds
         self.remedy = remedy
         self.names: set[str] = set()  # of rules, "own" for a function
-        self._tasks: list[tuple[float, Callable[[Rows], list[float]]]] = []
+        self._tasks: list[tuple[float, Callable[[Cases], list[float]]]] = []
         for text in tasks:
             ((weight, task),) = re.findall(r"\A(?:(-?\d*\.?\d+)\*)?(.*)\Z", text, re.DOTALL)
             if weight and not 0 < float(weight) <= MAX_WEIGHT:
@@ -71,7 +71,7 @@ class Rewards:
                 sums[row] += weight * value
         return sums
 
-    def _call(self, file: str, function: str, rows: Rows) -> list[float]:
+    def _call(self, file: str, function: str, rows: Cases) -> list[float]:
         """Calls a user's function in a process that ends with it: it can neither stop this one nor
         change anything in it.
 
@@ -98,7 +98,7 @@ class Rewards:
         return reply["values"]
 
 
-def _by_rule(reward: Reward, rows: Rows) -> list[float]:
+def _by_rule(reward: Reward, rows: Cases) -> list[float]:
     """Raises UserError after RULE_SECONDS. To be called in the main thread, to which signals come."""
 
     def ring(number: int, frame: object) -> None:
