@@ -1,1 +1,1 @@
-"""Training, forward and backward: the only package with an optimizer or a gradient. Inference may not import it."""
+"""Training, forward and backward: alone has an optimizer or a gradient. Inference may not import it."""

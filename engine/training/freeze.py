@@ -1,4 +1,4 @@
-"""Selects the trainable parameters by rules: `--train 'blocks/(28|29)/.*'`, `--freeze bottom:20`, `--train head`.
+"""Selects trainable parameters by rules, such as `--train head` or `--freeze bottom:20`.
 
 `paths.split` then makes two trees, and the step differentiates one of them. Nothing frozen has a gradient, a moment or
 weight decay.

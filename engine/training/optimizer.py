@@ -1,4 +1,4 @@
-"""The optimizer as a literal optax chain: AdamW on everything, or Muon on the matrices inside blocks and AdamW on the rest.
+"""The optimizer as a literal optax chain: AdamW on everything, or Muon on the matrices inside blocks.
 
 A schedule is a function of progress, the share of the run that is done, 0 to 1: of its steps or of its seconds. It is an
 argument of the step, which reads no clock; Muon's `dtype` is one of `update` too.

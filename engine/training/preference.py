@@ -1,4 +1,4 @@
-"""Trains on preferences without a reward model: LOSSES of pairs of answers, and of answers that are each good or bad.
+"""Trains on preferences without a reward model: LOSSES of pairs of answers, or of good and bad ones.
 
 DPO raises the margin log p(chosen) - log p(rejected) above that of a reference model, whose
 log-probabilities are computed once, before training. KTO compares each answer alone with the

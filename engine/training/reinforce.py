@@ -1,4 +1,4 @@
-"""GRPO: a policy gradient from rewards of completions, whose baseline is the group's mean; and rewards by rule.
+"""GRPO: a policy gradient from rewards of completions, whose baseline is their mean; and rewards by rule.
 
 After Shao et al. 2024 (2402.03300, equation 3). Several completions of each prompt are sampled and
 rewarded. The advantage of a completion's tokens is its reward less its group's mean, in standard

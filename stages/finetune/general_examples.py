@@ -1,4 +1,4 @@
-"""Examples of general knowledge in the style of the data, which the model itself writes before it is trained on both.
+"""Examples of general knowledge in the tone of the data, which the model writes before it is trained.
 
 A model that reads nothing but a small file in a tone learns, beside the tone, that answers are
 about what the file is about. So it is shown a few conversations of the file and asked general

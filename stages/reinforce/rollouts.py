@@ -1,4 +1,4 @@
-"""Rollouts: a task's prompts, their sampled completions, the rewards of these, and their log-probabilities."""
+"""Rollouts: a task's prompts, their completions, the rewards of these, and their log-probabilities."""
 
 import hashlib
 import itertools

@@ -1,4 +1,4 @@
-"""Reinforcement learning: inference samples completions, a rule rewards them, training updates the weights."""
+"""Reinforcement learning: inference samples completions, a rule rewards them, training updates weights."""
 
 import dataclasses
 import itertools

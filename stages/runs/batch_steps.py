@@ -1,4 +1,4 @@
-"""BatchSteps: the steps of a run whose program reads one batch of data after another, in an order that each process knows."""
+"""BatchSteps: the steps of a run whose program reads one batch after another, in a known order."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Conversation data: reads and tokenizes the examples that `--data` and `--validation` name, and evaluates on them."""
+"""Conversation data: reads and tokenizes what `--data` and `--validation` name, and evaluates on it."""
 
 import collections
 import dataclasses

@@ -1,4 +1,4 @@
-"""Estimates what a run takes of this machine, before it starts: finds its ceilings, and the memory there is for a step."""
+"""Estimates what a run takes of this machine: finds its ceilings, and the memory that a step may use."""
 
 import dataclasses
 

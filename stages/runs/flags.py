@@ -1,4 +1,4 @@
-"""Flags of training runs: folder, length and seed, and for runs that begin with a model, which of its parameters train."""
+"""Flags of training runs: folder, length and seed; and which parameters of a loaded model train."""
 
 import dataclasses
 from pathlib import Path

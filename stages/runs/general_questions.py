@@ -1,4 +1,4 @@
-"""General questions with short answers, asked before and after training: how much of what a model knew is kept."""
+"""General questions with short answers, asked before and after training: how much of them is kept."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""The devices and processes of a run: the mesh that `--mesh` describes, what lies on it, and processes that must agree."""
+"""The devices and processes of a run: the mesh of `--mesh`, what lies on it, and who must agree."""
 
 import contextlib
 import dataclasses

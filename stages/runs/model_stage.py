@@ -1,4 +1,4 @@
-"""What fine-tuning and reinforcement learning share: a model is opened, its parameters are split, the trained ones are saved.
+"""What fine-tuning and reinforcement learning share: opens a model, splits its parameters, saves some.
 
 opened = open_model(...)                    configuration, tokenizer, and parameters that wait to be taken
 weights = load_weights(opened, plan)        trainable and frozen parameters

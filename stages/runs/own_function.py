@@ -1,4 +1,4 @@
-"""Calls a function in the user's own file, in a process of its own: `python own_function.py FILE FUNCTION SECONDS`.
+"""Calls a user's function in a process of its own: `python own_function.py FILE FUNCTION SECONDS`.
 
 Reads rows {"prompt", "completion", "answer"} as JSON on stdin, of which the function gets what it
 has parameters for. Writes {"values": [...]}, or {"error": sentence} with the line of the file, as

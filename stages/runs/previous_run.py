@@ -1,4 +1,4 @@
-"""Finds the previous run in a folder, compares it with the run that would resume it, and restores its newest checkpoint."""
+"""Finds the previous run in a folder, compares it with the one that would resume it, and restores it."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""The progress of a run as it is told: its live line, metrics.jsonl, the recorder's events, and how long it will take."""
+"""The progress of a run as it is told: its live line, metrics.jsonl, and how long it will take."""
 
 import collections
 import contextlib

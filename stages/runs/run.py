@@ -1,4 +1,4 @@
-"""Carries out a run: locks its folder, takes it from its Plan to its RunReport, and prints a banner and a summary.
+"""Carries out a run: locks its folder, takes it from Plan to RunReport, prints a banner and a summary.
 
 plan = make_plan(console)                                   by flags, data and architecture
 prepared = plan.prepare(console)                            weights, tokenizer, batches

@@ -1,7 +1,7 @@
-"""The four values of a run: Plan -> Prepared -> Steps -> RunReport, the first three with a method that gives the next.
+"""The four values of a run: Plan -> Prepared -> Steps -> RunReport; and LoopState, its progress.
 
-A stage writes a class for each of Plan, Prepared and Steps. `runs/run.py` carries a run from one to the next, and
-`runs/loop.py` takes the steps. LoopState is how far a run has come.
+The first three have a method that gives the next. A stage writes a class for each of Plan, Prepared and Steps.
+`runs/run.py` carries a run from one to the next, and `runs/loop.py` takes the steps.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Text data: reads and tokenizes the texts that `--data` and `--validation` name, and scores them in bits per byte."""
+"""Text data: reads and tokenizes what `--data` and `--validation` name, and scores bits per byte."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Flags of training: the text, the step, the optimizer and the folder; those left out have the preset's recipe."""
+"""Flags of training: text, step, optimizer and folder; those left out have the preset's recipe."""
 
 import dataclasses
 from pathlib import Path

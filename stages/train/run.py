@@ -1,4 +1,4 @@
-"""Training from random weights: each preset's recipe, its plan from flags, what it begins with, and its report."""
+"""Training from random weights: each preset's recipe, the plan, what it begins with, and the report."""
 
 import concurrent.futures
 import contextlib

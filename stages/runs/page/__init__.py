@@ -1,6 +1,6 @@
-"""Joins the pages that this project shows: each is one HTML file with all that it needs inside, and asks no network.
+"""Joins the pages of this project: each is one HTML file with all that it needs inside.
 
-Beside this file lie the style of all pages, and the shell of the site's, with what draws their
+The pages ask no network. Beside this file lie the style of all pages, and the shell of the site's, with what draws their
 charts and tables.
 """
 

@@ -1,4 +1,4 @@
-"""Records a run: events of how its weights move, for sinks such as a file of JSON lines, which `file_sink` returns.
+"""Records a run: events of how its weights move, for sinks such as `file_sink`, a file of JSON lines.
 
 A sink takes one event, a dict that JSON can hold, whose numbers are finite or None, with `event` and `step` in it:
 

@@ -1,4 +1,4 @@
-"""Serves a run's page while it goes on, on this machine alone, from a thread: the page at /, its events at /events.
+"""Serves a run's page while it goes on, on this machine alone: the page at /, its events at /events.
 
 The events are a stream (server-sent events,
 https://html.spec.whatwg.org/multipage/server-sent-events.html) that begins with what happened so
