@@ -6,9 +6,9 @@
     python -m stages.evaluate --weights int8                what int8 costs, `q4` or `file`, beside the same without it
     python -m stages.evaluate --mesh fsdp=4                 a model that one device cannot hold
 
-Of a text, every token but the first is scored once, after at least half a window of it. Of conversations, only what the
-assistant says is scored. Of a fine-tuned run, its held-out set, and the general text that measures forgetting, are set
-beside what was measured before fine-tuning.
+Of a text, every token but the first is scored once, after at least half a window of it. Of
+conversations, only what the assistant says is scored. Of a fine-tuned run, its held-out set, and
+the general text that measures forgetting, are set beside what was measured before fine-tuning.
 """
 
 from stages.cli.start import start_command
@@ -171,7 +171,8 @@ def evaluate_text(
     batch: int | None,
     console: Console,
 ) -> Rows:
-    """Scores every token of a text but the first, each after context - stride tokens or more. Raises UserError."""
+    """Scores every token of a text but the first, each after context - stride tokens or more.
+    Raises UserError."""
     from engine.mesh import layout
     from stages.runs import text_data
 
@@ -242,7 +243,8 @@ def evaluate_conversations(
     metrics: "AnswerMetrics",
     console: Console,
 ) -> Rows:
-    """Scores `data`, or the held-out set of the fine-tuning `record` beside its scores from before fine-tuning."""
+    """Scores `data`, or the held-out set of the fine-tuning `record` beside its scores from before
+    fine-tuning."""
     from engine.text.chat_tokenizer import ChatTokenizer
     from engine.text.examples import Pair, RatedPair
 
@@ -305,7 +307,8 @@ def _held_out_conversations(
 
 
 def _refuse_other_split(model: "LoadedModel", record: dict[str, Any], held_out: ConversationSet) -> None:
-    """Raises UserError where the held-out set is not that of the run: the model may have been trained on it."""
+    """Raises UserError where the held-out set is not that of the run: the model may have been
+    trained on it."""
     text = record["text"]
     if text.get("validation_digest") in (None, held_out.digest):
         return

@@ -146,7 +146,8 @@ class TuningPlan:
 
 
 def plan_tuning(flags: FinetuneFlags, options: RunOptions, console: Console) -> TuningPlan:
-    """Plans a fine-tuning, of which only this reads the flags. Raises UserError for flags, data and a model that do not fit."""
+    """Plans a fine-tuning, of which only this reads the flags. Raises UserError for flags, data and
+    a model that do not fit."""
     examples = flags.examples
     tuning = flags.tuning
     answer_metrics = AnswerMetrics(examples.metric)
@@ -221,7 +222,8 @@ def choose_context(flags: FinetuneFlags, cfg: ModelConfig) -> int:
 def plan_for_model(
     flags: FinetuneFlags, options: RunOptions, cfg: ModelConfig, lora: LoraConfig | None, blocks: Any
 ) -> tuple[RunPlan, Rows]:
-    """Plans the run by a model's architecture; returns also what each rule matched. Raises UserError for one that cannot be."""
+    """Plans the run by a model's architecture; returns also what each rule matched. Raises
+    UserError for one that cannot be."""
     tuning = flags.tuning
     trainable = flags.trainable
     is_preference = tuning.objective == "preference"
@@ -321,7 +323,8 @@ def tuning_metadata(flags: FinetuneFlags, opened: OpenedModel, dataset: Conversa
 def choose_length(steps_a_reading: float) -> tuple[int, float | None, int]:
     """Returns the steps, the seconds and the least steps of a run when nobody asks for a length.
 
-    It ends after READINGS readings of its data, or earlier after SECONDS, but makes LEAST_STEPS, if the readings have as many.
+    It ends after READINGS readings of its data, or earlier after SECONDS, but makes LEAST_STEPS, if
+    the readings have as many.
     """
     steps = max(1, round(READINGS * steps_a_reading))
     if steps <= LEAST_STEPS:
@@ -339,7 +342,8 @@ def with_length(planned: TuningPlan) -> TuningPlan:
 
 
 def tuning_rows(planned: TuningPlan, mix: str, trained_numbers: int = 0) -> Rows:
-    """Returns the banner's rows. `mix`: what is said of general questions; `trained_numbers`: see `model_rows`."""
+    """Returns the banner's rows. `mix`: what is said of general questions; `trained_numbers`: see
+    `model_rows`."""
     plan = planned.plan
     recipe = plan.recipe
     dataset = planned.dataset
@@ -378,7 +382,8 @@ def tuning_rows(planned: TuningPlan, mix: str, trained_numbers: int = 0) -> Rows
 
 
 def print_first_example(planned: TuningPlan, console: Console) -> None:
-    """Prints the first example, or both answers of the first pair, marking the tokens that are trained on."""
+    """Prints the first example, or both answers of the first pair, marking the tokens that are
+    trained on."""
     first = planned.dataset.train[0]
     if isinstance(first, RatedPair):
         kind = "good" if first.is_good else "bad"
@@ -417,7 +422,8 @@ class Measured(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreparedTuning(PreparedModel):
-    """What a fine-tuning begins with. `mixed_in`: how many general questions were, None where none was to be."""
+    """What a fine-tuning begins with. `mixed_in`: how many general questions were, None where none
+    was to be."""
 
     tuning: TuningPlan
     mixed_in: int | None = None
@@ -442,7 +448,8 @@ class PreparedTuning(PreparedModel):
         return question[-1]["content"], self.opened.chat.prompt(question).tolist()
 
     def begin_steps(self, state: TrainState, loop_state: LoopState, compiling: Any, console: Console) -> BatchSteps:
-        # Programs that measured are read from the cache when they run again; the step needs their memory.
+        # Programs that measured are read from the cache when they run again; the step needs their
+        # memory.
         _clear_programs()
         batches = self._batches(console)
         with console.task("compiling", always=True):
@@ -533,7 +540,8 @@ class PreparedTuning(PreparedModel):
 
 
 def mix_general_answers(prepared: PreparedTuning, console: Console) -> PreparedTuning:
-    """Returns it with general questions among its examples, which the model answers in the tone of the data."""
+    """Returns it with general questions among its examples, which the model answers in the tone of
+    the data."""
     tuning = prepared.tuning
     chat = prepared.opened.chat
     answers = saved_general_answers(prepared.opened.folder, tuning.overwrites)
@@ -557,7 +565,8 @@ def pack_more(packed: PackedBatches | None, examples: Sequence[Example]) -> Pack
 
 
 def saved_general_answers(folder: Path, overwrites: bool) -> list[tuple[str, str]] | None:
-    """Returns the answers that the run in the folder has mixed in, to go on with the same; None where there is none."""
+    """Returns the answers that the run in the folder has mixed in, to go on with the same; None
+    where there is none."""
     if overwrites or not checkpoint.steps(folder):
         return None
     answers = read_json(folder / "run.json").get("general_answers") or []  # [] of an earlier version's run
@@ -568,7 +577,8 @@ def saved_general_answers(folder: Path, overwrites: bool) -> list[tuple[str, str
 
 
 def tuning_report(prepared: PreparedTuning, finished: Finished, after: Measured, step: int, path: Path) -> RunReport:
-    """Reports scores before and after. `step`: the checkpoint that the run stands for; `path`: where it was saved."""
+    """Reports scores before and after. `step`: the checkpoint that the run stands for; `path`:
+    where it was saved."""
     tuning = prepared.tuning
     plan = prepared.plan
     before: Scores = finished.before.scores

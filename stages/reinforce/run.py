@@ -98,7 +98,8 @@ class RoundConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReinforcePlan:
-    """What a reinforcement learning will do: the opened model, the task with its prompts, and a round."""
+    """What a reinforcement learning will do: the opened model, the task with its prompts, and a
+    round."""
 
     plan: RunPlan
     opened: OpenedModel
@@ -136,7 +137,8 @@ class ReinforcePlan:
 
 
 def plan_reinforcement(flags: ReinforceFlags, options: RunOptions, console: Console) -> ReinforcePlan:
-    """Plans a reinforcement learning, of which only this reads the flags. Raises UserError for what does not fit together."""
+    """Plans a reinforcement learning, of which only this reads the flags. Raises UserError for what
+    does not fit together."""
     rollout = flags.rollout
     update = flags.update
     rewards = Rewards(rollout.task, rollout.reward_timeout, "mend it, or give a longer --reward-timeout")
@@ -202,7 +204,8 @@ def plan_reinforcement(flags: ReinforceFlags, options: RunOptions, console: Cons
 
 
 def choose_max_tokens(rollout: RolloutFlags, cfg: ModelConfig, longest: int) -> int:
-    """Returns the tokens of a completion, at most. Raises UserError where the longest prompt leaves no room for them."""
+    """Returns the tokens of a completion, at most. Raises UserError where the longest prompt leaves
+    no room for them."""
     room = cfg.context - longest
     if room >= (rollout.max_tokens or 1):
         return rollout.max_tokens or min(TOKENS, room)
@@ -214,7 +217,8 @@ def choose_max_tokens(rollout: RolloutFlags, cfg: ModelConfig, longest: int) -> 
 
 
 def round_recipe(config: RoundConfig, learning_rate: float) -> Recipe:
-    # The rate falls in the second half, without which the reward falls again: a round's gradient is mostly noise.
+    # The rate falls in the second half, without which the reward falls again: a round's gradient is
+    # mostly noise.
     optimizer = OptimizerConfig(learning_rate=learning_rate, schedule="wsd", warmup=0, decay=0.5, beta2=0.99, weight_decay=0)
     rows = config.prompts * config.group
     seq = -(-(config.capacity - 1) // MULTIPLE) * MULTIPLE
@@ -255,7 +259,8 @@ def reinforce_rows(planned: ReinforcePlan, trained_numbers: int = 0) -> Rows:
 
 
 def round_flops(plan: RunPlan, config: RoundConfig) -> tuple[int, int]:
-    """Returns the most FLOPs of inference and of training in a round: those of the longest completions."""
+    """Returns the most FLOPs of inference and of training in a round: those of the longest
+    completions."""
     cfg = plan.cfg
     new = config.max_tokens
     prefill = prefill_flops(cfg, config.longest, attention="causal").total
@@ -300,7 +305,8 @@ class PreparedReinforcement(PreparedModel):
         return Rounds(self, program, state.trainable)
 
     def measure(self, trainable: Any, console: Console) -> Sampled:
-        """Samples at least EVALUATED completions of held-out prompts, in whole rounds, always with the same seeds."""
+        """Samples at least EVALUATED completions of held-out prompts, in whole rounds, always with
+        the same seeds."""
         plan = self.plan
         rows = plan.recipe.batch
         parts = -(-EVALUATED // rows)
@@ -312,7 +318,8 @@ class PreparedReinforcement(PreparedModel):
         return Sampled(rollout, bits)
 
     def sample(self, params: Params, prompts: Sequence[Prompt], seed: int, report: ReportProgress = lambda *_: None) -> Rollout:
-        """Samples and rewards a completion of each prompt, a round's at once, with seeds seed, seed + 1, ...
+        """Samples and rewards a completion of each prompt, a round's at once, with seeds seed, seed
+        + 1, ...
 
         Raises UserError as `complete` and Rewards.
         """
@@ -342,8 +349,9 @@ class PreparedReinforcement(PreparedModel):
         return Rollout(batch, texts, sizes, rewards, seconds)
 
     def logprobs(self, trainable: Any, rollout: Rollout) -> np.ndarray:
-        """Returns the log-probabilities (B, T) of completions. With the untrained adapter, which changes nothing to the bit,
-        they are those of the model before training, by the program of a trained one."""
+        """Returns the log-probabilities (B, T) of completions. With the untrained adapter, which
+        changes nothing to the bit, they are those of the model before training, by the program of a
+        trained one."""
         rows = self.plan.recipe.batch // self.plan.recipe.accumulate
         return score_batch(self.plan.cfg, merge(trainable, self.frozen), rollout.batch, rows)
 
@@ -379,11 +387,11 @@ class Updated(NamedTuple):
 
 
 class Rounds:
-    """The steps of a reinforcement learning. A round samples completions of a few prompts, has the model before training
-    score them, and takes optimizer steps on them.
+    """The steps of a reinforcement learning. A round samples completions of a few prompts, has the
+    model before training score them, and takes optimizer steps on them.
 
-    `LoopState.stage` holds the sums of TOTALS, and in `alike` the mean rewards of the newest rounds in a row in which no
-    prompt's completions differed in reward.
+    `LoopState.stage` holds the sums of TOTALS, and in `alike` the mean rewards of the newest rounds
+    in a row in which no prompt's completions differed in reward.
     """
 
     evaluator: Evaluator | None = None
@@ -504,7 +512,8 @@ def own_state(loop_state: LoopState) -> dict[str, Any]:
 
 
 def first_seed(seed: int, round_number: int, rows: int) -> int:
-    """Returns the seed of a round's first row of `rows`; no two rows of a run share one. Below 0: held-out prompts."""
+    """Returns the seed of a round's first row of `rows`; no two rows of a run share one. Below 0:
+    held-out prompts."""
     return (seed * 1_000_003 + (round_number + 1) * rows) % 2**32
 
 
@@ -552,7 +561,8 @@ def _with_rewards(rollout: Rollout) -> list[tuple[str, str]]:
 
 
 def _nothing_to_learn(rewards: list[float]) -> str:
-    """Returns the sentence for a run that ended in rounds of these mean rewards, the same for all answers to a prompt."""
+    """Returns the sentence for a run that ended in rounds of these mean rewards, the same for all
+    answers to a prompt."""
     reward = sum(rewards) / len(rewards)
     advice = "Give prompts that fit the task with --data, a task that rewards in part, such as length:12, or a larger --group"
     if reward > 0.9:

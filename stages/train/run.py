@@ -42,8 +42,8 @@ from stages.train.flags import TrainFlags
 
 SECONDS = 180.0  # of a run when nobody asks for a length
 SAMPLE = 160  # tokens
-# Of the ceiling, for the products of a step. Both are measured with the default run, that of AMX before attention was in C:
-# no product of a step comes near what a square one reaches there.
+# Of the ceiling, for the products of a step. Both are measured with the default run, that of AMX
+# before attention was in C: no product of a step comes near what a square one reaches there.
 EXPECTED_MFU = 0.63
 AMX_MFU = 0.27
 UPDATE_BYTES = 28  # moved a parameter by the optimizer
@@ -60,7 +60,8 @@ _MUON = OptimizerConfig(
     weight_decay=0.1,
     clip=1.0,
 )
-# Measured on the demo alone: `python -m bench.step --of recipes`. Where the embedding is the head too, neither factor is meant.
+# Measured on the demo alone: `python -m bench.step --of recipes`. Where the embedding is the head
+# too, neither factor is meant.
 _DEMO = dataclasses.replace(_MUON, embedding_factor=10.0, head_factor=0.5)
 
 RECIPES = {
@@ -93,9 +94,9 @@ def run(flags: TrainFlags, device: Device) -> int:
 def chosen_recipe(flags: TrainFlags, backend: str, mesh: MeshShape, resumed_batch: int | None = None) -> Recipe:
     """Returns the preset's recipe, overridden by flags.
 
-    The batch is `resumed_batch`, which may have begun on another mesh, else the preset's, grown to a multiple of the devices
-    that share its rows. Off a CPU layers are always a scan, which compiles one layer; on a CPU a small model is a fifth faster
-    without.
+    The batch is `resumed_batch`, which may have begun on another mesh, else the preset's, grown to
+    a multiple of the devices that share its rows. Off a CPU layers are always a scan, which
+    compiles one layer; on a CPU a small model is a fifth faster without.
     """
     base = recipe(flags.preset, preset(flags.preset).vocab)
     step = flags.step
@@ -152,7 +153,8 @@ class TrainingPlan:
         """Prints nothing: a text is as it is."""
 
     def prepare(self, console: Console) -> "PreparedTraining":
-        """Raises UserError when weights, gradients and optimizer state alone do not fit; weights begin random."""
+        """Raises UserError when weights, gradients and optimizer state alone do not fit; weights
+        begin random."""
         plan = self.plan
         bytes_each = 16 if plan.recipe.optimizer.kind == "adamw" else 12
         least = count_params(plan.cfg).total * bytes_each // (plan.mesh.fsdp * plan.mesh.tensor)
@@ -174,7 +176,8 @@ class TrainingPlan:
 
 
 def plan_training(flags: TrainFlags, options: RunOptions, console: Console) -> TrainingPlan:
-    """Plans a training, of which only this reads the flags. Raises UserError for flags that do not fit the text or the mesh."""
+    """Plans a training, of which only this reads the flags. Raises UserError for flags that do not
+    fit the text or the mesh."""
     text = flags.text
     length = flags.length
     mesh = options.mesh or ONE_DEVICE
@@ -276,7 +279,8 @@ def expected_mfu(dtype: str) -> float:
 
 
 def predict_step_seconds(plan: RunPlan, best: Ceilings) -> float:
-    """Predicts the seconds of a step's products (remat's and Muon's too), the optimizer's traffic, and the dispatch."""
+    """Predicts the seconds of a step's products (remat's and Muon's too), the optimizer's traffic,
+    and the dispatch."""
     cfg = plan.cfg
     flops = plan.step_flops
     if plan.recipe.optimizer.kind == "muon":
@@ -314,7 +318,8 @@ class PreparedTraining(Prepared):
         return text, self.tokenizer.encode(text).tolist()
 
     def begin_compiling(self, beside_reading: bool) -> Compiling:
-        """Compiles in a thread: from shapes, for hashing and reading a checkpoint leave Python to it.
+        """Compiles in a thread: from shapes, for hashing and reading a checkpoint leave Python to
+        it.
 
         Making a state does not: it waits until the step is traced, and is itself traced beside XLA.
         """
@@ -387,7 +392,8 @@ class PreparedTraining(Prepared):
 
 
 def training_report(training: TrainingPlan, loop_state: LoopState, nats: float, text: str | None) -> RunReport:
-    """Reports the score of the whole validation text, in summed nats, and a sampled text, if there is one."""
+    """Reports the score of the whole validation text, in summed nats, and a sampled text, if there
+    is one."""
     plan = training.plan
     data = training.data
     step = loop_state.step

@@ -1,6 +1,7 @@
 """Records a run: events of how its weights move, for sinks such as `file_sink`, a file of JSON lines.
 
-A sink takes one event, a dict that JSON can hold, whose numbers are finite or None, with `event` and `step` in it:
+A sink takes one event, a dict that JSON can hold, whose numbers are finite or None, with `event`
+and `step` in it:
 
     begin       the run, its `life` (train, frozen, lora, all) and its tensors: `path`, `shape`, `layer`, `trainable`, and the
                 `rows` and `columns` of its mosaic
@@ -11,9 +12,9 @@ A sink takes one event, a dict that JSON can hold, whose numbers are finite or N
     measure     the last step is over, and the result is measured: no frame follows
     end         the run's `result`, and the last frame's `digest`. A run that was stopped has none
 
-A run that is watched makes frames between these too, for all sinks. A frame's `mosaic` has for each tensor, in base64, an
-int8 a patch of weights, row by row: their mean over the tensor's number in `limits`, times 127. A run that is resumed goes on
-in the file.
+A run that is watched makes frames between these too, for all sinks. A frame's `mosaic` has for each
+tensor, in base64, an int8 a patch of weights, row by row: their mean over the tensor's number in
+`limits`, times 127. A run that is resumed goes on in the file.
 """
 
 import base64
@@ -57,7 +58,8 @@ Sink = Callable[[dict[str, Any]], object]
 
 
 def file_sink(path: Path) -> Sink:
-    """Returns a sink that writes a line for each event. The first one's step says which lines of an older recording stay."""
+    """Returns a sink that writes a line for each event. The first one's step says which lines of an
+    older recording stay."""
     lines: list[JsonLines] = []
 
     def write(event: dict[str, Any]) -> None:
@@ -72,8 +74,9 @@ def file_sink(path: Path) -> Sink:
 def refuse_other_file(path: Path, step: int, **run: str) -> None:
     """Raises UserError unless a run that begins after `step` may record here.
 
-    It may where nothing is; at step 0 over any recording, later over its own, known by the fields `run` of `begin`. Another
-    file may be the text that is trained on, or a link such as /dev/stdout.
+    It may where nothing is; at step 0 over any recording, later over its own, known by the fields
+    `run` of `begin`. Another file may be the text that is trained on, or a link such as
+    /dev/stdout.
     """
     other = "Give another file with --record."
     if path.is_symlink():
@@ -126,9 +129,10 @@ def open_recorder(record: Path | None, tensorboard: Path | None, watch: int | No
 class Recorder:
     """Gives the events of a run to `sinks`; without any it does nothing.
 
-    While the run `is_watched`, frames are made as often as WATCHING allows too; where it is not `recorded`, then alone. It
-    changes no weight, and never ends the run: of what goes wrong `say` gets a sentence, and the sink, or the recording, ends.
-    Takes three times the memory of the trainable weights and once that of the frozen ones.
+    While the run `is_watched`, frames are made as often as WATCHING allows too; where it is not
+    `recorded`, then alone. It changes no weight, and never ends the run: of what goes wrong `say`
+    gets a sentence, and the sink, or the recording, ends. Takes three times the memory of the
+    trainable weights and once that of the frozen ones.
     """
 
     def __init__(
@@ -152,7 +156,8 @@ class Recorder:
         self.before: Any = None  # the trainable weights before a step whose frame is due
 
     def begin(self, run: Prepared, trainable: Any, step: int, **header: Any) -> None:
-        """Begins with the weights before the first step. `header`: fields of the event that `run` does not tell."""
+        """Begins with the weights before the first step. `header`: fields of the event that `run`
+        does not tell."""
         with self._going_on():
             self.run = run
             self.frozen = run.frozen
@@ -203,7 +208,8 @@ class Recorder:
                 sink(replace_nonfinite({"event": kind, **fields}, lambda _: None))
 
     def before_step(self, trainable: Any, step: int, progress: float) -> bool:
-        """Keeps the weights if the frame of the next step, the `step`-th, is due; returns whether it is."""
+        """Keeps the weights if the frame of the next step, the `step`-th, is due; returns whether
+        it is."""
         part = int(progress * PARTS)
         is_asked_for = self.is_watched() and time.monotonic() >= self.rests_until
         if self.sinks and (is_asked_for or (self.recorded and (step <= FIRST or part > self.part))):
@@ -266,7 +272,8 @@ class Recorder:
 
 
 def _arrays(tree: Any, copy: bool = True) -> dict[str, np.ndarray]:
-    """Returns the arrays of a tree by path, on the host; without `copy` perhaps the very memory of the tree's."""
+    """Returns the arrays of a tree by path, on the host; without `copy` perhaps the very memory of
+    the tree's."""
     arrays = {}
     for path, leaf in array_paths(tree).items():
         arrays[path] = np.asarray(jnp.copy(leaf) if copy else leaf)
@@ -278,7 +285,8 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _in_order(cfg: ModelConfig, paths: Iterable[str], trained: Collection[str]) -> list[str]:
-    """Returns paths of arrays in the order in which a token passes them; those of a leaf, as a LoRA's `a`, have its place."""
+    """Returns paths of arrays in the order in which a token passes them; those of a leaf, as a
+    LoRA's `a`, have its place."""
     places = {path: place for place, path in enumerate(leaf_shapes(cfg))}
 
     def rank(path: str) -> tuple[int, bool, str]:
@@ -324,7 +332,8 @@ def _describe(path: str, shape: tuple[int, ...], patch: int) -> dict[str, Any]:
 
 
 def _patch(shapes: Sequence[tuple[int, ...]]) -> int:
-    """Returns the side of the smallest patch with which all mosaics, and their numbers, have PIXELS at most."""
+    """Returns the side of the smallest patch with which all mosaics, and their numbers, have PIXELS
+    at most."""
     largest = max(math.prod(shape) for shape in shapes)
     most = PIXELS - PIXELS_OF_TENSOR * len(shapes)
     for side in range(1, largest):
@@ -334,7 +343,8 @@ def _patch(shapes: Sequence[tuple[int, ...]]) -> int:
 
 
 def _pixels(array: np.ndarray, patch: int) -> tuple[str, float]:
-    """Returns a tensor's mosaic, int8 in base64 with 127 for `limit`, and `limit`, which ROBUST of its pixels are within."""
+    """Returns a tensor's mosaic, int8 in base64 with 127 for `limit`, and `limit`, which ROBUST of
+    its pixels are within."""
     matrix = np.nan_to_num(array.reshape(math.prod(array.shape[:-1]), -1).astype(np.float32), posinf=0, neginf=0)
     rows = np.arange(0, matrix.shape[0], patch)
     columns = np.arange(0, matrix.shape[1], patch)
@@ -349,7 +359,8 @@ def _pixels(array: np.ndarray, patch: int) -> tuple[str, float]:
 
 @contextlib.contextmanager
 def tensorboard_sink(folder: Path) -> Iterator[Sink]:
-    """Yields a sink that writes into the folder. The first event's step says which steps of older files stay."""
+    """Yields a sink that writes into the folder. The first event's step says which steps of older
+    files stay."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
