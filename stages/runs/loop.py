@@ -34,9 +34,9 @@ class LoopEnd(NamedTuple):
     """How a loop ended. Its last state is saved."""
 
     state: TrainState
-    stop_code: int  # 128 + the signal that ended it, or 0
-    warm_rate: float | None  # steps a second after the first, if there were any
-    busy_note: str  # how busy others kept this machine, if they did
+    stop_code: int = 0  # 128 + the signal that ended it, or 0
+    warm_rate: float | None = None  # steps a second after the first, if there were any
+    busy_note: str = ""  # how busy others kept this machine, if they did
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def run_steps(
         while not loop.is_done() and not stop.is_set():
             checkpoints.saver.poll()
             if not result.is_refused_whole():
-                resumable = dataclasses.replace(loop_state)  # no refused step before it is without another that follows
+                resumable = dataclasses.replace(loop_state)  # that before the steps which are refused in a row now
             progress = plan.progress(loop_state.step + 1, loop_state.seconds + log.timer.mean())
             is_recorded = recorder is not None and recorder.before_step(state.trainable, loop_state.step + 1, progress)
             if is_recorded:

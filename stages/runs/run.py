@@ -27,11 +27,12 @@ from engine.model.attention import attention_path
 from engine.model.native.library import native_problem
 from engine.text.batch import ORDER_VERSION
 from engine.text.tokenizer import save_tokenizer
+from engine.training.step import TrainState
 from stages.cli import signals
 from stages.cli.command import command_line, resume_command
 from stages.cli.console import Console
 from stages.runs.folder import RUN_FILES, clear_run, holds_run, lock_run, replace_nonfinite, updating
-from stages.runs.loop import run_steps
+from stages.runs.loop import LoopEnd, run_steps
 from stages.runs.options import RunOptions
 from stages.runs.plan import RunPlan
 from stages.runs.stage import Finished, LoopState, Plan, Prepared, RunReport
@@ -89,8 +90,6 @@ def refuse_options(options: RunOptions) -> None:
 def carry_out(options: RunOptions, prepared: Prepared, console: Console, recorder: "Recorder | None") -> int:
     """Begins or resumes a run, takes its steps, and reports. Returns the exit code."""
     plan = prepared.plan
-    folder = options.folder
-    resume = resume_command(options.stage)
     metadata = run_metadata(options, plan, prepared.metadata)
     previous = find_previous(options, plan, metadata)
     print_plan(options, prepared, console)
@@ -98,69 +97,108 @@ def carry_out(options: RunOptions, prepared: Prepared, console: Console, recorde
         print_finished(options, plan, previous, console)
         return 0
     refuse_to_begin(options, plan, previous)
-
-    # Begin, or go on.
     compiling = prepared.begin_compiling(beside_reading=previous is not None)
-    if previous:
-        from stages.runs.previous_run import resume as resume_run
+    state, loop_state = begin_or_resume(options, prepared, previous, metadata, console)
+    before = prepared.measure(prepared.trainable, console)
+    end = LoopEnd(state)
+    if not options.is_over(plan, loop_state):
+        end = train(options, prepared, state, loop_state, compiling, console, recorder)
+    if end.stop_code:
+        checkpoint = options.folder / "checkpoints" / str(loop_state.step)
+        console.print(
+            f"Stopped at {plan.step_name} {loop_state.step:,}, {duration(loop_state.seconds)} into training; saved in "
+            f"{checkpoint}.\nTo go on: {resume_command(options.stage)}"
+        )
+        return end.stop_code
+    finished = Finished(end.state, loop_state, end.warm_rate, before)
+    report(options, prepared, finished, metadata, end.busy_note, console, recorder)
+    return 0
 
-        state, loop_state = resume_run(previous, prepared, metadata, console)
+
+def begin_or_resume(
+    options: RunOptions,
+    prepared: Prepared,
+    previous: "PreviousRun | None",
+    metadata: dict[str, Any],
+    console: Console,
+) -> tuple[TrainState, LoopState]:
+    """Returns the states of a new run, or of the newest checkpoint of the previous one, and writes the run's own files."""
+    if previous:
+        from stages.runs.previous_run import resume
+
+        state, loop_state = resume(previous, prepared, metadata, console)
     else:
         with console.task("initialising"):
             state = init_sharded(prepared.initial_state, prepared.trainable)
         loop_state = LoopState()
         if processes.is_first():
-            clear_run(folder)
+            clear_run(options.folder)
     if processes.is_first():
+        folder = options.folder
         with updating(folder):
-            write_json(folder / "run.json", metadata)  # first: a folder with files and without it is taken for someone else's
+            # First: a folder with files and without it is taken for someone else's.
+            write_json(folder / "run.json", metadata)
             save_tokenizer(folder / "tokenizer", prepared.tokenizer, prepared.stop_token_ids, prepared.sampling)
-            write_json(folder / "config.json", plan.cfg.to_json())
-    before = prepared.measure(prepared.trainable, console)
+            write_json(folder / "config.json", prepared.plan.cfg.to_json())
+    return state, loop_state
 
-    # Train.
-    warm_rate = None
-    busy_note = ""
-    if not options.is_over(plan, loop_state):
-        saved = "nothing was trained yet"
-        if loop_state.step:
-            saved = f"the run is saved up to {plan.step_name} {loop_state.step:,}"
-        signals.set_phase(f"while compiling; {saved}. To go on: {resume}")
-        steps = prepared.begin_steps(state, loop_state, compiling, console)
-        if recorder and options.shows_weights:
-            recorder.begin(prepared, state.trainable, loop_state.step, stage=options.stage, command=resume, folder=str(folder))
-        end = run_steps(options, prepared, steps, state, loop_state, console, recorder)
-        console.close_live()
-        if end.stop_code:
-            console.print(
-                f"Stopped at {plan.step_name} {loop_state.step:,}, {duration(loop_state.seconds)} into training; saved in "
-                f"{folder / 'checkpoints' / str(loop_state.step)}.\nTo go on: {resume}"
-            )
-            return end.stop_code
-        state = end.state
-        warm_rate = end.warm_rate
-        busy_note = end.busy_note
 
-    # Measure, and say what came of it.
+def train(
+    options: RunOptions,
+    prepared: Prepared,
+    state: TrainState,
+    loop_state: LoopState,
+    compiling: Any,
+    console: Console,
+    recorder: "Recorder | None",
+) -> LoopEnd:
+    """Compiles the step, and takes steps until the plan is done or a signal comes."""
+    plan = prepared.plan
+    resume = resume_command(options.stage)
+    saved = "nothing was trained yet"
+    if loop_state.step:
+        saved = f"the run is saved up to {plan.step_name} {loop_state.step:,}"
+    signals.set_phase(f"while compiling; {saved}. To go on: {resume}")
+    steps = prepared.begin_steps(state, loop_state, compiling, console)
+    if recorder and options.shows_weights:
+        folder = str(options.folder)
+        recorder.begin(prepared, state.trainable, loop_state.step, stage=options.stage, command=resume, folder=folder)
+    end = run_steps(options, prepared, steps, state, loop_state, console, recorder)
+    console.close_live()
+    return end
+
+
+def report(
+    options: RunOptions,
+    prepared: Prepared,
+    finished: Finished,
+    metadata: dict[str, Any],
+    busy_note: str,
+    console: Console,
+    recorder: "Recorder | None",
+) -> None:
+    """Measures at the end, writes the result into run.json, and prints the summary."""
+    folder = options.folder
+    step_name = prepared.plan.step_name
+    loop_state = finished.loop_state
     signals.set_phase(f"before the last measurement; the trained model is in {folder}, and the same command measures it.")
     if recorder:
         recorder.event("measure", step=loop_state.step, seconds=loop_state.seconds)
-    report = prepared.report(Finished(state, loop_state, warm_rate, before), console)
+    told = prepared.report(finished, console)
     peak = peak_rss_bytes()
-    result = report.result | {
-        f"{plan.step_name}s": loop_state.step,
+    result = told.result | {
+        f"{step_name}s": loop_state.step,
         "refused_steps": loop_state.refused,
         "peak_rss_bytes": peak,
         "best_step": loop_state.best_step,
-        "summary": " ".join(report.rows[0]),
+        "summary": " ".join(told.rows[0]),
     }
     if processes.is_first():
         with updating(folder):
             write_json(folder / "run.json", metadata | {"result": result})
     if recorder:
         recorder.end(loop_state.step, loop_state.seconds, result)
-    print_summary(report, plan.step_name, loop_state, peak, folder, metadata["text"]["data"], console, busy_note)
-    return 0
+    print_summary(told, step_name, loop_state, peak, folder, metadata["text"]["data"], console, busy_note)
 
 
 def run_metadata(options: RunOptions, plan: RunPlan, stage_metadata: dict[str, Any]) -> dict[str, Any]:
