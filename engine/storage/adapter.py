@@ -3,15 +3,16 @@
     FOLDER/adapter_config.json         rank, alpha, adapted modules and the name of the base, as PEFT reads them
            adapter_model.safetensors   lora_A (R, in) and lora_B (out, R) of every adapted matrix, float32; its metadata:
                                        thrice.base, digest of the base's params
-           manifest.json               SHA-256 of both files, which other libraries do not look at
+           manifest.json               SHA-256 of every file, which other libraries do not look at
 
-PEFT's own adapters have neither metadata nor manifest; they are read too, and only shapes tell whether they fit. So are rsLoRA,
-ranks and alphas by module, DoRA, and modules that were trained whole.
+A checkpoint of a LoRA run is such a folder, with the optimizer's state beside it (`checkpoint.py`). PEFT's own adapters have
+neither metadata nor manifest; they are read too, and only shapes tell whether they fit. So are rsLoRA, ranks and alphas by
+module, DoRA, and modules that were trained whole.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,9 @@ from engine.storage.digest import digest
 from engine.storage.tensor_layout import HUGGING_FACE_NAMES, layout_of
 from engine.untrusted import Fields, quote, read_json_object
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PART = "adapter_model"
+WEIGHTS = f"{PART}.safetensors"
 BASE = "thrice.base"
 # Fields of PEFT that change what an adapter computes or where it is applied, and are not read here -> the values that do not.
 # Other ways to begin an adapter, such as PiSSA and OLoRA, take its first product out of the base's weights.
@@ -76,6 +79,68 @@ class Replacement(NamedTuple):
         return self.weight.astype(to_dense(base).dtype)
 
 
+class SavedAdapter(NamedTuple):
+    """What the files of an adapter say beside its tensors.
+
+    `base`: digest of the base's params as loaded. `ranks` and `alphas`: of modules whose own differ from `rank` and `alpha`.
+    `layers`: those that are adapted, None for all.
+    """
+
+    rank: int
+    alpha: float
+    modules: tuple[str, ...]
+    base: str
+    base_name: str
+    ranks: Mapping[str, int] = {}
+    alphas: Mapping[str, float] = {}
+    layers: list[int] | None = None
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {BASE: self.base}
+
+    def config(self) -> dict[str, Any]:
+        """Returns the contents of adapter_config.json."""
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.base_name,
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": 0.0,
+            "target_modules": sorted(self.modules),
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "modules_to_save": None,
+            "rank_pattern": self.ranks,
+            "alpha_pattern": self.alphas,
+            "layers_to_transform": self.layers,
+        }
+
+
+def saved_run_adapter(lora: LoraConfig, *, base: str, base_name: str) -> SavedAdapter:
+    """Returns what the checkpoints of a LoRA run say of their adapter."""
+    modules = (_module(f"blocks/0/{name}").rpartition(".")[2] for name in lora.adapted_matrices)
+    return SavedAdapter(lora.rank, lora.alpha, tuple(modules), base, base_name)
+
+
+def adapter_tensors(leaves: dict[str, LoRA]) -> dict[str, np.ndarray]:
+    """Returns the tensors of adapter_model.safetensors by name: float32 views of each leaf's pair, transposed."""
+    tensors = {}
+    for path, leaf in leaves.items():
+        prefix = f"{MODEL}{_module(path)}"
+        tensors[f"{prefix}.lora_A.weight"] = np.asarray(leaf.a, np.float32).T
+        tensors[f"{prefix}.lora_B.weight"] = np.asarray(leaf.b, np.float32).T
+    return tensors
+
+
+def _module(path: str) -> str:
+    """Returns PEFT's name of an adapted matrix: model.layers.0.self_attn.q_proj of blocks/0/q."""
+    _, layer, name = path.split("/")
+    return HUGGING_FACE_NAMES[name].format(layer).removesuffix(".weight")
+
+
 def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base: str, base_name: str) -> Path:
     """Writes the LoRA leaves of params (with or without their base) in place of `folder`, atomically; returns it.
 
@@ -83,47 +148,43 @@ def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base
     """
     leaves = adapter_leaves(params)
     (rank, scale), _ = Counter((leaf.rank, leaf.scale) for leaf in leaves.values()).most_common(1)[0]
-    arrays: dict[str, np.ndarray] = {}
-    modules, layers, ranks, alphas = set(), set(), {}, {}
+    modules, layers = set(), set()
+    ranks, alphas = {}, {}
     for path, leaf in leaves.items():
-        _, layer, name = path.split("/")
-        module = HUGGING_FACE_NAMES[name].format(layer).removesuffix(".weight")
-        layers.add(int(layer))
+        module = _module(path)
+        layers.add(int(path.split("/")[1]))
         modules.add(module.rpartition(".")[2])
         if (leaf.rank, leaf.scale) != (rank, scale):
-            ranks[module], alphas[module] = leaf.rank, leaf.scale * leaf.rank
-        for side, half in (("A", leaf.a), ("B", leaf.b)):
-            arrays[f"{MODEL}{module}.lora_{side}.weight"] = np.asarray(half, np.float32).T
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "r": rank,
-        "lora_alpha": scale * rank,
-        "lora_dropout": 0.0,
-        "target_modules": sorted(modules),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "modules_to_save": None,
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
-        "layers_to_transform": None if layers == set(range(cfg.layers)) else sorted(layers),
-    }
+            ranks[module] = leaf.rank
+            alphas[module] = leaf.scale * leaf.rank
+    saved = SavedAdapter(
+        rank,
+        scale * rank,
+        tuple(modules),
+        base,
+        base_name,
+        ranks,
+        alphas,
+        layers=None if layers == set(range(cfg.layers)) else sorted(layers),
+    )
+    tensors = adapter_tensors(leaves)
     with atomic_folder(folder) as building:
-        write_json(building / CONFIG, config)
-        safetensors_writer.write_file(building / WEIGHTS, arrays, arrays.values(), {BASE: base})
+        write_json(building / CONFIG, saved.config())
+        safetensors_writer.write_file(building / WEIGHTS, tensors, tensors.values(), saved.metadata)
         manifest.write_manifest(building)
     return folder
 
 
 def config_of(cfg: ModelConfig, leaves: dict[str, Any]) -> LoraConfig | None:
     """Returns the config that describes an adapter's leaves; None unless all have one rank and one scale, in every layer."""
-    kinds = {(leaf.rank, leaf.scale) if isinstance(leaf, LoRA) else None for leaf in leaves.values()}
-    names = [name for name in cfg.matrices if any(path.endswith(f"/{name}") for path in leaves)]
-    if len(kinds) != 1 or (kind := kinds.pop()) is None or len(leaves) != cfg.layers * len(names):
+    if not all(isinstance(leaf, LoRA) for leaf in leaves.values()):
         return None
-    return LoraConfig(kind[0], kind[0] * kind[1], tuple(names))
+    kinds = {(leaf.rank, leaf.scale) for leaf in leaves.values()}
+    names = [name for name in cfg.matrices if any(path.endswith(f"/{name}") for path in leaves)]
+    if len(kinds) != 1 or len(leaves) != cfg.layers * len(names):
+        return None
+    rank, scale = kinds.pop()
+    return LoraConfig(rank, rank * scale, ("all",) if len(names) == len(cfg.matrices) else tuple(names))
 
 
 def adapter_leaves(params: dict[str, Any]) -> dict[str, LoRA]:
@@ -137,7 +198,19 @@ def adapter_leaves(params: dict[str, Any]) -> dict[str, LoRA]:
 
 
 def load_adapter(folder: Path, cfg: ModelConfig, digest_base: Callable[[], str] | None = None) -> dict[str, Any]:
-    """Loads a tree of LoRA, DoRA and Replacement leaves, without their base.
+    """Checks an adapter's files by their manifest, if there is one, and reads them by `read_leaves`. Raises UserError."""
+    if (folder / manifest.NAME).exists():
+        damaged = manifest.verify(folder, extra=False)
+        if damaged:
+            raise UserError(
+                f"The adapter {folder} is damaged: {'; '.join(damaged)}. Restore it, or train it again; after a change of "
+                f"your own, remove {manifest.NAME}."
+            )
+    return read_leaves(folder, cfg, digest_base)
+
+
+def read_leaves(folder: Path, cfg: ModelConfig, digest_base: Callable[[], str] | None = None) -> dict[str, Any]:
+    """Reads a tree of LoRA, DoRA and Replacement leaves, without their base.
 
     `digest_base` returns the digest of the model that the adapter is to go on. It may take seconds, and is called only where
     the adapter names the digest of the model that it was trained on.
@@ -146,12 +219,8 @@ def load_adapter(folder: Path, cfg: ModelConfig, digest_base: Callable[[], str] 
     """
     if not is_adapter(folder):
         raise UserError(f"There is no adapter at {folder}: it has no {CONFIG} and {WEIGHTS}.")
-    if (folder / manifest.NAME).exists() and (damaged := manifest.verify(folder, extra=False)):
-        raise UserError(
-            f"The adapter {folder} is damaged: {'; '.join(damaged)}. Restore it, or train it again; after a change of your "
-            f"own, remove {manifest.NAME}."
-        )
-    fields, path = Fields(read_json_object(folder / CONFIG), folder / CONFIG), folder / WEIGHTS
+    path = folder / WEIGHTS
+    fields = Fields(read_json_object(folder / CONFIG), folder / CONFIG)
     fields.check(ONLY)
     tensors, metadata = safetensors.read_header(path)
     trained_on = metadata.get(BASE)
@@ -286,12 +355,6 @@ def check_base(folder: Path, digest_base: Callable[[], str], trained_on: str, ba
             f"The adapter {folder} was trained on another model: its base has the digest {quote(trained_on[:16])}, this one "
             f"{own[:16]!r}. It was trained on {ascii(base_name)[:300]}."
         )
-
-
-def build_adapter(lora: LoraConfig, arrays: Any) -> dict[str, Any]:
-    """Returns a tree of LoRA leaves, without their base, from a checkpoint's arrays {"a": ..., "b": ...} of each."""
-    adapter = lambda pair: LoRA(None, pair["a"], pair["b"], lora.alpha / lora.rank)
-    return jax.tree.map(adapter, arrays, is_leaf=lambda node: "a" in node)
 
 
 def without_adapters(params: dict[str, Any]) -> dict[str, Any]:

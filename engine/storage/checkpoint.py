@@ -1,12 +1,13 @@
 """Saves checkpoints beside training, from which `checkpoint_reader.py` resumes a run bit for bit.
 
     FOLDER/checkpoints/STEP/params.safetensors      the weights by path, such as `blocks/0/q`; inference reads this alone
+                            adapter_*               of a LoRA run, in its place: the adapter in PEFT's layout (`adapter.py`)
                             optimizer.safetensors   the optimizer's state, by path
                             state.json              step, PRNG settings, and the caller's state
                             manifest.json           SHA-256 of every file above
 
 Each of several processes writes its own parts of the arrays: process 1 in params.1.safetensors, where `blocks/0/q[0:64,0:96]`
-is rows 0 to 63 and columns 0 to 95.
+is rows 0 to 63 and columns 0 to 95. An adapter is small, and process 0 writes it whole.
 
 A checkpoint is built in a hidden folder, read back from the disk and compared with memory, and appears by one rename: a kill at
 any instant leaves the older ones and no partial one.
@@ -36,8 +37,9 @@ from engine.counting.hardware import free_host_bytes
 from engine.errors import UserError
 from engine.files import UNFINISHED, atomic_folder, folder_lock, make_folder
 from engine.mesh import processes
-from engine.model.paths import array_paths
-from engine.storage import safetensors_writer
+from engine.model.paths import array_paths, leaf_paths
+from engine.storage import adapter, safetensors_writer
+from engine.storage.adapter import SavedAdapter
 
 SAVE_TOPIC = "save"  # the thread's own, see `gather_strings`
 PART_NAME = re.compile(r"(.+)\[(\d{1,15}:\d{1,15}(?:,\d{1,15}:\d{1,15})*)\]")  # the name of a part of an array
@@ -81,24 +83,32 @@ def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
 
 
 class BackgroundSaver:
-    """Saves the checkpoints of one run folder, one at a time, while training goes on. `frozen`: params that never change.
+    """Saves the checkpoints of one run folder, one at a time, while training goes on.
+
+    `frozen`: params that never change. `adapted`: what is said of the adapter that a LoRA run trains; None for weights.
 
     The copies lie in one mapping that is made once: touching new memory takes ten times as long as copying, and in the heap
     they would end up above a step's buffer. The end of a `with` block waits for the last write, whose failure is raised unless
     another error leaves the block.
     """
 
-    def __init__(self, folder: Path, keep: int, frozen: Any = None) -> None:
-        self.folder, self.keep, self.frozen = folder, keep, frozen
+    def __init__(self, folder: Path, keep: int, frozen: Any = None, adapted: SavedAdapter | None = None) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.frozen = frozen
+        self.adapted = adapted
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "save", _lower_priority)
         self._work: concurrent.futures.Future | None = None
         self._memory: mmap.mmap | None = None
         self._used = 0  # bytes of it
 
-    def reserve(self, *trees: Any) -> None:
+    def reserve(self, trainable: Any, optimizer: Any) -> None:
         """Begins to make room for copies of such trees, unless memory is too small for them."""
-        pieces = (own_pieces(*leaf) for tree in trees for leaf in array_paths(tree).items())
-        size = sum(piece.nbytes + ALIGNMENT for part in pieces for piece in part.values())
+        size = _own_bytes(optimizer)
+        if self.adapted is None:
+            size += _own_bytes(trainable)
+        elif processes.is_first():  # which writes all of an adapter
+            size += sum(leaf.nbytes + ALIGNMENT for leaf in jax.tree.leaves(trainable))
         if size <= free_host_bytes():
             self._work = self._pool.submit(self._map_memory, size)
 
@@ -122,12 +132,24 @@ class BackgroundSaver:
         """
         self.wait()
         self._used = 0
-        parts = {part: self._copies(tree) for part, tree in (("params", trainable), ("optimizer", optimizer))}
-        for leaf in array_paths(self.frozen).items():
-            parts["params"] |= own_pieces(*leaf)
-        self._work = self._pool.submit(write, self.folder, step, parts, state, keep=self.keep, best=best)
+        parts = {"optimizer": self._copies(optimizer)}
+        if self.adapted is None:
+            parts["params"] = self._copies(trainable)
+            for name, leaf in array_paths(self.frozen).items():
+                parts["params"] |= own_pieces(name, leaf)
+        else:
+            parts[adapter.PART] = self._adapter_copies(trainable)
+        self._work = self._pool.submit(write, self.folder, step, parts, state, keep=self.keep, best=best, adapted=self.adapted)
         if self._memory is None:
             self.wait()
+
+    def _adapter_copies(self, trainable: Any) -> Pieces:
+        tensors = _whole_adapter(trainable)
+        if not processes.is_first():
+            return {}
+        if self._memory is None:
+            return tensors
+        return {name: self._copy(tensor) for name, tensor in tensors.items()}
 
     def _copies(self, tree: Any) -> Pieces:
         copies: Pieces = {}
@@ -174,6 +196,15 @@ class BackgroundSaver:
             self._memory = None
 
 
+def _own_bytes(tree: Any) -> int:
+    """Returns the bytes of copies of what this process writes of a tree."""
+    size = 0
+    for name, leaf in array_paths(tree).items():
+        for piece in own_pieces(name, leaf).values():
+            size += piece.nbytes + ALIGNMENT
+    return size
+
+
 def _lower_priority() -> None:
     if sys.platform.startswith("linux"):  # where it is a thread's own
         os.nice(NICENESS)
@@ -182,13 +213,30 @@ def _lower_priority() -> None:
 # Writing
 
 
+def _whole_adapter(trainable: Any) -> dict[str, np.ndarray]:
+    """Returns the tensors of an adapter by PEFT's names, in every process: all must come here."""
+    if processes.process_count() > 1:
+        from jax.experimental.multihost_utils import process_allgather
+
+        trainable = process_allgather(trainable, tiled=True)
+    return adapter.adapter_tensors(leaf_paths(trainable))
+
+
 def write(
-    folder: Path, step: int, parts: dict[str, Pieces], state: dict[str, Any], *, keep: int, best: int | None = None
+    folder: Path,
+    step: int,
+    parts: dict[str, Pieces],
+    state: dict[str, Any],
+    *,
+    keep: int,
+    best: int | None = None,
+    adapted: SavedAdapter | None = None,
 ) -> Path:
     """Writes `folder/checkpoints/STEP` durably, then removes all but the newest `keep` and step `best`; returns its path.
 
-    parts: {"params": ..., "optimizer": ...} of `own_pieces`, which must not change until this returns. state: JSON, so tuples
-    come back as lists. A checkpoint of the same step is replaced; later ones are neither counted nor removed.
+    parts: {"params": ..., "optimizer": ...} of `own_pieces`, which must not change until this returns; of an adapter, of which
+    `adapted` says more, {adapter.PART: ..., "optimizer": ...}. state: JSON, so tuples come back as lists. A checkpoint of the
+    same step is replaced; later ones are neither counted nor removed.
 
     Raises UserError, naming the path and the bytes wanted, when the disk refuses or gives back other bits; older checkpoints
     stay. Raises TypeError or ValueError, before anything is written, for a state that is not JSON. Where one of several
@@ -200,7 +248,7 @@ def write(
     wanted = sum(map(int, processes.gather_strings(str(own), SAVE_TOPIC)))
     try:
         with _building(target, wanted, keep, best) as building:
-            write_files(building, parts, record.encode() + b"\n")
+            write_files(building, parts, record.encode() + b"\n", adapted)
         processes.gather_strings(topic=SAVE_TOPIC)  # until process 0 has committed
     except OSError as error:
         raise UserError(
@@ -210,20 +258,34 @@ def write(
     return target
 
 
-def write_files(building: Path, parts: dict[str, Pieces], record: bytes) -> None:
-    """Writes this process's files of a checkpoint and reads them back; process 0 writes state.json and the manifest."""
+def write_files(building: Path, parts: dict[str, Pieces], record: bytes, adapted: SavedAdapter | None) -> None:
+    """Writes this process's files of a checkpoint and reads them back; process 0 writes the JSON files and the manifest."""
     own = "" if processes.is_first() else f".{jax.process_index()}"
     entries = {}
     for part, pieces in parts.items():
+        metadata: dict[str, str] = {}
+        if adapted and part == adapter.PART:
+            if not pieces:
+                continue
+            metadata = adapted.metadata
         name = f"{part}{own}.safetensors"
-        entries[name] = manifest.write_checked(
-            building / name, functools.partial(safetensors_writer.encode, pieces, pieces.values())
-        )
+        encode = functools.partial(safetensors_writer.encode, pieces, pieces.values(), metadata)
+        entries[name] = manifest.write_checked(building / name, encode)
     gathered = processes.gather_strings(json.dumps(entries), SAVE_TOPIC)
-    if processes.is_first():
-        entries = {name: entry for text in gathered for name, entry in json.loads(text).items()}
-        entries["state.json"] = manifest.write_checked(building / "state.json", lambda: [np.frombuffer(record, np.uint8)])
-        (building / manifest.NAME).write_bytes(manifest.render(entries))
+    if not processes.is_first():
+        return
+    texts = {"state.json": record}
+    if adapted:
+        texts[adapter.CONFIG] = json.dumps(adapted.config(), indent=1).encode() + b"\n"
+    for text in gathered:
+        entries |= json.loads(text)
+    for name, data in texts.items():
+        entries[name] = manifest.write_checked(building / name, functools.partial(_one_array, data))
+    (building / manifest.NAME).write_bytes(manifest.render(entries))
+
+
+def _one_array(data: bytes) -> list[np.ndarray]:
+    return [np.frombuffer(data, np.uint8)]
 
 
 @contextlib.contextmanager

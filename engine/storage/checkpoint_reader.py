@@ -20,8 +20,11 @@ from engine import manifest
 from engine.errors import UserError
 from engine.files import remove_unfinished
 from engine.mesh import processes
+from engine.mesh.layout import place
+from engine.model.config import ModelConfig
 from engine.model.paths import array_paths, path_of, unflatten
 from engine.storage import safetensors
+from engine.storage.adapter import CONFIG, PART, WEIGHTS, is_adapter, read_leaves
 from engine.storage.checkpoint import (
     ALIGNMENT,
     PART_NAME,
@@ -65,12 +68,12 @@ class StoredArray(NamedTuple):
 CheckArrays = Callable[[Path, Mapping[str, StoredArray]], None]  # of a checkpoint; raises UserError
 
 
-def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoint:
+def load(folder: Path, params_like: Any, optimizer_like: Any, adapter_of: ModelConfig | None = None) -> LoadedCheckpoint:
     """Loads the newest intact checkpoint of a run folder to resume training; removes what killed saves left.
 
     params_like, optimizer_like: trees of `jax.ShapeDtypeStruct` as wanted; a leaf with a sharding is placed by it, others go
-    uncommitted to the default device. Raises UserError when no checkpoint is intact (each damaged file is named), a leaf
-    differs in path, shape or dtype, or the PRNG settings differ.
+    uncommitted to the default device. `adapter_of`: the model that a LoRA run adapts. Raises UserError when no checkpoint is
+    intact (each damaged file is named), a leaf differs in path, shape or dtype, or the PRNG settings differ.
     """
     chosen = ""
     if processes.is_first():
@@ -84,7 +87,10 @@ def load(folder: Path, params_like: Any, optimizer_like: Any) -> LoadedCheckpoin
             f"{newest} was trained with {former}; with the settings of now, {now}, its keys would draw other numbers. "
             f"Set the former in the environment ({', '.join(trained).upper()})."
         )
-    params = _read_tree(newest / "params", stored_arrays(newest, "params"), params_like)
+    if adapter_of is None:
+        params = _read_tree(newest / "params", stored_arrays(newest, "params"), params_like)
+    else:
+        params = _read_adapter(newest, adapter_of, params_like)
     optimizer = _read_tree(newest / "optimizer", stored_arrays(newest, "optimizer"), optimizer_like)
     return LoadedCheckpoint(newest, record["step"], params, optimizer, record["state"], damaged)
 
@@ -95,21 +101,46 @@ def load_params(path: Path, check: CheckArrays) -> LoadedCheckpoint:
     The optimizer may be damaged or gone. Changes nothing on disk. Calls `check(checkpoint, arrays)` before an array is read.
     Raises UserError as `load` does, except for PRNG settings, and as `check` does.
     """
-    newest, damaged = Path(path).absolute(), list[str]()
-    if checkpoints_of(newest).is_dir():
-        newest, damaged = _newest_intact(newest, skip="optimizer")
-    elif not any((newest / name).is_file() for name in ("state.json", manifest.NAME)):
-        raise UserError(f"There is no checkpoint at {path}.")
-    else:
-        lines = find_damage(newest, skip="optimizer")
-        if lines:
-            raise UserError(f"Checkpoint {path} is damaged: {'; '.join(lines)}. Use another checkpoint of the run.")
+    newest, damaged = find_intact(path)
     record = _read_state(newest)
     stored = stored_arrays(newest, "params")
     check(newest, stored)
     like = unflatten({name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in stored.items()})
     params = _read_tree(newest / "params", stored, like)
     return LoadedCheckpoint(newest, record["step"], params, None, record["state"], damaged)
+
+
+def find_intact(path: Path) -> tuple[Path, list[str]]:
+    """Returns the newest intact checkpoint of a run folder, or `path` if it is one; and a line per damaged file in newer ones.
+
+    The optimizer may be damaged or gone. Raises UserError when there is none, or one that is named is damaged.
+    """
+    checkpoint = Path(path).absolute()
+    if checkpoints_of(checkpoint).is_dir():
+        return _newest_intact(checkpoint, skip="optimizer")
+    if not any((checkpoint / name).is_file() for name in ("state.json", manifest.NAME)):
+        raise UserError(f"There is no checkpoint at {path}.")
+    lines = find_damage(checkpoint, skip="optimizer")
+    if lines:
+        raise UserError(f"Checkpoint {path} is damaged: {'; '.join(lines)}. Use another checkpoint of the run.")
+    return checkpoint, []
+
+
+def check_is_adapter(checkpoint: Path) -> None:
+    """Raises UserError for a LoRA run's checkpoint that is not in PEFT's layout, as those of earlier versions."""
+    if not is_adapter(checkpoint):
+        raise UserError(
+            f"{checkpoint} has no {CONFIG} and {WEIGHTS}: it is of an earlier version of this program, which cannot be read "
+            "any more. Train the adapter anew."
+        )
+
+
+def _read_adapter(checkpoint: Path, cfg: ModelConfig, like: Any) -> Any:
+    """Returns a checkpoint's adapter as a tree like `like`, laid out over the mesh."""
+    check_is_adapter(checkpoint)
+    adapter = read_leaves(checkpoint, cfg)
+    _refuse_difference(checkpoint / PART, array_paths(like), array_paths(adapter))
+    return place(jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(adapter)))
 
 
 def peek_arrays(path: Path, check: CheckArrays) -> Mapping[str, Any]:

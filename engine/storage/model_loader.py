@@ -1,6 +1,5 @@
 """Finds and loads the model that `--model` names: by its name or path, with or without adapters on it."""
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -22,17 +21,7 @@ from engine.model.shapes import leaf_shapes
 from engine.model.weights.blocks import Blocks, with_factors
 from engine.model.weights.lora import LoRA, to_dense
 from engine.storage import checkpoint_reader, hub, huggingface, run_folder
-from engine.storage.adapter import (
-    CONFIG,
-    base_digest,
-    base_name,
-    build_adapter,
-    check_base,
-    config_of,
-    is_adapter,
-    load_adapter,
-    put_on,
-)
+from engine.storage.adapter import CONFIG, base_digest, base_name, config_of, is_adapter, load_adapter, put_on, read_leaves
 from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING, fetch
 from engine.storage.hub import cached_id, is_hub_name
 from engine.storage.huggingface import load_tokenizer
@@ -121,7 +110,7 @@ def locate(
         raise UserError(hub.explain_gguf_name(str(name), *gguf_name))
     if (path / "config.json").is_file() and not (path / "run.json").exists():  # a run folder has a run.json beside it
         return Location("hugging face", path)
-    if is_adapter(path) and not (path / "run.json").exists():
+    if is_adapter(path) and not (path / "run.json").exists() and not _is_step_of_run(path):
         return Location("adapter", path)
     run = _run_of(path, name or str(path))
     notes += run_folder.verify(run)
@@ -141,6 +130,11 @@ def _kept_step(run: Path, record: dict[str, Any]) -> int | None:
         return kept
     record_path = run / "run.json"
     raise UserError(f"{record_path} does not say which step of the run is its best: restore it from a copy, or train anew.")
+
+
+def _is_step_of_run(path: Path) -> bool:
+    folder = path.absolute()
+    return folder.parent.name == "checkpoints" and (folder.parents[1] / "run.json").exists()
 
 
 def _run_of(path: Path, name: str) -> Path:
@@ -226,7 +220,7 @@ def load_model(
     if _kinds(leaves) != _kinds(planned):
         raise UserError(f"{loaded.path} has other weights in blocks than a newer checkpoint of its run. Name the one to load.")
     params = unflatten(leaves if keep_blocks else {path: to_dense(leaf) for path, leaf in leaves.items()})
-    notes, title = location.notes + _damage(loaded), model_name(str(run))
+    notes, title = location.notes + _damage(loaded.path, loaded.damaged), model_name(str(run))
     return LoadedModel(title, cfg, params, tokenizer, eos_ids, loaded.path, run, "", notes, sampling)
 
 
@@ -245,8 +239,10 @@ def _kinds(leaves: dict[str, Any]) -> dict[str, str]:
     return {path: leaf.kind for path, leaf in leaves.items() if isinstance(leaf, Blocks)}
 
 
-def _damage(loaded: checkpoint_reader.LoadedCheckpoint) -> tuple[str, ...]:
-    return (*(f"damaged: {line}" for line in loaded.damaged), f"using {loaded.path} instead") if loaded.damaged else ()
+def _damage(used: Path, damaged: list[str]) -> tuple[str, ...]:
+    if not damaged:
+        return ()
+    return *(f"damaged: {line}" for line in damaged), f"using {used} instead"
 
 
 def _reader(path: Path) -> ModuleType:
@@ -282,7 +278,7 @@ def check_loads(written: Path, path: Path, report: OnProgress = None) -> None:
 
 def _base_of(location: Location) -> str:
     if location.run:
-        return read_adapter_record(location.run)[0]
+        return _base_of_run(location.run)
     if not (name := base_name(location.path)):
         raise UserError(f"{location.path / CONFIG} does not name the model it adapts: give that by --model, to chat or serve.")
     return name
@@ -328,30 +324,24 @@ def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Pat
     )
 
 
-def read_adapter_record(run: Path) -> tuple[str, str, LoraConfig]:
-    """Returns the name and the digest of a LoRA run's base, and its LoraConfig."""
+def _base_of_run(run: Path) -> str:
     match run_folder.read_json(run / "run.json"):
-        case {
-            "base": {"model": str(name), "digest": str(base)},
-            "lora": {"rank": rank, "alpha": int(alpha) | float(alpha), "targets": [*targets]},
-        } if all(isinstance(target, str) for target in targets):
-            with contextlib.suppress(UserError):
-                return name, base, LoraConfig(rank, float(alpha), tuple(targets))
-    raise UserError(
-        f"{run / 'run.json'} does not say which model it adapts, or by which rank, alpha and targets: restore it from a copy, "
-        "or train anew."
-    )
+        case {"base": {"model": str(name)}}:
+            return name
+    raise UserError(f"{run / 'run.json'} does not say which model it adapts: restore it from a copy, or train anew.")
 
 
 def adapter_origin(name: str, cfg: ModelConfig) -> tuple[str, LoraConfig | None] | None:
     """Returns the base that an adapter names, of a LoRA run or in PEFT's layout, and its LoraConfig, None where none describes
     it; None for any other model.
     """
-    if not Path(name).expanduser().exists() or (location := locate(name)).format != "adapter":
+    if not Path(name).expanduser().exists():
         return None
-    if location.run:
-        return _base_of(location), read_adapter_record(location.run)[2]
-    return _base_of(location), config_of(cfg, leaf_paths(load_adapter(location.path, cfg)))
+    location = locate(name)
+    if location.format != "adapter":
+        return None
+    adapter, _, _ = _read_adapter(cfg, location)
+    return _base_of(location), config_of(cfg, leaf_paths(adapter))
 
 
 def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> tuple[Any, tuple[str, ...]]:
@@ -376,15 +366,18 @@ def read_adapter(cfg: ModelConfig, folder: Path, digest_base: Callable[[], str])
     return adapter, path, location.notes + notes
 
 
-def _read_adapter(cfg: ModelConfig, location: Location, digest_base: Callable[[], str]) -> tuple[Any, Path, tuple[str, ...]]:
-    if location.run:
-        base_name, trained_on, lora = read_adapter_record(location.run)
-        check_base(location.path, digest_base, trained_on, base_name)
-        loaded = checkpoint_reader.load_params(location.path, functools.partial(check_arrays, cfg, lora=lora))
-        return build_adapter(lora, loaded.params), loaded.path, _damage(loaded)
+def _read_adapter(
+    cfg: ModelConfig, location: Location, digest_base: Callable[[], str] | None = None
+) -> tuple[Any, Path, tuple[str, ...]]:
     folder = location.path
-    note = f"{folder} has no {manifest.NAME}, as other programs' adapters: a change of its weights goes unnoticed"
-    return load_adapter(folder, cfg, digest_base), folder, () if (folder / manifest.NAME).exists() else (note,)
+    if location.run:
+        checkpoint, damaged = checkpoint_reader.find_intact(folder)
+        checkpoint_reader.check_is_adapter(checkpoint)
+        return read_leaves(checkpoint, cfg, digest_base), checkpoint, _damage(checkpoint, damaged)
+    notes: tuple[str, ...] = ()
+    if not (folder / manifest.NAME).exists():
+        notes = (f"{folder} has no {manifest.NAME}, as other programs' adapters: a change of its weights goes unnoticed",)
+    return load_adapter(folder, cfg, digest_base), folder, notes
 
 
 def _put_on(params: Any, adapter: Any, path: Path) -> Any:

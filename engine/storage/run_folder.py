@@ -4,8 +4,7 @@ runs/NAME/config.json      the architecture
           run.json         how it was trained, and at last the result
           tokenizer/       as Hugging Face's libraries read it; generation_config.json: which tokens end a text, and sampling
           manifest.json    SHA-256 of the files above
-          adapter/         the adapter that a finished LoRA run trained, as PEFT reads it; only other programs do
-          checkpoints/STEP/
+          checkpoints/STEP/   of a LoRA run, an adapter's folder as PEFT reads it (`checkpoint.py`)
 """
 
 from pathlib import Path
@@ -18,7 +17,6 @@ from engine.model.config import ModelConfig
 from engine.untrusted import read_json_object
 
 ROOT = Path("runs")
-ADAPTER = "adapter"
 MAX_JSON_BYTES = 16 * 2**20
 TOY_STEPS = 100
 UNFINISHED = "not finished"

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.errors import UserError
-from engine.model.config import LoraConfig, ModelConfig
-from engine.model.shapes import leaf_shapes, target_shapes
-from engine.model.trainable import lora_only
+from engine.model.config import ModelConfig
+from engine.model.shapes import leaf_shapes
 from engine.model.weights.blocks import COLUMNS, GROUP, KINDS, Blocks, factors_shape, has_finite_factors
 from engine.untrusted import quote
 
@@ -31,19 +30,17 @@ class ExpectedArray(NamedTuple):
 
 
 def expected_arrays(
-    cfg: ModelConfig, arrays: Mapping[str, Any], lora: LoraConfig | None, trained_blocks: Collection[str] | None
+    cfg: ModelConfig, arrays: Mapping[str, Any], trained_blocks: Collection[str] | None
 ) -> dict[str, ExpectedArray]:
     """Returns what the params of a checkpoint should hold, by path.
 
-    Of a LoRA run these are the pairs, else all weights of the model. `arrays`: what is there, each with a shape; it tells which
+    `arrays`: what is there, each with a shape; it tells which
     matrices are in blocks, and of which kind. `trained_blocks`: the paths of those whose factors trained; None where the run
     does not tell, as those of earlier versions.
     """
     # A config may claim any number of layers, which would take for ever to list. With one layer more than there are arrays one
     # array is missing already.
     cfg = dataclasses.replace(cfg, layers=min(cfg.layers, len(arrays) + 1))
-    if lora:
-        return _adapter_arrays(cfg, lora)
     expected = {}
     for path, shape in leaf_shapes(cfg).items():
         packed = arrays.get(PACKED + path)
@@ -64,26 +61,15 @@ def expected_arrays(
     return expected
 
 
-def _adapter_arrays(cfg: ModelConfig, lora: LoraConfig) -> dict[str, ExpectedArray]:
-    expected = {}
-    shapes = target_shapes(cfg)
-    for path in sorted(lora_only(cfg, lora).adapted):
-        rows, columns = shapes[path]
-        expected[f"{path}/a"] = ExpectedArray((rows, lora.rank), FLOAT32)
-        expected[f"{path}/b"] = ExpectedArray((lora.rank, columns), FLOAT32)
-    return expected
-
-
 def check_arrays(
     cfg: ModelConfig,
     checkpoint: Path,
     arrays: Mapping[str, Any],
     *,
-    lora: LoraConfig | None = None,
     trained_blocks: Collection[str] | None = None,
 ) -> None:
     """Raises UserError unless arrays, each with a shape and a dtype, are by path those of `expected_arrays`."""
-    expected = expected_arrays(cfg, arrays, lora, trained_blocks)
+    expected = expected_arrays(cfg, arrays, trained_blocks)
     faults = []
     for path, (shape, dtypes) in expected.items():
         array = arrays.get(path)
@@ -94,10 +80,9 @@ def check_arrays(
             faults.append(f"{path} should be {wanted}, and is {np.dtype(array.dtype).name} {list(array.shape)}")
     faults += [f"it has an array {quote(path)}, which has no place there" for path in arrays if path not in expected]
     if faults:
-        of_what = f"an adapter, {lora}, of the model" if lora else "the model"
         more = f" ({len(faults) - 1} more arrays differ)" if len(faults) > 1 else ""
         raise UserError(
-            f"{checkpoint / 'params.safetensors'} does not hold {of_what} that the config describes: {faults[0]}{more}. "
+            f"{checkpoint / 'params.safetensors'} does not hold the model that the config describes: {faults[0]}{more}. "
             "Restore the run from a copy, or train anew."
         )
 

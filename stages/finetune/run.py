@@ -535,7 +535,7 @@ class PreparedTuning(PreparedModel):
         except UserError as error:
             folder = self.opened.folder
             raise UserError(f"{error} The trained model is in {folder}, and the same command measures it.") from error
-        path = self.save_trained(step, trainable)
+        path = self.check_frozen(step)
         return tuning_report(self, finished, after, step, path)
 
 

@@ -366,7 +366,7 @@ class PreparedReinforcement(PreparedModel):
             if is_untrained:
                 clear_run(self.opened.folder)
             raise UserError(_nothing_to_learn(alike))
-        path = self.save_trained(finished.loop_state.step, finished.state.trainable)
+        path = self.check_frozen(finished.loop_state.step)
         return reinforce_report(self.reinforce, finished.loop_state, before, after, path)
 
 
@@ -569,5 +569,5 @@ def _nothing_to_learn(rewards: list[float]) -> str:
         advice = "The model does this already: give a harder --task, or harder prompts with --data"
     return (
         f"In {len(rewards)} rounds in a row all answers to a prompt had the same reward ({reward:.2f} on average), so that "
-        f"nothing could be learned and no adapter was saved. {advice}."
+        f"nothing could be learned and the run has no result. {advice}."
     )

@@ -20,7 +20,7 @@ from engine.files import atomic_file, folder_lock, make_folder, open_regular, re
 from engine.mesh import processes
 from engine.model.paths import leaf_paths
 from engine.storage import checkpoint
-from engine.storage.run_folder import ADAPTER, ROOT, read_json
+from engine.storage.run_folder import ROOT, read_json
 
 RUN_FILES = (
     manifest.NAME,
@@ -30,7 +30,6 @@ RUN_FILES = (
     "tokenizer",
     "checkpoints",
     "samples",
-    ADAPTER,
     "run.json",
 )
 

@@ -12,6 +12,7 @@ from engine.device import return_freed_memory
 from engine.errors import UserError
 from engine.mesh import processes
 from engine.storage import checkpoint
+from engine.storage.adapter import SavedAdapter
 from engine.storage.checkpoint import BackgroundSaver
 from engine.training.step import TrainState
 from stages.cli import signals
@@ -71,7 +72,7 @@ def run_steps(
     Raises UserError, with the run saved, after too many refused updates in a row or when metrics.jsonl cannot be written.
     """
     plan = prepared.plan
-    checkpoints = Checkpoints(options, prepared.frozen_as_loaded)
+    checkpoints = Checkpoints(options, prepared.frozen_as_loaded, prepared.adapted)
     loop_state.begin_intervals()
     answer = f"Finishing this {plan.step_name}, then saving (once more: stop at once)."
     with signals.defer_signals(answer, console.print) as deferral, checkpoints.saver:
@@ -226,8 +227,8 @@ def evaluation_interval(plan: RunPlan, loop_state: LoopState) -> int | float:
 class Checkpoints:
     """Saves a run's checkpoints beside the steps that follow. `step`: of the newest one, perhaps of an earlier start."""
 
-    def __init__(self, options: RunOptions, frozen: Any) -> None:
-        self.saver = BackgroundSaver(options.folder, options.keep, frozen)
+    def __init__(self, options: RunOptions, frozen: Any, adapted: SavedAdapter | None) -> None:
+        self.saver = BackgroundSaver(options.folder, options.keep, frozen, adapted)
         saved = json.loads(processes.gather_strings(json.dumps(checkpoint.steps(options.folder)))[0])  # process 0's list
         self.step: int | None = max(saved, default=None)
 

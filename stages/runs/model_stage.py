@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from engine.counting.params import count_params, count_trainable
 from engine.device import host_memory
 from engine.errors import UserError
-from engine.mesh import processes
 from engine.mesh.layout import place
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, map_paths, merge, split, unflatten
@@ -26,11 +25,10 @@ from engine.model.weights.blocks import Blocks
 from engine.model.weights.convert import cast_matrices, round_while_training
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import init_lora, innermost_base, merge_lora
-from engine.storage.adapter import base_digest, build_adapter, save_adapter
-from engine.storage.checkpoint_reader import load_params
+from engine.storage.adapter import SavedAdapter, base_digest, read_leaves, saved_run_adapter
+from engine.storage.checkpoint_reader import find_intact, load_params
 from engine.storage.digest import digest
 from engine.storage.model_loader import LoadedModel, adapter_origin, load_model, model_name
-from engine.storage.run_folder import ADAPTER
 from engine.storage.run_weights import TRAINED_BLOCKS, check_arrays
 from engine.storage.tensor_layout import describe_kinds
 from engine.text.chat_tokenizer import ChatTokenizer
@@ -40,7 +38,6 @@ from engine.training.optimizer import make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
 from stages.runs.flags import TrainableFlags
-from stages.runs.mesh import on_one_device
 from stages.runs.plan import RunPlan
 from stages.runs.stage import Prepared
 
@@ -288,30 +285,35 @@ class PreparedModel(Prepared):
         """Copies `trainable`: steps donate the state, and the report compares with the start."""
         return init_state(make_optimizer(self.plan.recipe.optimizer), jax.tree.map(jnp.copy, trainable))
 
+    @property
+    def adapted(self) -> SavedAdapter | None:
+        if not self.opened.lora:
+            return None
+        base = self.metadata["base"]
+        name = base["model"]
+        if not Path(name).exists():  # on the hub, where no revision is part of a name
+            name = name.partition("@")[0]
+        return saved_run_adapter(self.opened.lora, base=base["digest"], base_name=name)
+
     def load_trained(self, step: int) -> Any:
-        lora = self.opened.lora
+        checkpoint = self.opened.folder / "checkpoints" / str(step)
+        if self.opened.lora:
+            intact, _ = find_intact(checkpoint)
+            return place(read_leaves(intact, self.plan.cfg))
         trained_blocks = self.metadata.get(TRAINED_BLOCKS)
-        check = functools.partial(check_arrays, self.plan.cfg, lora=lora, trained_blocks=trained_blocks)
-        params = load_params(self.opened.folder / "checkpoints" / str(step), check).params
-        return place(build_adapter(lora, params) if lora else self.from_saved(params))
+        check = functools.partial(check_arrays, self.plan.cfg, trained_blocks=trained_blocks)
+        return place(self.from_saved(load_params(checkpoint, check).params))
 
-    def save_trained(self, step: int, trainable: Any) -> Path:
-        """Saves an adapter, if one was trained, beside the checkpoints. Returns where the trained parameters are.
+    def check_frozen(self, step: int) -> Path:
+        """Checks that an adapter's base has not changed. Returns the checkpoint of a step, in which the trained parameters are.
 
-        Raises RuntimeError when the digest of the base has changed; one in int8 is gone by now and not checked.
+        Raises RuntimeError when its digest is another; a base in int8 is gone by now and not checked. Ends the chat's template.
         """
         self.opened.chat.close()
-        folder = self.opened.folder
-        if not self.opened.lora:
-            return folder / "checkpoints" / str(step)
         base = self.metadata["base"]
-        if self.params is not None and base["digest"] != base_digest(self.params):
+        if self.opened.lora and self.params is not None and base["digest"] != base_digest(self.params):
             raise RuntimeError(f"Frozen weights changed: their SHA-256 was {base['digest']}.")
-        with on_one_device(trainable) as whole:
-            if processes.is_first():
-                name = base["model"] if Path(base["model"]).exists() else base["model"].partition("@")[0]
-                save_adapter(folder / ADAPTER, self.plan.cfg, whole, base=base["digest"], base_name=name)
-        return folder / ADAPTER
+        return self.opened.folder / "checkpoints" / str(step)
 
 
 def choose_trainable(

@@ -206,9 +206,10 @@ def resume(
         state = prepared.initial_state(prepared.trainable)
         return prepared.to_saved(state.trainable), state.opt_state
 
-    like = sharded_shapes(saved_parts)
+    params_like, optimizer_like = sharded_shapes(saved_parts)
+    adapter_of = prepared.plan.cfg if prepared.adapted else None
     with console.task("loading the checkpoint"):
-        loaded = checkpoint_reader.load(previous.folder, *like)
+        loaded = checkpoint_reader.load(previous.folder, params_like, optimizer_like, adapter_of)
     loop_state = _loop_state(loaded)
     lines = [f"damaged: {line}" for line in loaded.damaged]
     if loaded.damaged:

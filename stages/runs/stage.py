@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 from jax.stages import Compiled
 
+from engine.storage.adapter import SavedAdapter
 from engine.text.tokenizer import Tokenizer
 from engine.training.optimizer import make_optimizer
 from engine.training.step import NEXT_TOKEN, Objective, TrainState, train_step
@@ -204,6 +205,11 @@ class Prepared:
     def from_saved(self, params: Any) -> Any:
         """Returns the trainable parameters among those of a checkpoint."""
         return params
+
+    @property
+    def adapted(self) -> SavedAdapter | None:
+        """What a checkpoint says of the adapter that trains; None where weights do."""
+        return None
 
     def prompt(self) -> tuple[str, list[int]]:
         """Returns a prompt, as text and as tokens, that shows what the model has learned; only a recording asks for it."""

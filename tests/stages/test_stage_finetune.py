@@ -25,6 +25,7 @@ from engine.model.weights.blocks import Blocks
 from engine.model.weights.convert import cast_matrices, matrices_to_blocks
 from engine.model.weights.lora import to_dense
 from engine.storage import checkpoint, checkpoint_reader
+from engine.storage.adapter import is_adapter
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model, with_adapters
 from engine.text.chat_tokenizer import ChatTokenizer, Example
@@ -142,8 +143,8 @@ def test_a_step_folder_is_the_model_of_that_step_and_the_best_is_the_best(adapte
     digests = {step: digest(model.params) for step, model in models.items()}
     assert len({*digests.values()}) == len(held_out)
     assert digests[45] == digest(load_model(str(folder)).params)
-    elsewhere = shutil.copytree(folder / "adapter", tmp_path / "checkpoints" / "adapter")  # in PEFT's layout, as others name it
-    paths = folder / "adapter", folder, step_folder(9), elsewhere
+    elsewhere = shutil.copytree(step_folder(45), tmp_path / "checkpoints" / "adapter")  # in PEFT's layout, as others name it
+    paths = step_folder(45), folder, step_folder(9), elsewhere
     as_adapters = [with_adapters(base.cfg, base.params, [path])[0] for path in paths]
     assert [*map(digest, as_adapters)] == [digests[45], digests[45], digests[9], digests[45]]
     assert {leaf.scale for leaf in leaf_paths(models[9].params).values() if hasattr(leaf, "scale")} == {4.0}
@@ -204,8 +205,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(adapted, trained, chats, tmp_pat
     assert digest(earlier.params) == digest(load_model(str(earlier.checkpoint)).params) != digest(newest.params)
     assert finetune.main(options) == 0
     assert "resumed at step 6" in capsys.readouterr().out
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        unbroken, resumed = (run / "adapter" / name for run in (adapted[0], folder))
+    for name in ("adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors"):
+        unbroken, resumed = (run / "checkpoints" / "45" / name for run in (adapted[0], folder))
         assert unbroken.read_bytes() == resumed.read_bytes()
     assert finetune.main([*args(trained, chats, folder), "--lora", "rank=3"]) == 2
     assert "another choice of trainable parameters" in capsys.readouterr().err
@@ -386,7 +387,7 @@ def test_a_metric_that_fails_on_the_trained_model_loses_nothing(trained, chats, 
 def test_an_adapter_is_continued_as_the_same(adapted, trained, chats, tmp_path, capsys, failing):
     """From a run, and from a folder in PEFT's layout: its rank, scale and base stay, and it begins where it was."""
     few = ["--steps", 2, "--learning-rate", 1e-3, "--log-every", 1]
-    peft = shutil.copytree(adapted[0] / "adapter", tmp_path / "peft")
+    peft = shutil.copytree(adapted[0] / "checkpoints" / "45", tmp_path / "peft")
     base = json.loads((adapted[0] / "run.json").read_text())["base"]
     written = []
     for model in (adapted[0], peft):
@@ -398,9 +399,9 @@ def test_an_adapter_is_continued_as_the_same(adapted, trained, chats, tmp_path, 
         record = json.loads((folder / "run.json").read_text())
         assert (record["learns"], record["base"]["digest"]) == ("rank=4,alpha=16,targets=q,v,gate,up,down", base["digest"])
         assert (record["kind"], Path(record["base"]["model"])) == ("adapter", Path(base["model"]))
-        config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+        config = json.loads((folder / "checkpoints" / "2" / "adapter_config.json").read_text())
         assert (config["r"], config["lora_alpha"]) == (4, 16)
-        written.append(load_file(folder / "adapter" / "adapter_model.safetensors"))
+        written.append(load_file(folder / "checkpoints" / "2" / "adapter_model.safetensors"))
         before, after = (digest(load_model(str(model)).params) for model in (model, folder))
         assert before != after
         capsys.readouterr()
@@ -416,7 +417,7 @@ def test_an_adapter_is_continued_as_the_same(adapted, trained, chats, tmp_path, 
 
 
 def test_an_adapter_that_no_config_describes_gets_another_on_it(adapted, chats, tmp_path, capsys):
-    peft = shutil.copytree(adapted[0] / "adapter", tmp_path / "peft")
+    peft = shutil.copytree(adapted[0] / "checkpoints" / "45", tmp_path / "peft")
     (peft / "manifest.json").unlink()
     config = json.loads((peft / "adapter_config.json").read_text()) | {"alpha_pattern": {"layers.0.self_attn.q_proj": 3}}
     (peft / "adapter_config.json").write_text(json.dumps(config))
@@ -478,10 +479,11 @@ def test_a_run_ends_when_it_no_longer_gets_better_and_keeps_its_best(trained, ch
     assert result(folder)["steps"] == best + 6 < STEPS
     assert finetune.main(args(trained, chats, straight, *flags, *far, "--patience", 3)) == 0
     capsys.readouterr()
-    for part in ("params", "optimizer"):
+    params = "adapter_model" if is_adapter(folder / "checkpoints" / str(best)) else "params"
+    for part in (params, "optimizer"):
         last = Path("checkpoints", str(best + 6), f"{part}.safetensors")
         assert (folder / last).read_bytes() == (straight / last).read_bytes()
-    damaged = folder / "checkpoints" / str(best) / "params.safetensors"
+    damaged = folder / "checkpoints" / str(best) / f"{params}.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     assert f"forgotten: step {best}" in again("--patience", 3)
     assert result(folder)["best_step"] > best
@@ -565,7 +567,8 @@ def test_all_of_a_conversation_is_trained_on_and_evaluated(trained, chats, tmp_p
 
 def test_an_adapter_in_pefts_layout_is_a_model(adapted, trained, chats, tmp_path, capsys, failing):
     """It loads on the base that it names: written, measured, exported and tuned again as its run is."""
-    run, folder = adapted[0], adapted[0] / "adapter"
+    run = adapted[0]
+    folder = shutil.copytree(run / "checkpoints" / "45", tmp_path / "peft")
 
     def printed(command, *words):
         assert command.main([*map(str, words)]) == 0
@@ -617,7 +620,7 @@ def test_a_run_is_neither_its_own_base_nor_trained_into_that_of_its_base(adapted
     name_base(run / "checkpoints" / "45")
     assert f"{run} is named as a base of itself" in failing(generate.main, ["--model", run])
     name_base(base / "checkpoints" / "20")
-    for inside in (run, run / "adapter", run / "checkpoints" / "45"):
+    for inside in (run, run / "checkpoints" / "45"):
         error = failing(finetune.main, args(inside, chats, run, "--overwrite"))
         assert f"{run} is the run of the model itself, which would be overwritten" in error
     error = failing(finetune.main, args(run, chats, base, "--overwrite"))

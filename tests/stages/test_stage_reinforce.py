@@ -116,7 +116,7 @@ def test_a_stopped_run_still_knows_that_nothing_differed(trained, tmp_path, monk
 
 @pytest.mark.parametrize("later", [1.0, 0.0])
 def test_a_run_ends_early_when_nothing_is_left_to_learn(later, trained, tmp_path, monkeypatch, capsys):
-    """With what was learned where the reward rose, with advice and no adapter where it did not."""
+    """With what was learned where the reward rose, with advice and no result where it did not."""
     folder, calls = tmp_path / "early", itertools.count()
 
     def make_reward(_: str) -> Any:
@@ -132,13 +132,14 @@ def test_a_run_ends_early_when_nothing_is_left_to_learn(later, trained, tmp_path
     code = reinforce.main(args(trained, folder, "--rounds", 100))
     output = capsys.readouterr()
     assert len(metrics(folder)) == 1 + ALIKE_ROUNDS
-    assert (folder / "adapter").exists() == (later == 1.0)
+    record = json.loads((folder / "run.json").read_text())
+    assert bool(record.get("result")) == (later == 1.0)
     if later:
         assert code == 0
         assert f"early: {ALIKE_ROUNDS} rounds in a row" in output.out
     else:
         assert code == 2
-        assert "no adapter was saved" in output.err
+        assert "the run has no result" in output.err
 
 
 def test_answers_are_scored_by_the_model_before_training(trained, tmp_path):

@@ -284,7 +284,10 @@ def test_an_adapter_of_a_hub_model_is_trained_and_then_loaded_without_the_hub(hu
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["kind"] == "adapter"
     assert record["base"]["model"] == f"{ID}@{hub.commit}"
-    assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == ID
+    assert (
+        json.loads((tmp_path / "run" / "checkpoints" / "1" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == ID
+    )
     assert all(path.startswith(f"/{ID}/resolve/") for _, path in hub.asked)
     hub.asked.clear()
     assert load_model("run").hub_id == ID

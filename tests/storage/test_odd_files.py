@@ -115,24 +115,10 @@ def test_a_file_of_a_model(models, tmp_path, model, name):
         is_refused(lambda copy=copy: load_model(str(copy)), f"{name} is {kind}")
 
 
-OF_BASE = {"base": {"model": "x", "digest": "0"}}
-LORA = {"rank": 2, "alpha": 4.0, "targets": ["q"]}
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"lora": LORA},
-        {"lora": LORA, "base": 7},
-        {"lora": LORA, "base": {"model": None}},
-        OF_BASE | {"learns": "rank=2"},  # as an earlier version wrote it
-        *(OF_BASE | {"lora": LORA | wrong} for wrong in ({"rank": "2"}, {"rank": 0}, {"alpha": None}, {"targets": [7]})),
-    ],
-)
+@pytest.mark.parametrize("record", [{}, {"base": 7}, {"base": {"model": None}}])
 def test_a_run_that_does_not_say_what_it_adapts(models, tmp_path, record):
     run = shutil.copytree(models / "run", tmp_path / "run")
     write_json(run / "run.json", {"kind": "adapter"} | record)
-    (run / "adapter").mkdir()
     with pytest.raises(UserError, match=r"run\.json does not say which model it adapts"):
         load_model(str(run))
 

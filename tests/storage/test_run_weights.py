@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -22,9 +23,9 @@ from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.shapes import leaf_shapes
 from engine.model.weights.blocks import Blocks, factors_to_train, round_to_blocks, with_factors
-from engine.model.weights.lora import to_dense
+from engine.model.weights.lora import init_lora, to_dense
 from engine.storage import checkpoint
-from engine.storage.adapter import base_digest
+from engine.storage.adapter import PART, adapter_tensors, base_digest, saved_run_adapter
 from engine.storage.model_loader import LoadedModel, load_model
 from engine.storage.run_weights import expected_arrays
 from engine.text.tokenizer import byte_tokenizer, save_tokenizer
@@ -51,7 +52,12 @@ def write_run(folder: Path, arrays: Arrays, **record: Any) -> Path:
 
 def write_step(folder: Path, arrays: Arrays, step: int = 7) -> None:
     shutil.rmtree(folder / "checkpoints" / str(step), ignore_errors=True)
-    checkpoint.write(folder, step, {"params": arrays, "optimizer": {}}, {"step": step, "seconds": 1.0}, keep=9)
+    record = json.loads((folder / "run.json").read_text())
+    part, adapted = "params", None
+    if record["kind"] == "adapter":
+        part, adapted = PART, saved_run_adapter(LORA, base=record["base"]["digest"], base_name="plain")
+    state = {"step": step, "seconds": 1.0}
+    checkpoint.write(folder, step, {part: arrays, "optimizer": {}}, state, keep=9, adapted=adapted)
     names = ["config.json", "run.json", *(f"tokenizer/{path.name}" for path in (folder / "tokenizer").iterdir())]
     (folder / manifest.NAME).write_bytes(manifest.make_manifest(folder, names))
 
@@ -67,13 +73,9 @@ def arrays() -> dict[str, Arrays]:
         packed[f"packed/{path}"] = np.asarray(weight.packed)
         if path in TRAINED:
             packed[path] = np.asarray(factors_to_train(weight)) * 1.01
-    draw, pairs = np.random.default_rng(1), {}
-    for layer in range(CFG.layers):
-        for name in LORA.adapted_matrices:
-            rows, columns = CFG.matrices[name]
-            pairs[f"blocks/{layer}/{name}/a"] = draw.normal(size=(rows, LORA.rank)).astype(np.float32)
-            pairs[f"blocks/{layer}/{name}/b"] = draw.normal(size=(LORA.rank, columns)).astype(np.float32)
-    return {"plain": plain, "packed": packed, "adapter": pairs}
+    pairs = leaf_paths(init_lora(CFG, jax.random.key(1), LORA))
+    pairs = {path: dataclasses.replace(pair, b=pair.b + 0.01) for path, pair in pairs.items()}
+    return {"plain": plain, "packed": packed, "adapter": adapter_tensors(pairs)}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def runs(arrays, tmp_path_factory) -> dict[str, Path]:
     plain = write_run(root / "plain", arrays["plain"])
     packed = write_run(root / "packed", arrays["packed"], trained_blocks=list(TRAINED))
     base = {"model": str(plain), "digest": base_digest(unflatten(arrays["plain"])), "name": "plain"}
-    adapter = write_run(root / "adapter", arrays["adapter"], kind="adapter", lora=dataclasses.asdict(LORA), base=base)
+    adapter = write_run(root / "adapter", arrays["adapter"], kind="adapter", base=base)
     return {"plain": plain, "packed": packed, "adapter": adapter}
 
 
@@ -117,7 +119,9 @@ def change(arrays: Arrays, data: st.DataObject) -> tuple[str, Arrays]:
         name = data.draw(st.sampled_from(["x", "blocks/2/q", "packed/blocks/0/q", "blocks/0/q_bias", "packed/x", "norm2"]))
         return way, arrays | {name: array}
     if way == "dtype":
-        return way, others | {path: array.astype(OTHER[data.draw(st.sampled_from(sorted(OTHER)))])}
+        # Of an adapter any type of floats is read, as other programs write them.
+        kinds = [kind for kind in sorted(OTHER) if kind != "float16" or "lora" not in path]
+        return way, others | {path: array.astype(OTHER[data.draw(st.sampled_from(kinds))])}
     if way == "transposed":
         return way, others | {path: np.ascontiguousarray(array.T)}
     if way == "flat":
@@ -205,8 +209,8 @@ def test_an_earlier_versions_run_does_not_tell_which_blocks_trained(runs, arrays
 def test_a_config_of_more_layers_than_there_are_arrays_takes_no_time(runs, arrays):
     """Of a billion layers a list of arrays would take all memory."""
     claimed = dataclasses.replace(CFG, layers=10**5)
-    for kind, lora in (("plain", None), ("packed", None), ("adapter", LORA)):
-        assert len(expected_arrays(claimed, arrays[kind], lora, None)) < 1000
+    for kind in ("plain", "packed"):
+        assert len(expected_arrays(claimed, arrays[kind], None)) < 1000
     file = runs["plain"] / "config.json"
     before = file.read_text()
     file.write_text(json.dumps(claimed.to_json()))

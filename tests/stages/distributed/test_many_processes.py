@@ -160,7 +160,8 @@ def test_processes_fine_tune_a_model_as_one_does(start, trained, tmp_path):
     one, many = (json.loads((run / "run.json").read_text())["result"] for run in (alone, folder))
     for when in ("before", "after"):
         assert many[when]["held_out"] == pytest.approx(one[when]["held_out"], rel=1e-3)
-    adapters = [jax.tree.leaves(load_adapter(run / "adapter", read_config(trained))) for run in (alone, folder)]
+    newest = [run / "checkpoints" / str(checkpoint.steps(run)[-1]) for run in (alone, folder)]
+    adapters = [jax.tree.leaves(load_adapter(step, read_config(trained))) for step in newest]
     for wanted, leaf in zip(*adapters, strict=True):
         np.testing.assert_allclose(leaf, wanted, atol=0.02)
 
