@@ -16,6 +16,6 @@ Axis letters, used in every einsum, shape comment and docstring:
     S  cache length                 V  vocabulary             G  N / K, query heads a key head
     L  layers                       R  LoRA rank, or rows     H  head width
 
-A mask is True where a token counts or may be attended to. A path names a parameter, a rule is a pattern on paths, a digest
-is the SHA-256 of weights, a key is JAX's PRNG key.
+A mask is True where a token counts or may be attended to. A path names a parameter, a rule is a
+pattern on paths, a digest is the SHA-256 of weights, a key is JAX's PRNG key.
 """

@@ -1,8 +1,9 @@
 """Starts JAX: sets the device, the compilation cache, quiet logs, and glibc, which must keep the memory that XLA frees.
 
-XLA on the CPU allocates hundreds of megabytes for each step, which glibc by default returns to the kernel at its end: a quarter
-of a training step was page faults (`python -m bench.step --allocator default`). This module must load without JAX, for glibc's
-allocator is set before JAX starts its threads.
+XLA on the CPU allocates hundreds of megabytes for each step, which glibc by default returns to the
+kernel at its end: a quarter of a training step was page faults (`python -m bench.step --allocator
+default`). This module must load without JAX, for glibc's allocator is set before JAX starts its
+threads.
 """
 
 import contextlib
@@ -33,16 +34,21 @@ class Device:
     mesh: str = ""  # the devices used together, in words
 
     def __str__(self) -> str:
-        share = f"1 of {self.count}; --mesh fsdp={self.count} trains on all" if self.count > 1 else ""
+        if self.count > 1:
+            share = f"1 of {self.count}; --mesh fsdp={self.count} trains on all"
+        else:
+            share = ""
         notes = ", ".join(note for note in (self.mesh or share, self.reason) if note)
         return f"{self.backend.upper()}: {self.name} ({notes})"
 
 
 def start_jax(choice: str = "auto", *, one_arena: bool = True, connect: Callable[[], None] | None = None) -> Device:
-    """Imports and starts JAX on the wanted device. Raises UserError when `choice` names one that is not there.
+    """Imports and starts JAX on the wanted device. Raises UserError when `choice` names one that is
+    not there.
 
-    `one_arena`: see `keep_freed_memory`. `connect` joins the other processes of a run, before there are devices. Compiled
-    programs are cached in the user's cache folder, or where JAX_COMPILATION_CACHE_DIR says.
+    `one_arena`: see `keep_freed_memory`. `connect` joins the other processes of a run, before there
+    are devices. Compiled programs are cached in the user's cache folder, or where
+    JAX_COMPILATION_CACHE_DIR says.
     """
     if choice in ("auto", "cpu"):  # an accelerator's memory is not glibc's
         keep_freed_memory(one_arena=one_arena)
@@ -55,13 +61,19 @@ def start_jax(choice: str = "auto", *, one_arena: bool = True, connect: Callable
     if choice == "cpu":
         jax.config.update("jax_platforms", "cpu")
     compiled = jax.config.jax_compilation_cache_dir
-    if compiled and "://" not in compiled and (problem := trust_problem(Path(compiled))):
-        warn_of_cache("JAX_COMPILATION_CACHE_DIR", Path(compiled), f"is not used ({problem})")
-        compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+    if compiled and "://" not in compiled:
+        folder = Path(compiled)
+        problem = trust_problem(folder)
+        if problem:
+            warn_of_cache("JAX_COMPILATION_CACHE_DIR", folder, f"is not used ({problem})")
+            compiled = ""
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+        else:
+            problem = write_problem(folder)
+            if problem:  # what is there JAX reads all the same
+                warn_of_cache("JAX_COMPILATION_CACHE_DIR", folder, f"cannot be written ({problem})")
     if not compiled:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))
-    elif "://" not in compiled and (problem := write_problem(Path(compiled))):  # what is there JAX reads all the same
-        warn_of_cache("JAX_COMPILATION_CACHE_DIR", Path(compiled), f"cannot be written ({problem})")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # An entry that cannot be written or read costs only a compilation.
@@ -71,15 +83,27 @@ def start_jax(choice: str = "auto", *, one_arena: bool = True, connect: Callable
         connect()
     try:
         backend = jax.default_backend()
-    except (RuntimeError, AssertionError) as error:  # the latter where JAX_PLATFORMS names what this JAX cannot use
+    except (RuntimeError, AssertionError) as error:
+        # the latter where JAX_PLATFORMS names what this JAX cannot use
         platforms = os.environ.get("JAX_PLATFORMS")
-        wanted = f" on JAX_PLATFORMS={platforms}; unset it, or install JAX's support for it" if platforms else ""
-        cause = f": {str(error).splitlines()[0]}" if str(error) else ""
+        if platforms:
+            wanted = f" on JAX_PLATFORMS={platforms}; unset it, or install JAX's support for it"
+        else:
+            wanted = ""
+        if str(error):
+            cause = f": {str(error).splitlines()[0]}"
+        else:
+            cause = ""
         raise UserError(f"JAX cannot start{wanted}{cause}.") from error
     if choice not in ("auto", backend):
         raise UserError(f"There is no {choice.upper()} that JAX can use here, only {backend.upper()}.{_advice(choice)}")
     if backend != "cpu":
-        return Device(backend, device_name(), len(jax.local_devices()), "asked for" if choice != "auto" else "chosen by JAX")
+        return Device(
+            backend,
+            device_name(),
+            len(jax.local_devices()),
+            "asked for" if choice != "auto" else "chosen by JAX",
+        )
     count = cores()
     reason = f"{count} core{'s' * (count != 1)}; " + ("asked for" if choice == "cpu" else _reason_for_cpu())
     return Device(backend, device_name(), 1, reason)
@@ -87,21 +111,28 @@ def start_jax(choice: str = "auto", *, one_arena: bool = True, connect: Callable
 
 @functools.cache
 def _check_entries() -> None:
-    """Makes JAX end each entry of the compilation cache with a SHA-256, read none that is damaged, and write it again.
+    """Makes JAX end each entry of the compilation cache with a SHA-256, read none that is damaged,
+    and write it again.
 
-    By itself it runs whatever it can decompress, and never writes where an entry is, even one that a kill cut short.
+    By itself it runs whatever it can decompress, and never writes where an entry is, even one that
+    a kill cut short.
     """
     from jax._src.lru_cache import LRUCache
 
-    get, put = LRUCache.get, LRUCache.put
-    digest = lambda key, value: hashlib.sha256(key.encode() + value).digest()
+    get = LRUCache.get
+    put = LRUCache.put
+
+    def digest(key: str, value: bytes) -> bytes:
+        return hashlib.sha256(key.encode() + value).digest()
 
     def get_checked(cache: LRUCache, key: str) -> bytes | None:
         if not (cache.path / f"{key}-cache").is_file():  # a pipe would be waited for
             return None
         entry = get(cache, key) or b""
         value = entry[:-32]
-        return value if entry[-32:] == digest(key, value) else None
+        if entry[-32:] == digest(key, value):
+            return value
+        return None
 
     def put_anew(cache: LRUCache, key: str, value: bytes) -> None:
         path = cache.path / f"{key}-cache"
@@ -111,25 +142,31 @@ def _check_entries() -> None:
             remove(Path(path))  # who reads it now reads on
         put(cache, key, value + digest(key, value))
 
-    LRUCache.get, LRUCache.put = get_checked, put_anew  # type: ignore[method-assign, assignment]
+    LRUCache.get = get_checked  # type: ignore[method-assign, assignment]
+    LRUCache.put = put_anew  # type: ignore[method-assign, assignment]
 
 
 def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class CoreTime(NamedTuple):
-    """Seconds of the cores that this process may use, summed since the machine started. `others`: those that others took."""
+    """Seconds of the cores that this process may use, summed since the machine started. `others`:
+    those that others took.
+    """
 
     total: float
     others: float
 
 
 def core_time() -> CoreTime | None:
-    """Returns the time of this process's cores so far, from /proc/stat; None where there is none, as on all but Linux.
+    """Returns the time of this process's cores so far, from /proc/stat; None where there is none,
+    as on all but Linux.
 
-    Others are other processes, and other virtual machines on the same processor (steal). A child of this process counts among
-    the others until it has been waited for.
+    Others are other processes, and other virtual machines on the same processor (steal). A child of
+    this process counts among the others until it has been waited for.
     """
     if not hasattr(os, "sched_getaffinity"):
         return None
@@ -155,11 +192,14 @@ def device_name() -> str:
     import jax
 
     device = jax.local_devices()[0]
-    return processor()[0] if device.platform == "cpu" else device.device_kind
+    if device.platform == "cpu":
+        return processor()[0]
+    return device.device_kind
 
 
 def processor() -> tuple[str, str]:
-    """Returns (model name, instruction-set flags) of the processor, by which measured ceilings are cached.
+    """Returns (model name, instruction-set flags) of the processor, by which measured ceilings are
+    cached.
 
     The flags are empty where the system does not list them.
     """
@@ -202,9 +242,11 @@ def _has_nvidia_driver() -> bool:
 
 @contextlib.contextmanager
 def host_memory(wanted: bool) -> Iterator[None]:
-    """Makes arrays in the host's memory within the block, if `wanted`: to `layout.place` them on a mesh afterwards.
+    """Makes arrays in the host's memory within the block, if `wanted`: to `layout.place` them on a
+    mesh afterwards.
 
-    Without this thread's mesh: on one, JAX computes on all its devices, and each would get the whole model.
+    Without this thread's mesh: on one, JAX computes on all its devices, and each would get the
+    whole model.
     """
     import jax
 
@@ -215,35 +257,43 @@ def host_memory(wanted: bool) -> Iterator[None]:
         yield
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # <malloc.h>
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+_M_ARENA_MAX = -8  # <malloc.h>
 _ALIGNED = 64  # bytes, as XLA asks for its buffers
 
 
 def keep_freed_memory(one_arena: bool = True) -> bool:
-    """Tells glibc to keep freed memory. Call it before JAX starts its threads. Returns False where it is not glibc.
+    """Tells glibc to keep freed memory. Call it before JAX starts its threads. Returns False where
+    it is not glibc.
 
-    `one_arena`: all threads share one heap, so that any thread reuses a step's large buffers. Serving has many small ones: with
-    glibc's own arenas it decodes a fifth faster and loads programs in half the time.
+    `one_arena`: all threads share one heap, so that any thread reuses a step's large buffers.
+    Serving has many small ones: with glibc's own arenas it decodes a fifth faster and loads
+    programs in half the time.
     """
-    if (mallopt := _glibc("mallopt")) is None:
+    mallopt = _glibc("mallopt")
+    if mallopt is None:
         return False
     arenas = [mallopt(_M_ARENA_MAX, 1)] if one_arena else []
     return all([*arenas, mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1)])
 
 
 def make_room(size: int) -> None:
-    """Returns freed memory to the kernel if a buffer of `size` bytes would not lie in it, but beside it; 0 bytes always fit.
+    """Returns freed memory to the kernel if a buffer of `size` bytes would not lie in it, but
+    beside it; 0 bytes always fit.
 
-    The hole that such a buffer left is a few bytes too small for the next one. An allocation shows it: the heap, `arena` of
-    glibc's figures, grows.
+    The hole that such a buffer left is a few bytes too small for the next one. An allocation shows
+    it: the heap, `arena` of glibc's figures, grows.
     """
     import ctypes
 
-    if not size or (heap := _glibc("mallinfo2")) is None:
+    heap = _glibc("mallinfo2")
+    if not size or heap is None:
         return
     figures = [("arena", ctypes.c_size_t), ("others", ctypes.c_size_t * 9)]
     heap.restype = type("mallinfo2", (ctypes.Structure,), {"_fields_": figures})
-    block, before = ctypes.c_void_p(), heap().arena
+    block = ctypes.c_void_p()
+    before = heap().arena
     refused = _glibc("posix_memalign")(ctypes.byref(block), ctypes.c_size_t(_ALIGNED), ctypes.c_size_t(size))
     grown = heap().arena > before
     _glibc("free")(block)
@@ -253,11 +303,14 @@ def make_room(size: int) -> None:
 
 def return_freed_memory() -> None:
     gc.collect()
-    if trim := _glibc("malloc_trim"):
+    trim = _glibc("malloc_trim")
+    if trim:
         trim(0)
 
 
 def _glibc(function: str) -> Any:
     import ctypes  # a millisecond of --help
 
-    return getattr(ctypes.CDLL(None), function, None) if sys.platform.startswith("linux") else None
+    if sys.platform.startswith("linux"):
+        return getattr(ctypes.CDLL(None), function, None)
+    return None

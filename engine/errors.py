@@ -4,11 +4,14 @@ import difflib
 import importlib.util
 from typing import Any, NamedTuple
 
-SERVE_PACKAGES = ("starlette", "uvicorn", "h11", "msgspec", "prometheus_client")  # of the extra `serve`
+# of the extra `serve`
+SERVE_PACKAGES = ("starlette", "uvicorn", "h11", "msgspec", "prometheus_client")
 
 
 class UserError(ValueError):
-    """Says in one or two sentences what was wanted, what came, and what to do. Commands print them and exit with code 2."""
+    """Says in one or two sentences what was wanted, what came, and what to do. Commands print them
+    and exit with code 2.
+    """
 
 
 class InvalidField(UserError):
@@ -21,7 +24,9 @@ class InvalidField(UserError):
 
 
 class Range(NamedTuple):
-    """A field's range: from `least` (or `above` it) to `most`, which may be infinite. `note` explains one bound."""
+    """A field's range: from `least` (or `above` it) to `most`, which may be infinite. `note`
+    explains one bound.
+    """
 
     least: float
     most: float
@@ -44,25 +49,38 @@ class Range(NamedTuple):
         """Raises InvalidField for `field` (by default `name`) when the value is out of range."""
         kinds = int if self.integer else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds) or value != value:
-            wanted, shown = "an integer" if self.integer else "a number", f"{value!r:.60}"
+            wanted = "an integer" if self.integer else "a number"
+            shown = f"{value!r:.60}"
         elif not self.holds(value):
-            wanted, shown = str(self), str(value) if abs(value) < 10**30 else "a number of more than 30 digits"
+            wanted = str(self)
+            if abs(value) < 10**30:
+                shown = str(value)
+            else:
+                shown = "a number of more than 30 digits"
         else:
             return
         raise InvalidField(field or name, f"{name} must be {wanted}, not {shown}.")
 
 
 def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
-    """Returns ` Did you mean 'demo'?`, with the known name that `name` misspells or begins, or an empty string."""
+    """Returns ` Did you mean 'demo'?`, with the known name that `name` misspells or begins, or an
+    empty string.
+    """
     beginnings = [full for full in known if name and full.startswith(name)]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6) or beginnings
-    return f" Did you mean {close[0]!r}?" if close else ""
+    if close:
+        return f" Did you mean {close[0]!r}?"
+    return ""
 
 
 def require_serve_packages(command: str) -> None:
-    """Raises UserError when a package of the extra `serve` is missing. `command` follows `python -m`."""
-    if missing := [name.replace("_", "-") for name in SERVE_PACKAGES if importlib.util.find_spec(name) is None]:
+    """Raises UserError when a package of the extra `serve` is missing. `command` follows `python
+    -m`.
+    """
+    missing = [name.replace("_", "-") for name in SERVE_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
         raise UserError(
-            f"The server needs {', '.join(missing)}: start it with `uv run --extra serve python -m {command}`, or install the "
+            f"The server needs {', '.join(missing)}: start it with `uv run --extra serve python -m "
+            f"{command}`, or install the "
             "extra with `pip install -e '.[serve]'`."
         )

@@ -21,7 +21,8 @@ from engine.errors import UserError
 
 UNFINISHED = ".unfinished"  # the end of the name of a file or folder that is being written
 DAY = 24 * 60 * 60
-_being_written: dict[Path, Path] = {}  # by this process: each with the path at which it is to appear
+# by this process: each with the path at which it is to appear
+_being_written: dict[Path, Path] = {}
 
 
 def warn_of_cache(variable: str, folder: Path, problem: str) -> None:
@@ -30,19 +31,24 @@ def warn_of_cache(variable: str, folder: Path, problem: str) -> None:
 
 
 def cache_root() -> Path:
-    """Returns `$THRICE_CACHE`, else `$XDG_CACHE_HOME/thrice`, else `~/.cache/thrice`, which need not exist."""
-    if root := os.environ.get("THRICE_CACHE"):
+    """Returns `$THRICE_CACHE`, else `$XDG_CACHE_HOME/thrice`, else `~/.cache/thrice`, which need
+    not exist.
+    """
+    root = os.environ.get("THRICE_CACHE")
+    if root:
         return Path(root)
-    home = os.path.expanduser("~/.cache").removeprefix("~")  # expanduser leaves "~" for a user without one
+    # expanduser leaves "~" for a user without one
+    home = os.path.expanduser("~/.cache").removeprefix("~")
     return Path(os.environ.get("XDG_CACHE_HOME") or home) / "thrice"
 
 
 def cache_folder(name: str, room: int = 2**20) -> Path:
     """Makes and returns a folder in `cache_root()`.
 
-    It is made private (mode 0700), for compiled programs are loaded from there as code. If others can write there or own it, if
-    fewer than `room` bytes are free, or if it cannot be written, this warns and sets THRICE_CACHE to a temporary folder for
-    this process and those it starts. Unless others could write it, what was cached is found there too.
+    It is made private (mode 0700), for compiled programs are loaded from there as code. If others
+    can write there or own it, if fewer than `room` bytes are free, or if it cannot be written, this
+    warns and sets THRICE_CACHE to a temporary folder for this process and those it starts. Unless
+    others could write it, what was cached is found there too.
     """
     root = cache_root()
     folder = root / name
@@ -51,7 +57,10 @@ def cache_folder(name: str, room: int = 2**20) -> Path:
     untrusted = trust_problem(root) or trust_problem(folder)
     problem = "" if untrusted else write_problem(folder, room)
     if untrusted or problem:
-        variable = "THRICE_CACHE" if os.environ.get("THRICE_CACHE") else "THRICE_CACHE or XDG_CACHE_HOME"
+        if os.environ.get("THRICE_CACHE"):
+            variable = "THRICE_CACHE"
+        else:
+            variable = "THRICE_CACHE or XDG_CACHE_HOME"
         warn_of_cache(variable, root, f"is not used ({untrusted})" if untrusted else f"cannot be written ({problem})")
         root = _temporary_cache(root, room, links=not untrusted)
         os.environ["THRICE_CACHE"] = str(root)
@@ -64,18 +73,24 @@ def cache_folder(name: str, room: int = 2**20) -> Path:
 
 
 def trust_problem(path: Path | int) -> str:
-    """Returns why another user may have written a file (a path, or an open one's number) or folder; empty if none can have."""
+    """Returns why another user may have written a file (a path, or an open one's number) or folder;
+    empty if none can have.
+    """
     try:
         status = os.stat(path)
     except OSError:
         return ""
     if status.st_uid not in (os.geteuid(), 0):
         return f"{path} belongs to another user"
-    return f"others can write to {path}" if status.st_mode & 0o022 else ""
+    if status.st_mode & 0o022:
+        return f"others can write to {path}"
+    return ""
 
 
 def write_problem(folder: Path, room: int = 2**20) -> str:
-    """Makes a folder where there is none, and returns why `room` bytes cannot be written there; empty when they can."""
+    """Makes a folder where there is none, and returns why `room` bytes cannot be written there;
+    empty when they can.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -83,7 +98,9 @@ def write_problem(folder: Path, room: int = 2**20) -> str:
         disk = shutil.disk_usage(folder)
     except OSError as error:
         return error.strerror or str(error)
-    return f"{disk.free / 1e6:,.1f} MB are free of {room / 1e6:,.1f} needed" if disk.total and disk.free < room else ""
+    if disk.total and disk.free < room:
+        return f"{disk.free / 1e6:,.1f} MB are free of {room / 1e6:,.1f} needed"
+    return ""
 
 
 def _temporary_cache(root: Path, room: int, links: bool) -> Path:
@@ -91,7 +108,8 @@ def _temporary_cache(root: Path, room: int, links: bool) -> Path:
 
     If none can be made, returns `root`, or without `links` a path where nothing can be.
     """
-    for place in (None, "/dev/shm"):  # the second can be written in a container whose root, with /tmp, cannot
+    # the second can be written in a container whose root, with /tmp, cannot
+    for place in (None, "/dev/shm"):
         with contextlib.suppress(OSError):
             folder = Path(tempfile.mkdtemp(prefix="thrice-", dir=place))
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -101,7 +119,9 @@ def _temporary_cache(root: Path, room: int, links: bool) -> Path:
                     link.parent.mkdir(exist_ok=True, mode=0o700)
                     link.symlink_to(entry.absolute())
                 return folder
-    return root if links else Path(os.devnull, "cache")
+    if links:
+        return root
+    return Path(os.devnull, "cache")
 
 
 def sync(path: str | Path) -> None:
@@ -122,7 +142,9 @@ def make_folder(path: Path) -> None:
 
 
 def sync_and_drop(path: Path) -> None:
-    """Writes a file to the disk and drops it from the page cache, so that reading it reads the disk."""
+    """Writes a file to the disk and drops it from the page cache, so that reading it reads the
+    disk.
+    """
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):
@@ -130,7 +152,9 @@ def sync_and_drop(path: Path) -> None:
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Opens a file to read. Raises UserError for what is no file: a pipe would be waited for, and a device has no end."""
+    """Opens a file to read. Raises UserError for what is no file: a pipe would be waited for, and a
+    device has no end.
+    """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if stat.S_ISREG(os.fstat(handle).st_mode):
         return os.fdopen(handle, "rb")
@@ -139,7 +163,9 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def read_limited(path: Path, limit: int) -> bytes:
-    """Reads a file of at most `limit` bytes. Raises UserError for a larger one, and where there is none."""
+    """Reads a file of at most `limit` bytes. Raises UserError for a larger one, and where there is
+    none.
+    """
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -151,7 +177,9 @@ def read_limited(path: Path, limit: int) -> bytes:
 
 
 def read_checked(path: Path, limit: int) -> bytes:
-    """Returns what `write_checked` wrote there; nothing if it did not, it is damaged, or another user can have written it."""
+    """Returns what `write_checked` wrote there; nothing if it did not, it is damaged, or another
+    user can have written it.
+    """
     with contextlib.suppress(OSError, UserError), open_regular(path) as file:
         data = file.read(limit)
         if _digest(path, data[:-32]) == data[-32:] and not trust_problem(file.fileno()):
@@ -171,7 +199,9 @@ def write_checked(path: Path, data: bytes) -> None:
 
 
 def remove_unless_file(path: Path) -> None:
-    """Removes what lies where a file of the cache is to be written, such as a folder, a pipe or a link to nothing."""
+    """Removes what lies where a file of the cache is to be written, such as a folder, a pipe or a
+    link to nothing.
+    """
     if not path.is_file():
         remove(path)
 
@@ -201,9 +231,11 @@ def decode_utf8(data: bytes, where: object) -> str:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a binary file that appears at `path`, complete and on disk, when the block ends; after an error, nothing.
+    """Opens a binary file that appears at `path`, complete and on disk, when the block ends; after
+    an error, nothing.
 
-    Raises UserError for a pipe or a device, such as /dev/stdout, in whose place the file would come.
+    Raises UserError for a pipe or a device, such as /dev/stdout, in whose place the file would
+    come.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise UserError(f"{path} is a pipe or a device; a file is needed.")
@@ -218,7 +250,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Makes a folder that appears at `path`, or replaces one, when the block ends, its files synced; on an error, nothing."""
+    """Makes a folder that appears at `path`, or replaces one, when the block ends, its files
+    synced; on an error, nothing.
+    """
     with _unfinished(path, Path.mkdir) as temporary:
         building = temporary / "new"
         building.mkdir()
@@ -257,9 +291,12 @@ def _unfinished(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what killed writers left unfinished in a folder; where the file system has no locks, only what is a day old."""
+    """Removes what killed writers left unfinished in a folder; where the file system has no locks,
+    only what is a day old.
+    """
     for leftover in folder.glob(f".*.*{UNFINISHED}"):
-        with contextlib.suppress(OSError), contextlib.ExitStack() as lock:  # until it is gone: a writer may be about to lock it
+        # until it is gone: a writer may be about to lock it
+        with contextlib.suppress(OSError), contextlib.ExitStack() as lock:
             handle = os.open(leftover, os.O_RDONLY | os.O_NONBLOCK)
             lock.callback(os.close, handle)
             try:
@@ -268,30 +305,35 @@ def remove_unfinished(folder: Path) -> None:
                 if isinstance(error, BlockingIOError) or time.time() - os.fstat(handle).st_mtime < DAY:
                     continue  # its writer lives
             discard(leftover, folder / leftover.name[1:].rsplit(".", 2)[0])
-            shutil.rmtree(leftover, ignore_errors=True)  # a folder that was not made by `atomic_folder`
+            # a folder that was not made by `atomic_folder`
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def discard_unfinished() -> None:
-    """Removes what this process is writing, before it ends in the middle of it; on Linux also what huggingface_hub is."""
+    """Removes what this process is writing, before it ends in the middle of it; on Linux also what
+    huggingface_hub is.
+    """
     for temporary, path in [*_being_written.items()]:
         with contextlib.suppress(OSError):
             discard(temporary, path)
     for descriptor in Path("/proc/self/fd").glob("*"):
         with contextlib.suppress(OSError):
-            if (fetched := os.readlink(descriptor)).endswith(".incomplete"):
+            fetched = os.readlink(descriptor)
+            if fetched.endswith(".incomplete"):
                 os.unlink(fetched)
 
 
 def discard(temporary: Path, path: Path) -> None:
     """Removes what was to appear at `path`; puts back a folder that it was about to replace.
 
-    The thread that writes it may go on meanwhile: nothing half removed can get to `path`, and `old` is removed only once the
-    new folder is in place.
+    The thread that writes it may go on meanwhile: nothing half removed can get to `path`, and `old`
+    is removed only once the new folder is in place.
     """
     if not temporary.is_dir():
         temporary.unlink(missing_ok=True)
         return
-    if (new := temporary / "new").exists():
+    new = temporary / "new"
+    if new.exists():
         with contextlib.suppress(OSError):  # its writer was faster
             os.replace(new, temporary / "dropped")
     old = temporary / "old"
@@ -302,13 +344,16 @@ def discard(temporary: Path, path: Path) -> None:
         else:
             os.replace(old, path)
     shutil.rmtree(temporary / "dropped", ignore_errors=True)
-    with contextlib.suppress(OSError):  # where the writer has just moved something here; its own end, or the next, puts it back
+    # where the writer has just moved something here; its own end, or the next, puts it back
+    with contextlib.suppress(OSError):
         temporary.rmdir()
 
 
 @contextlib.contextmanager
 def folder_lock(folder: Path, wait: bool = True) -> Iterator[None]:
-    """Locks a folder for the block, if its file system has locks. Unless `wait`, raises BlockingIOError if another holds it."""
+    """Locks a folder for the block, if its file system has locks. Unless `wait`, raises
+    BlockingIOError if another holds it.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -14,20 +14,28 @@ def clock_time(seconds: float) -> str:
     """Formats seconds as a clock: 65 -> '1:05', 3725 -> '1:02:05'."""
     minutes, seconds = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    if hours:
+        return f"{hours}:{minutes:02}:{seconds:02}"
+    return f"{minutes}:{seconds:02}"
 
 
 def duration(seconds: float) -> str:
-    """Formats seconds in words: 0.25 -> '0.25 s', 4.13 -> '4.1 s', 180 -> '3 min', 5400 -> '1 h 30 min'."""
+    """Formats seconds in words: 0.25 -> '0.25 s', 4.13 -> '4.1 s', 180 -> '3 min', 5400 -> '1 h 30
+    min'.
+    """
     if seconds < 1:
         return f"{seconds:.2f} s"
     if seconds < 60:
         return f"{seconds:.1f} s".replace(".0 s", " s")
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+        if rest:
+            return f"{minutes} min {rest} s"
+        return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes} min" if minutes else f"{hours:,} h"
+    if minutes:
+        return f"{hours:,} h {minutes} min"
+    return f"{hours:,} h"
 
 
 def quantity(number: int, noun: str) -> str:
@@ -37,7 +45,9 @@ def quantity(number: int, noun: str) -> str:
 
 def format_count(number: float) -> str:
     """Formats three figures with a prefix: 950 -> '950', 4204800 -> '4.20 M'."""
-    return si(number, "").replace(_SPACE, " ") if number >= 999.5 else f"{number:.3g}"
+    if number >= 999.5:
+        return si(number, "").replace(_SPACE, " ")
+    return f"{number:.3g}"
 
 
 def format_bytes(bytes: float) -> str:
@@ -50,7 +60,9 @@ def format_bytes(bytes: float) -> str:
 
 def join_words(words: Sequence[str]) -> str:
     """Joins words: ['a', 'b', 'c'] -> 'a, b and c'."""
-    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+    if len(words) > 1:
+        return " and ".join([", ".join(words[:-1]), words[-1]])
+    return "".join(words)
 
 
 def finite(value: Any) -> float | None:
@@ -61,7 +73,8 @@ def finite(value: Any) -> float | None:
 
 def si(value: Any, unit: str) -> str:
     """Formats with an SI prefix: `21.3 MFLOP`, `612 µs`."""
-    if (value := finite(value)) is None:
+    value = finite(value)
+    if value is None:
         return ABSENT
     power = _power(value)
     return f"{significant(value / 10.0**power)}{_SPACE}{_PREFIXES[power]}{unit}".rstrip(_SPACE)
@@ -69,7 +82,8 @@ def si(value: Any, unit: str) -> str:
 
 def in_words(value: Any) -> str:
     """Formats a count in words: `96.2 million`, `12.3 thousand`, `640`."""
-    if (value := finite(value)) is None:
+    value = finite(value)
+    if value is None:
         return ABSENT
     power = max(0, min(_power(value), 12))
     return " ".join(filter(None, [significant(value / 10.0**power), _WORDS.get(power)]))
@@ -77,28 +91,35 @@ def in_words(value: Any) -> str:
 
 def money(value: Any) -> str:
     """Formats dollars: `$0.0417`, `$0.10`, `$0.256`, `$12.50`, `$240`, `$1,240`."""
-    if (value := finite(value)) is None:
+    value = finite(value)
+    if value is None:
         return ABSENT
     cents = 1 <= abs(value) < 100 or (0.01 <= abs(value) < 1 and value == round(value, 2))
-    return f"${value:.2f}" if cents else f"${significant(value)}"
+    if cents:
+        return f"${value:.2f}"
+    return f"${significant(value)}"
 
 
 def times(value: Any) -> str:
     """Formats a ratio: `3.00×`, or `14.2×` from ten up."""
-    if (value := finite(value)) is None:
+    value = finite(value)
+    if value is None:
         return ABSENT
     return f"{value:,.{2 if abs(value) < 9.95 else 1}f}×"
 
 
 def percent(value: Any) -> str:
     """Formats a share as `59%`."""
-    if (value := finite(value)) is None:
+    value = finite(value)
+    if value is None:
         return ABSENT
     return f"{round(100 * value)}%".replace("-", "−")
 
 
 def significant(value: float) -> str:
-    """Formats three significant digits without an exponent, thousands apart: `0.0417`, `7.11`, `1,240`."""
+    """Formats three significant digits without an exponent, thousands apart: `0.0417`, `7.11`,
+    `1,240`.
+    """
     if value == 0:
         return "0"
     decimals = max(0, 2 - math.floor(math.log10(abs(float(f"{value:.3g}")))))

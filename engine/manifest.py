@@ -5,7 +5,7 @@ import errno
 import hashlib
 import json
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,19 @@ def make_manifest(folder: Path, names: Iterable[str]) -> bytes:
 def write_checked(path: Path, encode: Callable[[], Iterable[np.ndarray]]) -> dict[str, Any]:
     """Writes a file to the disk, reads it back from there, and returns its entry in a manifest.
 
-    `encode()` yields the contents, uint8, and is called twice. Raises OSError when other bytes come back.
+    `encode()` yields the contents, uint8, and is called twice. Raises OSError when other bytes come
+    back.
     """
     with path.open("wb") as file:
         for data in encode():
             file.write(data)
     sync_and_drop(path)
     hasher = hashlib.sha256()
-    # Mapped, for training goes on: blocks in the heap could take a part of the place that a step's buffer has just left.
+    # Mapped, for training goes on: blocks in the heap could take a part of the place that a step's
+    # buffer has just left.
     back, same = (np.frombuffer(mmap.mmap(-1, BLOCK), dtype) for dtype in (np.uint8, bool))
-    blocks = (data[start : start + BLOCK] for data in encode() for start in range(0, len(data), BLOCK))
     with open_regular(path) as file:
-        for block in blocks:
+        for block in _blocks(encode()):
             size = len(block)
             is_whole = file.readinto(back[:size]) == size
             if not is_whole or not np.equal(back[:size], block, out=same[:size]).all():
@@ -56,8 +57,15 @@ def write_checked(path: Path, encode: Callable[[], Iterable[np.ndarray]]) -> dic
         return {"bytes": file.tell(), "sha256": hasher.hexdigest()}
 
 
+def _blocks(arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    for array in arrays:
+        for start in range(0, len(array), BLOCK):
+            yield array[start : start + BLOCK]
+
+
 def verify(folder: Path, skip: str | None = None, *, extra: bool = True) -> list[str]:
-    """Returns one line per damaged, missing or (unless `extra` is False) extra file; names that begin with `skip` are not read.
+    """Returns one line per damaged, missing or (unless `extra` is False) extra file; names that
+    begin with `skip` are not read.
 
     The manifest holds its own SHA-256 and must be, byte for byte, as `write_manifest` writes it.
     """
@@ -84,29 +92,37 @@ def verify(folder: Path, skip: str | None = None, *, extra: bool = True) -> list
             size = path.stat().st_size
             if size != wanted[name]["bytes"]:
                 return f"{path} has {size:,} bytes instead of {wanted[name]['bytes']:,}"
-            return None if describe(path) == wanted[name] else f"{path} is damaged: its SHA-256 is another"
+            if describe(path) == wanted[name]:
+                return None
+            return f"{path} is damaged: its SHA-256 is another"
         except UserError as error:
             return str(error)
         except OSError as error:
             return f"{path} cannot be read: {error.strerror}"
 
-    names = sorted(name for name in {*wanted, *(_files(folder) if extra else ())} if not (skip and name.startswith(skip)))
+    names = {*wanted}
+    if extra:
+        names |= _files(folder)
+    if skip:
+        names = {name for name in names if not name.startswith(skip)}
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        return [line for line in pool.map(fault, names) if line]
+        return [line for line in pool.map(fault, sorted(names)) if line]
 
 
 def build_once(folder: Path, build: Callable[[Path], None], damage: Callable[[Path], list[str]] = verify) -> None:
-    """Makes a folder of the cache by build(empty folder), unless it is there and `damage`, by default its manifest, finds none.
+    """Makes a folder of the cache by build(empty folder), unless it is there and `damage`, by
+    default its manifest, finds none.
 
-    Another process may build it meanwhile. Raises UserError when the files do not read back as they should be, else what
-    `build` raises; the folder is then not there.
+    Another process may build it meanwhile. Raises UserError when the files do not read back as they
+    should be, else what `build` raises; the folder is then not there.
     """
     if not damage(folder):
         return
     try:
         with atomic_folder(folder) as building:
             build(building)
-            if lines := damage(building):
+            lines = damage(building)
+            if lines:
                 raise UserError(f"The files made for {folder} are not as they should be, so they were not kept: {lines[0]}.")
     except OSError:
         if damage(folder):

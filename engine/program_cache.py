@@ -1,6 +1,7 @@
 """Stores in the user's cache what a function is lowered to, so that a later command need not trace it.
 
-JAX's own cache is read once a program is lowered. Only a command on one CPU stores: tests change the engine while it runs.
+JAX's own cache is read once a program is lowered. Only a command on one CPU stores: tests change
+the engine while it runs.
 """
 
 import contextlib
@@ -45,7 +46,8 @@ mlir.register_lowering(stored_program, _lower)
 
 @functools.cache
 def _versions() -> str:
-    """Returns a digest of all code that makes a program; empty if some of the engine's was edited since the command began.
+    """Returns a digest of all code that makes a program; empty if some of the engine's was edited
+    since the command began.
 
     Modules are imported when they are first needed: after an edit one may be old and another new.
     """
@@ -63,8 +65,14 @@ def _versions() -> str:
 
 
 def stored(like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates a function of (cfg, *arrays), for jax.jit to trace, whose result is a tree as `like(*arrays)`."""
-    return lambda function: functools.wraps(function)(functools.partial(_call, function, like))
+    """Decorates a function of (cfg, *arrays), for jax.jit to trace, whose result is a tree as
+    `like(*arrays)`.
+    """
+
+    def store(function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.wraps(function)(functools.partial(_call, function, like))
+
+    return store
 
 
 def _call(function: Callable[..., Any], like: Callable[..., Any], cfg: Any, *args: Any) -> Any:
@@ -76,8 +84,12 @@ def _call(function: Callable[..., Any], like: Callable[..., Any], cfg: Any, *arg
     shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
     facts = repr((versions, jax.config.values, computes_in_c(), function.__name__, cfg, tree, shapes))
     path = cache_folder("programs") / hashlib.sha256(facts.encode()).hexdigest()
-    if not (data := read_checked(path, MAX_BYTES)):
-        flat = lambda *leaves: jax.tree.leaves(function(cfg, *jax.tree.unflatten(tree, leaves)))
+    data = read_checked(path, MAX_BYTES)
+    if not data:
+
+        def flat(*leaves: Any) -> list[Any]:
+            return jax.tree.leaves(function(cfg, *jax.tree.unflatten(tree, leaves)))
+
         lowered: Any = jax.jit(flat, keep_unused=True).lower(*shapes)
         types = json.dumps([[result.shape, str(result.dtype)] for result in lowered.out_info]).encode()
         data = types + b"\n" + mlir.module_to_bytecode(lowered.compiler_ir())

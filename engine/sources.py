@@ -7,7 +7,9 @@ at_start: Stamps = {}  # of a command that stores programs; empty elsewhere
 
 
 def record() -> None:
-    """Lets this process store programs. To be called before anything else of the engine is imported."""
+    """Lets this process store programs. To be called before anything else of the engine is
+    imported.
+    """
     at_start.update(read_stamps())
 
 
@@ -16,9 +18,11 @@ def are_edited() -> bool:
 
 
 def read_stamps() -> Stamps:
-    """Returns by path what an edit changes of each source file: inode, size, and times of modification and change.
+    """Returns by path what an edit changes of each source file: inode, size, and times of
+    modification and change.
 
-    They take 0.3 ms, which every command spends, even for --help; a SHA-256 of each file would take longer.
+    They take 0.3 ms, which every command spends, even for --help; a SHA-256 of each file would take
+    longer.
     """
     stamps: Stamps = {}
     for folder, _, names in os.walk(os.path.dirname(__file__)):

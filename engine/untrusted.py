@@ -19,11 +19,15 @@ MAX_CONFIG_BYTES = 2 * 2**20
 def quote(value: Any) -> str:
     """Returns a file's value for an error message: quoted, printable, and short."""
     text = ascii(value if isinstance(value, str | int | float | bool | None) else type(value).__name__)
-    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."
+    if len(text) <= MAX_QUOTED:
+        return text
+    return f"{text[:MAX_QUOTED]}..."
 
 
 def known_name(value: Any, known: Collection[str], what: str, path: Path) -> str:
-    """Returns a file's value if it is one of the `known` names. Raises UserError, which calls it `what`, if not."""
+    """Returns a file's value if it is one of the `known` names. Raises UserError, which calls it
+    `what`, if not.
+    """
     if isinstance(value, str) and value in known:
         return value
     # Without a hint: a program wrote the value, so `qwen2_moe` is no misspelling of qwen2.
@@ -45,7 +49,9 @@ class Fields(NamedTuple):
                 raise UserError(f"{self.path}: {given}, and only {values[0]} can be computed here.")
 
     def note_unknown(self, known: Collection[str], harmless: str) -> tuple[str, ...]:
-        """Returns a note that names the fields which are not known, if any, and do not match the pattern `harmless`."""
+        """Returns a note that names the fields which are not known, if any, and do not match the
+        pattern `harmless`.
+        """
         unknown = [self.prefix + name for name in self.values if name not in known and not re.fullmatch(harmless, name)]
         if not unknown:
             return ()
@@ -53,9 +59,12 @@ class Fields(NamedTuple):
         return (f"{self.path}: fields that are not known here are ignored: {', '.join(map(quote, unknown[:MAX_NAMED]))}{more}",)
 
     def number[T: (int, float)](self, name: str, kind: type[T], default: T | None = None) -> T:
-        """Returns a number field. Raises UserError for one that is missing (or null) without a `default`, negative or huge."""
+        """Returns a number field. Raises UserError for one that is missing (or null) without a
+        `default`, negative or huge.
+        """
         value = self.values.get(name)
-        value = default if value is None else value
+        if value is None:
+            value = default
         if value is None:
             raise UserError(f"{self.path} does not say {self.prefix}{name}.")
         if type(value) not in (int, kind) or not 0 <= value < 2**40:
@@ -71,7 +80,9 @@ class Fields(NamedTuple):
 
 
 def build_tokenizer[T](make: Callable[[], T], path: Path) -> T:
-    """Returns make(), with any error of the tokenizers library (bare Exception, or a panic, which is none) as a UserError."""
+    """Returns make(), with any error of the tokenizers library (bare Exception, or a panic, which
+    is none) as a UserError.
+    """
     try:
         return make()
     except (KeyboardInterrupt, SystemExit, MemoryError, UserError):
@@ -88,7 +99,9 @@ def read_exactly(file: BinaryIO, count: int, path: Path) -> bytes:
 
 
 def read_at(path: Path, offset: int, count: int) -> np.ndarray:
-    """Reads (count,) uint8 at an offset, without mmap: a mapped file that is cut meanwhile ends the process."""
+    """Reads (count,) uint8 at an offset, without mmap: a mapped file that is cut meanwhile ends the
+    process.
+    """
     data = np.fromfile(path, np.uint8, count, offset=offset)
     if len(data) < count:
         raise truncation_error(path, count - len(data))
@@ -101,7 +114,10 @@ def truncation_error(path: Path, missing: int) -> UserError:
 
 def check_adjacent(path: Path, name: str, offset: int, end: int) -> None:
     if offset != end:
-        fault = "overlaps the one before it" if offset < end else "leaves a gap before it"
+        if offset < end:
+            fault = "overlaps the one before it"
+        else:
+            fault = "leaves a gap before it"
         raise UserError(f"{path} is damaged: the tensor {quote(name)} {fault}.")
 
 
@@ -117,7 +133,9 @@ def read_json_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any
 
 
 def parse_json_object(data: bytes, path: Path) -> dict[str, Any]:
-    """Returns the JSON object in bytes of `path`. A name given twice is refused: readers differ on it."""
+    """Returns the JSON object in bytes of `path`. A name given twice is refused: readers differ on
+    it.
+    """
     try:
         value = json.loads(data, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

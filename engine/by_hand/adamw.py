@@ -20,7 +20,9 @@ class AdamWConfig(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """The optimizer state: two moments of every weight. Checkpoints hold the fields by these names, older ones too."""
+    """The optimizer state: two moments of every weight. Checkpoints hold the fields by these names,
+    older ones too.
+    """
 
     taken: ndarray  # () int32, steps so far
     first: Params  # running mean of the gradient
@@ -32,16 +34,19 @@ def global_norm(tree: Params) -> float:
 
 
 def step(cfg: AdamWConfig, params: Params, gradient: Params, moments: Moments, factor: float = 1.0) -> tuple[Params, Moments]:
-    """Takes a step: returns new params and moments. `factor` is the schedule's, on the learning rate.
+    """Takes a step: returns new params and moments. `factor` is the schedule's, on the learning
+    rate.
 
-    A weight moves against its mean gradient over that gradient's usual size: about a learning rate a step, whatever the
-    gradient's scale. Both means begin at zero, which the division by 1 - beta^count corrects. Decay pulls matrices towards
-    zero apart from the gradient; it leaves gains and biases, which are vectors.
+    A weight moves against its mean gradient over that gradient's usual size: about a learning rate
+    a step, whatever the gradient's scale. Both means begin at zero, which the division by 1 -
+    beta^count corrects. Decay pulls matrices towards zero apart from the gradient; it leaves gains
+    and biases, which are vectors.
     """
     length = global_norm(gradient)
     shrink = cfg.clip / length if length > cfg.clip else 1.0
     count = int(moments.taken) + 1
-    correction1, correction2 = 1 - cfg.beta1**count, 1 - cfg.beta2**count
+    correction1 = 1 - cfg.beta1**count
+    correction2 = 1 - cfg.beta2**count
     rate = cfg.learning_rate * float(factor)
 
     first = tree_map(lambda m, g: cfg.beta1 * m + (1 - cfg.beta1) * shrink * g, moments.first, gradient)

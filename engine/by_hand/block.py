@@ -1,9 +1,11 @@
 """A block's two halves, attention and SwiGLU: each forward alone, forward with residuals, and backward.
 
-Both forwards compute the same bits. Forward alone, all that inference runs, frees every intermediate as soon as the next
-line has read it. In training each half keeps one of the tuples below for the backward pass, which starts at the last block.
+Both forwards compute the same bits. Forward alone, all that inference runs, frees every
+intermediate as soon as the next line has read it. In training each half keeps one of the tuples
+below for the backward pass, which starts at the last block.
 
-A half adds to the stream it reads, y = x + f(x), so backward adds too: dx = dy + (what comes back through f).
+A half adds to the stream it reads, y = x + f(x), so backward adds too: dx = dy + (what comes back
+through f).
 """
 
 from typing import NamedTuple
@@ -42,7 +44,9 @@ class PositionTables(NamedTuple):
 
 
 class AttentionResiduals(NamedTuple):
-    """The arrays that attention saves for its backward pass, each with the derivative that needs it."""
+    """The arrays that attention saves for its backward pass, each with the derivative that needs
+    it.
+    """
 
     x: ndarray  # (B, T, D)         the norm's dx and dgain
     h: ndarray  # (B, T, D)         dweight of q, k and v, whose input it was
@@ -56,7 +60,9 @@ class AttentionResiduals(NamedTuple):
 
 
 class SwigluResiduals(NamedTuple):
-    """The arrays that the feed-forward half saves for its backward pass, each with the derivative that needs it."""
+    """The arrays that the feed-forward half saves for its backward pass, each with the derivative
+    that needs it.
+    """
 
     x: ndarray  # (B, T, D)       the norm's dx and dgain
     h: ndarray  # (B, T, D)       dweight of gate and up, whose input it was
@@ -87,15 +93,20 @@ def attention_with_residuals(
 def attention_backward(
     cfg: ModelConfig, w: Weights, residuals: AttentionResiduals, dy: ndarray, tables: PositionTables
 ) -> tuple[ndarray, Weights]:
-    """dy (B, T, D) -> dx (B, T, D), and the derivatives by this half's weights: the forward lines in reverse."""
+    """dy (B, T, D) -> dx (B, T, D), and the derivatives by this half's weights: the forward lines
+    in reverse.
+    """
     T = dy.shape[1]
     d: Weights = {}
     dmixed, d["out"] = project_backward(dy, residuals.mixed, w["out"])
     dmixed = group_heads(dmixed.reshape(*dy.shape[:2], cfg.heads, cfg.head_dim), cfg.kv_heads)
     dweights, dv = weighted_values_backward(dmixed, residuals.weights, residuals.v)
     dq, dk = attention_weights_backward(dweights, residuals.weights, residuals.q, residuals.k)
-    dq, dk, dv = ungroup_heads(dq, T), ungroup_heads(dk, T), ungroup_heads(dv, T)
-    dq, dk = rope_backward(dq, tables.cos, tables.sin), rope_backward(dk, tables.cos, tables.sin)
+    dq = ungroup_heads(dq, T)
+    dk = ungroup_heads(dk, T)
+    dv = ungroup_heads(dv, T)
+    dq = rope_backward(dq, tables.cos, tables.sin)
+    dk = rope_backward(dk, tables.cos, tables.sin)
     if residuals.raw_q is not None and residuals.raw_k is not None:
         dq, d["q_norm"] = rms_norm_backward(dq, residuals.raw_q, w["q_norm"], cfg.eps)
         dk, d["k_norm"] = rms_norm_backward(dk, residuals.raw_k, w["k_norm"], cfg.eps)
@@ -118,7 +129,8 @@ def feed_forward(cfg: ModelConfig, w: Weights, x: ndarray) -> ndarray:
 
 def feed_forward_with_residuals(cfg: ModelConfig, w: Weights, x: ndarray) -> tuple[ndarray, SwigluResiduals]:
     h = rms_norm(x, w["mlp_norm"], cfg.eps)
-    gate, up = project(h, w["gate"]), project(h, w["up"])
+    gate = project(h, w["gate"])
+    up = project(h, w["up"])
     hidden = swiglu(gate, up)
     return x + project(hidden, w["down"]), SwigluResiduals(x, h, gate, up, hidden)
 
@@ -142,14 +154,23 @@ def merge_heads(heads: ndarray) -> ndarray:
 
 def _project_heads(cfg: ModelConfig, w: Weights, h: ndarray) -> tuple[ndarray, ...]:
     """h (B, T, D) -> q (B, T, N, H), k and v (B, T, K, H)."""
-    products = (project(h, w[name]) + w[f"{name}_bias"] if cfg.qkv_bias else project(h, w[name]) for name in "qkv")
-    return tuple(product.reshape(*product.shape[:2], -1, cfg.head_dim) for product in products)
+    heads = []
+    for name in "qkv":
+        product = project(h, w[name])
+        if cfg.qkv_bias:
+            product = product + w[f"{name}_bias"]
+        heads.append(product.reshape(*product.shape[:2], -1, cfg.head_dim))
+    return tuple(heads)
 
 
 def _rotate(cfg: ModelConfig, w: Weights, heads: tuple[ndarray, ...], tables: PositionTables) -> list[ndarray]:
-    """q (B, T, N, H), k and v (B, T, K, H) -> (B, K, G T, H) and (B, K, T, H): q and k normed and rotated."""
+    """q (B, T, N, H), k and v (B, T, K, H) -> (B, K, G T, H) and (B, K, T, H): q and k normed and
+    rotated.
+    """
     q, k, v = heads
     if cfg.qk_norm:
-        q, k = rms_norm(q, w["q_norm"], cfg.eps), rms_norm(k, w["k_norm"], cfg.eps)
-    q, k = rope(q, tables.cos, tables.sin), rope(k, tables.cos, tables.sin)
+        q = rms_norm(q, w["q_norm"], cfg.eps)
+        k = rms_norm(k, w["k_norm"], cfg.eps)
+    q = rope(q, tables.cos, tables.sin)
+    k = rope(k, tables.cos, tables.sin)
     return [group_heads(x, cfg.kv_heads) for x in (q, k, v)]

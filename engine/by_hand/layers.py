@@ -4,7 +4,8 @@ Where y = f(x) and the loss depends on x only through y, the chain rule says
 
     dx[j] = sum over i of dy[i] * (derivative of y[i] by x[j]),
 
-and each docstring works that sum out for one f. A backward function's arguments after dy are its residuals.
+and each docstring works that sum out for one f. A backward function's arguments after dy are its
+residuals.
 """
 
 import math
@@ -25,7 +26,8 @@ def lookup(embed: ndarray, tokens: ndarray) -> ndarray:
 def lookup_backward(dy: ndarray, tokens: ndarray, V: int) -> ndarray:
     """dy (B, T, D) -> dembed (V, D).
 
-    y[b, t] is a copy of one row, whose derivative is the sum of dy over its copies; zero for a row never read.
+    y[b, t] is a copy of one row, whose derivative is the sum of dy over its copies; zero for a row
+    never read.
     """
     dembed = np.zeros((V, dy.shape[-1]), dy.dtype)
     np.add.at(dembed, tokens, dy)
@@ -43,11 +45,12 @@ def project(x: ndarray, weight: ndarray) -> ndarray:
 def project_backward(dy: ndarray, x: ndarray, weight: ndarray) -> tuple[ndarray, ndarray]:
     """dy (..., out) -> dx (..., in), dweight (in, out).
 
-    x[m, d] enters y[m, f] times weight[d, f], for every f:     dx[m, d]      = sum over f of dy[m, f] weight[d, f]
-    weight[d, f] enters y[m, f] times x[m, d], for every row m: dweight[d, f] = sum over m of x[m, d] dy[m, f]
+    x[m, d] enters y[m, f] times weight[d, f], for every f:     dx[m, d]      = sum over f of dy[m,
+    f] weight[d, f] weight[d, f] enters y[m, f] times x[m, d], for every row m: dweight[d, f] = sum
+    over m of x[m, d] dy[m, f]
 
-    Two products, each as large as the forward one: here is the factor of three. A frozen weight needs no dweight: that
-    saves one product, and x need not be kept.
+    Two products, each as large as the forward one: here is the factor of three. A frozen weight
+    needs no dweight: that saves one product, and x need not be kept.
     """
     dx = (_rows(dy) @ weight.T).reshape(x.shape)
     dweight = _rows(x).T @ _rows(dy)
@@ -55,7 +58,9 @@ def project_backward(dy: ndarray, x: ndarray, weight: ndarray) -> tuple[ndarray,
 
 
 def bias_backward(dy: ndarray) -> ndarray:
-    """dy (..., out) -> dbias (out,). y = x + bias adds the bias to every row, so dbias is the sum of dy over rows."""
+    """dy (..., out) -> dbias (out,). y = x + bias adds the bias to every row, so dbias is the sum
+    of dy over rows.
+    """
     return _rows(dy).sum(0)
 
 
@@ -68,22 +73,25 @@ def _rows(x: ndarray) -> ndarray:
 
 
 def rms_norm(x: ndarray, gain: ndarray, eps: float) -> ndarray:
-    """x (..., D), gain (D,) -> gain * x * r (..., D), where r = 1 / sqrt(mean(x^2) + eps) of each row."""
+    """x (..., D), gain (D,) -> gain * x * r (..., D), where r = 1 / sqrt(mean(x^2) + eps) of each
+    row.
+    """
     return gain * (x * _inverse_rms(x, eps))
 
 
 def rms_norm_backward(dy: ndarray, x: ndarray, gain: ndarray, eps: float) -> tuple[ndarray, ndarray]:
     """dy (..., D) -> dx (..., D), dgain (D,).
 
-    Write u = x r, so y = gain u, dgain = sum over rows of dy u, and du = dy gain. x reaches u directly and through r,
-    whose derivative by x[j] is -r^3 x[j] / D, therefore
+    Write u = x r, so y = gain u, dgain = sum over rows of dy u, and du = dy gain. x reaches u
+    directly and through r, whose derivative by x[j] is -r^3 x[j] / D, therefore
 
         dx[j] = du[j] r - sum over i of du[i] x[i] r^3 x[j] / D = r (du[j] - u[j] mean(du u)).
 
     The second term removes du's part along x: a longer x changes nothing in y.
     """
     r = _inverse_rms(x, eps)
-    u, du = x * r, dy * gain
+    u = x * r
+    du = dy * gain
     dx = r * (du - u * np.mean(du * u, axis=-1, keepdims=True))
     return dx, _rows(dy * u).sum(0)
 
@@ -96,15 +104,17 @@ def _inverse_rms(x: ndarray, eps: float) -> ndarray:
 
 
 def rope_tables(cfg: ModelConfig, positions: ndarray, dtype: np.dtype) -> tuple[ndarray, ndarray]:
-    """positions (B, T) -> cos, sin (B, T, 1, H / 2) of the angle by which each pair of a head turns.
+    """positions (B, T) -> cos, sin (B, T, 1, H / 2) of the angle by which each pair of a head
+    turns.
 
-    Pair i turns by theta ** (-2 i / H) a position. Llama 3 stretches this to a longer context (2407.21783, section
-    3.4.1): slow pairs turn `factor` times slower, pairs that turn often within the original context stay as they are, and
-    those between are blended.
+    Pair i turns by theta ** (-2 i / H) a position. Llama 3 stretches this to a longer context
+    (2407.21783, section 3.4.1): slow pairs turn `factor` times slower, pairs that turn often within
+    the original context stay as they are, and those between are blended.
     """
     half = cfg.head_dim // 2
     speed = cfg.rope_theta ** (-np.arange(half, dtype=dtype) / half)
-    if (scaling := cfg.rope_scaling) is not None:
+    scaling = cfg.rope_scaling
+    if scaling is not None:
         turns = scaling.original_context * speed / (2 * math.pi)
         fast = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         fast = np.clip(fast, 0, 1)
@@ -114,7 +124,9 @@ def rope_tables(cfg: ModelConfig, positions: ndarray, dtype: np.dtype) -> tuple[
 
 
 def rope(x: ndarray, cos: ndarray, sin: ndarray) -> ndarray:
-    """x (B, T, N, H) -> (B, T, N, H), each pair (x[i], x[i + H / 2]) rotated by its angle, as in Hugging Face's files."""
+    """x (B, T, N, H) -> (B, T, N, H), each pair (x[i], x[i + H / 2]) rotated by its angle, as in
+    Hugging Face's files.
+    """
     first, second = np.split(x, 2, axis=-1)
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
@@ -122,20 +134,24 @@ def rope(x: ndarray, cos: ndarray, sin: ndarray) -> ndarray:
 def rope_backward(dy: ndarray, cos: ndarray, sin: ndarray) -> ndarray:
     """dy (B, T, N, H) -> dx (B, T, N, H).
 
-    For a pair, y = R x with R = [[cos, -sin], [sin, cos]], so dx = R^T dy, and R^T turns the other way.
+    For a pair, y = R x with R = [[cos, -sin], [sin, cos]], so dx = R^T dy, and R^T turns the other
+    way.
     """
     return rope(dy, cos, -sin)
 
 
-# Grouped-query attention. The G = N / K query heads of one key head are G * T rows of one product, which in the backward
-# pass also sums over the group for dk and dv.
+# Grouped-query attention. The G = N / K query heads of one key head are G * T rows of one product,
+# which in the backward pass also sums over the group for dk and dv.
 
 
 def group_heads(x: ndarray, K: int) -> ndarray:
-    """x (B, T, N, H) -> (B, K, G T, H); for keys and values (B, T, K, H) -> (B, K, T, H), as G is 1."""
+    """x (B, T, N, H) -> (B, K, G T, H); for keys and values (B, T, K, H) -> (B, K, T, H), as G is
+    1.
+    """
     B, T, N, H = x.shape
     moved = x.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    return np.ascontiguousarray(moved).reshape(B, K, N // K * T, H)  # a copy of its own, whatever G is
+    # a copy of its own, whatever G is
+    return np.ascontiguousarray(moved).reshape(B, K, N // K * T, H)
 
 
 def ungroup_heads(x: ndarray, T: int) -> ndarray:
@@ -145,13 +161,18 @@ def ungroup_heads(x: ndarray, T: int) -> ndarray:
 
 
 def causal_mask(segments: ndarray | None, T: int) -> ndarray:
-    """Returns (1 or B, 1, 1, T, T), True where query t may attend to key s: s <= t, in the same of `segments` (B, T)."""
+    """Returns (1 or B, 1, 1, T, T), True where query t may attend to key s: s <= t, in the same of
+    `segments` (B, T).
+    """
     causal = np.tri(T, dtype=bool)[None, None, None]
-    return causal if segments is None else causal & (segments[:, :, None] == segments[:, None])[:, None, None]
+    if segments is None:
+        return causal
+    return causal & (segments[:, :, None] == segments[:, None])[:, None, None]
 
 
 def attention_weights(q: ndarray, k: ndarray, mask: ndarray) -> ndarray:
-    """q (B, K, G T, H), k (B, K, T, H) -> P (B, K, G T, T), each row the softmax of S = q k^T / sqrt(H) within the mask.
+    """q (B, K, G T, H), k (B, K, T, H) -> P (B, K, G T, T), each row the softmax of S = q k^T /
+    sqrt(H) within the mask.
 
     Outside the mask a score is minus infinity, whose exponential is 0.
     """
@@ -165,13 +186,13 @@ def attention_weights(q: ndarray, k: ndarray, mask: ndarray) -> ndarray:
 def attention_weights_backward(dp: ndarray, p: ndarray, q: ndarray, k: ndarray) -> tuple[ndarray, ndarray]:
     """dp (B, K, G T, T) -> dq (B, K, G T, H), dk (B, K, T, H).
 
-    The softmax of a row is P[i] = exp(S[i]) / sum over j of exp(S[j]). The derivative of P[j] by S[i] is
-    P[j] ([i = j] - P[i]), as raising S[i] raises P[i] and lowers all others, therefore
+    The softmax of a row is P[i] = exp(S[i]) / sum over j of exp(S[j]). The derivative of P[j] by
+    S[i] is P[j] ([i = j] - P[i]), as raising S[i] raises P[i] and lowers all others, therefore
 
         dS[i] = sum over j of dP[j] P[j] ([i = j] - P[i]) = P[i] (dP[i] - sum over j of P[j] dP[j]).
 
-    It needs P and not S, and no mask: outside it P is 0, and so is dS. The product S has two backward products:
-    dq = dS k / sqrt(H), dk = dS^T q / sqrt(H).
+    It needs P and not S, and no mask: outside it P is 0, and so is dS. The product S has two
+    backward products: dq = dS k / sqrt(H), dk = dS^T q / sqrt(H).
     """
     ds = p * (dp - np.vecdot(p, dp)[..., None])
     ds *= q.shape[-1] ** -0.5
@@ -189,7 +210,9 @@ def weighted_values_backward(dy: ndarray, p: ndarray, v: ndarray) -> tuple[ndarr
 
 
 def _softmax(x: ndarray) -> ndarray:
-    """In place, along the last axis. Less a row's largest, no exponential overflows, and the quotient is the same."""
+    """In place, along the last axis. Less a row's largest, no exponential overflows, and the
+    quotient is the same.
+    """
     x -= x.max(axis=-1, keepdims=True)
     np.exp(x, out=x)
     x /= x.sum(axis=-1, keepdims=True)
@@ -223,11 +246,13 @@ def _sigmoid(x: ndarray) -> ndarray:
 
 
 def cross_entropy(logits: ndarray, targets: ndarray, mask: ndarray) -> float:
-    """logits (B, T, V), targets (B, T), mask (B, T) -> mean nats over the targets that count; 0 when none does.
+    """logits (B, T, V), targets (B, T), mask (B, T) -> mean nats over the targets that count; 0
+    when none does.
 
     Nats of one target: -log softmax(logits)[target] = log sum exp(logits) - logits[target].
     """
-    logits, targets = logits[mask], targets[mask]
+    logits = logits[mask]
+    targets = targets[mask]
     largest = logits.max(axis=-1, keepdims=True)
     whole = largest[:, 0] + np.log(np.exp(logits - largest).sum(-1))
     picked = np.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
@@ -237,11 +262,12 @@ def cross_entropy(logits: ndarray, targets: ndarray, mask: ndarray) -> float:
 def cross_entropy_backward(logits: ndarray, targets: ndarray, mask: ndarray) -> ndarray:
     """Returns dlogits (B, T, V). The backward pass starts here, so there is no dy.
 
-    The derivative of log sum exp(z) by z[i] is exp(z[i]) / sum exp(z), the softmax; that of -z[target] is -1 at the target:
+    The derivative of log sum exp(z) by z[i] is exp(z[i]) / sum exp(z), the softmax; that of
+    -z[target] is -1 at the target:
 
-        dlogits = (softmax(logits) - [i = target]) / number of targets that count,  and 0 where the mask is False:
+        dlogits = (softmax(logits) - [i = target]) / number of targets that count
 
-    what the model predicted less what is true.
+    and 0 where the mask is False: what the model predicted less what is true.
     """
     dlogits = np.zeros_like(logits)
     p = _softmax(logits[mask])

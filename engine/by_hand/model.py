@@ -24,12 +24,17 @@ class Residuals(NamedTuple):
 
 
 def forward(
-    cfg: ModelConfig, params: Any, tokens: ndarray, positions: ndarray | None = None, segments: ndarray | None = None
+    cfg: ModelConfig,
+    params: Any,
+    tokens: ndarray,
+    positions: ndarray | None = None,
+    segments: ndarray | None = None,
 ) -> ndarray:
     """tokens (B, T) int -> logits (B, T, V), in the weights' dtype. Saves no residuals.
 
-    positions (B, T): by default 0 .. T - 1 in each row. segments (B, T): tokens of different ones do not see each other.
-    Raises UserError for weights that are not plain arrays of one float dtype, or tokens outside the vocabulary.
+    positions (B, T): by default 0 .. T - 1 in each row. segments (B, T): tokens of different ones
+    do not see each other. Raises UserError for weights that are not plain arrays of one float
+    dtype, or tokens outside the vocabulary.
     """
     params = to_numpy(params)
     tables = _tables(cfg, params, tokens, positions, segments)
@@ -41,7 +46,11 @@ def forward(
 
 
 def forward_with_residuals(
-    cfg: ModelConfig, params: Any, tokens: ndarray, positions: ndarray | None = None, segments: ndarray | None = None
+    cfg: ModelConfig,
+    params: Any,
+    tokens: ndarray,
+    positions: ndarray | None = None,
+    segments: ndarray | None = None,
 ) -> tuple[ndarray, Residuals]:
     """Returns `forward`'s logits, and the residuals for `backward`."""
     params = to_numpy(params)
@@ -57,7 +66,9 @@ def forward_with_residuals(
 
 
 def backward(cfg: ModelConfig, params: Any, residuals: Residuals, dlogits: ndarray) -> Params:
-    """dlogits (B, T, V) -> the loss's derivative by every weight, a tree like params: the forward pass in reverse."""
+    """dlogits (B, T, V) -> the loss's derivative by every weight, a tree like params: the forward
+    pass in reverse.
+    """
     params = to_numpy(params)
     dx, dhead = layers.project_backward(dlogits, residuals.h, _head(cfg, params))
     dx, dnorm = layers.rms_norm_backward(dx, residuals.x, params["norm"], cfg.eps)
@@ -84,7 +95,9 @@ def loss(
     positions: ndarray | None = None,
     segments: ndarray | None = None,
 ) -> float:
-    """tokens, targets (B, T) int, mask (B, T) bool -> mean nats over the targets whose mask is True. Forward alone."""
+    """tokens, targets (B, T) int, mask (B, T) bool -> mean nats over the targets whose mask is
+    True. Forward alone.
+    """
     return layers.cross_entropy(forward(cfg, params, tokens, positions, segments), targets, mask)
 
 
@@ -97,15 +110,22 @@ def loss_and_gradient(
     positions: ndarray | None = None,
     segments: ndarray | None = None,
 ) -> tuple[float, Params]:
-    """Returns `loss`, and its derivative by every weight, a tree like params. Raises UserError as `forward` does."""
+    """Returns `loss`, and its derivative by every weight, a tree like params. Raises UserError as
+    `forward` does.
+    """
     logits, residuals = forward_with_residuals(cfg, params, tokens, positions, segments)
     value = layers.cross_entropy(logits, targets, mask)
     return value, backward(cfg, params, residuals, layers.cross_entropy_backward(logits, targets, mask))
 
 
 def residual_count(cfg: ModelConfig, B: int, T: int) -> int:
-    """Returns how many numbers the residuals hold: a block's fields in the order of `block.py`, times L."""
-    norms = (cfg.heads + cfg.kv_heads) * cfg.head_dim if cfg.qk_norm else 0
+    """Returns how many numbers the residuals hold: a block's fields in the order of `block.py`,
+    times L.
+    """
+    if cfg.qk_norm:
+        norms = (cfg.heads + cfg.kv_heads) * cfg.head_dim
+    else:
+        norms = 0
     attention = 2 * cfg.width + norms + cfg.qkv_width + cfg.heads * T + cfg.heads * cfg.head_dim
     swiglu = 2 * cfg.width + 3 * cfg.ff
     return B * T * (cfg.layers * (attention + swiglu) + 2 * cfg.width)
@@ -113,7 +133,9 @@ def residual_count(cfg: ModelConfig, B: int, T: int) -> int:
 
 def _head(cfg: ModelConfig, params: Params) -> ndarray:
     """Returns (D, V): a matrix of its own, or the transposed embedding."""
-    return params["embed"].T if cfg.tied else params["head"]
+    if cfg.tied:
+        return params["embed"].T
+    return params["head"]
 
 
 def _tables(
@@ -127,17 +149,19 @@ def _tables(
             f"Tokens lie between {tokens.min()} and {tokens.max()}; this model's vocabulary is 0 to {cfg.vocab - 1}."
         )
     T = tokens.shape[1]
-    positions = np.arange(T)[None] if positions is None else positions
+    if positions is None:
+        positions = np.arange(T)[None]
     return block.PositionTables(*layers.rope_tables(cfg, positions, params["embed"].dtype), layers.causal_mask(segments, T))
 
 
 def generate(
     cfg: ModelConfig, params: Any, prompt: Sequence[int], *, max_tokens: int, eos_id: int | None = None
 ) -> Iterator[int]:
-    """Yields the most probable tokens after the prompt until `eos_id`, `max_tokens`, or a full context.
+    """Yields the most probable tokens after the prompt until `eos_id`, `max_tokens`, or a full
+    context.
 
-    Each token computes the whole text again, of which a KV cache (`inference/decode.py`) spares all but the last row.
-    Raises UserError for a prompt that is empty or leaves no room.
+    Each token computes the whole text again, of which a KV cache (`inference/decode.py`) spares all
+    but the last row. Raises UserError for a prompt that is empty or leaves no room.
     """
     if not 0 < len(prompt) < cfg.context:
         raise UserError(f"The prompt has {len(prompt)} tokens; from 1 to {cfg.context - 1} fit a context of {cfg.context}.")
@@ -153,17 +177,17 @@ def generate(
 def to_numpy(params: Any) -> Params:
     """Returns the tree with NumPy arrays as leaves; arrays in host memory are not copied.
 
-    Raises UserError for a leaf that is not a plain array (an Int8 or a LoRA), or when the leaves are not all float32 or
-    all float64.
+    Raises UserError for a leaf that is not a plain array (an Int8 or a LoRA), or when the leaves
+    are not all float32 or all float64.
     """
 
     def convert(path: str, leaf: Any) -> Any:
         if isinstance(leaf, dict):
-            return {name: convert(f"{path}/{name}" if path else name, value) for name, value in leaf.items()}
+            return {name: convert(f"{path}/{name}".removeprefix("/"), value) for name, value in leaf.items()}
         if isinstance(leaf, tuple) or not hasattr(leaf, "dtype"):
             raise UserError(
-                f"{path} is a {type(leaf).__name__}; the by-hand model reads plain arrays. Fold adapters and give weights "
-                "that are not quantized."
+                f"{path} is a {type(leaf).__name__}; the by-hand model reads plain arrays. Fold "
+                "adapters and give weights that are not quantized."
             )
         return np.asarray(leaf)
 
@@ -181,4 +205,9 @@ def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
 
 
 def leaves(tree: Any) -> list[ndarray]:
-    return [leaf for value in tree.values() for leaf in leaves(value)] if isinstance(tree, dict) else [tree]
+    if not isinstance(tree, dict):
+        return [tree]
+    found = []
+    for value in tree.values():
+        found += leaves(value)
+    return found

@@ -1,7 +1,8 @@
 """Accelerators by name: what `accelerators.csv` says of each, with its source, one a line and one number a column.
 
-Columns: `*_tflops` 1e12 operations a second; `memory_gb` 1e9 bytes; `memory_gbs`, `node_gbs` and `network_gbs` 1e9 bytes a
-second, the last two one way, inside a node of `node` devices and beyond; `usd_*` US dollars an hour. Each is a field below.
+Columns: `*_tflops` 1e12 operations a second; `memory_gb` 1e9 bytes; `memory_gbs`, `node_gbs` and
+`network_gbs` 1e9 bytes a second, the last two one way, inside a node of `node` devices and beyond;
+`usd_*` US dollars an hour. Each is a field below.
 """
 
 import csv
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """One device: its peak of dense products, its memory, the GB/s that it sends inside a node and beyond, and its costs.
+    """One device: its peak of dense products, its memory, the GB/s that it sends inside a node and
+    beyond, and its costs.
 
     A number is 0 where no source that was read has it.
     """
@@ -37,21 +39,32 @@ class Accelerator:
     price_source: str = ""
 
     def send_seconds(self, collective: "Collective") -> float:
-        """Predicts the seconds of a ring. One over several nodes has the network of all its devices in a node."""
+        """Predicts the seconds of a ring. One over several nodes has the network of all its devices
+        in a node.
+        """
         nodes = len({device // self.node for device in collective.group})
-        network = self.network_gbs * len(collective.group) / nodes
-        return collective.wire_bytes / (1e9 * (self.node_gbs if nodes == 1 else min(self.node_gbs, network)))
+        speed = self.node_gbs
+        if nodes > 1:
+            speed = min(speed, self.network_gbs * len(collective.group) / nodes)
+        return collective.wire_bytes / (1e9 * speed)
 
 
 def read_accelerators() -> dict[str, Accelerator]:
     types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Accelerator)}
     rows = csv.DictReader(Path(__file__).with_suffix(".csv").read_text(encoding="utf-8").splitlines())
-    number = lambda name, text: types[name](text) if text else types[name]()  # 0 or ""
-    return {row["name"]: Accelerator(**{name: number(name, text) for name, text in row.items()}) for row in rows}
+    accelerators = {}
+    for row in rows:
+        fields = {}
+        for name, text in row.items():
+            fields[name] = types[name](text) if text else types[name]()  # 0 or ""
+        accelerators[row["name"]] = Accelerator(**fields)
+    return accelerators
 
 
 def find_accelerator(name: str) -> Accelerator:
-    """Returns the accelerator of a name. Raises UserError for an unknown one, or one without a known network."""
+    """Returns the accelerator of a name. Raises UserError for an unknown one, or one without a
+    known network.
+    """
     known = {name: device for name, device in read_accelerators().items() if device.network_gbs}
     if name not in known:
         raise UserError(f"There are figures of {', '.join(known)}, not of {name!r}.{did_you_mean(name, [*known])}")

@@ -1,12 +1,14 @@
 """FLOPs by formula: every matrix product of the model, forward and backward, from its config alone.
 
-- A multiply and its add are 2 operations. Only matrix products count: all else is a few percent, which `jaxpr.py` counts in
-  the program.
+- A multiply and its add are 2 operations. Only matrix products count: all else is a few percent,
+  which `jaxpr.py` counts in the program.
 - The embedding lookup costs 0, the unembedding 2 V D, whether or not the two share a table.
-- Attention is `full` (each query meets all T keys, as in "12 L D T"), `causal` (half of that), or the size of the query
-  blocks of `model/attention_in_blocks.py`, each against the keys up to its own end (full where the size does not divide T).
-- Backward is what reverse-mode differentiation needs: dW = xᵀ g where the weight trains, dX = g Wᵀ above the lowest
-  parameter that trains. "6 N" is the case where all train (Kaplan et al., 2001.08361, section 2.1).
+- Attention is `full` (each query meets all T keys, as in "12 L D T"), `causal` (half of that), or
+  the size of the query blocks of `model/attention_in_blocks.py`, each against the keys up to its
+  own end (full where the size does not divide T).
+- Backward is what reverse-mode differentiation needs: dW = xᵀ g where the weight trains, dX = g Wᵀ
+  above the lowest parameter that trains. "6 N" is the case where all train (Kaplan et al.,
+  2001.08361, section 2.1).
 """
 
 import dataclasses
@@ -45,7 +47,9 @@ class PassFlops:
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """FLOPs by component: the block matrices and `attention` (whose backward is all `dx`), `head`, and `lora`."""
+    """FLOPs by component: the block matrices and `attention` (whose backward is all `dx`), `head`,
+    and `lora`.
+    """
 
     parts: dict[str, PassFlops]
 
@@ -62,7 +66,8 @@ class Flops:
 
 
 def train_flops(cfg: ModelConfig, tokens: int, **options: Any) -> Flops:
-    """Returns the FLOPs of a training step **per token**, whatever a program skips or repeats; options as of `flops_by_layer`.
+    """Returns the FLOPs of a training step **per token**, whatever a program skips or repeats;
+    options as of `flops_by_layer`.
 
     With `attention="full"` those are the 6 N + 12 L D T of MFU (PaLM, 2204.02311, appendix B): N is
     `count_params(cfg).matmul`, D heads x head_dim.
@@ -86,32 +91,42 @@ def flops_by_layer(
     trainable: TrainablePaths | None = None,
     loss_chunk: int | None = None,
 ) -> list[Flops]:
-    """Returns the FLOPs of this engine's training step for `rows` tokens of sequences of `tokens`: of each block from the
-    bottom up, and last of the head. By default everything trains.
+    """Returns the FLOPs of this engine's training step for `rows` tokens of sequences of `tokens`:
+    of each block from the bottom up, and last of the head. By default everything trains.
 
-    - `cfg.remat`: `block` repeats the forward pass of each block that has a backward pass, but for its last product, `down`.
-    - `loss_chunk`: the columns of the logits that exist at once; each chunk is computed again going back, the last one padded.
-    - More rows than a base has inputs and outputs have a LoRA pair merged into it, at R operations a weight and none a row
-      (`model/weights/matmul.py`). More rows than columns have a matrix take the norm's gain, so that the lowest gain needs
-      no gradient of its input.
+    - `cfg.remat`: `block` repeats the forward pass of each block that has a backward pass, but for
+      its last product, `down`.
+    - `loss_chunk`: the columns of the logits that exist at once; each chunk is computed again going
+      back, the last one padded.
+    - More rows than a base has inputs and outputs have a LoRA pair merged into it, at R operations
+      a weight and none a row (`model/weights/matmul.py`). More rows than columns have a matrix take
+      the norm's gain, so that the lowest gain needs no gradient of its input.
     - `cfg.scan` runs one program for all blocks, so that frozen ones save nothing.
 
     Raises UserError when a path of `trainable` is not in the model.
     """
-    trainable = all_trainable(cfg) if trainable is None else trainable
+    if trainable is None:
+        trainable = all_trainable(cfg)
     for paths, known in ((trainable.weights, leaf_shapes(cfg)), (trainable.adapted, target_shapes(cfg))):
-        if unknown := sorted(paths - known.keys()):
+        unknown = sorted(paths - known.keys())
+        if unknown:
             raise UserError(f"The model has no parameter {unknown[0]!r}.{did_you_mean(unknown[0], list(known))}")
     if cfg.scan:
-        spread = lambda paths: frozenset(
-            re.sub(r"^blocks/\d+/", f"blocks/{layer}/", path) for path in paths for layer in range(cfg.layers)
-        )
-        trainable = TrainablePaths(spread(trainable.weights), spread(trainable.adapted), trainable.rank)
+        weights = _in_every_block(cfg, trainable.weights)
+        trainable = TrainablePaths(weights, _in_every_block(cfg, trainable.adapted), trainable.rank)
     live = "embed" in trainable.weights or (cfg.scan and lowest_gradient(cfg, trainable) == 0)
     counter = _Counter(cfg, trainable, rows, live)
     square = 2 * rows * cfg.heads * cfg.head_dim * twice_mean_keys(tokens, attention)
     tallies = [counter.block(f"blocks/{layer}/", square) for layer in range(cfg.layers)]
     return list(map(Flops, [*tallies, counter.head(loss_chunk)]))
+
+
+def _in_every_block(cfg: ModelConfig, paths: Collection[str]) -> frozenset[str]:
+    spread = set()
+    for layer in range(cfg.layers):
+        for path in paths:
+            spread.add(re.sub(r"^blocks/\d+/", f"blocks/{layer}/", path))
+    return frozenset(spread)
 
 
 @dataclasses.dataclass
@@ -128,7 +143,8 @@ class _Counter:
     def multiply(self, path: str, inputs: int, columns: int, name: str = "") -> bool:
         """Counts a product with the matrix at `path`; returns whether it trains."""
         name = name or path.rpartition("/")[2]
-        size, trains = 2 * self.rows * inputs * columns, path in self.trainable.weights
+        size = 2 * self.rows * inputs * columns
+        trains = path in self.trainable.weights
         self.add(name, PassFlops(forward=size, dx=size * self.live, dw=size * trains))
         adapted = path in self.trainable.adapted
         if adapted:
@@ -136,7 +152,8 @@ class _Counter:
             down, up = (2 * self.rows * self.trainable.rank * side for side in (inputs, columns))
             pairs = PassFlops(forward=down + up, dx=up + down * self.live, dw=down + up)
             if self.is_merged(inputs, columns):
-                # The backward pass computes x a for db, and merges again the weight that dX goes through.
+                # The backward pass computes x a for db, and merges again the weight that dX goes
+                # through.
                 merge = 2 * inputs * self.trainable.rank * columns
                 pairs = PassFlops(forward=merge, recompute=merge * self.live, dx=up, dw=2 * down + up)
             self.add("lora", pairs)
@@ -148,20 +165,27 @@ class _Counter:
     def norm_and_multiply(self, prefix: str, gain: str, names: tuple[str, ...]) -> None:
         """Counts the products of one norm's result.
 
-        A gain that trains needs its gradient, but where its own is found in that of the matrices (`norm_and_project`).
+        A gain that trains needs its gradient, but where its own is found in that of the matrices
+        (`norm_and_project`).
         """
-        weights, shapes = self.trainable.weights, self.cfg.matrices
+        weights = self.trainable.weights
+        shapes = self.cfg.matrices
         folded = self.cfg.dtype != "float32" and all(prefix + name in weights and self.rows > shapes[name][1] for name in names)
         self.live |= prefix + gain in weights and not folded
         trained = [self.multiply(prefix + name, *shapes[name]) for name in names]
         self.live |= any(trained)
 
     def block(self, prefix: str, square: int) -> dict[str, PassFlops]:
-        cfg, weights = self.cfg, self.trainable.weights
+        cfg = self.cfg
+        weights = self.trainable.weights
         self.tally = {}
         below = self.live or prefix + "attn_norm" in weights
         self.norm_and_multiply(prefix, "attn_norm", JOINED["qkv"])
-        trains = lambda name: below or bool({prefix + name, f"{prefix}{name}_bias"} & (weights | self.trainable.adapted))
+
+        def trains(name: str) -> bool:
+            own = {prefix + name, f"{prefix}{name}_bias"}
+            return below or bool(own & (weights | self.trainable.adapted))
+
         values = trains("v")
         queries, keys = (trains(name) or f"{prefix}{name}_norm" in weights for name in "qk")
         self.live |= queries or keys or values
@@ -175,41 +199,56 @@ class _Counter:
         inputs, columns = cfg.matrices["down"]
         unread = {"down": self.tally["down"].forward}
         if prefix + "down" in self.trainable.adapted:
-            rows = inputs if self.is_merged(inputs, columns) else self.rows
+            if self.is_merged(inputs, columns):
+                rows = inputs
+            else:
+                rows = self.rows
             unread["lora"] = 2 * rows * self.trainable.rank * columns
         for name, part in self.tally.items():
             self.tally[name] += PassFlops(recompute=part.forward - unread.get(name, 0))
         return self.tally
 
     def head(self, loss_chunk: int | None) -> dict[str, PassFlops]:
-        columns = self.cfg.vocab if loss_chunk is None else -(-self.cfg.vocab // loss_chunk) * loss_chunk
+        if loss_chunk is None:
+            columns = self.cfg.vocab
+        else:
+            columns = -(-self.cfg.vocab // loss_chunk) * loss_chunk
         self.tally = {}
         self.live |= "norm" in self.trainable.weights
-        self.live |= self.multiply("embed" if self.cfg.tied else "head", self.cfg.width, columns, "head")
+        path = "embed" if self.cfg.tied else "head"
+        self.live |= self.multiply(path, self.cfg.width, columns, "head")
         if loss_chunk and self.live:
             self.add("head", PassFlops(recompute=self.tally["head"].forward))
         return self.tally
 
 
 def twice_mean_keys(tokens: int, attention: Attention) -> int:
-    """Returns twice the mean number of keys a query meets, an integer: T if causal, 2 T if full, T + block if in blocks."""
+    """Returns twice the mean number of keys a query meets, an integer: T if causal, 2 T if full, T
+    + block if in blocks.
+    """
     if attention == "causal":
         return tokens
-    return tokens + (tokens if attention == "full" or tokens % attention else attention)
+    if attention == "full" or tokens % attention:
+        return 2 * tokens
+    return tokens + attention
 
 
 def forward_flops(cfg: ModelConfig, tokens: int, *, attention: Attention) -> Flops:
-    """Returns the FLOPs **per token** of evaluating sequences of `tokens`: logits at every position.
+    """Returns the FLOPs **per token** of evaluating sequences of `tokens`: logits at every
+    position.
 
-    With `attention="full"` it is what a token costs that is decoded and attends to `tokens` positions, its own included.
+    With `attention="full"` it is what a token costs that is decoded and attends to `tokens`
+    positions, its own included.
     """
     return train_flops(cfg, tokens, attention=attention, trainable=NONE_TRAINABLE)
 
 
 def prefill_flops(cfg: ModelConfig, tokens: int, *, attention: Attention, cached: int = 0) -> Flops:
-    """Returns the FLOPs to prefill **a whole prompt** of `tokens` after `cached` others; logits at the last position only.
+    """Returns the FLOPs to prefill **a whole prompt** of `tokens` after `cached` others; logits at
+    the last position only.
 
-    A program that attends to all S places of a cache, masked or not, is `attention="full", cached=S - tokens`.
+    A program that attends to all S places of a cache, masked or not, is `attention="full", cached=S
+    - tokens`.
     """
     token = forward_flops(cfg, 1, attention="full").parts
     parts = {name: PassFlops(part.forward * tokens) for name, part in token.items()}
@@ -218,13 +257,15 @@ def prefill_flops(cfg: ModelConfig, tokens: int, *, attention: Attention, cached
     return Flops(parts | {"head": token["head"]})
 
 
-# This engine's jitted programs on JAX's platform: exactly what `jaxpr.py` must count in them. A program may do more than its
-# model needs. It computes causal attention in blocks (a fused kernel's work is near that), merges LoRA into the base for many
-# rows, and attends to a whole cache, masked or not; on a CPU it pads a product with one row to two (`model/ops.py`).
+# This engine's jitted programs on JAX's platform: exactly what `jaxpr.py` must count in them. A
+# program may do more than its model needs. It computes causal attention in blocks (a fused kernel's
+# work is near that), merges LoRA into the base for many rows, and attends to a whole cache, masked
+# or not; on a CPU it pads a product with one row to two (`model/ops.py`).
 
 
 def prefill_program_flops(cfg: ModelConfig, slots: int, tokens: int, capacity: int) -> Flops:
-    """Returns the FLOPs of prefilling `tokens` (above 1) of each of `slots` prompts, with a cache of `capacity` places.
+    """Returns the FLOPs of prefilling `tokens` (above 1) of each of `slots` prompts, with a cache
+    of `capacity` places.
 
     Logits are computed at each prompt's last position; on a CPU a lone prompt's twice.
     """
@@ -233,18 +274,30 @@ def prefill_program_flops(cfg: ModelConfig, slots: int, tokens: int, capacity: i
 
 
 def decode_program_flops(cfg: ModelConfig, slots: int, capacity: int, *, int16_activations: Collection[str] = ()) -> Flops:
-    """Returns the FLOPs of decoding one token for each of `slots`, with a cache of `capacity` places.
+    """Returns the FLOPs of decoding one token for each of `slots`, with a cache of `capacity`
+    places.
 
-    Computed twice: products with weights with `int16_activations` (matrices such as "down"), multiplied as two int8 digits
-    (`model/weights/int8.py`); and on a CPU those of a lone slot, and attention with one query head a key head, as one row.
+    Computed twice: products with weights with `int16_activations` (matrices such as "down"),
+    multiplied as two int8 digits (`model/weights/int8.py`); and on a CPU those of a lone slot, and
+    attention with one query head a key head, as one row.
     """
     parts = forward_flops(cfg, capacity, attention="full").parts
-    times = lambda name: _times(cfg.groups) if name == "attention" else _times(slots) * (2 if name in int16_activations else 1)
-    return Flops({name: part * times(name) for name, part in parts.items()}) * slots
+    counted = {}
+    for name, part in parts.items():
+        if name == "attention":
+            times = _times(cfg.groups)
+        else:
+            times = _times(slots)
+        if name in int16_activations:
+            times *= 2
+        counted[name] = part * times
+    return Flops(counted) * slots
 
 
 def _times(rows: int) -> int:
     """Returns how often a product with `rows` rows is computed."""
     from engine.model.ops import ops  # loads JAX too
 
-    return 2 if rows == 1 and ops().pads_lone_row else 1
+    if rows == 1 and ops().pads_lone_row:
+        return 2
+    return 1

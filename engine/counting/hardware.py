@@ -1,6 +1,7 @@
 """Measures this machine through JAX: its best FLOP/s and bytes/s, and its memory. Holds the only clock.
 
-Products are square with row-major operands, the only ones that XLA on a CPU passes to its fast kernels.
+Products are square with row-major operands, the only ones that XLA on a CPU passes to its fast
+kernels.
 """
 
 import contextlib
@@ -30,7 +31,8 @@ from engine.format import format_bytes
 
 _CPU_SIDE = 2048  # of the matrices
 _CPU_NUMBERS = 2**26  # float32: 256 MiB, beyond the caches
-_MIN_ROUNDS, _MAX_ROUNDS = 3, 12
+_MIN_ROUNDS = 3
+_MAX_ROUNDS = 12
 _SECONDS = 2.0  # after which no round begins beyond the fewest
 BUSY = 0.25  # threads that want a core, from which on a measured ceiling may be too low
 MAX_BYTES = 2**16  # that are read of the saved ceilings, which have a few hundred
@@ -48,11 +50,13 @@ clock = time.perf_counter
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """The best rates seen on this machine, in units of 10^9; 0 where the backend refuses the operation.
+    """The best rates seen on this machine, in units of 10^9; 0 where the backend refuses the
+    operation.
 
-    Products are n x n x n, n = 2048 on a CPU, 8192 on an accelerator; `f32` at JAX's default precision (TF32 on recent GPUs),
-    `int8` with int32 results. `read_gbs` sums a large array, as decoding reads weights; `update_gbs` scales it in place, as an
-    optimizer does, counting read and write.
+    Products are n x n x n, n = 2048 on a CPU, 8192 on an accelerator; `f32` at JAX's default
+    precision (TF32 on recent GPUs), `int8` with int32 results. `read_gbs` sums a large array, as
+    decoding reads weights; `update_gbs` scales it in place, as an optimizer does, counting read and
+    write.
     """
 
     device: str
@@ -70,7 +74,9 @@ class Ceilings:
 
 
 def machine_identity() -> dict[str, Any]:
-    """Returns all that ceilings, and the last bits of results, depend on: another machine may use the same cache folder."""
+    """Returns all that ceilings, and the last bits of results, depend on: another machine may use
+    the same cache folder.
+    """
     model, flags = processor()
     device = jax.local_devices()[0]
     return {
@@ -84,12 +90,17 @@ def machine_identity() -> dict[str, Any]:
 
 
 def measure_ceilings(report: Callable[[int, int], None] | None = None) -> Ceilings:
-    """Measures all five rates in two to five seconds: the best of interleaved rounds. `report(done, total)` counts rounds."""
+    """Measures all five rates in two to five seconds: the best of interleaved rounds. `report(done,
+    total)` counts rounds.
+    """
     device = jax.local_devices()[0]
     numbers = _CPU_NUMBERS if device.platform == "cpu" else 2**28
     products = {rate: square_product(dtype) for dtype, rate in _RATE_OF_DTYPE.items()}
     programs = {name: program for name, (program, _) in products.items()} | _streams(numbers)
-    work = {name: flops for name, (_, flops) in products.items()} | {"read_gbs": 4.0 * numbers, "update_gbs": 8.0 * numbers}
+    work = {name: flops for name, (_, flops) in products.items()} | {
+        "read_gbs": 4.0 * numbers,
+        "update_gbs": 8.0 * numbers,
+    }
     best = {}
     for name, program in programs.items():
         with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -105,7 +116,9 @@ def measure_ceilings(report: Callable[[int, int], None] | None = None) -> Ceilin
             report(done, _MAX_ROUNDS)
         if done >= _MIN_ROUNDS and clock() - start > _SECONDS:
             break
-    rates = {name: work[name] / best[name] / 1e9 if name in best else 0.0 for name in RATES}
+    rates = dict.fromkeys(RATES, 0.0)
+    for name, seconds in best.items():
+        rates[name] = work[name] / seconds / 1e9
     return Ceilings(device_name(), device.platform, cores(), jax.__version__, **rates)
 
 
@@ -120,15 +133,24 @@ def measure_apart() -> Ceilings | None:
 
 def square_product(dtype: str) -> tuple[Callable[[], Any], float]:
     """Returns (call, FLOPs) of square products in `dtype`, as many as hide an accelerator's launch."""
-    side, calls = (_CPU_SIDE, 1) if jax.local_devices()[0].platform == "cpu" else (8192, 16)
+    side = 8192
+    calls = 16
+    if jax.local_devices()[0].platform == "cpu":
+        side = _CPU_SIDE
+        calls = 1
     # Random numbers, repeated to size: on zeros or ones a chip may save power and look faster.
     tile = np.random.default_rng(0).standard_normal((512, 512))
     if dtype == "int8":
         tile = (32 * tile).clip(-127, 126)
     left = jnp.asarray(np.tile(tile, (side // 512, side // 512)), dtype)
     right = left + jnp.ones((), dtype)
-    multiply = jax.jit(functools.partial(jnp.dot, preferred_element_type="int32" if dtype == "int8" else dtype))
-    return lambda: [multiply(left, right) for _ in range(calls)], calls * 2.0 * side**3
+    result_dtype = "int32" if dtype == "int8" else dtype
+    multiply = jax.jit(functools.partial(jnp.dot, preferred_element_type=result_dtype))
+
+    def call() -> Any:
+        return [multiply(left, right) for _ in range(calls)]
+
+    return call, calls * 2.0 * side**3
 
 
 def _streams(numbers: int) -> dict[str, Callable[[], Any]]:
@@ -150,15 +172,19 @@ def best_ceilings(first: Ceilings, second: Ceilings) -> Ceilings:
 
 
 def saved_ceilings() -> Ceilings | None:
-    """Returns this machine's ceilings from the cache; None where they are to be measured: there are none, or the machine was
-    busy then, and at least twice as busy as now.
+    """Returns this machine's ceilings from the cache; None where they are to be measured: there are
+    none, or the machine was busy then, and at least twice as busy as now.
     """
     ceilings, load = _read_ceilings()
-    return None if load > BUSY and 2 * _load() <= load else ceilings
+    if load > BUSY and 2 * _load() <= load:
+        return None
+    return ceilings
 
 
 def save_ceilings(ceilings: Ceilings) -> Ceilings:
-    """Saves the higher of these rates and those saved before, with the load of the machine; returns them."""
+    """Saves the higher of these rates and those saved before, with the load of the machine; returns
+    them.
+    """
     saved, load = _read_ceilings()
     if saved:
         ceilings = best_ceilings(saved, ceilings)
@@ -167,7 +193,9 @@ def save_ceilings(ceilings: Ceilings) -> Ceilings:
 
 
 def doubt_ceilings(share: float) -> None:
-    """Has this machine's ceilings measured again when a training step reached more than PLAUSIBLE of one of them."""
+    """Has this machine's ceilings measured again when a training step reached more than PLAUSIBLE
+    of one of them.
+    """
     ceilings, _ = _read_ceilings()
     if ceilings and share > PLAUSIBLE:
         _write_ceilings(ceilings, sys.float_info.max)
@@ -200,31 +228,41 @@ def _ceilings_file() -> Path:
 def _proc_bytes(file: str, name: str) -> int | None:
     """Returns what a file in /proc says in kB; None elsewhere than on Linux."""
     with contextlib.suppress(OSError):
-        if match := re.search(rf"^{name}:\s+(\d+)", Path("/proc", file).read_text(), re.MULTILINE):
+        match = re.search(rf"^{name}:\s+(\d+)", Path("/proc", file).read_text(), re.MULTILINE)
+        if match:
             return int(match[1]) * 1024
     return None
 
 
 def peak_rss_bytes() -> int:
-    if peak := _proc_bytes("self/status", "VmHWM"):  # on Linux getrusage also counts the parent's peak; this file does not
+    # on Linux getrusage also counts the parent's peak; this file does not
+    peak = _proc_bytes("self/status", "VmHWM")
+    if peak:
         return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    if sys.platform == "darwin":
+        return peak
+    return peak * 1024
 
 
 def memory_limit_bytes(root: Path = Path("/")) -> int:
-    """Returns the host memory this process may use: the machine's, or less in a control group. `root` holds /proc and /sys."""
+    """Returns the host memory this process may use: the machine's, or less in a control group.
+    `root` holds /proc and /sys.
+    """
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with contextlib.suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, place = line.split(":", 2)
             if not controllers:
-                top, file = root / "sys/fs/cgroup", "memory.max"
+                top = root / "sys/fs/cgroup"
+                file = "memory.max"
             elif "memory" in controllers.split(","):
-                top, file = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+                top = root / "sys/fs/cgroup/memory"
+                file = "memory.limit_in_bytes"
             else:
                 continue
-            # Every group around a group binds it. In a container the path may be the host's, with the limit at the top.
+            # Every group around a group binds it. In a container the path may be the host's, with
+            # the limit at the top.
             folder = top / place.strip("/")
             for group in [folder, *folder.parents]:
                 with contextlib.suppress(OSError, ValueError):  # absent, or "max"
@@ -236,7 +274,8 @@ def memory_limit_bytes(root: Path = Path("/")) -> int:
 
 def free_memory_bytes() -> int:
     """Returns the bytes that new arrays can take: of the accelerator, or of the host."""
-    if stats := jax.local_devices()[0].memory_stats():
+    stats = jax.local_devices()[0].memory_stats()
+    if stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
     return free_host_bytes()
 
@@ -252,7 +291,10 @@ def device_memory_bytes() -> int:
 
 
 def require_memory(needed: int, what: str, remedy: str, *, detail: str = "", limit: int | None = None) -> None:
-    """Raises UserError when more bytes are needed than `limit`, by default the memory this process may use."""
-    limit = memory_limit_bytes() if limit is None else limit
+    """Raises UserError when more bytes are needed than `limit`, by default the memory this process
+    may use.
+    """
+    if limit is None:
+        limit = memory_limit_bytes()
     if needed > limit:
         raise UserError(f"{what} {format_bytes(needed)}{detail}, and {format_bytes(limit)} are available; {remedy}")

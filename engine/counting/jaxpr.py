@@ -1,15 +1,17 @@
 """Counts the operations of a program by walking its jaxpr, without the equations that no result needs.
 
-Nothing is allocated, compiled or run. The jaxpr is what JAX compiles, after differentiation, so frozen weights, LoRA and remat
-show.
+Nothing is allocated, compiled or run. The jaxpr is what JAX compiles, after differentiation, so
+frozen weights, LoRA and remat show.
 
 - Matrix products (`dot_general`) count 2 for each multiply and add.
-- Other arithmetic counts as in XLA's cost analysis: one operation for each number of an elementwise result (comparisons,
-  selections and type conversions too), n - 1 for a reduction of n numbers, 0 for what only moves numbers. Transcendental
-  functions count apart, one each.
-- A scan is its body times its length, a `cond` its most expensive branch. Refused are a `while`, whose trips are unknown,
-  products that no program here has, and kernels, whose work is hidden, but for fused attention: that counts in blocks.
-- A product with one row counts twice on a CPU, as it is computed (`model/weights/matmul.py` pads it).
+- Other arithmetic counts as in XLA's cost analysis: one operation for each number of an elementwise
+  result (comparisons, selections and type conversions too), n - 1 for a reduction of n numbers, 0
+  for what only moves numbers. Transcendental functions count apart, one each.
+- A scan is its body times its length, a `cond` its most expensive branch. Refused are a `while`,
+  whose trips are unknown, products that no program here has, and kernels, whose work is hidden, but
+  for fused attention: that counts in blocks.
+- A product with one row counts twice on a CPU, as it is computed (`model/weights/matmul.py` pads
+  it).
 """
 
 import contextlib
@@ -129,52 +131,73 @@ class JaxprCost:
 
 
 def jaxpr_cost(f: Callable[..., Any], *args: Any) -> JaxprCost:
-    """Counts the operations of `f(*args)`, trees of arrays or `jax.ShapeDtypeStruct`; bind static arguments beforehand.
+    """Counts the operations of `f(*args)`, trees of arrays or `jax.ShapeDtypeStruct`; bind static
+    arguments beforehand.
 
-    To count a backward pass, pass a function that differentiates. Raises UserError for a `while` loop or a kernel.
+    To count a backward pass, pass a function that differentiates. Raises UserError for a `while`
+    loop or a kernel.
     """
-    # A TPU's kernel shows nothing of its shapes; a GPU's program without cuDNN is the same but for attention in blocks.
-    with jax.default_device("gpu") if platform() == "tpu" else contextlib.nullcontext():
+    # A TPU's kernel shows nothing of its shapes; a GPU's program without cuDNN is the same but for
+    # attention in blocks.
+    device = jax.default_device("gpu") if platform() == "tpu" else contextlib.nullcontext()
+    with device:
         closed = jax.make_jaxpr(f)(*args)
     return _program(partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[0])
 
 
 def _program(jaxpr: Jaxpr) -> JaxprCost:
-    read = {id(result) for results in (jaxpr.outvars, *(equation.invars for equation in jaxpr.eqns)) for result in results}
+    read = {id(result) for result in jaxpr.outvars}
+    for equation in jaxpr.eqns:
+        read.update(map(id, equation.invars))
     return sum((_step(equation, read) for equation in jaxpr.eqns), JaxprCost())
 
 
 def _step(equation: JaxprEqn, read: Collection[int]) -> JaxprCost:
     """`read`: the identities of the results that the program reads."""
     name = equation.primitive.name
-    kernel = name if name != "ffi_call" else equation.params["target_name"]
+    if name != "ffi_call":
+        kernel = name
+    else:
+        kernel = equation.params["target_name"]
     if kernel.startswith(("dot_product_attention", target("causal_attention"), target("prefill_attention"))):
         products = _fused_attention(equation, kernel, [id(result) in read for result in equation.outvars])
         return JaxprCost(matmul=products, in_kernels=products)
     if name == "while" or name in _OPAQUE:
-        hidden = "how often it runs is unknown" if name == "while" else "its work is hidden, or not known here"
+        if name == "while":
+            hidden = "how often it runs is unknown"
+        else:
+            hidden = "its work is hidden, or not known here"
         raise UserError(f"The walker cannot count {name!r}: {hidden}. Count the program that does without.")
     if name == "dot_general":
         return JaxprCost(matmul=_dot(equation))
     if name == "cond":
         return max(map(_program, equation.params["branches"]), key=lambda work: (work.flops, work.transcendental))
-    inner = [] if name in _ATOMS else list(jaxprs_in_params(equation.params))
+    if name in _ATOMS:
+        inner = []
+    else:
+        inner = list(jaxprs_in_params(equation.params))
     if inner:
-        return sum(map(_program, inner), JaxprCost()) * (equation.params["length"] if name == "scan" else 1)
+        cost = sum(map(_program, inner), JaxprCost())
+        if name == "scan":
+            return cost * equation.params["length"]
+        return cost
     return _elementwise(name, equation)
 
 
 def _dot(equation: Any) -> int:
     (contracted, _), _ = equation.params["dimension_numbers"]
-    left, result = equation.invars[0].aval, equation.outvars[0].aval
+    left = equation.invars[0].aval
+    result = equation.outvars[0].aval
     return 2 * result.size * math.prod(left.shape[axis] for axis in contracted)
 
 
 def _fused_attention(equation: Any, kernel: str, is_read: list[bool]) -> int:
-    """The products of attention, in blocks if causal: q k^T and p v; in the backward pass dq, dk, dp for both, and dv.
+    """The products of attention, in blocks if causal: q k^T and p v; in the backward pass dq, dk,
+    dp for both, and dv.
 
-    What a kernel computes beside does not count: there q k^T again, and gradients that nothing reads. Over a KV cache every
-    place counts, though a kernel reads only those that the text has reached: they are not known here.
+    What a kernel computes beside does not count: there q k^T again, and gradients that nothing
+    reads. Over a KV cache every place counts, though a kernel reads only those that the text has
+    reached: they are not known here.
     """
     B, T, N, H = equation.invars[0].aval.shape
     if kernel == target("prefill_attention"):
@@ -184,7 +207,10 @@ def _fused_attention(equation: Any, kernel: str, is_read: list[bool]) -> int:
     else:
         keys = 2 * equation.invars[1].aval.shape[1]
     q, k, v = (is_read + [True] * 3)[:3]
-    products = q + k + (q or k) + v if "bwd" in kernel or "backward" in kernel else 2
+    if "bwd" in kernel or "backward" in kernel:
+        products = q + k + (q or k) + v
+    else:
+        products = 2
     return products * B * N * H * T * keys
 
 
@@ -224,4 +250,6 @@ def _elementwise(name: str, equation: Any) -> JaxprCost:
         return JaxprCost(elementwise=size * (squarings_and_products + (power < 0)))
     if name == "logistic":  # written as 1 / (1 + exp(-x))
         return JaxprCost(elementwise=3 * size, transcendental=size)
-    return JaxprCost(transcendental=size) if name in _TRANSCENDENTAL else JaxprCost(elementwise=size)
+    if name in _TRANSCENDENTAL:
+        return JaxprCost(transcendental=size)
+    return JaxprCost(elementwise=size)

@@ -1,12 +1,13 @@
 """Memory by formula: the peak bytes of a training step and of a served model, and the bytes that a step moves.
 
-Weights, gradients, optimizer state and the KV cache are exact. Residuals are an estimate, for the compiler decides which values
-to keep: the terms follow XLA on a CPU, with elementwise work in float32 and products in `cfg.dtype` (compare with `xla_peak` of
-the compiled step). A scan over the layers keeps a third less.
+Weights, gradients, optimizer state and the KV cache are exact. Residuals are an estimate, for the
+compiler decides which values to keep: the terms follow XLA on a CPU, with elementwise work in
+float32 and products in `cfg.dtype` (compare with `xla_peak` of the compiled step). A scan over the
+layers keeps a third less.
 
-The traffic, the numerator of MBU, is what must be read and written: every product reads its weights once; a block's values are
-written and read once going forward, and read once going back where they were kept. Copies, masks and what does not fit a fused
-loop are left out.
+The traffic, the numerator of MBU, is what must be read and written: every product reads its weights
+once; a block's values are written and read once going forward, and read once going back where they
+were kept. Copies, masks and what does not fit a fused loop are left out.
 """
 
 import dataclasses
@@ -34,7 +35,8 @@ class TrainingMemory:
     copies: int  # in the compute type: of trainable matrices
     gradients: int  # float32
     residuals: int  # every block's values, or with remat every block's input
-    block: int  # residuals of one block: the last to be freed, and with remat the most that exist at once
+    # residuals of one block: the last to be freed, and with remat the most that exist at once
+    block: int
     logits: int  # and their gradient, of one chunk
     remat: bool  # of each block
     accumulated: int  # gradients summed over microbatches; 0 with one
@@ -43,14 +45,17 @@ class TrainingMemory:
     def gradient_peak(self) -> int:
         """The peak of forward and backward beside weights and optimizer.
 
-        Residuals shrink through the backward pass while gradients grow, so the peak is at one of its ends.
+        Residuals shrink through the backward pass while gradients grow, so the peak is at one of
+        its ends.
         """
         start = self.residuals + max(self.logits, self.block if self.remat else 0)
         return self.copies + self.accumulated + max(start, self.gradients + self.block)
 
     @property
     def update_peak(self) -> int:
-        """The update's peak beside weights and optimizer: gradients, updates, and the next optimizer state."""
+        """The update's peak beside weights and optimizer: gradients, updates, and the next
+        optimizer state.
+        """
         return 2 * self.gradients + self.optimizer
 
     @property
@@ -87,35 +92,49 @@ def training_memory(
     microbatches: int = 1,
     base: Literal["float", "int8"] = "float",
 ) -> TrainingMemory:
-    """Predicts the bytes of a step on `batch` sequences (of each microbatch) of `tokens`, with the CPU's attention.
+    """Predicts the bytes of a step on `batch` sequences (of each microbatch) of `tokens`, with the
+    CPU's attention.
 
-    The logits are computed in `loss_chunks` parts. `base`: the type of frozen matrices that multiply.
+    The logits are computed in `loss_chunks` parts. `base`: the type of frozen matrices that
+    multiply.
     """
-    trainable = all_trainable(cfg) if trainable is None else trainable
-    shapes, targets = leaf_shapes(cfg), target_shapes(cfg)
+    if trainable is None:
+        trainable = all_trainable(cfg)
+    shapes = leaf_shapes(cfg)
+    targets = target_shapes(cfg)
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}
     matrices = [path for path in trainable.weights if len(shapes[path]) == 2]
     adapters = sum(trainable.rank * sum(targets[path]) for path in trainable.adapted)
     numbers = sum(sizes[path] for path in trainable.weights) + adapters
     by_muon = adapters + sum(sizes[path] for path in matrices if path.startswith("blocks/"))
-    width, rows = dtype_bytes(cfg), batch * tokens
+    width = dtype_bytes(cfg)
+    rows = batch * tokens
     products = sum(sizes[path] for path in matrices if cfg.tied or path != "embed")
     wide = 0
     if base == "int8":
-        wide = (1 + width) * min(COLUMNS, cfg.vocab) * cfg.width  # the head's columns in the compute type
+        # the head's columns in the compute type
+        wide = (1 + width) * min(COLUMNS, cfg.vocab) * cfg.width
     elif cfg.tied and "embed" not in trainable.weights:
         products += sizes["embed"]  # a frozen head, transposed
     lowest = lowest_gradient(cfg, trainable)
     paths = trainable.weights | trainable.adapted
     blocks = [rows * _residual_bytes(cfg, tokens, f"blocks/{layer}/", paths) for layer in range(lowest, cfg.layers)]
     remat = cfg.remat == "block"
+    residuals = sum(blocks)
+    if remat:
+        residuals = len(blocks) * rows * FLOAT32 * cfg.width
+    moments = 2 * numbers  # AdamW's
+    if optimizer == "muon":
+        moments -= by_muon  # on the matrices of the blocks Muon holds one
+    copies = wide
+    if width != FLOAT32:
+        copies += width * products
     return TrainingMemory(
         params=_param_bytes(cfg, base == "int8", trainable.weights) + FLOAT32 * adapters,
-        # AdamW holds two moments a number; Muon, on the matrices of the blocks, one.
-        optimizer=FLOAT32 * (2 * numbers - (by_muon if optimizer == "muon" else 0)),
-        copies=(0 if width == FLOAT32 else width * products) + wide,
+        optimizer=FLOAT32 * moments,
+        copies=copies,
         gradients=FLOAT32 * numbers,
-        residuals=len(blocks) * rows * FLOAT32 * cfg.width if remat else sum(blocks),
+        residuals=residuals,
         block=max(blocks, default=0),
         logits=round(rows * cfg.vocab * (width + FLOAT32) / loss_chunks),
         remat=remat,
@@ -129,7 +148,8 @@ def _param_bytes(cfg: ModelConfig, int8: bool, trainable: Collection[str] = ()) 
         if path in trainable or len(shape) == 1:
             total += FLOAT32 * math.prod(shape)
         elif int8 and (cfg.tied or path != "embed"):
-            total += math.prod(shape) + FLOAT32 * shape[0 if path == "embed" else 1]
+            columns = shape[0] if path == "embed" else shape[1]
+            total += math.prod(shape) + FLOAT32 * columns
         else:
             total += dtype_bytes(cfg) * math.prod(shape)
     return total
@@ -138,11 +158,17 @@ def _param_bytes(cfg: ModelConfig, int8: bool, trainable: Collection[str] = ()) 
 def _residual_bytes(cfg: ModelConfig, tokens: int, prefix: str, trainable: Collection[str]) -> int:
     """Returns the residuals of the block at `prefix` for each token of a sequence of `tokens`.
 
-    A value that only a weight's gradient reads is kept only where that weight is among the paths `trainable`.
+    A value that only a weight's gradient reads is kept only where that weight is among the paths
+    `trainable`.
     """
-    trains = lambda name: prefix + name in trainable
-    query, key = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    operands = cfg.width * sum(any(map(trains, read)) for read in JOINED.values())  # results of both norms
+
+    def trains(name: str) -> bool:
+        return prefix + name in trainable
+
+    query = cfg.heads * cfg.head_dim
+    key = cfg.kv_heads * cfg.head_dim
+    # results of both norms
+    operands = cfg.width * sum(any(map(trains, read)) for read in JOINED.values())
     operands += query + 2 * key  # q, k, v
     operands += 3 * query  # rotated, k and v once for each query head
     operands += query + 2 * cfg.ff  # attention's result; gate and up
@@ -157,14 +183,23 @@ def _residual_bytes(cfg: ModelConfig, tokens: int, prefix: str, trainable: Colle
 
 
 def inference_memory(
-    cfg: ModelConfig, slots: int, length: int, *, tokens: int = 1, int8: bool = False, every_logit: bool = False
+    cfg: ModelConfig,
+    slots: int,
+    length: int,
+    *,
+    tokens: int = 1,
+    int8: bool = False,
+    every_logit: bool = False,
 ) -> InferenceMemory:
-    """Predicts the bytes of a call on `tokens` of each of `slots` requests, with a KV cache of `length` places (0: none).
+    """Predicts the bytes of a call on `tokens` of each of `slots` requests, with a KV cache of
+    `length` places (0: none).
 
     `int8`: the type of matrices. `every_logit`: logits at each token, not only at a call's last.
     """
-    width, rows = dtype_bytes(cfg), slots * tokens
-    # Attention's values and the MLP's take turns; scores are held in float32 and as weights in the compute type.
+    width = dtype_bytes(cfg)
+    rows = slots * tokens
+    # Attention's values and the MLP's take turns; scores are held in float32 and as weights in the
+    # compute type.
     attending = cfg.qkv_width * width + cfg.heads * max(length, tokens) * (FLOAT32 + width)
     block = 2 * cfg.width * FLOAT32 + max(attending, 3 * cfg.ff * width)
     return InferenceMemory(
@@ -176,7 +211,9 @@ def inference_memory(
 
 
 def dtype_bytes(cfg: ModelConfig) -> int:
-    return 2 if cfg.dtype == "bfloat16" else FLOAT32
+    if cfg.dtype == "bfloat16":
+        return 2
+    return FLOAT32
 
 
 class Traffic(NamedTuple):
@@ -195,18 +232,23 @@ class Traffic(NamedTuple):
 
 
 def train_bytes(cfg: ModelConfig, batch: int, tokens: int, *, trainable: TrainablePaths | None = None) -> Traffic:
-    """Predicts the bytes moved by **a step** of AdamW on `batch` sequences of `tokens`; by default everything trains.
+    """Predicts the bytes moved by **a step** of AdamW on `batch` sequences of `tokens`; by default
+    everything trains.
 
-    AdamW reads gradient, weight and two moments and writes the last three, in float32: 28 bytes a trainable parameter.
-    Weights are read once forward, and above the lowest trainable parameter once for dX and once for remat.
+    AdamW reads gradient, weight and two moments and writes the last three, in float32: 28 bytes a
+    trainable parameter. Weights are read once forward, and above the lowest trainable parameter
+    once for dX and once for remat.
     """
     memory = training_memory(cfg, batch, tokens, trainable=trainable)
     parts = add_layers(flops_by_layer(dataclasses.replace(cfg, scan=False), 1, attention="full", trainable=trainable)).parts
     read = sum(parts[name].forward + parts[name].recompute + parts[name].dx for name in (*MATRICES, "head", "lora")) // 2
     width = dtype_bytes(cfg)
-    converted = memory.copies // width * (FLOAT32 + width)  # trainable matrices, read in one type and written in the other
+    # trainable matrices, read in one type and written in the other
+    converted = memory.copies // width * (FLOAT32 + width)
     block = training_memory(cfg, batch, tokens).block
-    reached = cfg.layers - (lowest_gradient(cfg, trainable) if trainable else 0)
+    reached = cfg.layers
+    if trainable:
+        reached -= lowest_gradient(cfg, trainable)
     again = reached if cfg.remat == "block" else 0
     return Traffic(
         weights=width * read + converted,
@@ -218,20 +260,33 @@ def train_bytes(cfg: ModelConfig, batch: int, tokens: int, *, trainable: Trainab
 
 
 def inference_bytes(
-    cfg: ModelConfig, slots: int, length: int, *, tokens: int = 1, int8: bool = False, every_logit: bool = False
+    cfg: ModelConfig,
+    slots: int,
+    length: int,
+    *,
+    tokens: int = 1,
+    int8: bool = False,
+    every_logit: bool = False,
 ) -> Traffic:
-    """Predicts the bytes moved by **a call** on `tokens` of each of `slots` requests, which share one reading of the weights.
+    """Predicts the bytes moved by **a call** on `tokens` of each of `slots` requests, which share
+    one reading of the weights.
 
-    Arguments as of `inference_memory`: a decoding step has one token, and evaluation no cache but every logit.
+    Arguments as of `inference_memory`: a decoding step has one token, and evaluation no cache but
+    every logit.
     """
     memory = inference_memory(cfg, slots, length, tokens=tokens, int8=int8, every_logit=every_logit)
     width = dtype_bytes(cfg)
     # Rows of a lookup table, which is never int8.
-    unread = 0 if cfg.tied else max(0, cfg.vocab - slots * tokens) * cfg.width * width
-    row = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * width  # one token's keys and values
+    if cfg.tied:
+        unread = 0
+    else:
+        unread = max(0, cfg.vocab - slots * tokens) * cfg.width * width
+    written = 0  # keys and values
+    if length:
+        written = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * width * slots * tokens
     return Traffic(
         weights=memory.params - unread,
         activations=2 * cfg.layers * memory.activations,
         logits=2 * memory.logits,
-        cache=memory.cache + (row * slots * tokens if length else 0),
+        cache=memory.cache + written,
     )

@@ -13,7 +13,8 @@ class ParamCount(NamedTuple):
     """Parameters of a model: all, and those that multiply each token."""
 
     total: int
-    matmul: int  # the N of "6 N": block matrices and the unembedding, which is the table of a tied model
+    # the N of "6 N": block matrices and the unembedding, which is the table of a tied model
+    matmul: int
 
 
 def count_params(cfg: ModelConfig) -> ParamCount:

@@ -2,17 +2,19 @@
 
 Known faults of its count of operations:
 
-- The body of a loop counts once, however often it runs: ask about a program without loops (no `cfg.scan`, one microbatch, one
-  decoding step).
-- A call into a library or a kernel in C counts as -1 operation. On the CPU of JAX 0.12 products given to YNNPACK are fusions,
-  which are counted.
-- After compiling, elementwise work that fusion repeats, and conversions to and from a type the chip lacks, count.
+- The body of a loop counts once, however often it runs: ask about a program without loops (no
+  `cfg.scan`, one microbatch, one decoding step).
+- A call into a library or a kernel in C counts as -1 operation. On the CPU of JAX 0.12 products
+  given to YNNPACK are fusions, which are counted.
+- After compiling, elementwise work that fusion repeats, and conversions to and from a type the chip
+  lacks, count.
 - The compiler may undo remat where it sees that two computations are one.
 
 A collective counts as often as it runs in one execution; both branches of a conditional count.
 """
 
 import functools
+import itertools
 import math
 import re
 from typing import NamedTuple
@@ -26,21 +28,27 @@ _KINDS = "all-reduce|all-gather|reduce-scatter|(?:ragged-)?all-to-all|collective
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
 _COLLECTIVE = re.compile(rf"\s*(?:ROOT )?\S+ = (\(.*?\)|\S+) ({_KINDS})(-start)?\(")
 _CALL = re.compile(r"(?:body|calls|to_apply|\w+_computations?)=(?:\{([^}]*)\}|([\w.%-]+))")
-_SECOND_HALF = re.compile(r" [\w-]+-(?:done|update)\(")  # of an asynchronous operation: the first counts
+# of an asynchronous operation: the first counts
+_SECOND_HALF = re.compile(r" [\w-]+-(?:done|update)\(")
 _ARRAY = re.compile(r"(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 _RESULT = re.compile(r"\((?:\([^()]*\)|[^]]*\]), (\([^()]*\)|[^]]*\])")  # (operands, results, ...)
 _BOX = re.compile(r"\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _AXES = re.compile(r"mesh\[([^]]*)\] \{([\w',:()]*)\}")
-_SUB_AXIS = re.compile(r"('\w+')(?::\((\d+)\)(\d+))?")  # 'x', or 'x':(2)3, the 3 in x as 2 x 3 x others
+# 'x', or 'x':(2)3, the 3 in x as 2 x 3 x others
+_SUB_AXIS = re.compile(r"('\w+')(?::\((\d+)\)(\d+))?")
 
 
 def xla_flops(program: jax.stages.Lowered | jax.stages.Compiled) -> int:
-    """Returns XLA's operations of a call of a program, lowered or compiled, without transcendental functions."""
+    """Returns XLA's operations of a call of a program, lowered or compiled, without transcendental
+    functions.
+    """
     return round((program.cost_analysis() or {}).get("flops", 0))
 
 
 def xla_peak(program: jax.stages.Compiled) -> int:
-    """Returns a compiled program's peak bytes. Raises RuntimeError on a backend that does not know them."""
+    """Returns a compiled program's peak bytes. Raises RuntimeError on a backend that does not know
+    them.
+    """
     memory = program.memory_analysis()
     if memory is None:
         raise RuntimeError(f"The {jax.default_backend()} backend does not say what memory a program takes.")
@@ -63,25 +71,36 @@ class CompileCounter:
 
 
 class Collective(NamedTuple):
-    """A collective operation, on arrays of `bytes` for each group: what all-gather makes, what reduce-scatter takes."""
+    """A collective operation, on arrays of `bytes` for each group: what all-gather makes, what
+    reduce-scatter takes.
+    """
 
     kind: str  # such as all-gather, also where it is asynchronous
     bytes: int
-    group: tuple[int, ...]  # the devices of the first group, as places in the mesh; of a permute, two that stand for a pair
+    # the devices of the first group, as places in the mesh; of a permute, two that stand for a pair
+    group: tuple[int, ...]
     times: int  # in one execution of the program
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that each device sends in one execution: of n in a ring, (n - 1) / n of the array, an all-reduce twice that.
+        """Bytes that each device sends in one execution: of n in a ring, (n - 1) / n of the array,
+        an all-reduce twice that.
 
-        (Patarasu & Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".)
+        (Patarasu & Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of
+        workstations".)
         """
-        share = 1.0 if self.kind.startswith("collective-") else 1 - 1 / len(self.group)
-        return self.times * self.bytes * share * (2 if self.kind == "all-reduce" else 1)
+        if self.kind.startswith("collective-"):
+            share = 1.0
+        else:
+            share = 1 - 1 / len(self.group)
+        if self.kind == "all-reduce":
+            share *= 2
+        return self.times * self.bytes * share
 
 
 def read_collectives(hlo: str) -> list[Collective]:
-    """Returns the collectives between two and more devices in a program's text, `Compiled.as_text()`.
+    """Returns the collectives between two and more devices in a program's text,
+    `Compiled.as_text()`.
 
     Raises UserError for a loop of collectives that does not say how often it runs.
     """
@@ -93,29 +112,43 @@ def read_collectives(hlo: str) -> list[Collective]:
     def inside(name: str) -> list[Collective]:
         collectives = []
         for line in bodies[name]:
-            if match := _COLLECTIVE.match(line):
+            match = _COLLECTIVE.match(line)
+            if match:
                 collectives.append(_parse_collective(line, match, devices))
             elif not _SECOND_HALF.search(line):
-                inner = [one for callee in _callees(line) for one in inside(callee)]
-                rounds = _trip_count(line, bodies) if inner and " while(" in line else 1
+                inner = list(itertools.chain.from_iterable(map(inside, _callees(line))))
+                if inner and " while(" in line:
+                    rounds = _trip_count(line, bodies)
+                else:
+                    rounds = 1
                 collectives += [one._replace(times=rounds * one.times) for one in inner]
         return [one for one in collectives if len(one.group) > 1]
 
-    return [collective for entry, name, _ in computations if entry for collective in inside(name)]
+    entries = [name for entry, name, _ in computations if entry]
+    return list(itertools.chain.from_iterable(map(inside, entries)))
 
 
 def _callees(line: str) -> list[str]:
-    return [name.lstrip("%") for several, one in _CALL.findall(line) for name in (several or one).split(", ")]
+    names = []
+    for several, one in _CALL.findall(line):
+        names += (several or one).split(", ")
+    return [name.lstrip("%") for name in names]
 
 
 def _trip_count(line: str, bodies: dict[str, list[str]]) -> int:
-    """Returns how often a loop runs: as the compiler noted, else the one constant that its counter stays below."""
-    if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
+    """Returns how often a loop runs: as the compiler noted, else the one constant that its counter
+    stays below.
+    """
+    noted = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
+    if noted:
         return int(noted[1])
     condition = bodies[line.partition("condition=")[2].lstrip("%").partition(",")[0]]
-    condition = condition + [text for outer in condition for name in _callees(outer) for text in bodies[name]]
-    constants = re.findall(r" constant\((\d+)\)", "\n".join(condition))
-    if len(constants) != 1 or not any("direction=LT" in text for text in condition):
+    lines = [*condition]
+    for outer in condition:
+        for name in _callees(outer):
+            lines += bodies[name]
+    constants = re.findall(r" constant\((\d+)\)", "\n".join(lines))
+    if len(constants) != 1 or not any("direction=LT" in text for text in lines):
         raise UserError(f"The loop {line.split()[0]} holds collectives, and the program does not say how often it runs.")
     return int(constants[0])
 
@@ -123,29 +156,45 @@ def _trip_count(line: str, bodies: dict[str, list[str]]) -> int:
 def _parse_collective(line: str, match: re.Match[str], devices: int) -> Collective:
     shape, kind, start = match.groups()
     shape = re.sub(r"\{.*?\}", "", shape)  # the layout
-    if start and kind != "all-reduce" and (result := _RESULT.match(shape)):
-        shape = result[1]
+    if start and kind != "all-reduce":
+        result = _RESULT.match(shape)
+        if result:
+            shape = result[1]
     sizes = [math.prod(_integers(sides)) * int(bits or 8) / 8 for _, bits, sides in _ARRAY.findall(shape)]
-    group = (0, 1) if kind == "collective-permute" else _first_group(line.partition("replica_groups=")[2], devices)
-    return Collective(kind, round(sum(sizes)) * (len(group) if kind == "reduce-scatter" else 1), group, 1)
+    group: tuple[int, ...]
+    if kind == "collective-permute":
+        group = (0, 1)
+    else:
+        group = _first_group(line.partition("replica_groups=")[2], devices)
+    size = round(sum(sizes))
+    if kind == "reduce-scatter":
+        size *= len(group)
+    return Collective(kind, size, group, 1)
 
 
 def _first_group(text: str, devices: int) -> tuple[int, ...]:
-    """Returns the first group of `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)` `mesh['x'=2,'y'=4] {'y':(2)2}`; all devices of none."""
+    """Returns the first group of `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)` `mesh['x'=2,'y'=4]
+    {'y':(2)2}`; all devices of none.
+    """
     if text.startswith("{{"):
         return tuple(_integers(text.partition("}")[0]))
-    if box := _BOX.match(text):  # so many groups of so many, in the order of a box that is counted through and transposed
+    # so many groups of so many, in the order of a box that is counted through and transposed
+    box = _BOX.match(text)
+    if box:
         sizes = _integers(box[3])
-        order = np.arange(math.prod(sizes)).reshape(sizes).transpose(_integers(box[4] or "") or None).flatten()
-        return tuple(order[: int(box[2])].tolist())
-    if mesh := _AXES.match(text):
+        order = np.arange(math.prod(sizes)).reshape(sizes).transpose(_integers(box[4] or "") or None)
+        return tuple(order.flatten()[: int(box[2])].tolist())
+    mesh = _AXES.match(text)
+    if mesh:
         axes = {name: int(size) for name, size in re.findall(r"('\w+')=(\d+)", mesh[1])}
-        names, group = [*axes], [0]
+        names = [*axes]
+        group = [0]
         for name, before, size in _SUB_AXIS.findall(mesh[2]):
             count = int(size or axes[name])
             stride = math.prod(axes[other] for other in names[names.index(name) + 1 :])
             stride *= axes[name] // (int(before or 1) * count)
-            group = [place + stride * step for place in group for step in range(count)]
+            steps = range(0, stride * count, stride)
+            group = [place + step for place, step in itertools.product(group, steps)]
         return tuple(sorted(group))
     if text and not text.startswith("{}"):
         raise UserError(f"The groups of a collective are written in a way that is not known here: {text[:60]!r}.")

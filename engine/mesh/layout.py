@@ -5,10 +5,11 @@
         batch = global_batch(batches.at(step))       # of each process's own rows
         state, metrics = train_step(cfg, tx, state, {}, batch, progress)      # XLA adds the collectives
 
-`rules.py` says which axes cut an array. Without a mesh nothing here adds to a program: functions return their arguments, or
-call what they are given, and count 1 device.
+`rules.py` says which axes cut an array. Without a mesh nothing here adds to a program: functions
+return their arguments, or call what they are given, and count 1 device.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,11 +30,15 @@ Specs = Callable[[Any, Any], Any]  # (a tree, axis -> devices) -> the axes that 
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
-    """Arranges the devices, by default all of JAX's. Raises UserError when they are not as many as the shape has."""
-    devices = jax.devices() if devices is None else devices
+    """Arranges the devices, by default all of JAX's. Raises UserError when they are not as many as
+    the shape has.
+    """
+    if devices is None:
+        devices = jax.devices()
     if shape.devices != len(devices):
         raise UserError(
-            f"The mesh {shape} is {shape.devices} devices and there are {len(devices)}: the product of {', '.join(AXES)} must "
+            f"The mesh {shape} is {shape.devices} devices and there are {len(devices)}: the "
+            f"product of {', '.join(AXES)} must "
             f"be {len(devices)}, for example fsdp={len(devices)}."
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
@@ -55,13 +60,18 @@ def make_inference_mesh(text: str | None) -> Mesh | None:
 
 def check_inference(cfg: ModelConfig, mesh: Mesh | None) -> None:
     if mesh is not None:
-        check_mesh(shape := MeshShape(**mesh.shape), cfg, batch=shape.row_shards)
+        shape = MeshShape(**mesh.shape)
+        check_mesh(shape, cfg, batch=shape.row_shards)
 
 
 def current_mesh() -> Mesh | None:
-    """Returns the mesh of this thread, to `jax.set_mesh` in another; None without one, which `set_mesh` takes too."""
+    """Returns the mesh of this thread, to `jax.set_mesh` in another; None without one, which
+    `set_mesh` takes too.
+    """
     mesh = jax.sharding.get_mesh()
-    return None if mesh.empty else mesh
+    if mesh.empty:
+        return None
+    return mesh
 
 
 def shardings(tree: Any, specs: Specs = leaf_specs) -> Any:
@@ -70,32 +80,49 @@ def shardings(tree: Any, specs: Specs = leaf_specs) -> Any:
     A moment lies as its parameter does, for optax keeps it in a tree with the parameter's own path.
     """
     mesh = current_mesh()
-    return mesh and jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh.shape))
+    if mesh is None:
+        return None
+    return jax.tree.map(functools.partial(NamedSharding, mesh), specs(tree, mesh.shape))
 
 
 def sharded_shapes(begin: Callable[..., Any], *like: Any) -> Any:
-    """Returns the shapes, with shardings, of what `begin` makes: to lower a step for, or to load a checkpoint into."""
+    """Returns the shapes, with shardings, of what `begin` makes: to lower a step for, or to load a
+    checkpoint into.
+    """
     shapes = jax.eval_shape(begin, *like)
-    return shapes if current_mesh() is None else _shapes_on(shapes, shardings(shapes))
+    if current_mesh() is None:
+        return shapes
+    return _shapes_on(shapes, shardings(shapes))
 
 
 def _shapes_on(tree: Any, wheres: Any) -> Any:
-    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, wheres)
+    def placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree.map(placed, tree, wheres)
 
 
 def make_sharded_cache(make: Callable[[], Any]) -> Any:
     """Returns `make()`, a KV cache; on a mesh each device makes its own part."""
-    return make() if current_mesh() is None else jax.jit(lambda: pin_cache(make()))()
+    if current_mesh() is None:
+        return make()
+    return jax.jit(lambda: pin_cache(make()))()
 
 
 def own_device() -> jax.Device:
-    """Returns the device on which this process computes without a mesh: that of `jax.default_device`, or its first."""
+    """Returns the device on which this process computes without a mesh: that of
+    `jax.default_device`, or its first.
+    """
     chosen = jax.config.jax_default_device
-    return chosen if isinstance(chosen, jax.Device) else jax.local_devices()[0]
+    if isinstance(chosen, jax.Device):
+        return chosen
+    return jax.local_devices()[0]
 
 
 def inference_shapes(params: Any, state: Any) -> tuple[Any, Any]:
-    """Returns the shapes of parameters and of KV caches, with shardings on the mesh or this process's device."""
+    """Returns the shapes of parameters and of KV caches, with shardings on the mesh or this
+    process's device.
+    """
     wheres: Any = shardings(params), shardings(state, cache_specs)
     if current_mesh() is None:
         wheres = jax.tree.map(lambda _: SingleDeviceSharding(own_device()), (params, state))
@@ -103,28 +130,35 @@ def inference_shapes(params: Any, state: Any) -> tuple[Any, Any]:
 
 
 def init_sharded(begin: Callable[..., Any], *args: Any) -> Any:
-    """Returns `begin(*args)`; on a mesh each device computes its own part: random numbers are those of one device."""
+    """Returns `begin(*args)`; on a mesh each device computes its own part: random numbers are those
+    of one device.
+    """
     if current_mesh() is None:
         return begin(*args)
     return jax.jit(begin, out_shardings=shardings(jax.eval_shape(begin, *args)))(*args)
 
 
 def place(params: Any) -> Any:
-    """Lays parameters out over the mesh; each device reads its own part. Large models come from `device.host_memory`."""
+    """Lays parameters out over the mesh; each device reads its own part. Large models come from
+    `device.host_memory`.
+    """
     if current_mesh() is None:
         return params
 
     def read(x: Any, where: NamedSharding) -> Array:
-        whole = np.asarray(x)  # no copy of an array in the host's memory, which JAX would send to every device to index it
+        # no copy of an array in the host's memory, which JAX would send to every device to index it
+        whole = np.asarray(x)
         return jax.make_array_from_callback(whole.shape, where, whole.__getitem__)
 
     return jax.tree.map(read, params, shardings(params))
 
 
 def batch_share(rows: int) -> tuple[int, int]:
-    """Returns (shares, share): into how many a batch of `rows` is cut, and which of them this process reads.
+    """Returns (shares, share): into how many a batch of `rows` is cut, and which of them this
+    process reads.
 
-    Along `tensor` all processes read the same. Raises UserError when the rows of this process do not lie side by side.
+    Along `tensor` all processes read the same. Raises UserError when the rows of this process do
+    not lie side by side.
     """
     mesh = current_mesh()
     if mesh is None:
@@ -143,7 +177,11 @@ def global_batch(batch: Any) -> Any:
     if mesh is None:
         return batch
     where = NamedSharding(mesh, P(ROWS))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, np.asarray(x)), batch)
+
+    def join_parts(x: Any) -> Array:
+        return jax.make_array_from_process_local_data(where, np.asarray(x))
+
+    return jax.tree.map(join_parts, batch)
 
 
 # Inside a program: on the mesh it is traced for. To pin is `with_sharding_constraint`.
@@ -152,7 +190,9 @@ def global_batch(batch: Any) -> Any:
 def pin(tree: Any, specs: Specs = leaf_specs) -> Any:
     """Pins parameters, gradients or a whole state where the rules say."""
     mesh = jax.sharding.get_abstract_mesh()
-    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, specs(tree, mesh.shape))
+    if mesh.empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, specs(tree, mesh.shape))
 
 
 def pin_cache(tree: Any) -> Any:
@@ -189,19 +229,27 @@ def shard_rows(x: Array) -> Array:
 
 
 def look_up(f: Callable[[Any, Array], Array], table: Any, tokens: Array) -> Array:
-    """Returns f(table, tokens (B, T)) (B, T, D) pinned by `shard_rows`. Devices exchange results, and no table."""
+    """Returns f(table, tokens (B, T)) (B, T, D) pinned by `shard_rows`. Devices exchange results,
+    and no table.
+    """
     x = _pin(f(table, _pin(tokens, "data")), "data", None, ("tensor", "fsdp"))
     return shard_rows(_pin(x, ROWS, None, "tensor"))
 
 
 def spread_rows(x: Array) -> Array:
-    """Pins x (B, ...) with its rows over all devices, where they divide them: for a head, which no axis cuts."""
-    return _pin(x, AXES) if spread_shards(len(x)) == _size(*AXES) else shard_rows(x)
+    """Pins x (B, ...) with its rows over all devices, where they divide them: for a head, which no
+    axis cuts.
+    """
+    if spread_shards(len(x)) == _size(*AXES):
+        return _pin(x, AXES)
+    return shard_rows(x)
 
 
 def spread_shards(count: int) -> int:
     """Returns the number of devices that `spread_rows` cuts `count` rows for."""
-    return _size(*AXES) if count % _size(*AXES) == 0 else row_shards()
+    if count % _size(*AXES) == 0:
+        return _size(*AXES)
+    return row_shards()
 
 
 def shard_columns(x: Array) -> Array:
@@ -210,23 +258,27 @@ def shard_columns(x: Array) -> Array:
 
 
 def attend_by_head(kernel: Callable[..., Array | None], q: Array, k: Array, v: Array, mask: Array | None) -> Array | None:
-    """Returns kernel(q (B, T, N, H), k, v (B, S, K, H), mask (B, ...) or None) (B, T, N, H), each device its own rows and
-    heads: XLA cannot cut a kernel.
+    """Returns kernel(q (B, T, N, H), k, v (B, S, K, H), mask (B, ...) or None) (B, T, N, H), each
+    device its own rows and heads: XLA cannot cut a kernel.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return kernel(q, k, v, mask)
     rows = ROWS if len(q) % row_shards() == 0 else None
-    heads = P(rows, None, "tensor" if k.shape[2] % column_shards() == 0 else None)
+    columns = "tensor" if k.shape[2] % column_shards() == 0 else None
+    heads = P(rows, None, columns)
     # Unchecked, for a kernel does not say over which axes its results differ.
     return jax.shard_map(kernel, in_specs=(heads, heads, heads, P(rows)), out_specs=heads, check_vma=False)(q, k, v, mask)
 
 
 def regather(weights: Any, *others: Any) -> tuple[Any, ...]:
-    """Returns the trees unchanged; XLA gathers the weights anew for backward, and need not keep what forward gathered.
+    """Returns the trees unchanged; XLA gathers the weights anew for backward, and need not keep
+    what forward gathered.
 
     Held by tests/training/test_sharding.py: without the barrier a step gathers half as much.
     """
-    return (weights, *others) if _size("fsdp") == 1 else jax.lax.optimization_barrier((weights, *others))
+    if _size("fsdp") == 1:
+        return (weights, *others)
+    return jax.lax.optimization_barrier((weights, *others))
 
 
 def stack_rows(x: Array, parts: int) -> Array:
@@ -239,12 +291,18 @@ def stack_rows(x: Array, parts: int) -> Array:
 
 
 def row_groups(rows: int) -> int:
-    """Returns the number of devices that share `rows` rows: 1 for a few rows, which every device holds."""
-    return row_shards() if rows % row_shards() == 0 else 1
+    """Returns the number of devices that share `rows` rows: 1 for a few rows, which every device
+    holds.
+    """
+    if rows % row_shards() == 0:
+        return row_shards()
+    return 1
 
 
 def cut_rows(x: Array, start: int, size: int) -> Array:
-    """Returns rows start..start + size of x (M, ...), or of every device's share of x as `spread_rows` cuts it."""
+    """Returns rows start..start + size of x (M, ...), or of every device's share of x as
+    `spread_rows` cuts it.
+    """
     groups = spread_shards(len(x))
     if groups == 1:
         return x[start : start + size]
@@ -252,29 +310,36 @@ def cut_rows(x: Array, start: int, size: int) -> Array:
 
 
 def join(parts: Sequence[Array], groups: int, axis: int = 0) -> Array:
-    """Joins parts along an axis, each with the shares of `groups` devices in turn: along 0 the inverse of `stack_rows`."""
-    before, after = parts[0].shape[:axis], parts[0].shape[axis + 1 :]
+    """Joins parts along an axis, each with the shares of `groups` devices in turn: along 0 the
+    inverse of `stack_rows`.
+    """
+    before = parts[0].shape[:axis]
+    after = parts[0].shape[axis + 1 :]
     grouped = [x.reshape(*before, groups, -1, *after) for x in parts]
     return jnp.concatenate(grouped, axis=axis + 1).reshape(*before, -1, *after)
 
 
 def map_whole_matrices(f: Callable[[Array], Array], tree: Any) -> Any:
-    """Returns a tree of f(matrix), each computed whole by one device; f returns a matrix of the same shape.
+    """Returns a tree of f(matrix), each computed whole by one device; f returns a matrix of the
+    same shape.
 
-    Matrices of one shape and place are stacked and exchanged, as many to every device (some may get zeros), first along
-    `fsdp`, then along `tensor`; then back.
+    Matrices of one shape and place are stacked and exchanged, as many to every device (some may get
+    zeros), first along `fsdp`, then along `tensor`; then back.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.tree.map(f, tree)
-    order = ("fsdp", "tensor", "data")  # in which the matrices are dealt out; `data` has them all already
-    each = jax.shard_map(lambda share: jax.lax.map(f, share), in_specs=P(order), out_specs=P(order), check_vma=False)
+    # in which the matrices are dealt out; `data` has them all already
+    order = ("fsdp", "tensor", "data")
+    own_share = functools.partial(jax.lax.map, f)
+    each = jax.shard_map(own_share, in_specs=P(order), out_specs=P(order), check_vma=False)
     leaves, treedef = jax.tree.flatten(tree)
     kinds = list(zip((leaf.shape for leaf in leaves), jax.tree.leaves(leaf_specs(tree, mesh.shape))))
     results: dict[int, Array] = {}
     for kind in dict.fromkeys(kinds):
         places = [place for place, other in enumerate(kinds) if other == kind]
-        between = [P(None, *kind[1]), P("fsdp", *(name if name == "tensor" else None for name in kind[1])), P(order[:2])]
+        tensor_alone = [name if name == "tensor" else None for name in kind[1]]
+        between = [P(None, *kind[1]), P("fsdp", *tensor_alone), P(order[:2])]
         stack = jnp.stack([leaves[place] for place in places])
         stack = jnp.pad(stack, ((0, -len(places) % mesh.size), (0, 0), (0, 0)))
         for spec in between:

@@ -1,6 +1,7 @@
 """Several processes that train one model: which of them this is, and what they agree on, through JAX's key-value store.
 
-A command joins them, and fills `group`; with one process all functions answer at once. This file loads without JAX.
+A command joins them, and fills `group`; with one process all functions answer at once. This file
+loads without JAX.
 """
 
 import contextlib
@@ -16,7 +17,9 @@ from typing import Any
 
 from engine.errors import UserError
 
-MISTAKE, RESTART = 2, 75  # exit codes: of an error that the user can mend; that asks for a restart, EX_TEMPFAIL of sysexits.h
+MISTAKE = 2
+# exit codes: of an error that the user can mend; that asks for a restart, EX_TEMPFAIL of sysexits.h
+RESTART = 75
 FOREVER = 7 * 24 * 3600  # seconds: process 0 may read a large corpus first
 
 
@@ -24,12 +27,15 @@ class _Group:
     """This process's place among the others. `client`: of JAX's service, None with one process."""
 
     client: Any = None
-    process, processes, machines = 0, 1, 1
+    process = 0
+    processes = 1
+    machines = 1
     ending = threading.Lock()
 
 
 group = _Group()
-_calls: defaultdict[str, itertools.count] = defaultdict(itertools.count)  # a topic -> the numbers of its keys
+# a topic -> the numbers of its keys
+_calls: defaultdict[str, itertools.count] = defaultdict(itertools.count)
 
 
 def in_cluster() -> bool:
@@ -38,7 +44,10 @@ def in_cluster() -> bool:
         return True
     from jax._src import cloud_tpu_init, clusters
 
-    kinds = clusters.ClusterEnv._cluster_types if cloud_tpu_init.running_in_cloud_tpu_vm else []
+    if cloud_tpu_init.running_in_cloud_tpu_vm:
+        kinds = clusters.ClusterEnv._cluster_types
+    else:
+        kinds = []
     return any("tpu" in kind.name and kind.is_env_present() and kind.get_process_count() > 1 for kind in kinds)
 
 
@@ -72,13 +81,19 @@ def process_0_first() -> Iterator[None]:
 
 
 def gather_strings(value: str = "", topic: str = "run") -> list[str]:
-    """Returns every process's value, in every process, once all have called this. Threads need a topic each."""
+    """Returns every process's value, in every process, once all have called this. Threads need a
+    topic each.
+    """
     if group.client is None:
         return [value]
-    key, client = f"thrice/{topic}/{next(_calls[topic])}", group.client
+    key = f"thrice/{topic}/{next(_calls[topic])}"
+    client = group.client
     if is_first():
         others = range(1, group.processes)
-        values = [value, *(client.blocking_key_value_get(f"{key}/{process}", 1000 * FOREVER) for process in others)]
+        values = [
+            value,
+            *(client.blocking_key_value_get(f"{key}/{process}", 1000 * FOREVER) for process in others),
+        ]
         client.key_value_set(key, json.dumps(values))
         return values
     client.key_value_set(f"{key}/{group.process}", value)
@@ -86,13 +101,20 @@ def gather_strings(value: str = "", topic: str = "run") -> list[str]:
 
 
 def refuse_differences(facts: dict[str, str]) -> None:
-    """Raises the same UserError in every process when the facts of one differ from process 0's, naming which and where."""
+    """Raises the same UserError in every process when the facts of one differ from process 0's,
+    naming which and where.
+    """
     first, *others = map(json.loads, gather_strings(json.dumps(facts)))
     for process, other in enumerate(others, 1):
-        if names := [name for name in first | other if other.get(name) != first.get(name)]:
-            more = f", and another {', '.join(names[1:4])}" if names[1:] else ""
+        names = [name for name in first | other if other.get(name) != first.get(name)]
+        if names:
+            if names[1:]:
+                more = f", and another {', '.join(names[1:4])}"
+            else:
+                more = ""
             raise UserError(
-                f"Process {process} has another {names[0]} ({other.get(names[0])}) than process 0 ({first.get(names[0])})"
+                f"Process {process} has another {names[0]} ({other.get(names[0])}) than process 0 "
+                f"({first.get(names[0])})"
                 f"{more}. All processes of a run must have the same flags and data."
             )
 
@@ -111,13 +133,16 @@ def refuse_unshared(folder: Path) -> None:
         mark.unlink()
     if unshared:
         raise UserError(
-            f"{where} is not shared: process {', '.join(unshared)} does not see what process 0 writes there. Give an "
+            f"{where} is not shared: process {', '.join(unshared)} does not see what process 0 "
+            "writes there. Give an "
             "--out-dir on a file system that all hosts mount."
         )
 
 
 def gather_numbers(*numbers: float) -> list[list[float]]:
-    """Returns the float32 `numbers` of every process, (processes, numbers), in every process. One collective."""
+    """Returns the float32 `numbers` of every process, (processes, numbers), in every process. One
+    collective.
+    """
     if group.client is None:
         return [[*numbers]]
     import numpy as np

@@ -1,7 +1,7 @@
 """The rules that say which axes of a mesh cut an array, by its path: the first match wins.
 
-`data` repeats the weights, `fsdp` cuts them and gathers each one where it is used (Rajbhandari et al. 2020, 1910.02054),
-`tensor` cuts the products (Shoeybi et al. 2019, 1909.08053).
+`data` repeats the weights, `fsdp` cuts them and gathers each one where it is used (Rajbhandari et
+al. 2020, 1910.02054), `tensor` cuts the products (Shoeybi et al. 2019, 1909.08053).
 """
 
 import math
@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from engine.mesh.shape import AXES
 
-# A parameter inside any tree, such as an optimizer's state, and one array of it: of an Int8 or of a LoRA pair.
+# A parameter inside any tree, such as an optimizer's state, and one array of it: of an Int8 or of a
+# LoRA pair.
 LEAF = re.compile(r"(?:.*?/)??(?P<path>(?:blocks/\d+/)?\w+?)(?P<base>/base)*(?:/(?P<part>values|packed|scale|a|b))?")
 
 RULES = (  # a parameter's path -> the axes of the mesh that cut it; the first match wins
@@ -26,9 +27,11 @@ RULES = (  # a parameter's path -> the axes of the mesh that cut it; the first m
 
 
 def leaf_spec(path: str, shape: tuple[int, ...], sizes: Any) -> P:
-    """Returns the axes that cut a leaf of a tree, by the rule of the parameter that its path ends in.
+    """Returns the axes that cut a leaf of a tree, by the rule of the parameter that its path ends
+    in.
 
-    `sizes`: axis -> devices. An axis that does not divide the leaf does not cut it. Raises ValueError without a rule.
+    `sizes`: axis -> devices. An axis that does not divide the leaf does not cut it. Raises
+    ValueError without a rule.
     """
     match = LEAF.fullmatch(path)
     spec = next((spec for pattern, spec in RULES if match and re.fullmatch(pattern, match["path"])), None)
@@ -36,26 +39,43 @@ def leaf_spec(path: str, shape: tuple[int, ...], sizes: Any) -> P:
         return P()
     if match is None or spec is None:
         raise ValueError(f"No rule says where {path!r} {shape} lies on a mesh.")
-    thin = {"a": P(("tensor", "fsdp"), None), "b": P(None, ("tensor", "fsdp"))}  # their long axis over all that cut the matrix
+    # their long axis over all that cut the matrix
+    thin = {"a": P(("tensor", "fsdp"), None), "b": P(None, ("tensor", "fsdp"))}
     return fitting_spec(thin.get(match["part"], spec), shape, sizes)
 
 
 def tensor_axes(path: str) -> tuple[str | None, ...]:
-    """Returns the axes that still cut a parameter, of all its axes, once it is gathered along `fsdp`: `tensor`, or none."""
+    """Returns the axes that still cut a parameter, of all its axes, once it is gathered along
+    `fsdp`: `tensor`, or none.
+    """
     spec = leaf_spec(path, (1, 1), dict.fromkeys(AXES, 1))
     return tuple("tensor" if axis == "tensor" else None for axis in spec)
 
 
 def fitting_spec(spec: P, shape: tuple[int, ...], sizes: Any) -> P:
-    count = lambda names: math.prod(sizes[name] for name in ((names,) if isinstance(names, str) else names))
-    return P(*(names if names and size % count(names) == 0 else None for names, size in zip(spec, shape)))
+    fitting = []
+    for names, size in zip(spec, shape):
+        if isinstance(names, str):
+            count = sizes[names]
+        else:
+            count = math.prod(sizes[name] for name in names or ())
+        fitting.append(names if size % count == 0 else None)
+    return P(*fitting)
 
 
 def leaf_specs(tree: Any, sizes: Any) -> Any:
-    path = lambda keys: jax.tree_util.keystr(keys, simple=True, separator="/")
-    return jax.tree.map_with_path(lambda keys, leaf: leaf_spec(path(keys), leaf.shape, sizes), tree)
+    def spec(keys: Any, leaf: Any) -> P:
+        return leaf_spec(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf.shape, sizes)
+
+    return jax.tree.map_with_path(spec, tree)
 
 
 def cache_specs(tree: Any, sizes: Any) -> Any:
     """Returns the axes that cut a KV cache of arrays (B, K, ...): key heads over `tensor`."""
-    return jax.tree.map(lambda x: P(None, "tensor") if x.ndim > 2 and x.shape[1] % sizes["tensor"] == 0 else P(), tree)
+
+    def spec(x: Any) -> P:
+        if x.ndim > 2 and x.shape[1] % sizes["tensor"] == 0:
+            return P(None, "tensor")
+        return P()
+
+    return jax.tree.map(spec, tree)

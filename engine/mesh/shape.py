@@ -46,9 +46,10 @@ def parse_mesh(text: str) -> MeshShape:
 
 def check_mesh(shape: MeshShape, cfg: ModelConfig, batch: int, microbatches: int = 1) -> None:
     rows = batch // microbatches
-    whole = (
-        f"a batch of {batch}" if microbatches == 1 else f"a microbatch of {rows} (a batch of {batch} in {microbatches} parts)"
-    )
+    if microbatches == 1:
+        whole = f"a batch of {batch}"
+    else:
+        whole = f"a microbatch of {rows} (a batch of {batch} in {microbatches} parts)"
     for axes, size, what in (
         (ROWS, rows, f"the {rows} rows of {whole}"),
         (("tensor",), cfg.kv_heads, f"the {cfg.kv_heads} key heads"),
