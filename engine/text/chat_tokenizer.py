@@ -15,9 +15,10 @@ from engine.errors import UserError
 from engine.text.template import FIXED_DAY, InvalidConversation, Message, Template
 from engine.text.tokenizer import Tokenizer
 
-# CHATML is for a model that has its control tokens and no template of its own (the format of Qwen and SmolLM). PLAIN, names
-# and line ends as in a play, is for one without control tokens for roles, such as one trained here from nothing: only the
-# end of an answer is a control token, so it keeps a user from ending the answer but not from writing a role.
+# CHATML is for a model that has its control tokens and no template of its own (the format of Qwen
+# and SmolLM). PLAIN, names and line ends as in a play, is for one without control tokens for roles,
+# such as one trained here from nothing: only the end of an answer is a control token, so it keeps a
+# user from ending the answer but not from writing a role.
 TEMPLATES = Path(__file__).with_name("templates")
 CHATML = (TEMPLATES / "chatml.jinja").read_text("utf-8").rstrip()
 PLAIN = (TEMPLATES / "plain.jinja").read_text("utf-8").rstrip()
@@ -36,19 +37,26 @@ class Example(NamedTuple):
 class ChatTokenizer:
     """Tokenizes conversations by a chat template, as prompts or as training examples.
 
-    `source` is the template and `template_name` says which (see `choose_template`); `now` is the time it reads, `eot_ids` the
-    control token by which it closes the assistant's turns, (token,) or (). The template's control tokens become ids; one
-    written in a message is encoded as its letters. Text is cut where an assistant's turn begins and ends, so that the tokens
-    before an answer are the same in training and in a prompt. Raises UserError when the template cannot be compiled or run.
+    `source` is the template and `template_name` says which (see `choose_template`); `now` is the
+    time it reads, `eot_ids` the control token by which it closes the assistant's turns, (token,) or
+    (). The template's control tokens become ids; one written in a message is encoded as its
+    letters. Text is cut where an assistant's turn begins and ends, so that the tokens before an
+    answer are the same in training and in a prompt. Raises UserError when the template cannot be
+    compiled or run.
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str | None = None, now: str = FIXED_DAY) -> None:
-        self.tokenizer, self.now = tokenizer, now
+        self.tokenizer = tokenizer
+        self.now = now
         self.source, self.template_name = choose_template(tokenizer, source)
         self._ids = {added.content: token for token, added in tokenizer.controls.items()}
         self._controls = _pattern(tokenizer)
-        self._beginnings = {name[:size] for name in self._ids for size in range(1, len(name))}
-        self._endings = {name[-size:] for name in self._ids for size in range(1, len(name))}
+        self._beginnings: set[str] = set()
+        self._endings: set[str] = set()
+        for name in self._ids:
+            for size in range(1, len(name)):
+                self._beginnings.add(name[:size])
+                self._endings.add(name[-size:])
         self.template = Template(self.source, tokenizer.special_names, now)
         probe = self.examples([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[0]
         answer = probe.tokens[probe.mask]
@@ -63,10 +71,11 @@ class ChatTokenizer:
     def prompt(
         self, messages: Sequence[Message], answer: str = "", more: Mapping[str, Any] = MappingProxyType({})
     ) -> np.ndarray:
-        """Tokenizes a conversation and its generation prompt, the beginning of the assistant's next turn: (T,) int32.
+        """Tokenizes a conversation and its generation prompt, the beginning of the assistant's next
+        turn: (T,) int32.
 
-        `answer`: the text that this turn has so far. `more`: what else the template reads, such as `tools`. Raises UserError as
-        `Template.render`.
+        `answer`: the text that this turn has so far. `more`: what else the template reads, such as
+        `tools`. Raises UserError as `Template.render`.
         """
         prompt = np.concatenate(self._pieces(*self._render(messages, True, more)))
         if not answer:
@@ -75,18 +84,23 @@ class ChatTokenizer:
         return np.concatenate([prompt, self.tokenizer.encode(answer, continued)])
 
     def examples(self, messages: Sequence[Message], where: str = "", context: frozenset[int] = frozenset()) -> list[Example]:
-        """Makes the training examples of a conversation, with the assistant's turns and the tokens that end them in the loss.
+        """Makes the training examples of a conversation, with the assistant's turns and the tokens
+        that end them in the loss.
 
-        Turns in `context`, by their index, are not in it. Usually one example; where the template writes a turn otherwise once
-        it is history (it may leave out reasoning), one a turn. Messages after the last turn in the loss are left out. Raises
-        InvalidConversation when there is no such turn or nothing before it, UserError when the template writes a turn otherwise
+        Turns in `context`, by their index, are not in it. Usually one example; where the template
+        writes a turn otherwise once it is history (it may leave out reasoning), one a turn.
+        Messages after the last turn in the loss are left out. Raises InvalidConversation when there
+        is no such turn or nothing before it, UserError when the template writes a turn otherwise
         than it begins one, and as `prompt`.
         """
         answers = _answers(messages)
         trained = [index for index in answers if index not in context]
         if not trained or answers[0] == 0:
-            none = "no turn of the assistant is trained on" if answers else "there is no turn of the assistant"
-            raise InvalidConversation("it begins with the assistant's turn" if trained else none)
+            if trained:
+                raise InvalidConversation("it begins with the assistant's turn")
+            if answers:
+                raise InvalidConversation("no turn of the assistant is trained on")
+            raise InvalidConversation("there is no turn of the assistant")
         messages = messages[: trained[-1] + 1]
         counts = [index in trained for index in _answers(messages)]
         text, turns, marks = self._render(messages)
@@ -95,28 +109,44 @@ class ChatTokenizer:
         return [self.answer_example(messages[: last + 1], where) for last in trained]
 
     def answer_example(self, messages: Sequence[Message], where: str = "") -> Example:
-        """Makes an example with only the assistant's turn at the end of the messages in the loss. Raises as `examples`."""
+        """Makes an example with only the assistant's turn at the end of the messages in the loss.
+        Raises as `examples`.
+        """
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise InvalidConversation("it does not end with an answer of the assistant to something")
         text, turns, marks = self._render(messages)
         return self._example(text, turns, marks, [False] * (len(turns) - 1) + [True], where)
 
     def marked_pieces(self, example: Example) -> Iterator[tuple[str, bool]]:
-        """Yields the text of an example in pieces, control tokens by their names, and whether each is in the loss."""
+        """Yields the text of an example in pieces, control tokens by their names, and whether each
+        is in the loss.
+        """
         controls = self.tokenizer.controls
         pairs = zip(example.tokens.tolist(), example.mask.tolist())
         for (counts, named), run in itertools.groupby(pairs, lambda pair: (pair[1], pair[0] in controls)):
             tokens = [token for token, _ in run]
-            yield "".join(controls[token].content for token in tokens) if named else self.tokenizer.decode(tokens), counts
+            if named:
+                yield "".join(controls[token].content for token in tokens), counts
+            else:
+                yield self.tokenizer.decode(tokens), counts
 
     def _render(
-        self, messages: Sequence[Message], prompt: bool = False, more: Mapping[str, Any] = MappingProxyType({})
+        self,
+        messages: Sequence[Message],
+        prompt: bool = False,
+        more: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[str, list[tuple[int, int]], dict[str, str]]:
-        """Returns the text, the (start, stop) of the assistant's turns in it, and the marks as `_mask_controls` does."""
+        """Returns the text, the (start, stop) of the assistant's turns in it, and the marks as
+        `_mask_controls` does.
+        """
         (messages, more), marks = self._mask_controls((messages, more))
-        jobs = [job for index in _answers(messages) for job in ((messages[:index], True), (messages[: index + 1], False))]
-        texts = self.template.render([*jobs, (messages, True)] if prompt else jobs, more)
-        text, end = texts[-1], 0
+        jobs = []
+        for index in _answers(messages):
+            jobs += [(messages[:index], True), (messages[: index + 1], False)]
+        whole = [(messages, True)] if prompt else []
+        texts = self.template.render(jobs + whole, more)
+        text = texts[-1]
+        end = 0
         turns: list[tuple[int, int]] = []
         for before, after in itertools.batched(texts[: len(jobs)], 2):
             if text.startswith(after) and after.startswith(before) and len(before) >= end:
@@ -124,13 +154,19 @@ class ChatTokenizer:
                 turns.append((len(before), end))
         if not prompt and (not turns or end < len(text)):
             raise UserError(
-                "The chat template begins the assistant's turn otherwise than it writes one that is complete, so "
+                "The chat template begins the assistant's turn otherwise than it writes one that "
+                "is complete, so "
                 "training would not match the prompts of inference: give another with --template."
             )
         return text, turns, marks
 
     def _example(
-        self, text: str, turns: list[tuple[int, int]], marks: dict[str, str], counts: Sequence[bool], where: str
+        self,
+        text: str,
+        turns: list[tuple[int, int]],
+        marks: dict[str, str],
+        counts: Sequence[bool],
+        where: str,
     ) -> Example:
         pieces = self._pieces(text, turns, marks)
         masks = [np.zeros(len(piece), bool) for piece in pieces]
@@ -139,8 +175,8 @@ class ChatTokenizer:
         return Example(np.concatenate(pieces), np.concatenate(masks), where)
 
     def _answer_length(self, tokens: np.ndarray) -> int:
-        """Counts the tokens of a turn up to the control token that ends it, behind which the template may write a line end, or
-        another that ends the text.
+        """Counts the tokens of a turn up to the control token that ends it, behind which the
+        template may write a line end, or another that ends the text.
         """
         length = len(tokens)
         for at, token in reversed([*enumerate(tokens.tolist())]):
@@ -151,7 +187,9 @@ class ChatTokenizer:
         return length
 
     def _pieces(self, text: str, turns: list[tuple[int, int]], marks: dict[str, str]) -> list[np.ndarray]:
-        """Returns the tokens before, in, and after each turn of the assistant: 2 len(turns) + 1 pieces."""
+        """Returns the tokens before, in, and after each turn of the assistant: 2 len(turns) + 1
+        pieces.
+        """
         original = str.maketrans(marks)
         pieces: list[np.ndarray] = []
         continued = False  # whether the text before ended in plain text
@@ -159,7 +197,8 @@ class ChatTokenizer:
             parts = []
             for number, part in enumerate(self._controls.split(text[start:stop])):
                 if number % 2:
-                    ids, continued = np.array([self._ids[self._name(part)]], np.int32), False
+                    ids = np.array([self._ids[self._name(part)]], np.int32)
+                    continued = False
                 else:
                     ids = self.tokenizer.encode(part.translate(original), continued)
                     continued |= len(ids) > 0
@@ -168,14 +207,17 @@ class ChatTokenizer:
         return pieces
 
     def _name(self, match: str) -> str:
-        return match if match in self._ids else match.strip()
+        if match in self._ids:
+            return match
+        return match.strip()
 
     def _mask_controls(self, values: Any) -> tuple[Any, dict[str, str]]:
-        """Replaces one character of every control token in a text of the values, whole or cut off by its edge, by one of
-        private use.
+        """Replaces one character of every control token in a text of the values, whole or cut off
+        by its edge, by one of private use.
 
-        So the template, which handles the text as any other, makes no control token of it. Returns the values, and the
-        character that each mark stands for, which is put back once the template is rendered.
+        So the template, which handles the text as any other, makes no control token of it. Returns
+        the values, and the character that each mark stands for, which is put back once the template
+        is rendered.
         """
         whole = self.source + json.dumps(values, ensure_ascii=False, default=dict)
         unused = (mark for mark in map(chr, PRIVATE) if mark not in whole)
@@ -196,13 +238,16 @@ class ChatTokenizer:
         return mask(values), {mark: original for original, mark in marks.items()}
 
     def _places(self, text: str) -> Iterator[int]:
-        """Yields where to break a control token, or a part that text before or after could complete to one."""
-        at = 0
-        while match := self._controls.search(text, at):
+        """Yields where to break a control token, or a part that text before or after could complete
+        to one.
+        """
+        match = self._controls.search(text)
+        while match:
             at = match.start() + match[0].index(self._name(match[0]))
             yield at
-            at += 1  # another may begin inside it
-        first, last = len(text) - len(text.lstrip()), len(text.rstrip())
+            match = self._controls.search(text, at + 1)  # another may begin inside it
+        first = len(text) - len(text.lstrip())
+        last = len(text.rstrip())
         longest = max(map(len, self._ids), default=0)
         for size in range(1, min(longest, last - first + 1)):
             if text[first : first + size] in self._endings:
@@ -218,10 +263,13 @@ def _answers(messages: Sequence[Message]) -> list[int]:
 
 
 def choose_template(tokenizer: Tokenizer, source: str | None = None) -> tuple[str, str]:
-    """Returns (template, its name): the text `source`, else the tokenizer's own, else ChatML or a plain one."""
+    """Returns (template, its name): the text `source`, else the tokenizer's own, else ChatML or a
+    plain one.
+    """
     if source is not None:
         return source, "the template given"
-    if own := tokenizer.config.get("chat_template"):
+    own = tokenizer.config.get("chat_template")
+    if own:
         return own, "the model's own template"
     if {"<|im_start|>", "<|im_end|>"} <= {added.content for added in tokenizer.controls.values()}:
         return CHATML, "ChatML"
@@ -229,7 +277,8 @@ def choose_template(tokenizer: Tokenizer, source: str | None = None) -> tuple[st
 
 
 def _pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """Returns the pattern of control tokens, the longest first, with the white space that some take in, as one group.
+    """Returns the pattern of control tokens, the longest first, with the white space that some take
+    in, as one group.
 
     Its time is linear in a run of white space: it looks at one from its beginning alone.
     """

@@ -34,16 +34,18 @@ SPEAKERS = {
     **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant"),
 }
 FORMS = (
-    'a .jsonl file (or .json, an array) of {"messages": [...]}, {"prompt", "completion"}, {"instruction", "input", "output"}, '
+    'a .jsonl file (or .json, an array) of {"messages": [...]}, {"prompt", "completion"}, '
+    '{"instruction", "input", "output"}, '
     '{"conversations": [...]}, {"prompt", "chosen", "rejected"} or {"text"}, or a .txt or .md file'
 )
 
 
 class Conversation(NamedTuple):
-    """Messages in order, and the line they are from; which of the assistant's are context alone, and the weight of the loss.
+    """Messages in order, and the line they are from; which of the assistant's are context alone,
+    and the weight of the loss.
 
-    The answer at the end is a good one or not by `label`, where the row says so, and is preferred to `rejected`, where there is
-    one.
+    The answer at the end is a good one or not by `label`, where the row says so, and is preferred
+    to `rejected`, where there is one.
     """
 
     messages: tuple[Message, ...]
@@ -55,8 +57,13 @@ class Conversation(NamedTuple):
 
     @property
     def text(self) -> str:
-        """All messages; of an answer with a label, or that is preferred, the prompt, which others may have too."""
-        messages = self.messages if self.label is None and self.rejected is None else self.messages[:-1]
+        """All messages; of an answer with a label, or that is preferred, the prompt, which others
+        may have too.
+        """
+        if self.label is None and self.rejected is None:
+            messages = self.messages
+        else:
+            messages = self.messages[:-1]
         return "\n".join(message["content"] for message in messages)
 
 
@@ -66,7 +73,8 @@ class Text(NamedTuple):
     weight: float = 1.0
 
 
-# Fields that say what to train on and cannot be granted here, and why: training without them would be on something else.
+# Fields that say what to train on and cannot be granted here, and why: training without them would
+# be on something else.
 UNSUPPORTED = {
     **dict.fromkeys(("tools", "tool_calls", "functions", "function_call"), "the model is given no tools here"),
     **dict.fromkeys(("reasoning_content", "refusal", "history"), "it would not be read; write it into the messages"),
@@ -79,14 +87,19 @@ Conversations = Corpus[Record]  # all of one `kind` of KINDS
 
 
 def read_conversations(source: Path | str) -> Conversations:
-    """Opens the data set in a file, or one that is shipped by its name (`voice`, `voice-held-out`, `voice-preferences`).
+    """Opens the data set in a file, or one that is shipped by its name (`voice`, `voice-held-out`,
+    `voice-preferences`).
 
-    Raises UserError when there is none, its first row is of no known kind, or its bytes are no text.
+    Raises UserError when there is none, its first row is of no known kind, or its bytes are no
+    text.
     """
     name = str(source)
     path = SHIPPED.get(name) or Path(source).expanduser()
     if not path.is_file():
-        problem = "is not a file" if path.exists() else "does not exist"
+        if path.exists():
+            problem = "is not a file"
+        else:
+            problem = "does not exist"
         if path.is_dir():
             problem = "is a folder, and one file is read: join its texts into a .txt, or its rows into a .jsonl"
         raise UserError(f"{path} {problem}; wanted {FORMS}, or one of {', '.join(SHIPPED)}.{did_you_mean(name, [*SHIPPED])}")
@@ -103,7 +116,8 @@ def read_conversations(source: Path | str) -> Conversations:
 
 def _read(path: Path, kind: str, first: str) -> Iterator[Record]:
     for row, where in read_rows(path):
-        if (this := _kind(row, where)) != kind:
+        this = _kind(row, where)
+        if this != kind:
             raise UserError(f"{where} is of the kind {this}, and {first} was {kind}; keep each kind in a file of its own.")
         for name in KINDS[kind]:
             if row.get(name) is None:
@@ -125,8 +139,12 @@ def _parse_row(kind: str, row: dict[str, Any], where: str) -> Record:
     if kind == "text":
         return Text(check_text(row["text"], "text", where), where, weight)
     _refuse_unsupported({name: row.get(name) for name in ("tools", "functions", "history", "mask")}, where)
-    system, label, rejected = check_text(row.get("system") or "", "system", where), None, None
-    first: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
+    system = check_text(row.get("system") or "", "system", where)
+    label = None
+    rejected = None
+    first: tuple[Message, ...] = ()
+    if system:
+        first = ({"role": "system", "content": system},)
     context = frozenset[int]()
     if kind in ("messages", "ShareGPT"):
         name = KINDS[kind][0]
@@ -136,16 +154,19 @@ def _parse_row(kind: str, row: dict[str, Any], where: str) -> Record:
     elif kind == "Alpaca":
         instruction, answer = (check_text(row[name], name, where) for name in ("instruction", "output"))
         more = check_text(row.get("input") or "", "input", where)
-        user = {"role": "user", "content": f"{instruction}\n\n{more}" if more.strip() else instruction}
-        messages = user, assistant_message(answer)
+        if more.strip():
+            instruction = f"{instruction}\n\n{more}"
+        messages = {"role": "user", "content": instruction}, assistant_message(answer)
     else:
         prompt, _ = _messages(row["prompt"], "prompt", where, text_role="user")
-        label = row["label"] if isinstance(row.get("label"), bool) else None
+        if isinstance(row.get("label"), bool):
+            label = row["label"]
         before, answer = _answer(row["completion"], "completion", where)
         messages = (*prompt, *before, assistant_message(answer))
         context = frozenset(index for index, message in enumerate(prompt) if message["role"] == "assistant")
     if first and messages[:1] != first:
-        messages, context = first + messages, frozenset(index + 1 for index in context)
+        messages = first + messages
+        context = frozenset(index + 1 for index in context)
     return Conversation(messages, where, context, weight, label, rejected)
 
 
@@ -154,7 +175,9 @@ def assistant_message(text: str) -> Message:
 
 
 def _row_weight(kind: str, row: dict[str, Any], where: str) -> float:
-    weight = 1 if (value := row.get("weight")) is None else value
+    weight = row.get("weight")
+    if weight is None:
+        weight = 1
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MAX_WEIGHT:
         raise UserError(f"{where} has the `weight` {weight!r}; wanted a number from 0 (left out) to {MAX_WEIGHT:,.0f}.")
     if kind == "preference" and weight != 1:
@@ -169,7 +192,9 @@ def _refuse_unsupported(fields: dict[str, Any], where: str) -> None:
 
 
 def _parse_preference(row: dict[str, Any], where: str) -> tuple[tuple[Message, ...], str]:
-    """Reads two answers, texts or messages, which may hold the prompt too: (the chosen one behind its prompt, the other)."""
+    """Reads two answers, texts or messages, which may hold the prompt too: (the chosen one behind
+    its prompt, the other).
+    """
     before, chosen = _answer(row["chosen"], "chosen", where)
     other, rejected = _answer(row["rejected"], "rejected", where)
     if before != other:
@@ -177,7 +202,8 @@ def _parse_preference(row: dict[str, Any], where: str) -> tuple[tuple[Message, .
     name = "messages" if row.get("prompt") is None else "prompt"
     if row.get(name) is not None:
         prompt, _ = _messages(row[name], name, where, text_role="user")
-        before = prompt if before in ((), prompt[-len(before) :]) else before
+        if before in ((), prompt[-len(before) :]):
+            before = prompt
     elif not before:
         raise UserError(f"{where}: `prompt` is missing, the text or messages that both answers are for.")
     return (*before, assistant_message(chosen)), rejected
@@ -185,21 +211,26 @@ def _parse_preference(row: dict[str, Any], where: str) -> tuple[tuple[Message, .
 
 def _answer(value: Any, name: str, where: str) -> tuple[tuple[Message, ...], str]:
     """Reads an answer, text or messages that end with it: (the messages before, its text)."""
-    messages, context = _messages([value] if isinstance(value, dict) else value, name, where, text_role="assistant")
+    if isinstance(value, dict):
+        value = [value]
+    messages, context = _messages(value, name, where, text_role="assistant")
     if not messages or messages[-1]["role"] != "assistant" or len(messages) - 1 in context:
         raise UserError(f"{where}: `{name}` does not end with the assistant's answer, to be trained on.")
     return messages[:-1], messages[-1]["content"]
 
 
 def _messages(value: Any, name: str, where: str, text_role: str = "") -> tuple[tuple[Message, ...], frozenset[int]]:
-    """Reads messages, and which of the assistant's are context alone; a text is one message of `text_role`, if any."""
+    """Reads messages, and which of the assistant's are context alone; a text is one message of
+    `text_role`, if any.
+    """
     if text_role and isinstance(value, str):
         return ({"role": text_role, "content": check_text(value, name, where)},), frozenset()
     if not isinstance(value, list):
         raise UserError(f"{where}: `{name}` should be a list of messages, not {json_type(value)}.")
     share_gpt = any(isinstance(message, dict) and "from" in message and "role" not in message for message in value)
     role, content = ("from", "value") if share_gpt else ("role", "content")
-    messages, context = [], set()
+    messages = []
+    context = set()
     for number, message in enumerate(value, 1):
         at = f"{where}: message {number} of `{name}`"
         if not isinstance(message, dict):
@@ -222,7 +253,9 @@ def _messages(value: Any, name: str, where: str, text_role: str = "") -> tuple[t
 
 
 def _is_context(message: dict[str, Any], role: str, at: str) -> bool:
-    """Whether an assistant's message is not to be trained on, by `weight` 0 (OpenAI), or `train` or `loss` false (others)."""
+    """Whether an assistant's message is not to be trained on, by `weight` 0 (OpenAI), or `train` or
+    `loss` false (others).
+    """
     values = {name: message[name] for name in ("weight", "train", "loss") if message.get(name) is not None}
     for name, value in values.items():
         if value not in (0, 1):

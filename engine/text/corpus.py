@@ -27,9 +27,11 @@ MARKS = ".,;:!?…\"'“”‘’«»¿¡。，！？、"
 
 @dataclasses.dataclass(frozen=True)
 class Corpus[T]:
-    """An iterable of documents (or conversations), read anew each time, a part of a file in memory at a time.
+    """An iterable of documents (or conversations), read anew each time, a part of a file in memory
+    at a time.
 
-    Raises UserError, with file and line or position, at what cannot be read, and when there was nothing at all.
+    Raises UserError, with file and line or position, at what cannot be read, and when there was
+    nothing at all.
     """
 
     name: str
@@ -42,11 +44,13 @@ class Corpus[T]:
 
 
 def read_corpus(path: Path) -> Corpus[Document]:
-    """Opens the documents at `path`: a text file (one document), .jsonl or .parquet (one a row), or a folder.
+    """Opens the documents at `path`: a text file (one document), .jsonl or .parquet (one a row), or
+    a folder.
 
-    A folder is read recursively in sorted order, without hidden files; `note` says which files were skipped: those that are not
-    text, and those to which a link leads out of the folder. Text is kept as it is, line ends too; empty documents are left out.
-    Raises UserError for a missing or empty path, for a file that is not text, and for a folder that holds none.
+    A folder is read recursively in sorted order, without hidden files; `note` says which files were
+    skipped: those that are not text, and those to which a link leads out of the folder. Text is
+    kept as it is, line ends too; empty documents are left out. Raises UserError for a missing or
+    empty path, for a file that is not text, and for a folder that holds none.
     """
     files, note = find_text_files(path)
     return Corpus(str(path), lambda: (text for _, text in read_documents(path, files)), note=note)
@@ -55,19 +59,20 @@ def read_corpus(path: Path) -> Corpus[Document]:
 def find_text_files(path: Path, max_bytes: int | None = None) -> tuple[list[Path], str]:
     """Returns the text files at a path, and a note that says which files of a folder were left out.
 
-    A link that leads out of the folder is not followed: whoever fills a folder may not be allowed to read what it leads to.
-    Raises UserError as `read_corpus` does; and for texts of more than `max_bytes` together, of which it reads no more.
+    A link that leads out of the folder is not followed: whoever fills a folder may not be allowed
+    to read what it leads to. Raises UserError as `read_corpus` does; and for texts of more than
+    `max_bytes` together, of which it reads no more.
     """
     if not (path.is_file() or path.is_dir()):
         raise UserError(f"There is no text at {path}; wanted {FORMATS}.")
     found = [path]
     links: set[Path] = set()
     if path.is_dir():
-        hidden = lambda file: any(part.startswith(".") for part in file.relative_to(path).parts)
-        entries = [entry for entry in sorted(path.rglob("*")) if not hidden(entry)]
+        entries = [entry for entry in sorted(path.rglob("*")) if not _is_hidden(entry.relative_to(path))]
         links = _links_out_of(path, entries)
         found = [entry for entry in entries if entry.is_file() and entry not in links]
-    # A file that was given by its path is read by its ending: the error says at which byte it is no text.
+    # A file that was given by its path is read by its ending: the error says at which byte it is no
+    # text.
     known = {".parquet"} if path.is_dir() else TEXT_ENDINGS
     files: list[Path] = []
     total = 0
@@ -78,8 +83,8 @@ def find_text_files(path: Path, max_bytes: int | None = None) -> tuple[list[Path
             continue
         if is_too_much:
             raise UserError(
-                f"{file} has {size:,} bytes, and the texts at {path} more than {max_bytes:,} with it: that is the most that is "
-                "searched. Take texts out."
+                f"{file} has {size:,} bytes, and the texts at {path} more than {max_bytes:,} with it: "
+                "that is the most that is searched. Take texts out."
             )
         total += size
         files.append(file)
@@ -99,14 +104,19 @@ def find_text_files(path: Path, max_bytes: int | None = None) -> tuple[list[Path
         raise UserError(f"{path} is empty: it holds no text.")
     if not others:
         return files, links_note
-    note = f"Skipped {len(others)} of {len(found)} files in {path}: not UTF-8 text ({counts}){convert}. {links_note}"
-    return files, note.rstrip()
+    note = f"Skipped {len(others)} of {len(found)} files in {path}: not UTF-8 text ({counts}){convert}."
+    return files, f"{note} {links_note}".rstrip()
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _links_out_of(folder: Path, entries: Iterable[Path]) -> set[Path]:
     """Returns the links among the entries of a folder that lead out of it."""
     roots = [folder.resolve()]
-    for parent in roots[0].parents:  # the hub's cache has the files of datasets--ORG--NAME/snapshots/REVISION beside it
+    # the hub's cache has the files of datasets--ORG--NAME/snapshots/REVISION beside it
+    for parent in roots[0].parents:
         if parent.name == "snapshots" and "--" in parent.parent.name:
             roots.append(parent.parent / "blobs")
     links = [entry for entry in entries if entry.is_symlink()]
@@ -119,11 +129,13 @@ def _note_on_links(folder: Path, links: Sequence[Path]) -> str:
     names = [str(link.relative_to(folder)) for link in links[:NAMED]]
     if len(links) > NAMED:
         names.append(f"and {len(links) - NAMED} more")
-    return f"Skipped what lies outside of {folder}, to which links lead: {', '.join(names)}. Copy it in to have it read."
+    outside = f"Skipped what lies outside of {folder}, to which links lead: {', '.join(names)}."
+    return f"{outside} Copy it in to have it read."
 
 
 def is_text(file: Path, parts: int | None = None) -> bool:
-    """Returns whether a file is UTF-8, without a zero byte unless its ending is a text's. `parts`: how many to read, or all.
+    """Returns whether a file is UTF-8, without a zero byte unless its ending is a text's. `parts`:
+    how many to read, or all.
 
     True for one that cannot be read, which reading explains.
     """
@@ -138,23 +150,33 @@ def is_text(file: Path, parts: int | None = None) -> bool:
 
 
 def normalize(text: str) -> str:
-    """Returns a text's words without case and the marks of sentences around them: copies of a text have the same.
+    """Returns a text's words without case and the marks of sentences around them: copies of a text
+    have the same.
 
     All else stays: 1 - 23 is not 12 - 3, and 1.5 not 15.
     """
-    return " ".join(bare if (bare := word.strip(MARKS))[-1:].isalpha() else word for word in text.casefold().split()) or text
+    words = []
+    for word in text.casefold().split():
+        bare = word.strip(MARKS)
+        words.append(bare if bare[-1:].isalpha() else word)
+    return " ".join(words) or text
 
 
 def without_copies(held_out: Corpus[Document], train: Corpus[Document]) -> Corpus[Document]:
-    """Leaves out the held-out documents that `normalize` finds in the training text too; the name says how many.
+    """Leaves out the held-out documents that `normalize` finds in the training text too; the name
+    says how many.
 
     Raises UserError when nothing is left.
     """
-    # All of a long training text is compared only where this is equal.
-    start = lambda document: normalize("".join(characters(document, 0, 4000)))[:200]
     keys = [_digest_words(document) for document in held_out]
-    starts, known = {start(document) for document in held_out}, {*keys}
-    copies = {key for document in train if start(document) in starts and (key := _digest_words(document)) in known}
+    starts = {_start(document) for document in held_out}
+    known = {*keys}
+    copies = set()
+    for document in train:
+        if _start(document) in starts:
+            key = _digest_words(document)
+            if key in known:
+                copies.add(key)
     if not copies:
         return held_out
     count = f"{sum(key in copies for key in keys):,} of {len(keys):,} documents"
@@ -164,9 +186,15 @@ def without_copies(held_out: Corpus[Document], train: Corpus[Document]) -> Corpu
     return Corpus(name, lambda: (document for document in held_out if _digest_words(document) not in copies))
 
 
+def _start(document: Document) -> str:
+    """Returns the first words. All of a long training text is compared only where these are equal."""
+    return normalize("".join(characters(document, 0, 4000)))[:200]
+
+
 def _digest_words(document: Document) -> bytes:
     """Returns the SHA-256 of what `normalize` makes of a document."""
-    digest, rest = hashlib.sha256(), ""
+    digest = hashlib.sha256()
+    rest = ""
     for part in itertools.chain(document(), " "):
         *words, rest = f"{rest}{part}|".split()  # the last may go on in the next part
         rest = rest[:-1]
@@ -176,30 +204,38 @@ def _digest_words(document: Document) -> bytes:
 
 
 def hold_out(corpus: Corpus[Document], fraction: float = 0.05) -> tuple[Corpus[Document], Corpus[Document]]:
-    """Splits into (training, validation): the last `fraction` of the documents, or of the text when there are too few.
+    """Splits into (training, validation): the last `fraction` of the documents, or of the text when
+    there are too few.
 
-    A text is cut at the start of a line where one is near. Raises UserError when there is too little to cut in two.
+    A text is cut at the start of a line where one is near. Raises UserError when there is too
+    little to cut in two.
     """
     many = math.ceil(1 / fraction)
     documents = iter(corpus)
     first = [*itertools.islice(documents, many)]
     count = len(first) + sum(1 for _ in documents)
-    part = lambda name, read: Corpus(f"{corpus.name}, {name}", read)
+
+    def part(name: str, read: Callable[[], Iterator[Document]]) -> Corpus[Document]:
+        return Corpus(f"{corpus.name}, {name}", read)
+
     if count >= many:
         cut = max(1, count - round(count * fraction))
         train = part(f"the first {cut} documents", lambda: itertools.islice(corpus, cut))
         return train, part(f"the last {count - cut} documents", lambda: itertools.islice(corpus, cut, None))
     before, after = _cut_text(first, fraction, corpus.name)
     percent = f"the last {100 * fraction:g}%"
-    return part(f"all but {percent}", lambda: iter(before)), part(percent, lambda: iter(after))
+    train = part(f"all but {percent}", functools.partial(iter, before))
+    return train, part(percent, functools.partial(iter, after))
 
 
 def characters(document: Document, start: int, stop: int = sys.maxsize) -> Iterator[str]:
     """Yields the characters from `start` to `stop` of a document."""
     for part in document():
-        if piece := part[max(start, 0) : max(stop, 0)]:
+        piece = part[max(start, 0) : max(stop, 0)]
+        if piece:
             yield piece
-        start, stop = start - len(part), stop - len(part)
+        start = start - len(part)
+        stop = stop - len(part)
         if stop <= 0:
             return
 
@@ -209,29 +245,43 @@ def _cut_text(documents: list[Document], fraction: float, name: str) -> tuple[li
     total = sum(lengths)
     if total < 2:
         raise UserError(f"{name} has {total} character: too short to hold a part out.")
-    at = min(max(1, int(total * (1 - fraction))), total - 1)  # in characters of all documents together
+    # in characters of all documents together
+    at = min(max(1, int(total * (1 - fraction))), total - 1)
     near = min(at, total - at) // 2  # so neither part can become empty
     index = 0
     while at >= lengths[index]:
         at -= lengths[index]
         index += 1
-    text, first = documents[index], max(0, at - near - 1)
+    text = documents[index]
+    first = max(0, at - near - 1)
     around = "".join(characters(text, first, at + near))
     lines = [first + around.rfind("\n", 0, at - first) + 1, first + around.find("\n", at - first) + 1]
     at = min((line for line in lines if abs(line - at) <= near), key=lambda line: abs(line - at), default=at)
-    before, after = functools.partial(characters, text, 0, at), functools.partial(characters, text, at)
-    with_text = lambda documents: [document for document in documents if any(document())]
-    return with_text([*documents[:index], before]), with_text([after, *documents[index + 1 :]])
+    before = functools.partial(characters, text, 0, at)
+    after = functools.partial(characters, text, at)
+    first_part: list[Document] = [*documents[:index], before]
+    last_part: list[Document] = [after, *documents[index + 1 :]]
+    return _with_text(first_part), _with_text(last_part)
+
+
+def _with_text(documents: Iterable[Document]) -> list[Document]:
+    return [document for document in documents if any(document())]
 
 
 def read_documents(path: Path, files: Iterable[Path]) -> Iterator[tuple[Path, Document]]:
-    """Yields each document of the files, which lie at `path`, with its file. Raises UserError as a Corpus does."""
+    """Yields each document of the files, which lie at `path`, with its file. Raises UserError as a
+    Corpus does.
+    """
     any_text = False
     for file in files:
         try:
             reader = READERS.get(file.suffix.lower())
-            rows = (functools.partial(iter, (text,)) for text in reader(file) if text) if reader else ()
-            for document in rows if reader else [functools.partial(_read_text, file)]:
+            documents: Iterable[Document]
+            if reader:
+                documents = (functools.partial(iter, (text,)) for text in reader(file) if text)
+            else:
+                documents = [functools.partial(_read_text, file)]
+            for document in documents:
                 if any(document()):
                     any_text = True
                     yield file, document
@@ -270,10 +320,12 @@ class TokenFile:
 
 
 def open_token_file(documents: Iterable[Document], tokenizer: Tokenizer, report: OnProgress = None) -> TokenFile:
-    """Encodes documents, an EOS between each two; or opens them from the cache when text and tokenizer are unchanged.
+    """Encodes documents, an EOS between each two; or opens them from the cache when text and
+    tokenizer are unchanged.
 
-    `documents` is read twice and each document three times. `report`: bytes of UTF-8 done and in all.
-    Raises UserError for a text that UTF-8 cannot carry, and for one that is changed while it is read.
+    `documents` is read twice and each document three times. `report`: bytes of UTF-8 done and in
+    all. Raises UserError for a text that UTF-8 cannot carry, and for one that is changed while it
+    is read.
     """
     digest, text = _digest_documents(documents)
     size = text.size
@@ -290,9 +342,11 @@ def open_token_file(documents: Iterable[Document], tokenizer: Tokenizer, report:
 
 
 def open_bin(path: Path, tokenizer: Tokenizer) -> TokenFile:
-    """Opens a file of little-endian uint16 token ids, as nanoGPT's data scripts write, made with `tokenizer`.
+    """Opens a file of little-endian uint16 token ids, as nanoGPT's data scripts write, made with
+    `tokenizer`.
 
-    Raises UserError when it is missing, empty, of an odd length, or holds an id the tokenizer does not have.
+    Raises UserError when it is missing, empty, of an odd length, or holds an id the tokenizer does
+    not have.
     """
     if not path.is_file():
         raise UserError(f"There is no token file at {path}.")
@@ -314,9 +368,11 @@ def open_bin(path: Path, tokenizer: Tokenizer) -> TokenFile:
 
 
 def _digest_documents(documents: Iterable[Document]) -> tuple[str, "_TextDigest"]:
-    """Returns the SHA-256 by which the cache and runs name a text, and the text's _TextDigest from the same reading.
+    """Returns the SHA-256 by which the cache and runs name a text, and the text's _TextDigest from
+    the same reading.
 
-    The first needs each document's length before the document, and so a reading of its own; the second does not.
+    The first needs each document's length before the document, and so a reading of its own; the
+    second does not.
     """
     digest = hashlib.sha256()
     text = _TextDigest()
@@ -329,7 +385,9 @@ def _digest_documents(documents: Iterable[Document]) -> tuple[str, "_TextDigest"
 
 
 class _TextDigest:
-    """The SHA-256 of a text and of where its documents end, and its size in bytes of UTF-8. It reads each document once."""
+    """The SHA-256 of a text and of where its documents end, and its size in bytes of UTF-8. It
+    reads each document once.
+    """
 
     def __init__(self) -> None:
         self.size = 0
@@ -339,7 +397,8 @@ class _TextDigest:
         """Yields the parts of the next document."""
         hashed = hashlib.sha256()
         for part in document():
-            data = part.encode("utf-8", "surrogatepass")  # the tokenizer's error says where half a character is
+            # the tokenizer's error says where half a character is
+            data = part.encode("utf-8", "surrogatepass")
             hashed.update(data)
             self.size += len(data)
             yield part
@@ -350,7 +409,12 @@ class _TextDigest:
 
 
 def _write_tokens(
-    folder: Path, documents: Iterable[Document], tokenizer: Tokenizer, dtype: np.dtype, size: int, report: OnProgress
+    folder: Path,
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    dtype: np.dtype,
+    size: int,
+    report: OnProgress,
 ) -> str:
     """Writes `tokens.bin` and its manifest, and returns the digest of the text that was encoded."""
     text = _TextDigest()

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 
 class Detokenizer:
-    """Decodes tokens one by one into whole characters, which join to `decode(ids)` without the part of one at its end."""
+    """Decodes tokens one by one into whole characters, which join to `decode(ids)` without the part
+    of one at its end.
+    """
 
     def __init__(self, table: dict[int, bytes]) -> None:
         self._table = table
@@ -18,8 +20,8 @@ class Detokenizer:
 class CompletionText:
     """Turns tokens into text, returned once it is certain not to be part of a stop string.
 
-    Stop strings may begin and end inside tokens; the text ends before the one that is complete first, `stopped`. `tokens`
-    counts those read, the one that completed the stop string included.
+    Stop strings may begin and end inside tokens; the text ends before the one that is complete
+    first, `stopped`. `tokens` counts those read, the one that completed the stop string included.
     """
 
     def __init__(self, stream: Detokenizer, stop: Sequence[str] = ()) -> None:
@@ -30,7 +32,9 @@ class CompletionText:
         self.stopped: str | None = None
 
     def push(self, tokens: Sequence[int], last: bool = False) -> str:
-        """Returns the text that is certain now; with the last tokens the rest, without half a character."""
+        """Returns the text that is certain now; with the last tokens the rest, without half a
+        character.
+        """
         certain = []
         for token in tokens:
             if self.stopped is not None:

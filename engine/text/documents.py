@@ -12,11 +12,13 @@ from engine.text.corpus import find_text_files, read_documents
 from engine.text.template import Message
 from engine.text.tokenizer import Tokenizer
 
-MAX_BYTES = 20_000_000  # of all files: a question is looked up in less than a second, in about twice their memory
+# of all files: a question is looked up in less than a second, in about twice their memory
+MAX_BYTES = 20_000_000
 PASSAGE_CHARACTERS = 600  # about 150 tokens
 BUDGET = 512  # tokens of passages in a prompt, and at most a quarter of the context
 MAX_WORDS = 32  # of a question, half from its beginning and half from its end
-# A passage goes up to the end of its paragraph, else of a sentence, else of a word, that is within its characters.
+# A passage goes up to the end of its paragraph, else of a sentence, else of a word, that is within
+# its characters.
 REST = f".{{0,{PASSAGE_CHARACTERS - 1}}}"
 PASSAGE = re.compile(rf"\S(?s:{REST}\Z|{REST}(?<=[.!?])(?=\s)|{REST}(?=\s)|{REST})")
 # English words that questions are made of, whatever they are about.
@@ -37,10 +39,11 @@ class Passage:
 
 
 class Documents:
-    """The passages of the text files below a folder, or of one file, in an index in memory that threads may share.
+    """The passages of the text files below a folder, or of one file, in an index in memory that
+    threads may share.
 
-    No link is followed out of the folder; `note` names those, and what else was left out. Raises UserError as `read_corpus`,
-    and for files of more than MAX_BYTES, of which no more is read.
+    No link is followed out of the folder; `note` names those, and what else was left out. Raises
+    UserError as `read_corpus`, and for files of more than MAX_BYTES, of which no more is read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,11 +53,15 @@ class Documents:
             self._index.execute("CREATE VIRTUAL TABLE passages USING fts5(file, number UNINDEXED, text, tokenize='porter')")
         except sqlite3.OperationalError as error:
             raise UserError(f"The SQLite of this Python has no full-text search (FTS5): {error}.") from None
-        self.files, self.passages, hashed = len(files), 0, hashlib.sha256()
-        last, number = None, 0
+        self.files = len(files)
+        self.passages = 0
+        hashed = hashlib.sha256()
+        last = None
+        number = 0
         characters = 0
         for file, document in read_documents(path, files):
-            number, last = number * (file == last), file
+            number = number * (file == last)
+            last = file
             name = str(file.relative_to(path) if file != path else file.name).encode(errors="replace").decode()
             text = "".join(document())
             characters += len(text)
@@ -75,9 +82,11 @@ class Documents:
         return f"{self.passages:,} passages of {self.files:,} files, the best of which a question brings into its prompt"
 
     def find(self, question: str, tokenizer: Tokenizer, budget: int) -> list[Passage]:
-        """Returns the passages that share words with a question, best first by BM25 (Robertson et al. 1994).
+        """Returns the passages that share words with a question, best first by BM25 (Robertson et
+        al. 1994).
 
-        They have at most `budget` tokens, to which the best is cut, and none scores less than half of the best.
+        They have at most `budget` tokens, to which the best is cut, and none scores less than half
+        of the best.
         """
         words = [word[:100] for word in dict.fromkeys(re.findall(r"[^\W_]+", question.lower())) if word not in COMMON]
         words = [*words[: MAX_WORDS // 2], *words[MAX_WORDS // 2 :][-MAX_WORDS // 2 :]]
@@ -105,18 +114,25 @@ def prompt_with[T: Sequence[int]](
     context: int,
     tokenize: Callable[[Sequence[Message]], T],
 ) -> tuple[T, list[Passage]]:
-    """Returns the tokens of a conversation, with passages for the user's last message before it, and these passages.
+    """Returns the tokens of a conversation, with passages for the user's last message before it,
+    and these passages.
 
-    They leave a quarter of the context free. Earlier messages stand without theirs, so that what precedes the last one is a
-    prefix of the next prompt too, which the prefix cache holds.
+    They leave a quarter of the context free. Earlier messages stand without theirs, so that what
+    precedes the last one is a prefix of the next prompt too, which the prefix cache holds.
     """
     last = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=-1)
-    found = documents.find(messages[last]["content"], tokenizer, min(BUDGET, context // 4)) if documents and last >= 0 else []
+    if documents and last >= 0:
+        found = documents.find(messages[last]["content"], tokenizer, min(BUDGET, context // 4))
+    else:
+        found = []
     while True:
         extended = [*messages]
         if found:
             texts = "".join(f"{passage.text}\n\n" for passage in found)
-            extended[last] = {**extended[last], "content": f"Answer by these passages:\n\n{texts}{extended[last]['content']}"}
+            extended[last] = {
+                **extended[last],
+                "content": f"Answer by these passages:\n\n{texts}{extended[last]['content']}",
+            }
         tokens = tokenize(extended)
         if not found or len(tokens) <= context * 3 // 4:
             return tokens, found
@@ -124,9 +140,11 @@ def prompt_with[T: Sequence[int]](
 
 
 def cut(text: str) -> Iterator[str]:
-    """Yields the passages of a text: its paragraphs, headings (#) with the next one, longer ones in parts.
+    """Yields the passages of a text: its paragraphs, headings (#) with the next one, longer ones in
+    parts.
 
-    Paragraphs are not joined: SmolLM2-135M answered 5 of 16 questions from passages of several, and 16 from single ones.
+    Paragraphs are not joined: SmolLM2-135M answered 5 of 16 questions from passages of several, and
+    16 from single ones.
     """
     headings = re.compile(r"^(#.*)\n\s*\n", re.MULTILINE)
     for paragraph in re.split(r"\n\s*\n", headings.sub(r"\1\n", re.sub(r"[^\S\n]+", " ", text))):

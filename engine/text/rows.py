@@ -12,12 +12,14 @@ from engine.files import decode_utf8, open_regular
 
 
 def read_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yields (row, file:line) of each object: a line each in .jsonl; one after the other, or in an array, in .json.
+    """Yields (row, file:line) of each object: a line each in .jsonl; one after the other, or in an
+    array, in .json.
 
     Raises UserError for what is not JSON, not an object, or not UTF-8.
     """
+    read = _lines if path.suffix.lower() == ".jsonl" else _values
     try:
-        for row, where in _lines(path) if path.suffix.lower() == ".jsonl" else _values(path):
+        for row, where in read(path):
             if not isinstance(row, dict):
                 raise UserError(f"{where} should be an object, not {json_type(row)}.")
             yield row, where
@@ -26,11 +28,13 @@ def read_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def check_text(value: Any, name: str, where: str) -> str:
-    """Returns the field `name` of a row, `value`. Raises UserError unless it is text that UTF-8 can carry."""
+    """Returns the field `name` of a row, `value`. Raises UserError unless it is text that UTF-8 can
+    carry.
+    """
+    if value is None:
+        raise UserError(f"{where}: `{name}` should be text, but is missing.")
     if not isinstance(value, str):
-        raise UserError(
-            f"{where}: `{name}` should be text, {'but is missing' if value is None else f'not {json_type(value)}'}."
-        )
+        raise UserError(f"{where}: `{name}` should be text, not {json_type(value)}.")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -47,16 +51,21 @@ def _lines(path: Path) -> Iterator[tuple[Any, str]]:
     with open_regular(path) as lines:
         for number, line in enumerate(lines, 1):
             where = f"{path}:{number}"
-            if text := decode_utf8(line, where).strip():
+            text = decode_utf8(line, where).strip()
+            if text:
                 yield _parsed(json.loads, text, where=where), where
 
 
 def _values(path: Path) -> Iterator[tuple[Any, str]]:
     with open_regular(path) as file:
         text = decode_utf8(file.read(), path)
-    decoder, at, line, places = json.JSONDecoder(), 0, 1, Counter[int]()
+    decoder = json.JSONDecoder()
+    at = 0
+    line = 1
+    places = Counter[int]()
     beginning = re.compile(r"[^\s\[,\]]" if text.lstrip().startswith("[") else r"\S")
-    while match := beginning.search(text, at):
+    match = beginning.search(text, at)
+    while match:
         start = match.start()
         line += text.count("\n", at, start)
         places[line] += 1  # several may begin on a line
@@ -64,6 +73,7 @@ def _values(path: Path) -> Iterator[tuple[Any, str]]:
         value, at = _parsed(decoder.raw_decode, text, start, where=where)
         yield value, where
         line += text.count("\n", start, at)
+        match = beginning.search(text, at)
 
 
 def _parsed(parse: Callable[..., Any], *args: Any, where: str) -> Any:

@@ -24,23 +24,29 @@ BATCH = 32  # renderings in one request
 MAX_REPLY_BYTES = 8_000_000  # a rendering's reply, everything escaped
 FIXED_DAY = "2026-01-01T00:00:00"  # that templates print: the same tokens every day
 
-Message = Mapping[str, Any]  # role: system, user, assistant or tool; content: text; what else a template reads: tool_calls
+# role: system, user, assistant or tool; content: text; what else a template reads: tool_calls
+Message = Mapping[str, Any]
 
 
 def read_template(path: Path | None) -> str | None:
-    return read_text(path) if path else None
+    if path:
+        return read_text(path)
+    return None
 
 
 class InvalidConversation(UserError):
-    """Raised for one conversation that cannot be used, for example as the template refuses it (`raise_exception`)."""
+    """Raised for one conversation that cannot be used, for example as the template refuses it
+    (`raise_exception`).
+    """
 
 
 class Template:
-    """A chat template (Jinja), run in a sandbox in a process of its own, with the limits of `template_worker.py`.
+    """A chat template (Jinja), run in a sandbox in a process of its own, with the limits of
+    `template_worker.py`.
 
-    `variables` are its names besides `messages` and `add_generation_prompt`: bos_token, eos_token, ... `now` is the time of
-    `strftime_now`, in ISO format. The process starts with the first rendering and ends with `close`, or when nothing refers to
-    the template any more.
+    `variables` are its names besides `messages` and `add_generation_prompt`: bos_token, eos_token,
+    ... `now` is the time of `strftime_now`, in ISO format. The process starts with the first
+    rendering and ends with `close`, or when nothing refers to the template any more.
     """
 
     def __init__(self, source: str, variables: Mapping[str, Any] | None = None, now: str = FIXED_DAY) -> None:
@@ -51,11 +57,13 @@ class Template:
     def render(
         self, jobs: Sequence[tuple[Sequence[Message], bool]], more: Mapping[str, Any] = MappingProxyType({})
     ) -> list[str]:
-        """Renders each (messages, prompt) as text; `prompt` adds the generation prompt, the start of the assistant's turn.
+        """Renders each (messages, prompt) as text; `prompt` adds the generation prompt, the start
+        of the assistant's turn.
 
-        `more`: variables of these jobs, such as tools. Several in one call are quicker: most of the time is the way there and
-        back. Raises InvalidConversation when the template refuses the messages, UserError when it cannot be compiled, fails, or
-        exceeds its limits of time, memory and output.
+        `more`: variables of these jobs, such as tools. Several in one call are quicker: most of the
+        time is the way there and back. Raises InvalidConversation when the template refuses the
+        messages, UserError when it cannot be compiled, fails, or exceeds its limits of time, memory
+        and output.
         """
         texts: list[str] = []
         with self._lock:
@@ -79,11 +87,15 @@ class Template:
 
 
 class TemplateProcess(subprocess.Popen[bytes]):
-    """A template's process, and the two pipes to it. Raises UserError when the template cannot be compiled."""
+    """A template's process, and the two pipes to it. Raises UserError when the template cannot be
+    compiled.
+    """
 
     def __init__(self, start: Mapping[str, Any]) -> None:
-        # -I -S: none of the user's environment or start-up files. Its own session: Ctrl-C is not for it.
-        pipe, command = subprocess.PIPE, [sys.executable, "-I", "-S", "-B", str(WORKER)]
+        # -I -S: none of the user's environment or start-up files. Its own session: Ctrl-C is not
+        # for it.
+        pipe = subprocess.PIPE
+        command = [sys.executable, "-I", "-S", "-B", str(WORKER)]
         super().__init__(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True, env={})
         self.unread = bytearray()
         try:
@@ -101,12 +113,17 @@ class TemplateProcess(subprocess.Popen[bytes]):
             self.stdin.flush()
 
     def reply(self, seconds: float, longest: int) -> dict[str, Any]:
-        """Reads the next reply, at most `longest` bytes, waiting `seconds` for each part. Raises UserError."""
+        """Reads the next reply, at most `longest` bytes, waiting `seconds` for each part. Raises
+        UserError.
+        """
         assert self.stdout is not None
         poll = select.poll()
         poll.register(self.stdout, select.POLLIN)
         while b"\n" not in self.unread:
-            part = os.read(self.stdout.fileno(), 1 << 20) if poll.poll(1000 * seconds) else b""
+            if poll.poll(1000 * seconds):
+                part = os.read(self.stdout.fileno(), 1 << 20)
+            else:
+                part = b""
             self.unread += part
             if not part or len(self.unread) > longest:
                 raise UserError("The chat template ran for more than a second, or out of memory, and was stopped.")
@@ -121,6 +138,7 @@ class TemplateProcess(subprocess.Popen[bytes]):
 def _check_reply(reply: dict[str, Any]) -> dict[str, Any]:
     for kind, error, opening in (("refused", InvalidConversation, "refuses it: "), ("failed", UserError, "")):
         if kind in reply:  # without what would steer a terminal
-            words = "".join(letter if letter.isprintable() else " " for letter in reply[kind])
+            letters = [letter if letter.isprintable() else " " for letter in reply[kind]]
+            words = "".join(letters)
             raise error(f"The chat template {opening}{words.rstrip('.')}.")
     return reply

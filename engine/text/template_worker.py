@@ -1,8 +1,9 @@
 """Runs a chat template in a process: sandboxed, limited in time and memory, and locked once it is compiled.
 
-The sandbox keeps the template away from Python's insides, but a single expression can keep a library busy for hours or fill the
-memory, where no exception reaches it; a process can be ended whatever it does. `template.py` starts this file by path; it
-imports nothing of the project, and replies to each line of JSON with one.
+The sandbox keeps the template away from Python's insides, but a single expression can keep a
+library busy for hours or fill the memory, where no exception reaches it; a process can be ended
+whatever it does. `template.py` starts this file by path; it imports nothing of the project, and
+replies to each line of JSON with one.
 """
 
 import datetime
@@ -77,7 +78,9 @@ def compile_template(source: str, variables: dict[str, Any], now: str) -> Callab
     import jinja2.sandbox
 
     class GenerationTag(jinja2.ext.Extension):
-        """`{% generation %}`, by which some templates mark what the model says: renders its contents."""
+        """`{% generation %}`, by which some templates mark what the model says: renders its
+        contents.
+        """
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -99,7 +102,8 @@ def compile_template(source: str, variables: dict[str, Any], now: str) -> Callab
     def render(messages: list, prompt: bool, more: dict) -> str:
         inputs = {"messages": messages, "add_generation_prompt": prompt}
         context = template.new_context({"tools": None, "documents": None, **variables, **more, **inputs})
-        parts, size = [], 0
+        parts = []
+        size = 0
         for part in template.root_render_func(context):
             size += len(part.encode("utf-8", "surrogatepass"))
             if size > MAX_OUTPUT_BYTES:
@@ -111,7 +115,9 @@ def compile_template(source: str, variables: dict[str, Any], now: str) -> Callab
 
 
 def reply(work: Callable[..., dict[str, Any]], *args: Any) -> None:
-    """Writes what `work` returns, or its failure, as one line. The kernel ends the process after MAX_SECONDS of computing."""
+    """Writes what `work` returns, or its failure, as one line. The kernel ends the process after
+    MAX_SECONDS of computing.
+    """
     signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
     try:
         outcome = work(*args)

@@ -20,9 +20,10 @@ from engine.untrusted import quote
 END = "<|endoftext|>"
 GENERATION = "generation_config.json"
 
-# The words that merges stay inside, after GPT-4's pattern (tiktoken, cl100k_base): contractions; a word with the one sign
-# before it; digits in pairs; signs; line ends; spaces. Marks belong to their letters. Every run ends after 64 characters,
-# so that one long run of anything costs what ordinary text costs.
+# The words that merges stay inside, after GPT-4's pattern (tiktoken, cl100k_base): contractions; a
+# word with the one sign before it; digits in pairs; signs; line ends; spaces. Marks belong to their
+# letters. Every run ends after 64 characters, so that one long run of anything costs what ordinary
+# text costs.
 SPLIT = (
     r"'(?i:[sdmt]|ll|ve|re)"
     r"|[^\r\n\p{L}\p{N}]?+[\p{L}\p{M}]{1,64}"
@@ -33,8 +34,9 @@ SPLIT = (
     r"|\s{1,64}"
 )
 
-# A letter or digit before a space or a Chinese stop, a letter before a digit, or a line end before a letter or digit: no token
-# of this pattern, nor of those of GPT-2, Llama 3 and Qwen, contains such a pair, so a text cut there keeps its tokens.
+# A letter or digit before a space or a Chinese stop, a letter before a digit, or a line end before
+# a letter or digit: no token of this pattern, nor of those of GPT-2, Llama 3 and Qwen, contains
+# such a pair, so a text cut there keeps its tokens.
 TOKEN_END = re.compile(r"[^\W_](?=[\s。，、！？])|[A-Za-z](?=\d)|\n(?=[^\W_])")
 
 PIECE = 16_384  # characters encoded at a time: stays in the CPU's cache
@@ -49,16 +51,18 @@ SYMBOLS = sorted(BYTES, key=BYTES.__getitem__)
 class Tokenizer:
     """A BPE tokenizer. `encode` and `decode` are inverse on every string UTF-8 can carry.
 
-    Control tokens (`<|endoftext|>` and a chat template's) are never made from text and stand for no text: put their ids
-    in. `vocab` is the number of ids, `eos_id` the id that ends a document, `bos_ids` the ids before a text, (bos,) or (), which
-    `encode` leaves out, `controls` the control tokens by id, `special_names` the texts of bos_token, eos_token and the like,
-    `digest` the SHA-256 of the vocabulary, merges and split, `config` the contents of `tokenizer_config.json`, `inner` the
-    tokenizers library's own. Raises UserError, which begins with `where`, for a tokenizer that does not know every byte or has
-    no token that ends a text.
+    Control tokens (`<|endoftext|>` and a chat template's) are never made from text and stand for no
+    text: put their ids in. `vocab` is the number of ids, `eos_id` the id that ends a document,
+    `bos_ids` the ids before a text, (bos,) or (), which `encode` leaves out, `controls` the control
+    tokens by id, `special_names` the texts of bos_token, eos_token and the like, `digest` the
+    SHA-256 of the vocabulary, merges and split, `config` the contents of `tokenizer_config.json`,
+    `inner` the tokenizers library's own. Raises UserError, which begins with `where`, for a
+    tokenizer that does not know every byte or has no token that ends a text.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, config: dict[str, Any], where: object = "The tokenizer") -> None:
-        self.inner, self.config = _whole_texts(inner), config
+        self.inner = _whole_texts(inner)
+        self.config = config
         written = inner.to_str()
         fields = json.loads(written)
         decoder = [step["type"] for step in _steps(fields["decoder"])]
@@ -67,7 +71,10 @@ class Tokenizer:
             raise UserError(f"{where} decodes with {kinds}; only tokenizers that know every byte are understood here.")
         byte_level = "ByteLevel" in decoder
         self._table = _byte_table(inner, byte_level)
-        self._later = None if byte_level else _without_first_space(fields)
+        if byte_level:
+            self._later = None
+        else:
+            self._later = _without_first_space(fields)
         # Where a token reaches across such a place, a text is encoded in one piece.
         self._cuts = byte_level or not any(TOKEN_END.search(value.decode("utf-8", "ignore")) for value in self._table.values())
         self.controls = {token: added for token, added in inner.get_added_tokens_decoder().items() if added.special}
@@ -76,30 +83,43 @@ class Tokenizer:
         self.digest = hashlib.sha256(written.encode()).hexdigest()
         names = {name: value for name, value in config.items() if name.endswith("_token") and isinstance(value, str)}
         self.special_names = {"eos_token": END} | names
-        if (end := inner.token_to_id(eos := self.special_names["eos_token"])) is None:
+        eos = self.special_names["eos_token"]
+        end = inner.token_to_id(eos)
+        if end is None:
             raise UserError(f"{where} has no token {quote(eos)}, which should end a text; name it as eos_token.")
         self.eos_id: int = end
         self.bos_ids = _starts_with(inner)
 
     def encode(self, text: str, continued: bool = False) -> np.ndarray:
-        """Encodes text as tokens (T,) int32, in time linear in its length. Raises UserError for a lone surrogate.
+        """Encodes text as tokens (T,) int32, in time linear in its length. Raises UserError for a
+        lone surrogate.
 
-        `continued` text goes on from another: sentencepiece's tokenizers put no space before its first word.
+        `continued` text goes on from another: sentencepiece's tokenizers put no space before its
+        first word.
         """
         return np.concatenate([np.empty(0, np.int32), *self.encode_parts([text], continued)])
 
     def encode_parts(self, parts: Iterable[str], continued: bool = False) -> Iterator[np.ndarray]:
-        """Yields the tokens of a text that comes in parts, a megabyte at a time, so that memory stays bounded."""
-        inner = (self._later or self.inner) if continued else self.inner
+        """Yields the tokens of a text that comes in parts, a megabyte at a time, so that memory
+        stays bounded.
+        """
+        if continued:
+            inner = self._later or self.inner
+        else:
+            inner = self.inner
         for pieces in itertools.batched(self._pieces(parts), TOGETHER if self._later is None else 1):
             encoded = inner.encode_batch_fast(list(pieces), add_special_tokens=False)
             inner = self._later or inner
             yield np.fromiter(itertools.chain.from_iterable(piece.ids for piece in encoded), np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Decodes ids to text. Bytes that are not UTF-8 become U+FFFD; control tokens and unknown ids are left out."""
+        """Decodes ids to text. Bytes that are not UTF-8 become U+FFFD; control tokens and unknown
+        ids are left out.
+        """
         text = b"".join(map(self.bytes_of, ids)).decode("utf-8", "replace")
-        return text.removeprefix(" ") if self._later else text
+        if self._later:
+            return text.removeprefix(" ")
+        return text
 
     def bytes_of(self, token: int) -> bytes:
         return self._table.get(int(token), b"")
@@ -123,21 +143,29 @@ class Tokenizer:
         write_json(folder / "tokenizer_config.json", self.config)
 
     def _pieces(self, parts: Iterable[str]) -> Iterator[str]:
-        """Cuts a text between tokens into pieces of PIECE characters and what follows up to the next place to cut."""
+        """Cuts a text between tokens into pieces of PIECE characters and what follows up to the
+        next place to cut.
+        """
         rest: list[str] = []  # since the last cut
         for part in parts:
             _check_unicode(part)
             start = 0
-            while self._cuts and (cut := TOKEN_END.search(part, start + PIECE)):
+            cut = TOKEN_END.search(part, PIECE) if self._cuts else None
+            while cut:
                 yield "".join([*rest, part[start : cut.end()]])
-                start, rest = cut.end(), []
+                start = cut.end()
+                rest = []
+                cut = TOKEN_END.search(part, start + PIECE)
             rest.append(part[start:])
-        if text := "".join(rest):
+        text = "".join(rest)
+        if text:
             yield text
 
 
 class ModelTokenizer(NamedTuple):
-    """A model's tokenizer, the ids of which any ends a completion, the tokenizer's own first, and the recommended sampling."""
+    """A model's tokenizer, the ids of which any ends a completion, the tokenizer's own first, and
+    the recommended sampling.
+    """
 
     tokenizer: Tokenizer
     eos_ids: tuple[int, ...]
@@ -145,9 +173,11 @@ class ModelTokenizer(NamedTuple):
 
 
 def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
-    """Trains a tokenizer of `vocab` tokens on the texts: 256 bytes, merges, and the end of text last.
+    """Trains a tokenizer of `vocab` tokens on the texts: 256 bytes, merges, and the end of text
+    last.
 
-    Short texts may give fewer. The same texts give the same vocabulary. Raises UserError for a text with a lone surrogate.
+    Short texts may give fewer. The same texts give the same vocabulary. Raises UserError for a text
+    with a lone surrogate.
     """
     return _byte_level(models.BPE(), texts, vocab)
 
@@ -158,16 +188,22 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, eos_ids: Sequence[int], sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes a tokenizer, its chat template, the EOS ids and the recommended sampling, for `huggingface.load_tokenizer`.
+    """Writes a tokenizer, its chat template, the EOS ids and the recommended sampling, for
+    `huggingface.load_tokenizer`.
 
-    Returns the fields that config.json has of it: eos_token_id, and bos_token_id and pad_token_id if there are such tokens.
+    Returns the fields that config.json has of it: eos_token_id, and bos_token_id and pad_token_id
+    if there are such tokens.
     """
     tokens: dict[str, Any] = {"eos_token_id": list(eos_ids) if len(eos_ids) > 1 else eos_ids[0]}
     for name in ("bos_token", "pad_token"):
         token = tokenizer.id_of(tokenizer.special_names.get(name, ""))
         tokens |= {} if token is None else {f"{name}_id": token}
     tokenizer.save(folder)
-    do_sample = {"do_sample": sampling.get("temperature") != 0} if sampling else {}  # for transformers
+    # for transformers
+    if sampling:
+        do_sample = {"do_sample": sampling.get("temperature") != 0}
+    else:
+        do_sample = {}
     write_json(folder / GENERATION, tokens | do_sample | dict(sampling))
     return tokens
 
@@ -199,7 +235,7 @@ def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
     if part["type"] != "Sequence":
         return [part]
     inner = next(value for name, value in part.items() if name != "type")
-    return [step for each in inner for step in _steps(each)]
+    return list(itertools.chain.from_iterable(map(_steps, inner)))
 
 
 def _whole_texts(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -210,7 +246,9 @@ def _whole_texts(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _without_first_space(fields: dict[str, Any]) -> tokenizers.Tokenizer | None:
-    """Returns the same tokenizer for the rest of a text, if it puts a space before the first word; else None."""
+    """Returns the same tokenizer for the rest of a text, if it puts a space before the first word;
+    else None.
+    """
     steps = _steps(fields["normalizer"])
     rest = [step for step in steps if step["type"] != "Prepend"]
     spaces = [step for step in _steps(fields["pre_tokenizer"]) if step.get("prepend_scheme", "never") != "never"]
@@ -233,13 +271,19 @@ def _byte_table(inner: tokenizers.Tokenizer, byte_level: bool) -> dict[int, byte
     for name, token in inner.get_vocab(with_added_tokens=False).items():
         if not byte_level:
             byte = re.fullmatch("<0x([0-9A-F]{2})>", name)
-            table[token] = bytes.fromhex(byte[1]) if byte else name.replace("▁", " ").encode()
+            if byte:
+                table[token] = bytes.fromhex(byte[1])
+            else:
+                table[token] = name.replace("▁", " ").encode()
         elif BYTES.keys() >= {*name}:
             table[token] = bytes(BYTES[symbol] for symbol in name)
         else:  # a token added by its plain name
             table[token] = name.encode()
     for token, added in inner.get_added_tokens_decoder().items():
-        table[token] = b"" if added.special else added.content.encode()
+        if added.special:
+            table[token] = b""
+        else:
+            table[token] = added.content.encode()
     return table
 
 
