@@ -1,10 +1,11 @@
 """Train the transformer of engine/by_hand: in NumPy, with every gradient written out.
 
-    python -m stages.by_hand                                a tiny model of Shakespeare, a minute or two on one core
+    python -m stages.by_hand                                a tiny model of Shakespeare, in a minute or two
     python -m stages.by_hand --data book.txt --steps 2000 --out by-hand-model
 
-The losses are those of `python -m stages.train tiny --optimizer adamw --dtype float32`, with the same other flags. Nothing is
-saved on the way, and a signal ends it; `stages.train` is for runs that are worth saving.
+The losses are those of `python -m stages.train tiny --optimizer adamw --dtype float32`, with the
+same other flags. Nothing is saved on the way, and a signal ends it; `stages.train` is for runs that
+are worth saving.
 """
 
 from stages.cli.start import start_command
@@ -57,9 +58,11 @@ class ByHandFlags:
 
 def train(flags: ByHandFlags) -> None:
     signals.set_phase("before anything was saved.")
-    # Products of so narrow a model are over before a second thread has woken up. NumPy reads this when it is imported.
+    # Products of so narrow a model are over before a second thread has woken up. NumPy reads this
+    # when it is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    start_jax("cpu", connect=lambda: refuse_cluster("Training by hand"))  # JAX makes the first weights, and nothing else
+    # JAX makes the first weights, and nothing else
+    start_jax("cpu", connect=lambda: refuse_cluster("Training by hand"))
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -80,7 +83,8 @@ def train(flags: ByHandFlags) -> None:
         text = prepare_text(flags.data, None, "bytes", console)
         cfg = dataclasses.replace(preset("tiny"), vocab=text.tokenizer.vocab, context=flags.context, dtype="float32")
         batches = TextBatches(text.train.tokens, flags.context, flags.batch, flags.seed)
-        numbers, tokens = count_params(cfg).total, flags.batch * flags.context
+        numbers = count_params(cfg).total
+        tokens = flags.batch * flags.context
         residuals = 4 * residual_count(cfg, flags.batch, flags.context)
         # The peak of a step: weights and moments, old and new, gradient, logits three times.
         memory = residuals + 4 * (7 * numbers + 3 * tokens * cfg.vocab)
@@ -112,7 +116,8 @@ def train(flags: ByHandFlags) -> None:
                 params, moments = adamw.step(optimizer, params, gradient, moments, factor)
             losses.append(loss)
             if (step + 1) % flags.log_every == 0 or step + 1 == flags.steps:
-                mean, losses = sum(losses) / len(losses), []
+                mean = sum(losses) / len(losses)
+                losses = []
                 console.print(f"step {step + 1:,}/{flags.steps:,}  loss {mean:.4f}  lr {factor:.0%}  gradient {norm:.2f}")
 
         nats = lambda cfg, params, batch: by_hand.loss(cfg, params, *batch) * int(batch.mask.sum())
@@ -123,7 +128,10 @@ def train(flags: ByHandFlags) -> None:
         console.print_rows(
             [
                 ("validation", f"{bits:.4f} bits per byte (quick) on {text.validation_name}"),
-                ("sample", f"the first {len(prompt)} tokens are {text.validation_name}'s, each after that the most probable"),
+                (
+                    "sample",
+                    f"the first {len(prompt)} tokens are {text.validation_name}'s, each after that the most probable",
+                ),
             ]
         )
         if flags.out:

@@ -2,11 +2,11 @@
 
     python -m stages.export --model runs/demo-shakespeare --out exported --check
     python -m stages.export --model smollm2-135m-instruct --out smollm2.gguf --dtype q8_0
-    python -m stages.export --model runs/demo-shakespeare --out demo.gguf --dtype q4_0      the blocks of serve --weights q4
+    python -m stages.export --model runs/demo-shakespeare --out demo.gguf --dtype q4_0    as `serve --weights q4`
     python -m stages.export --model runs/smollm2-135m-instruct-voice --out voice-adapter --adapter --check
 
-A LoRA model is written with its adapters merged in, unless --adapter says otherwise. What could not be loaded again is not
-written.
+A LoRA model is written with its adapters merged in, unless --adapter says otherwise. What could not
+be loaded again is not written.
 """
 
 from stages.cli.start import start_command
@@ -27,7 +27,16 @@ from engine.format import format_bytes
 from stages.cli import signals
 from stages.cli.command import command_line, leave, run_command
 from stages.cli.console import Console
-from stages.cli.flags import DeviceFlag, ModelFlag, VerboseFlag, choose_sampling, default, one_of, parser, path
+from stages.cli.flags import (
+    DeviceFlag,
+    ModelFlag,
+    VerboseFlag,
+    choose_sampling,
+    default,
+    one_of,
+    parser,
+    path,
+)
 
 if TYPE_CHECKING:
     from engine.storage.model_loader import LoadedModel
@@ -56,8 +65,10 @@ CHECK_TEXTS = (
     "don't I'LL we've",
 )
 TOLERANCE = 1e-3  # of the largest logit: the order of float32 sums
-SAMPLE, WINDOW = 1024, 256  # tokens of a held-out text that rounding is measured on: in all, and read at once
-MAX_LOSS, MAX_LOSS_OF_4_BITS = 0.01, 0.15  # bits per byte
+SAMPLE = 1024
+WINDOW = 256  # tokens of a held-out text that rounding is measured on: in all, and read at once
+MAX_LOSS = 0.01
+MAX_LOSS_OF_4_BITS = 0.15  # bits per byte
 Comparison = tuple[list[tuple[str, str]], list[str]]  # rows to print, and faults: what differs
 
 
@@ -96,7 +107,8 @@ def export(flags: ExportFlags) -> int:
     from engine.text.corpus import Corpus
     from stages.runs.text_data import TEXTS, evaluation_source
 
-    out, to_gguf = flags.out, flags.out.suffix == ".gguf"
+    out = flags.out
+    to_gguf = flags.out.suffix == ".gguf"
     if flags.adapter and (to_gguf or flags.dtype):
         raise UserError("--adapter writes a folder in PEFT's layout, in float32: it goes with neither a .gguf nor --dtype.")
     if flags.dtype in BLOCKS and not to_gguf:
@@ -113,22 +125,42 @@ def export(flags: ExportFlags) -> int:
         console.print_notes(*model.notes)
         sampling, _ = choose_sampling(model.sampling, {}, {}, console, penalties=True)
         model = dataclasses.replace(model, sampling=sampling)
-        stored = str(to_dense(model.params["embed"]).dtype) if model.run else model.cfg.dtype
-        dtype = "float32" if flags.adapter else flags.dtype or ("float16" if to_gguf else stored)
-        record = run_folder.read_json(model.run / "run.json") if model.run else {}
-        rows, base_name = [("device", str(device)), ("model", str(model))], ""
+        if model.run:
+            stored = str(to_dense(model.params["embed"]).dtype)
+        else:
+            stored = model.cfg.dtype
+        if flags.adapter:
+            dtype = "float32"
+        else:
+            dtype = flags.dtype or ("float16" if to_gguf else stored)
+        if model.run:
+            record = run_folder.read_json(model.run / "run.json")
+        else:
+            record = {}
+        rows = [("device", str(device)), ("model", str(model))]
+        base_name = ""
         source: Source | None = None
         if flags.adapter:
             base = record.get("base", {}).get("model") or str([model.name, *model.bases][-1])
             base_name = _base_name(model, base, flags.base_name)
             rows.append(("base", base_name))
         else:
-            # Adapters are merged in float32: their small numbers are rounded once, as they are written.
-            own = Blocks if model.run and flags.dtype in BLOCKS[1:] else ()  # which trained so
-            params = map_paths(lambda _, leaf: leaf if isinstance(leaf, own) else to_dense(leaf, jnp.float32), model.params)
+            keeps_blocks = model.run and flags.dtype in BLOCKS[1:]  # which trained so
+
+            def to_written(_: str, leaf: Any) -> Any:
+                if keeps_blocks and isinstance(leaf, Blocks):
+                    return leaf
+                # Adapters are merged in float32: their small numbers are rounded once, as they are
+                # written.
+                return to_dense(leaf, jnp.float32)
+
+            params = map_paths(to_written, model.params)
             model = dataclasses.replace(model, params=params)
             text = record.get("text", {}).get("data")
-            source = evaluation_source(text if text in TEXTS else "python", console) if flags.check else None
+            if flags.check:
+                source = evaluation_source(text if text in TEXTS else "python", console)
+            else:
+                source = None
         console.print_rows([*rows, ("file", describe_kinds(model.kinds, model.params)), ("writes", f"{out}, {dtype}")])
         note = _write(out, model, dtype, base_name, console)
         console.print_notes(note)
@@ -147,7 +179,9 @@ def export(flags: ExportFlags) -> int:
 
 
 def _base_name(model: "LoadedModel", base: str, base_name: str | None) -> str:
-    """Returns the name by which PEFT finds `base`. Raises UserError when it is not known, or `base_name` cannot be one."""
+    """Returns the name by which PEFT finds `base`. Raises UserError when it is not known, or
+    `base_name` cannot be one.
+    """
     from engine.storage.adapter import adapter_leaves
     from engine.storage.hub import is_hub_id
 
@@ -173,13 +207,19 @@ def _base_name(model: "LoadedModel", base: str, base_name: str | None) -> str:
 
 
 def _check_free(out: Path, to_gguf: bool, overwrite: bool) -> None:
-    """Raises UserError when something lies at `out` that is no earlier export, or one that may not be replaced."""
+    """Raises UserError when something lies at `out` that is no earlier export, or one that may not
+    be replaced.
+    """
     if not out.exists():
         return
     if out.is_dir() == to_gguf:
         raise UserError(f"{out} is a {'folder' if to_gguf else 'file'}; give another --out.")
-    names = {out.name} if to_gguf else {entry.name for entry in out.iterdir()}
-    if not to_gguf and (strangers := sorted(names - EXPORT_FILES)):
+    if to_gguf:
+        names = {out.name}
+    else:
+        names = {entry.name for entry in out.iterdir()}
+    strangers = sorted(names - EXPORT_FILES)
+    if not to_gguf and strangers:
         raise UserError(f"{out} holds {strangers[0]}, which no export wrote; give another --out.")
     if names and not overwrite:
         raise UserError(f"{out} is there already; give another --out, or --overwrite.")
@@ -197,7 +237,9 @@ def _write(out: Path, model: "LoadedModel", dtype: str, base_name: str, console:
     from engine.storage.model_loader import check_loads
     from engine.text.tokenizer import ModelTokenizer
 
-    cfg, params, tokenizer = model.cfg, model.params, model.tokenizer
+    cfg = model.cfg
+    params = model.params
+    tokenizer = model.tokenizer
     if out.suffix == ".gguf":
         metadata = tokenizer_metadata(tokenizer, model.eos_ids, cfg.vocab) | sampling_metadata(model.sampling)
         with atomic_file(out) as file:
@@ -208,8 +250,10 @@ def _write(out: Path, model: "LoadedModel", dtype: str, base_name: str, console:
         if "tokenizer.huggingface.json" not in metadata:
             return ""
         return (
-            f"llama.cpp has no name for how this tokenizer splits a text and is told {FALLBACK_PRE_TOKENIZER}: numbers and "
-            "long words may become other tokens there. Thrice reads the tokenizer.json that is in the file too."
+            "llama.cpp has no name for how this tokenizer splits a text and is told "
+            f"{FALLBACK_PRE_TOKENIZER}: numbers and "
+            "long words may become other tokens there. Thrice reads the tokenizer.json that is in "
+            "the file too."
         )
     with atomic_folder(out) as building:
         if base_name:
@@ -226,7 +270,9 @@ def _write(out: Path, model: "LoadedModel", dtype: str, base_name: str, console:
 
 
 def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[Document]") -> Comparison:
-    """Compares the export with `model`, rounded alike, and measures on the beginning of a text what rounding costs."""
+    """Compares the export with `model`, rounded alike, and measures on the beginning of a text what
+    rounding costs.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -241,7 +287,8 @@ def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[Documen
 
     def rounded(path: str, leaf: Any) -> Any:
         plain = to_dense(leaf)
-        if plain is not leaf or (plain.ndim < 2 and out.suffix == ".gguf"):  # Blocks are written as they are
+        # Blocks are written as they are
+        if plain is not leaf or (plain.ndim < 2 and out.suffix == ".gguf"):
             return plain
         axis = int(path != "embed")
         if dtype in BLOCKS and plain.shape[1 - axis] % GROUP == 0:
@@ -264,26 +311,36 @@ def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[Documen
     faults += _tokenizer_faults(model.tokenizer, export.tokenizer)
     faults += ["the EOS ids"] * (model.eos_ids != export.eos_ids)
     faults += ["the BOS ids"] * (model.tokenizer.bos_ids != export.tokenizer.bos_ids)
-    template = "kept" if export.tokenizer.config.get("chat_template") else "absent"
+    if export.tokenizer.config.get("chat_template"):
+        template = "kept"
+    else:
+        template = "absent"
     rows = [
         ("tokens", f"{len(CHECK_TEXTS)} texts, of every script and with control tokens in them"),
         ("EOS ids", f"{', '.join(map(str, export.eos_ids))} and template {template}"),
     ]
     if faults:
         return rows, faults
-    cfg, texts = dataclasses.replace(model.cfg, dtype="float32"), itertools.islice(source, 8)
+    cfg = dataclasses.replace(model.cfg, dtype="float32")
+    texts = itertools.islice(source, 8)
     sample = "\n".join("".join(characters(text, 0, 8 * SAMPLE)) for text in texts)[: 8 * SAMPLE]
     tokens = model.tokenizer.encode(sample)[: SAMPLE + 1]
-    expected, written = logits(map_paths(rounded, model.params)), logits(export.params)
+    expected = logits(map_paths(rounded, model.params))
+    written = logits(export.params)
     difference = float(np.abs(expected - written).max() / max(1e-30, np.abs(expected).max()))
     unrounded = map_paths(lambda _, leaf: to_dense(leaf), model.params)
     agreement = float((logits(unrounded).argmax(-1) == written.argmax(-1)).mean())
-    before, after = bits_per_byte(unrounded), bits_per_byte(export.params)
+    before = bits_per_byte(unrounded)
+    after = bits_per_byte(export.params)
     rows += [
-        ("logits", f"differ by at most {difference:.1e} of the largest from the model's, with its weights rounded as here"),
+        (
+            "logits",
+            f"differ by at most {difference:.1e} of the largest from the model's, with its weights rounded as here",
+        ),
         (
             "loss",
-            f"{after - before:.5f} bits per byte by rounding ({before:.4f} -> {after:.4f} on {len(tokens):,} tokens of "
+            f"{after - before:.5f} bits per byte by rounding ({before:.4f} -> {after:.4f} on "
+            f"{len(tokens):,} tokens of "
             f"{source.name}); the most probable token stays in {agreement:.1%} of places",
         ),
     ]

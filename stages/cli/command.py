@@ -38,8 +38,8 @@ LESS_MEMORY = {
     "keys_values": "--keys-values int8",
     "max_tokens": "fewer --max-tokens",
 }
-# New objects between two collections: importing JAX and tracing a program make fewer, nearly all of which stay. Looking at
-# them every 2,000 is 7% of the time to a first token.
+# New objects between two collections: importing JAX and tracing a program make fewer, nearly all of
+# which stay. Looking at them every 2,000 is 7% of the time to a first token.
 STARTING_OBJECTS = 300_000
 _arguments: list[str] = []
 _IMPORTED = time.perf_counter()
@@ -53,11 +53,13 @@ def run_command[Flags](
     args: Sequence[str] | None = None,
     one_arena: bool = True,
 ) -> int:
-    """Parses `args` (the command line's when None) into `flags`, runs the command, returns its exit code.
+    """Parses `args` (the command line's when None) into `flags`, runs the command, returns its exit
+    code.
 
-    `name` is the stage's; `about` heads its help; `one_arena`: see `keep_freed_memory`. `check_together` of the flags and of
-    their groups raises UserError for flags that do not go together. The code is MISTAKE for an error that `explain_error`
-    explains, 128 + the signal when stopped, 141 when nobody reads the output any more.
+    `name` is the stage's; `about` heads its help; `one_arena`: see `keep_freed_memory`.
+    `check_together` of the flags and of their groups raises UserError for flags that do not go
+    together. The code is MISTAKE for an error that `explain_error` explains, 128 + the signal when
+    stopped, 141 when nobody reads the output any more.
     """
     _arguments[:] = sys.argv[1:] if args is None else args
     options = None
@@ -71,7 +73,8 @@ def run_command[Flags](
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
         for group in (*vars(options).values(), options):
-            if hasattr(group, "check_together"):  # not in __post_init__: tyro would name our classes before the sentence
+            # not in __post_init__: tyro would name our classes before the sentence
+            if hasattr(group, "check_together"):
                 group.check_together()
         gc.enable()
         gc.set_threshold(STARTING_OBJECTS)
@@ -79,7 +82,8 @@ def run_command[Flags](
         if one_arena:
             from engine.device import keep_freed_memory  # loads ctypes, which --help does without
 
-            keep_freed_memory()  # before the thread that reads signals starts: it would have a second heap made
+            # before the thread that reads signals starts: it would have a second heap made
+            keep_freed_memory()
         with signals.handle_signals():
             return command(options) or 0
     except SystemExit as exit:  # tyro has printed the help, or the mistake in a flag
@@ -105,12 +109,17 @@ def run_command[Flags](
 
 
 def _wrapped(about: str) -> str:
-    """Returns the text with its later paragraphs wrapped and indented: tyro joins lines that are not indented."""
-    width, (first, *rest) = shutil.get_terminal_size().columns, about.strip().split("\n\n")
-    fill = lambda text: (
-        text if text.startswith(" ") else textwrap.fill(text, width, initial_indent="  ", subsequent_indent="  ")
-    )
-    return "\n\n".join([first, *map(fill, rest)])
+    """Returns the text with its later paragraphs wrapped and indented: tyro joins lines that are
+    not indented.
+    """
+    width = shutil.get_terminal_size().columns
+    first, *rest = about.strip().split("\n\n")
+    paragraphs = [first]
+    for text in rest:
+        if not text.startswith(" "):
+            text = textwrap.fill(text, width, initial_indent="  ", subsequent_indent="  ")
+        paragraphs.append(text)
+    return "\n\n".join(paragraphs)
 
 
 def explain_error(error: BaseException, flags: Any = None) -> str | None:
@@ -140,9 +149,11 @@ def _explain_system_error(error: OSError) -> str:
             path = Path(error.filename).absolute()
             path = next(folder for folder in (path, *path.parents) if folder.exists())
             free = f" ({shutil.disk_usage(path).free / 1e6:,.1f} MB are free there)"
-        return f"{name}the disk is full{free}. What was saved before is untouched; make room, or choose another folder."
+        remedy = "What was saved before is untouched; make room, or choose another folder."
+        return f"{name}the disk is full{free}. {remedy}"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{name}{os.strerror(error.errno)}: this user may not write or read there. Choose another folder or file."
+        reason = os.strerror(error.errno)
+        return f"{name}{reason}: this user may not write or read there. Choose another folder or file."
     return f"{name}{error.strerror or error}."
 
 
@@ -160,9 +171,12 @@ def resume_command(stage: str) -> str:
 
 
 def process_start() -> float:
-    """Returns the start of this process in `time.perf_counter`; without /proc, of this file's import."""
+    """Returns the start of this process in `time.perf_counter`; without /proc, of this file's
+    import.
+    """
     with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
-        # Field 22 of stat, in ticks since boot (proc(5)); the command's name before it may hold spaces.
+        # Field 22 of stat, in ticks since boot (proc(5)); the command's name before it may hold
+        # spaces.
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
         return time.perf_counter() - age
@@ -183,22 +197,28 @@ class _Terminal(io.FileIO):
 
 
 def outlive_terminal() -> None:
-    """Lets this process print on, and save what it does, when the terminal is closed or lacks a character (it is escaped)."""
+    """Lets this process print on, and save what it does, when the terminal is closed or lacks a
+    character (it is escaped).
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:  # closed by `>&-`, and the next file that is opened would get its number
+        # closed by `>&-`, and the next file that is opened would get its number
+        if getattr(sys, name) is None:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
             setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors="backslashreplace")
     for name in ("stdout", "stderr"):
-        if (stream := getattr(sys, name)) and stream.isatty():
+        stream = getattr(sys, name)
+        if stream and stream.isatty():
             stream.flush()
             buffer = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=True))
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process, its exit functions run, without taking the interpreter down, when signals have no sentence."""
+    """Ends the process, its exit functions run, without taking the interpreter down, when signals
+    have no sentence.
+    """
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()

@@ -1,11 +1,12 @@
 """Prints the output of a command: a banner, tasks that take a while, one live line, a summary.
 
-On a terminal the live line stays in place and fits its width; elsewhere it becomes a plain line every few seconds.
-rich, 0.07 s to import, is imported only for a terminal.
+On a terminal the live line stays in place and fits its width; elsewhere it becomes a plain line
+every few seconds. rich, 0.07 s to import, is imported only for a terminal.
 """
 
 import contextlib
 import itertools
+import operator
 import os
 import sys
 import threading
@@ -54,7 +55,9 @@ class Console(contextlib.AbstractContextManager["Console"]):
             self.print(note, style="yellow")
 
     def print_rows(self, rows: Sequence[tuple[str, str]]) -> None:
-        """Prints labels beside their values, without those of no value; a terminal wraps long values below themselves."""
+        """Prints labels beside their values, without those of no value; a terminal wraps long
+        values below themselves.
+        """
         rows = [row for row in rows if row[1]]
         width = max(len(label) for label, _ in rows)
         if not self._rich:
@@ -72,22 +75,32 @@ class Console(contextlib.AbstractContextManager["Console"]):
 
     def print_marked(self, pieces: Sequence[tuple[str, bool]]) -> None:
         if not self._rich:
-            groups = [(mark, "".join(piece for piece, _ in group)) for mark, group in itertools.groupby(pieces, lambda p: p[1])]
-            self.print("".join(f"[[{text}]]" if mark else text for mark, text in groups))
+            line = ""
+            for mark, group in itertools.groupby(pieces, operator.itemgetter(1)):
+                text = "".join(piece for piece, _ in group)
+                line += f"[[{text}]]" if mark else text
+            self.print(line)
             return
         from rich.text import Text
 
-        styled = [(piece, "black on green" if mark else "dim") for piece, mark in pieces]
-        self._rich.print(Text.assemble(*styled), soft_wrap=True)
+        styled = Text()
+        for piece, mark in pieces:
+            styled.append(piece, "black on green" if mark else "dim")
+        self._rich.print(styled, soft_wrap=True)
 
     @contextlib.contextmanager
     def task(self, label: str, always: bool = False) -> Iterator[ReportProgress]:
-        """Prints `label ... 4.1 s` around a task, and meanwhile the seconds so far and the progress that is reported.
+        """Prints `label ... 4.1 s` around a task, and meanwhile the seconds so far and the progress
+        that is reported.
 
-        A terminal shows those in its live line every second, a pipe in a line every BETWEEN_TASK_LINES. The last line stays if
-        `always` or if the task took long. Of tasks within tasks the innermost is shown.
+        A terminal shows those in its live line every second, a pipe in a line every
+        BETWEEN_TASK_LINES. The last line stays if `always` or if the task took long. Of tasks
+        within tasks the innermost is shown.
         """
-        begin, over, progress, open_line = time.perf_counter(), threading.Event(), "", False
+        begin = time.perf_counter()
+        over = threading.Event()
+        progress = ""
+        open_line = False
 
         def show() -> None:
             nonlocal open_line
@@ -99,7 +112,8 @@ class Console(contextlib.AbstractContextManager["Console"]):
                 open_line = False
 
         def keep_showing() -> None:
-            with contextlib.suppress(OSError, ValueError):  # nobody reads on, which the main thread will see
+            # nobody reads on, which the main thread will see
+            with contextlib.suppress(OSError, ValueError):
                 while not over.wait(1.0 if self.terminal else BETWEEN_TASK_LINES):
                     with self._lock:
                         if self._tasks[-1:] == [over] and not over.is_set():
@@ -107,7 +121,10 @@ class Console(contextlib.AbstractContextManager["Console"]):
 
         def report(done: int, total: int) -> None:
             nonlocal progress
-            progress = f", {done:,} of {total:,}" if total <= MOST_COUNTED else f", {done / total:.0%}"
+            if total <= MOST_COUNTED:
+                progress = f", {done:,} of {total:,}"
+            else:
+                progress = f", {done / total:.0%}"
             with self._lock:
                 if self.terminal and self._due(BETWEEN_FRAMES):
                     show()
@@ -139,7 +156,9 @@ class Console(contextlib.AbstractContextManager["Console"]):
             self.print(f"{label} ... {duration(elapsed)}")
 
     def show_live(self, fields: Callable[[], Sequence[str]], important: bool = False) -> None:
-        """Shows the fields in the live line when a new one is due. An `important` line is always shown, and stays."""
+        """Shows the fields in the live line when a new one is due. An `important` line is always
+        shown, and stays.
+        """
         if not (important or self._due(BETWEEN_FRAMES if self.terminal else BETWEEN_LINES)):
             return
         self._last = time.perf_counter()

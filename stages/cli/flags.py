@@ -17,7 +17,8 @@ from engine.mesh.shape import MeshShape, parse_mesh
 from stages.cli import lifecycle
 from stages.cli.console import Console
 
-# A name that can be a segment of a URL. Clients fold `.` and `..` away, so what has such a name could not be asked for.
+# A name that can be a segment of a URL. Clients fold `.` and `..` away, so what has such a name
+# could not be asked for.
 PLAIN_NAME = r"(?!\.{1,2}$)[A-Za-z0-9_.:-]+"
 UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -47,9 +48,14 @@ def in_range(allowed: Range) -> Callable[[str], Any]:
 
     def parse(text: str) -> int | float:
         with contextlib.suppress(ValueError, OverflowError):
-            value = int(text) if allowed.integer and "e" not in text.lower() else float(text)
-            if allowed.holds(value):
-                return int(value) if allowed.integer else value
+            if not allowed.integer:
+                value = float(text)
+                if allowed.holds(value):
+                    return value
+            else:
+                integer = float(text) if "e" in text.lower() else int(text)
+                if allowed.holds(integer):
+                    return int(integer)
         raise ValueError(f"wanted {'an integer' if allowed.integer else 'a number'}, {allowed}, got {text!r}")
 
     return parse
@@ -73,7 +79,9 @@ def plain_name(text: str) -> str:
 
 
 def model_names(text: str) -> str:
-    """Checks names with commas between them, as of --name; each may have slashes between plain names, as ORG/NAME."""
+    """Checks names with commas between them, as of --name; each may have slashes between plain
+    names, as ORG/NAME.
+    """
     for name in text.split(","):
         for part in name.strip().split("/") if name.strip() else ():
             plain_name(part)
@@ -99,7 +107,9 @@ def positive(high: float = float("inf")) -> Any:
 
 
 def default(meaning: str, help: str | None = None, metavar: str | None = None) -> Any:
-    """Returns the annotation for the default that the help shows, and for `help` in place of a field's docstring."""
+    """Returns the annotation for the default that the help shows, and for `help` in place of a
+    field's docstring.
+    """
     return tyro.conf.arg(help=help, metavar=metavar, help_behavior_hint=f"(default: {meaning})")
 
 
@@ -120,15 +130,22 @@ def path(text: str) -> Path:
 DEVICES = ("auto", "cpu", "gpu", "tpu")
 DeviceFlag = Annotated[str, one_of(*DEVICES), default("auto", "auto, cpu, gpu or tpu.")]
 MeshFlag = Annotated[
-    str | None, parser(str, "tensor=N"), default("one device", "Spread a model that one device cannot hold over N of them.")
+    str | None,
+    parser(str, "tensor=N"),
+    default("one device", "Spread a model that one device cannot hold over N of them."),
 ]
 DocumentsFlag = Annotated[
     Path | None,
     parser(path, "FOLDER"),
-    default("none", "Texts (.txt, .md, .jsonl) of which the passages that share words with a question come before it."),
+    default(
+        "none",
+        "Texts (.txt, .md, .jsonl) of which the passages that share words with a question come before it.",
+    ),
 ]
 TemplateFlag = Annotated[
-    Path | None, parser(path, "FILE"), default("the model's own", "A chat template (Jinja) to use in place of the model's.")
+    Path | None,
+    parser(path, "FILE"),
+    default("the model's own", "A chat template (Jinja) to use in place of the model's."),
 ]
 MODEL = "A run or step folder, a Hugging Face or PEFT folder, a .gguf file, ORG/NAME on the hub, or a named model."
 ModelFlag = Annotated[str | None, parser(str, "MODEL"), default("the newest finished run in runs/", MODEL)]
@@ -136,8 +153,10 @@ MetricFlag = Annotated[
     tuple[str, ...],
     default(
         "none",
-        "Of the model's own answers to conversations, in `finetune` held-out ones before and after: `exact`, `regex:PATTERN`, "
-        "or FILE.py:FUNCTION, which takes any of `completion`, `prompt` and `answer`, the data's own, and returns a number.",
+        "Of the model's own answers to conversations, in `finetune` held-out ones before and "
+        "after: `exact`, `regex:PATTERN`, "
+        "or FILE.py:FUNCTION, which takes any of `completion`, `prompt` and `answer`, the data's "
+        "own, and returns a number.",
         "METRIC ...",
     ),
 ]
@@ -157,7 +176,7 @@ class MeshFlags:
     """Several devices of one host, or several processes, of which each is started with this same command."""
 
     mesh: Annotated[str | None, parser(str, "AXES"), default("one device; with several processes fsdp over all devices")] = None
-    """`data=2,fsdp=4,tensor=2`: copies of the model, devices that share its weights, and that share each product."""
+    """`data=2,fsdp=4,tensor=2`: copies of the model, devices that share its weights, and that share products."""
     processes: Annotated[
         int | None,
         parser(lambda text: 0 if text == "auto" else integer(1)(text), "N|auto"),
@@ -177,16 +196,21 @@ class MeshFlags:
             raise UserError("--process and --coordinator are for several processes: give --processes N, or leave them out.")
         if (self.processes or 1) > 1 and not all(joining):
             raise UserError(
-                f"Each of {self.processes} processes wants --process I and --coordinator HOST:PORT, or all of them "
+                f"Each of {self.processes} processes wants --process I and --coordinator "
+                "HOST:PORT, or all of them "
                 "--processes auto."
             )
         if self.processes and (self.process or 0) >= self.processes:
             raise UserError(f"--process {self.process} is one of 0 to {self.processes - 1} when there are {self.processes}.")
 
     def shape(self) -> MeshShape | None:
-        """Returns the shape, once connected: without --mesh `fsdp` over all devices of several processes, None for one."""
+        """Returns the shape, once connected: without --mesh `fsdp` over all devices of several
+        processes, None for one.
+        """
         if self.mesh or processes.process_count() == 1:
-            return parse_mesh(self.mesh) if self.mesh else None
+            if self.mesh:
+                return parse_mesh(self.mesh)
+            return None
         import jax
 
         return MeshShape(fsdp=jax.device_count())
@@ -205,7 +229,9 @@ class SamplingFlags:
     """How tokens are sampled, in place of what the model recommends. There are no flags for penalties."""
 
     temperature: Annotated[
-        float | None, _sampling("temperature", "X"), default("the model's, else 1; 0.8 in generate, 0.7 in chat")
+        float | None,
+        _sampling("temperature", "X"),
+        default("the model's, else 1; 0.8 in generate, 0.7 in chat"),
     ] = None
     """0 takes the most probable token each time; higher is more varied."""
     top_k: Annotated[int | None, _sampling("top_k", "N"), default("the model's, else 0, all")] = None
@@ -238,9 +264,11 @@ def choose_sampling(
     *,
     penalties: bool = False,
 ) -> tuple[dict[str, Any], str]:
-    """Returns fields of SamplingParams, each by a flag that is not None, else the model, else default, and a line that says so.
+    """Returns fields of SamplingParams, each by a flag that is not None, else the model, else
+    default, and a line that says so.
 
-    Prints what it ignores: what the model recommends out of range, and a penalty without `penalties`.
+    Prints what it ignores: what the model recommends out of range, and a penalty without
+    `penalties`.
     """
     usable: dict[str, Any] = {}
     for name, value in recommended.items():
@@ -248,12 +276,20 @@ def choose_sampling(
             RANGES[name].check(name, value)
             if name == "repetition_penalty" and value != 1 and not penalties:
                 raise InvalidField(name, f"{name} is {value:g}, and only `stages.serve` computes it.")
-            usable[name] = 0 if (name, value) == ("top_k", -1) else value  # all, as transformers spells it
+            # all, as transformers spells it
+            if (name, value) == ("top_k", -1):
+                usable[name] = 0
+            else:
+                usable[name] = value
         except InvalidField as error:
             console.print(f"Of the sampling that comes with the model one value is ignored: {error}", style="yellow")
     fields: dict[str, Any] = {}
     parts = []
-    for source, values in (("by a flag", flags), ("as the model recommends", usable), ("by default", default)):
+    for source, values in (
+        ("by a flag", flags),
+        ("as the model recommends", usable),
+        ("by default", default),
+    ):
         new = {name: value for name, value in values.items() if value is not None and name not in fields}
         fields |= new
         parts += [f"{', '.join(f'{name} {value:g}' for name, value in new.items())} {source}"] if new else []

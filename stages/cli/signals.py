@@ -1,9 +1,10 @@
 """Handles Ctrl-C, SIGTERM and a closed terminal: finishes a step that must be saved, and else ends the process at once.
 
-Python runs a signal's handler only when the main thread comes back from a library, where compiling or a long step can keep it
-for minutes. So a second thread reads the signals from Python's wake-up file descriptor. It prints what will happen and ends the
-process: at once, or at a second signal where the first one is deferred. SIGHUP is never the
-second one: a terminal that closes sends it, and so does the shell in it. Where it is ignored, as under nohup, it stays so.
+Python runs a signal's handler only when the main thread comes back from a library, where compiling
+or a long step can keep it for minutes. So a second thread reads the signals from Python's wake-up
+file descriptor. It prints what will happen and ends the process: at once, or at a second signal
+where the first one is deferred. SIGHUP is never the second one: a terminal that closes sends it,
+and so does the shell in it. Where it is ignored, as under nohup, it stays so.
 """
 
 import contextlib
@@ -28,10 +29,11 @@ HEARD_WITHIN = 5.0  # seconds: a signal that the main thread knows of, by the se
 
 @dataclasses.dataclass
 class Deferral:
-    """A block that ends by itself once one of `signals` was `received`; `say` gets the `answer` to it at once.
+    """A block that ends by itself once one of `signals` was `received`; `say` gets the `answer` to it
+    at once.
 
-    With `interrupts` the signal raises KeyboardInterrupt in the block. The main thread may hear of it first; `answered` is set
-    once the second thread has.
+    With `interrupts` the signal raises KeyboardInterrupt in the block. The main thread may hear of it
+    first; `answered` is set once the second thread has.
     """
 
     answer: str
@@ -83,7 +85,10 @@ def _handle(number: int, _: object) -> None:
 
 def _listen(pipe: int) -> None:
     """Reads signals until a zero byte arrives: defers them, or ends the process."""
-    while number := os.read(pipe, 1)[0]:
+    while True:
+        number = os.read(pipe, 1)[0]
+        if not number:
+            return
         deferral = _deferral
         if number not in SIGNALS:
             continue
@@ -92,7 +97,9 @@ def _listen(pipe: int) -> None:
         elif not deferral.answered.is_set():
             deferral.receive(number)
             deferral.answered.set()
-            if deferral.answer:  # in a thread: a pipe that nobody reads may be full, and a second signal must still be heard
+            # in a thread: a pipe that nobody reads may be full, and a second signal must still be
+            # heard
+            if deferral.answer:
                 printing = threading.Thread(target=_print_answer, args=(deferral,), daemon=True, name="answer")
                 printing.start()
                 printing.join(ANSWERED_WITHIN)
@@ -105,7 +112,8 @@ def _listen(pipe: int) -> None:
 def _wake_main_thread(deferral: Deferral) -> None:
     """Wakes the main thread until it has left the block.
 
-    A signal that comes after readline has printed its prompt and before it waits for a key is else handled at the next key.
+    A signal that comes after readline has printed its prompt and before it waits for a key is else
+    handled at the next key.
     """
     main = threading.main_thread().ident
     while main and _deferral is deferral:
@@ -119,8 +127,13 @@ def _print_answer(deferral: Deferral) -> None:
 
 
 def end_now(number: int, sentence: str) -> NoReturn:
-    """Prints the sentence after "Stopped" and ends this process, and the others of its run, with 128 + the signal."""
-    show_cursor = "\x1b[?25h" if sys.stderr and sys.stderr.isatty() else ""
+    """Prints the sentence after "Stopped" and ends this process, and the others of its run, with
+    128 + the signal.
+    """
+    if sys.stderr and sys.stderr.isatty():
+        show_cursor = "\x1b[?25h"
+    else:
+        show_cursor = ""
     start.write_stderr(f"{show_cursor}Stopped {sentence}")
     discard_unfinished()
     lifecycle.end(128 + number, "it was stopped by a signal.")
@@ -142,6 +155,7 @@ def defer_signals(
     try:
         yield deferral
     finally:
-        if deferral.received:  # else the second thread would take the same signal for one after the block
+        # else the second thread would take the same signal for one after the block
+        if deferral.received:
             deferral.answered.wait(HEARD_WITHIN)
         _deferral = None

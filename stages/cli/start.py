@@ -3,7 +3,8 @@
 This file imports little, so that Ctrl-C is answered from a command's first milliseconds on.
 """
 
-import _signal as signal  # signal.py takes milliseconds to import, in which Ctrl-C would be a traceback
+# signal.py takes milliseconds to import, in which Ctrl-C would be a traceback
+import _signal as signal
 import contextlib
 import gc
 import os
@@ -17,12 +18,15 @@ phase = "before anything was begun."  # printed after "Stopped" when a signal co
 
 
 def start_command() -> None:
-    """Answers signals in a sentence, lets this process store programs, and puts garbage collection off.
+    """Answers signals in a sentence, lets this process store programs, and puts garbage collection
+    off.
 
-    To be called before anything else of the engine is imported. `run_command` collects garbage again, once flags are parsed.
+    To be called before anything else of the engine is imported. `run_command` collects garbage
+    again, once flags are parsed.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:  # as nohup has it
+        # as nohup has it
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
             continue
         signal.signal(number, _stop)
     sources.record()
@@ -30,7 +34,9 @@ def start_command() -> None:
 
 
 def write_stderr(sentence: str) -> None:
-    """Writes past `print`, which the main thread may be in the middle of; not to a pipe that stays full, as nobody reads it."""
+    """Writes past `print`, which the main thread may be in the middle of; not to a pipe that stays
+    full, as nobody reads it.
+    """
     stderr = sys.stderr.fileno() if sys.stderr else 2
     with contextlib.suppress(OSError):  # the terminal may be closed
         _, writable, _ = select.select([], [stderr], [], FULL_SECONDS)
@@ -39,6 +45,8 @@ def write_stderr(sentence: str) -> None:
 
 
 def _stop(number: int, _: object) -> None:
-    """Ends the process at a signal before its command is running (`stages.cli.signals`) or after it is over."""
+    """Ends the process at a signal before its command is running (`stages.cli.signals`) or after it
+    is over.
+    """
     write_stderr(f"Stopped {phase}")
     os._exit(128 + number)
