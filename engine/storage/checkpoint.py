@@ -6,11 +6,12 @@
                             state.json              step, PRNG settings, and the caller's state
                             manifest.json           SHA-256 of every file above
 
-Each of several processes writes its own parts of the arrays: process 1 in params.1.safetensors, where `blocks/0/q[0:64,0:96]`
-is rows 0 to 63 and columns 0 to 95. An adapter is small, and process 0 writes it whole.
+Each of several processes writes its own parts of the arrays: process 1 in params.1.safetensors,
+where `blocks/0/q[0:64,0:96]` is rows 0 to 63 and columns 0 to 95. An adapter is small, and process
+0 writes it whole.
 
-A checkpoint is built in a hidden folder, read back from the disk and compared with memory, and appears by one rename: a kill at
-any instant leaves the older ones and no partial one.
+A checkpoint is built in a hidden folder, read back from the disk and compared with memory, and
+appears by one rename: a kill at any instant leaves the older ones and no partial one.
 """
 
 import concurrent.futures
@@ -42,7 +43,8 @@ from engine.storage import adapter, safetensors_writer
 from engine.storage.adapter import SavedAdapter
 
 SAVE_TOPIC = "save"  # the thread's own, see `gather_strings`
-PART_NAME = re.compile(r"(.+)\[(\d{1,15}:\d{1,15}(?:,\d{1,15}:\d{1,15})*)\]")  # the name of a part of an array
+# the name of a part of an array
+PART_NAME = re.compile(r"(.+)\[(\d{1,15}:\d{1,15}(?:,\d{1,15}:\d{1,15})*)\]")
 NICENESS = 5  # of the thread that writes, which takes time from the steps on a CPU
 ALIGNMENT = 64  # bytes
 TOUCH = 2**24  # bytes at once of new memory
@@ -55,9 +57,11 @@ Pieces = dict[str, Any]  # arrays that this process writes, by their names in it
 
 
 def own_pieces(name: str, leaf: Any) -> Pieces:
-    """Returns what this process writes of a leaf: all of it, or parts where the leaf lies on several processes.
+    """Returns what this process writes of a leaf: all of it, or parts where the leaf lies on
+    several processes.
 
-    Of processes that hold the same part one writes it. Raises TypeError or ValueError for a leaf that could not be loaded.
+    Of processes that hold the same part one writes it. Raises TypeError or ValueError for a leaf
+    that could not be loaded.
     """
     dtype = getattr(leaf, "dtype", None)
     if dtype not in safetensors_writer.NAMES:
@@ -67,9 +71,12 @@ def own_pieces(name: str, leaf: Any) -> Pieces:
     if PART_NAME.fullmatch(name):
         raise ValueError(f"save: {name} would be taken for a part of an array.")
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-        return {name: leaf} if processes.is_first() else {}
+        if processes.is_first():
+            return {name: leaf}
+        return {}
     boxes = {box_of(index, leaf.shape) for index in leaf.sharding.devices_indices_map(leaf.shape).values()}
-    chosen = zlib.crc32(name.encode()) % (leaf.sharding.num_devices // len(boxes))  # of the devices that hold the same part
+    # of the devices that hold the same part
+    chosen = zlib.crc32(name.encode()) % (leaf.sharding.num_devices // len(boxes))
     pieces = {}
     for shard in leaf.addressable_shards:
         if shard.replica_id == chosen:
@@ -85,11 +92,12 @@ def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
 class BackgroundSaver:
     """Saves the checkpoints of one run folder, one at a time, while training goes on.
 
-    `frozen`: params that never change. `adapted`: what is said of the adapter that a LoRA run trains; None for weights.
+    `frozen`: params that never change. `adapted`: what is said of the adapter that a LoRA run
+    trains; None for weights.
 
-    The copies lie in one mapping that is made once: touching new memory takes ten times as long as copying, and in the heap
-    they would end up above a step's buffer. The end of a `with` block waits for the last write, whose failure is raised unless
-    another error leaves the block.
+    The copies lie in one mapping that is made once: touching new memory takes ten times as long as
+    copying, and in the heap they would end up above a step's buffer. The end of a `with` block
+    waits for the last write, whose failure is raised unless another error leaves the block.
     """
 
     def __init__(self, folder: Path, keep: int, frozen: Any = None, adapted: SavedAdapter | None = None) -> None:
@@ -125,10 +133,11 @@ class BackgroundSaver:
         self._memory = memory
 
     def save(self, step: int, trainable: Any, optimizer: Any, state: dict[str, Any], best: int | None = None) -> None:
-        """Waits for the write before this one, copies the arrays, and begins to write them as `write` does.
+        """Waits for the write before this one, copies the arrays, and begins to write them as
+        `write` does.
 
-        The arrays may be donated or changed once this returns; without room for a copy it returns when they are written. Raises
-        the UserError of the write before.
+        The arrays may be donated or changed once this returns; without room for a copy it returns
+        when they are written. Raises the UserError of the write before.
         """
         self.wait()
         self._used = 0
@@ -155,7 +164,9 @@ class BackgroundSaver:
         copies: Pieces = {}
         for name, leaf in array_paths(tree).items():
             pieces = own_pieces(name, leaf)
-            copies |= pieces if self._memory is None else {piece: self._copy(x) for piece, x in pieces.items()}
+            if self._memory is not None:
+                pieces = {piece: self._copy(x) for piece, x in pieces.items()}
+            copies |= pieces
         return copies
 
     def _copy(self, x: Any) -> np.ndarray:
@@ -171,16 +182,22 @@ class BackgroundSaver:
         return copy
 
     def poll(self) -> bool:
-        """Returns whether a checkpoint is being written; raises the error of a write that has failed. Never waits."""
+        """Returns whether a checkpoint is being written; raises the error of a write that has
+        failed. Never waits.
+        """
         if self._work is not None and self._work.done():
             self.wait()
         return self._work is not None
 
     def wait(self) -> None:
-        """Waits until the last checkpoint is on the disk. Raises UserError when it could not be written."""
+        """Waits until the last checkpoint is on the disk. Raises UserError when it could not be
+        written.
+        """
         if self._work is not None:
-            concurrent.futures.wait([self._work])  # an exception from a signal leaves it to the next call
-            work, self._work = self._work, None
+            # an exception from a signal leaves it to the next call
+            concurrent.futures.wait([self._work])
+            work = self._work
+            self._work = None
             work.result()
 
     def __enter__(self) -> "BackgroundSaver":
@@ -232,19 +249,24 @@ def write(
     best: int | None = None,
     adapted: SavedAdapter | None = None,
 ) -> Path:
-    """Writes `folder/checkpoints/STEP` durably, then removes all but the newest `keep` and step `best`; returns its path.
+    """Writes `folder/checkpoints/STEP` durably, then removes all but the newest `keep` and step
+    `best`; returns its path.
 
-    parts: {"params": ..., "optimizer": ...} of `own_pieces`, which must not change until this returns; of an adapter, of which
-    `adapted` says more, {adapter.PART: ..., "optimizer": ...}. state: JSON, so tuples come back as lists. A checkpoint of the
-    same step is replaced; later ones are neither counted nor removed.
+    parts: {"params": ..., "optimizer": ...} of `own_pieces`, which must not change until this
+    returns; of an adapter, of which `adapted` says more, {adapter.PART: ..., "optimizer": ...}.
+    state: JSON, so tuples come back as lists. A checkpoint of the same step is replaced; later ones
+    are neither counted nor removed.
 
-    Raises UserError, naming the path and the bytes wanted, when the disk refuses or gives back other bits; older checkpoints
-    stay. Raises TypeError or ValueError, before anything is written, for a state that is not JSON. Where one of several
-    processes fails, the others wait for it until it ends all.
+    Raises UserError, naming the path and the bytes wanted, when the disk refuses or gives back
+    other bits; older checkpoints stay. Raises TypeError or ValueError, before anything is written,
+    for a state that is not JSON. Where one of several processes fails, the others wait for it until
+    it ends all.
     """
     record = json.dumps({"step": step, "prng": prng_settings(), "state": state}, indent=1, allow_nan=False)
     target = checkpoints_of(folder) / str(step)
-    own = sum(piece.nbytes for pieces in parts.values() for piece in pieces.values())
+    own = 0
+    for pieces in parts.values():
+        own += sum(piece.nbytes for piece in pieces.values())
     wanted = sum(map(int, processes.gather_strings(str(own), SAVE_TOPIC)))
     try:
         with _building(target, wanted, keep, best) as building:
@@ -252,14 +274,17 @@ def write(
         processes.gather_strings(topic=SAVE_TOPIC)  # until process 0 has committed
     except OSError as error:
         raise UserError(
-            f"Checkpoint {target} could not be written ({wanted / 1e6:,.1f} MB wanted): {error.strerror or error}. Earlier "
+            f"Checkpoint {target} could not be written ({wanted / 1e6:,.1f} MB wanted): "
+            f"{error.strerror or error}. Earlier "
             "checkpoints are untouched; make room, or choose another folder."
         ) from error
     return target
 
 
 def write_files(building: Path, parts: dict[str, Pieces], record: bytes, adapted: SavedAdapter | None) -> None:
-    """Writes this process's files of a checkpoint and reads them back; process 0 writes the JSON files and the manifest."""
+    """Writes this process's files of a checkpoint and reads them back; process 0 writes the JSON
+    files and the manifest.
+    """
     own = "" if processes.is_first() else f".{jax.process_index()}"
     entries = {}
     for part, pieces in parts.items():
@@ -290,14 +315,16 @@ def _one_array(data: bytes) -> list[np.ndarray]:
 
 @contextlib.contextmanager
 def _building(target: Path, wanted: int, keep: int, best: int | None) -> Iterator[Path]:
-    """Gives all processes a folder to write in, which process 0 makes and renames to `target`; then removes old checkpoints.
+    """Gives all processes a folder to write in, which process 0 makes and renames to `target`; then
+    removes old checkpoints.
 
     Raises OSError when fewer than `wanted` bytes are free.
     """
     if not processes.is_first():
         yield Path(processes.gather_strings(topic=SAVE_TOPIC)[0])
         return
-    root, step = target.parent, int(target.name)
+    root = target.parent
+    step = int(target.name)
     make_folder(root)
     with folder_lock(root):
         disk = shutil.disk_usage(root)

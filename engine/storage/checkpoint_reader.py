@@ -1,7 +1,7 @@
 """Loads checkpoints: all of one, to resume a run bit for bit, or its weights alone. `checkpoint.py` says what lies in a folder.
 
-Nothing is loaded before its SHA-256 is checked. Any number of processes loads arrays by slice onto any mesh, whoever wrote
-them.
+Nothing is loaded before its SHA-256 is checked. Any number of processes loads arrays by slice onto
+any mesh, whoever wrote them.
 """
 
 import contextlib
@@ -69,22 +69,28 @@ CheckArrays = Callable[[Path, Mapping[str, StoredArray]], None]  # of a checkpoi
 
 
 def load(folder: Path, params_like: Any, optimizer_like: Any, adapter_of: ModelConfig | None = None) -> LoadedCheckpoint:
-    """Loads the newest intact checkpoint of a run folder to resume training; removes what killed saves left.
+    """Loads the newest intact checkpoint of a run folder to resume training; removes what killed
+    saves left.
 
-    params_like, optimizer_like: trees of `jax.ShapeDtypeStruct` as wanted; a leaf with a sharding is placed by it, others go
-    uncommitted to the default device. `adapter_of`: the model that a LoRA run adapts. Raises UserError when no checkpoint is
-    intact (each damaged file is named), a leaf differs in path, shape or dtype, or the PRNG settings differ.
+    params_like, optimizer_like: trees of `jax.ShapeDtypeStruct` as wanted; a leaf with a sharding
+    is placed by it, others go uncommitted to the default device. `adapter_of`: the model that a
+    LoRA run adapts. Raises UserError when no checkpoint is intact (each damaged file is named), a
+    leaf differs in path, shape or dtype, or the PRNG settings differ.
     """
     chosen = ""
     if processes.is_first():
         remove_unfinished(checkpoints_of(folder))
         chosen = json.dumps(_newest_intact(folder), default=str)
     name, damaged = json.loads(processes.gather_strings(chosen)[0])
-    record, settings = _read_state(newest := Path(name)), prng_settings()
-    if (trained := record["prng"]) != settings:
+    newest = Path(name)
+    record = _read_state(newest)
+    settings = prng_settings()
+    trained = record["prng"]
+    if trained != settings:
         former, now = (", ".join(f"{name}={value}" for name, value in prng.items()) for prng in (trained, settings))
         raise UserError(
-            f"{newest} was trained with {former}; with the settings of now, {now}, its keys would draw other numbers. "
+            f"{newest} was trained with {former}; with the settings of now, {now}, its keys would "
+            "draw other numbers. "
             f"Set the former in the environment ({', '.join(trained).upper()})."
         )
     if adapter_of is None:
@@ -96,10 +102,12 @@ def load(folder: Path, params_like: Any, optimizer_like: Any, adapter_of: ModelC
 
 
 def load_params(path: Path, check: CheckArrays) -> LoadedCheckpoint:
-    """Loads the weights alone, as nested dicts, from a run folder (its newest intact checkpoint) or from one checkpoint.
+    """Loads the weights alone, as nested dicts, from a run folder (its newest intact checkpoint) or
+    from one checkpoint.
 
-    The optimizer may be damaged or gone. Changes nothing on disk. Calls `check(checkpoint, arrays)` before an array is read.
-    Raises UserError as `load` does, except for PRNG settings, and as `check` does.
+    The optimizer may be damaged or gone. Changes nothing on disk. Calls `check(checkpoint, arrays)`
+    before an array is read. Raises UserError as `load` does, except for PRNG settings, and as
+    `check` does.
     """
     newest, damaged = find_intact(path)
     record = _read_state(newest)
@@ -111,9 +119,11 @@ def load_params(path: Path, check: CheckArrays) -> LoadedCheckpoint:
 
 
 def find_intact(path: Path) -> tuple[Path, list[str]]:
-    """Returns the newest intact checkpoint of a run folder, or `path` if it is one; and a line per damaged file in newer ones.
+    """Returns the newest intact checkpoint of a run folder, or `path` if it is one; and a line per
+    damaged file in newer ones.
 
-    The optimizer may be damaged or gone. Raises UserError when there is none, or one that is named is damaged.
+    The optimizer may be damaged or gone. Raises UserError when there is none, or one that is named
+    is damaged.
     """
     checkpoint = Path(path).absolute()
     if checkpoints_of(checkpoint).is_dir():
@@ -127,10 +137,13 @@ def find_intact(path: Path) -> tuple[Path, list[str]]:
 
 
 def check_is_adapter(checkpoint: Path) -> None:
-    """Raises UserError for a LoRA run's checkpoint that is not in PEFT's layout, as those of earlier versions."""
+    """Raises UserError for a LoRA run's checkpoint that is not in PEFT's layout, as those of
+    earlier versions.
+    """
     if not is_adapter(checkpoint):
         raise UserError(
-            f"{checkpoint} has no {CONFIG} and {WEIGHTS}: it is of an earlier version of this program, which cannot be read "
+            f"{checkpoint} has no {CONFIG} and {WEIGHTS}: it is of an earlier version of this "
+            "program, which cannot be read "
             "any more. Train the adapter anew."
         )
 
@@ -144,9 +157,11 @@ def _read_adapter(checkpoint: Path, cfg: ModelConfig, like: Any) -> Any:
 
 
 def peek_arrays(path: Path, check: CheckArrays) -> Mapping[str, Any]:
-    """Returns the arrays that `load_params` is about to load, with shapes and dtypes, before a byte of them is verified.
+    """Returns the arrays that `load_params` is about to load, with shapes and dtypes, before a byte
+    of them is verified.
 
-    They are those of the newest checkpoint that passes `check`. Raises UserError as `load_params` does where none passes.
+    They are those of the newest checkpoint that passes `check`. Raises UserError as `load_params`
+    does where none passes.
     """
     newest = Path(path).absolute()
     checkpoints = [newest]
@@ -161,19 +176,23 @@ def peek_arrays(path: Path, check: CheckArrays) -> Mapping[str, Any]:
 
 
 def stored_arrays(checkpoint: Path, part: str) -> dict[str, StoredArray]:
-    """Returns the arrays of one part of a checkpoint by path, unread, after checking that each is there whole."""
+    """Returns the arrays of one part of a checkpoint by path, unread, after checking that each is
+    there whole.
+    """
     boxes: dict[str, dict[Box, safetensors.StoredTensor]] = {}
     for path in sorted(checkpoint.glob(f"{part}.*safetensors")):
         for name, tensor in safetensors.read_header(path)[0].items():
             box: Box = tuple((0, size) for size in tensor.shape)
-            if match := PART_NAME.fullmatch(name):
+            match = PART_NAME.fullmatch(name)
+            if match:
                 name, cuts = match.groups()
                 starts, stops = zip(*(map(int, cut.split(":")) for cut in cuts.split(",")))
                 box = tuple(zip(starts, stops))
             boxes.setdefault(name, {})[box] = tensor
     arrays = {}
     for name, parts in boxes.items():
-        cuts = [sorted({*axis}) for axis in zip(*parts)]  # a sharding cuts each axis, and the parts are all that this makes
+        # a sharding cuts each axis, and the parts are all that this makes
+        cuts = [sorted({*axis}) for axis in zip(*parts)]
         shape = tuple(axis[-1][1] for axis in cuts)
         whole = all(tuple(stop - start for start, stop in box) == tensor.shape for box, tensor in parts.items())
         whole = whole and all([start for start, _ in axis] == [0, *(stop for _, stop in axis[:-1])] for axis in cuts)
@@ -189,8 +208,10 @@ def _read_tree(where: Path, stored: dict[str, StoredArray], like: Any) -> Any:
     wanted = array_paths(like)
     _refuse_difference(where, wanted, stored)
     room = max((math.prod(array.shape) * array.dtype.itemsize for array in stored.values()), default=0)
-    buffer = np.empty(room + 2 * ALIGNMENT, np.uint8)  # for one after another: new memory for each costs more than reading
-    # JAX copies what does not lie at a multiple of 16 bytes; what does, it may take as it lies, whatever `may_alias` says.
+    # for one after another: new memory for each costs more than reading
+    buffer = np.empty(room + 2 * ALIGNMENT, np.uint8)
+    # JAX copies what does not lie at a multiple of 16 bytes; what does, it may take as it lies,
+    # whatever `may_alias` says.
     buffer = buffer[-buffer.ctypes.data % ALIGNMENT + 8 :]
     arrays = {name: _read_array(stored[name], leaf.sharding, buffer) for name, leaf in wanted.items()}
     _refuse_difference(where, wanted, arrays)  # without x64, JAX makes 32 bits of 64
@@ -198,51 +219,72 @@ def _read_tree(where: Path, stored: dict[str, StoredArray], like: Any) -> Any:
 
 
 def _read_array(stored: StoredArray, sharding: Any, buffer: np.ndarray) -> jax.Array:
-    """Returns an array placed by its sharding, or on the default device. `buffer`: memory to read into, which JAX copies."""
-    places = sharding.addressable_devices_indices_map(stored.shape) if sharding else {None: (slice(None),) * len(stored.shape)}
-    parts, read = [], None
+    """Returns an array placed by its sharding, or on the default device. `buffer`: memory to read
+    into, which JAX copies.
+    """
+    if sharding:
+        places = sharding.addressable_devices_indices_map(stored.shape)
+    else:
+        places = {None: (slice(None),) * len(stored.shape)}
+    parts = []
+    read = None
     for device, index in places.items():
-        if (box := box_of(index, stored.shape)) != read:
+        box = box_of(index, stored.shape)
+        if box != read:
             shape = [stop - start for start, stop in box]
             out = buffer[: math.prod(shape) * stored.dtype.itemsize].view(stored.dtype).reshape(shape)
             stored.read(box, out)
             read = box
         parts.append(jax.block_until_ready(jax.device_put(out, device, may_alias=False)))
-    return jax.make_array_from_single_device_arrays(stored.shape, sharding, parts) if sharding else parts[0]
+    if sharding:
+        return jax.make_array_from_single_device_arrays(stored.shape, sharding, parts)
+    return parts[0]
 
 
 def _refuse_difference(where: Path, wanted: dict[str, Any], came: dict[str, Any]) -> None:
     kinds = [{name: f"{leaf.dtype} {tuple(leaf.shape)}" for name, leaf in leaves.items()} for leaves in (wanted, came)]
-    if differing := sorted({name for name, _ in kinds[0].items() ^ kinds[1].items()}):
+    differing = sorted({name for name, _ in kinds[0].items() ^ kinds[1].items()})
+    if differing:
         expected, actual = (leaves.get(differing[0], "no such array") for leaves in kinds)
-        more = f" ({len(differing) - 1} more arrays differ)" if len(differing) > 1 else ""
+        if len(differing) > 1:
+            more = f" ({len(differing) - 1} more arrays differ)"
+        else:
+            more = ""
         raise UserError(
-            f"{where} is of another model: at {differing[0]} {expected} was wanted and {actual} came{more}. Use the config it "
+            f"{where} is of another model: at {differing[0]} {expected} was wanted and {actual} "
+            f"came{more}. Use the config it "
             "was trained with, or another folder."
         )
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
-    match record := read_json_object(path := checkpoint / "state.json"):
+    path = checkpoint / "state.json"
+    record = read_json_object(path)
+    match record:
         case {"step": int(), "prng": dict(), "state": _}:
             return record
     raise UserError(f"{path} is damaged: it does not say the step and the state of a run.")
 
 
 def rename_newer(folder: Path, after: int) -> list[Path]:
-    """Renames each checkpoint newer than step `after` to `damaged-STEP`; returns the new paths. Only process 0 does."""
+    """Renames each checkpoint newer than step `after` to `damaged-STEP`; returns the new paths.
+    Only process 0 does.
+    """
     root = checkpoints_of(folder)
     moved: list[Path] = []
     if not processes.is_first():
         return moved
     for step in [step for step in steps(folder) if step > after]:
-        shutil.rmtree(target := root / f"damaged-{step}", ignore_errors=True)
+        target = root / f"damaged-{step}"
+        shutil.rmtree(target, ignore_errors=True)
         moved.append((root / str(step)).rename(target))
     return moved
 
 
 def find_damage(checkpoint: Path, skip: str | None = None) -> list[str]:
-    """Returns one line per damaged file of a checkpoint, as `manifest.verify`; or one line if it holds another step's files."""
+    """Returns one line per damaged file of a checkpoint, as `manifest.verify`; or one line if it
+    holds another step's files.
+    """
     lines = manifest.verify(checkpoint, skip)
     if lines:
         return lines
@@ -251,7 +293,9 @@ def find_damage(checkpoint: Path, skip: str | None = None) -> list[str]:
     except UserError as error:
         return [str(error).rstrip(".")]
     is_other = checkpoint.name.isdecimal() and step != int(checkpoint.name)
-    return [f"{checkpoint} holds the files of step {step:,}"] if is_other else []
+    if is_other:
+        return [f"{checkpoint} holds the files of step {step:,}"]
+    return []
 
 
 def _newest_intact(folder: Path, skip: str | None = None) -> tuple[Path, list[str]]:

@@ -1,8 +1,10 @@
 """Opens the model and the tokenizer in a GGUF file (llama.cpp) of any READABLE quantisation, and writes both.
 
-The gguf library reads what is not multiplied as it is; its reader of files is not used (see `gguf_header.py`).
+The gguf library reads what is not multiplied as it is; its reader of files is not used (see
+`gguf_header.py`).
 """
 
+import functools
 import json
 import math
 import re
@@ -86,11 +88,14 @@ def open_model(path: Path) -> StoredModel:
             return dequantize(read_at(path, tensor.offset, tensor.size), tensor.kind)[start:stop]
         row = tensor.size // tensor.shape[0]
         data = read_at(path, tensor.offset + start * row, (stop - start) * row)
-        # The library goes by 16 rows: for short ones the calls take as long as the computing, so they are joined.
+        # The library goes by 16 rows: for short ones the calls take as long as the computing, so
+        # they are joined.
         blocks = data.size // GGML_QUANT_SIZES[tensor.kind][1]
         lines = next(lines for lines in range(min(LINES, blocks), 0, -1) if blocks % lines == 0)
         values = dequantize(data.reshape(lines, -1), tensor.kind).reshape(stop - start, -1)
-        return regroup_rows(values, cfg.head_dim // 2, 2) if name in paired else values
+        if name in paired:
+            return regroup_rows(values, cfg.head_dim // 2, 2)
+        return values
 
     def packed(name: str) -> np.ndarray:
         tensor = header.tensors[name]
@@ -100,8 +105,12 @@ def open_model(path: Path) -> StoredModel:
         except ValueError:
             raise infinite_weights(name) from None
 
-    title, context = header.metadata.get("general.name"), header.metadata[f"{architecture}.context_length"]
-    name = title if isinstance(title, str) and title.isprintable() and 0 < len(title) <= MAX_NAME else path.stem
+    title = header.metadata.get("general.name")
+    context = header.metadata[f"{architecture}.context_length"]
+    if isinstance(title, str) and title.isprintable() and 0 < len(title) <= MAX_NAME:
+        name = title
+    else:
+        name = path.stem
     return StoredModel(
         name,
         cfg,
@@ -117,9 +126,11 @@ def open_model(path: Path) -> StoredModel:
 
 
 def regroup_rows(rows: np.ndarray, outer: int, inner: int) -> np.ndarray:
-    """Reorders the rows of each head for RoPE: `outer` groups of `inner` become `inner` groups of `outer`.
+    """Reorders the rows of each head for RoPE: `outer` groups of `inner` become `inner` groups of
+    `outer`.
 
-    (2, H / 2) lays RoPE's pairs (i, i + H / 2) side by side, as in `llama` files' q and k; (H / 2, 2) undoes it.
+    (2, H / 2) lays RoPE's pairs (i, i + H / 2) side by side, as in `llama` files' q and k; (H / 2,
+    2) undoes it.
     """
     heads = rows.reshape(-1, outer, inner, *rows.shape[1:])
     return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(rows.shape)
@@ -135,15 +146,20 @@ def save_gguf(
     dtype: str,
     report: OnProgress = None,
 ) -> None:
-    """Writes the model to `path`, a temporary file; matrices in `dtype`, gains and biases in float32.
+    """Writes the model to `path`, a temporary file; matrices in `dtype`, gains and biases in
+    float32.
 
-    params, report: as in `file_tensors`. Blocks stay. With q4_0 and q4_1 embedding and head have 8 bits, as in `serve
-    --weights q4`. A matrix whose rows are no whole number of blocks of 32 becomes F16. Raises UserError for an architecture
-    without a name in GGUF.
+    params, report: as in `file_tensors`. Blocks stay. With q4_0 and q4_1 embedding and head have 8
+    bits, as in `serve --weights q4`. A matrix whose rows are no whole number of blocks of 32
+    becomes F16. Raises UserError for an architecture without a name in GGUF.
     """
     architecture = architecture_of(cfg)
-    F32, F16, wanted = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType[DTYPE_NAMES[dtype]]
-    leaves, kinds, values = list(layout_of(cfg, GGUF_NAMES)), {}, leaf_paths(params)
+    F32 = GGMLQuantizationType.F32
+    F16 = GGMLQuantizationType.F16
+    wanted = GGMLQuantizationType[DTYPE_NAMES[dtype]]
+    leaves = list(layout_of(cfg, GGUF_NAMES))
+    kinds = {}
+    values = leaf_paths(params)
     writer = GGUFWriter(path, architecture)
     writer.add_name(name)
     writer.add_file_type(LlamaFileType.ALL_F32 if wanted == F32 else LlamaFileType[f"MOSTLY_{wanted.name}"])
@@ -157,7 +173,10 @@ def save_gguf(
         if own in KINDS:
             kind = GGMLQuantizationType[own]
         elif kind.name in KINDS:
-            kind = F16 if leaf.stored[1] % GROUP else GGMLQuantizationType[served_kind(leaf.path, kind.name)]
+            if leaf.stored[1] % GROUP:
+                kind = F16
+            else:
+                kind = GGMLQuantizationType[served_kind(leaf.path, kind.name)]
         kinds[leaf.name] = kind
         size = math.prod(quant_shape_to_byte_shape(leaf.stored, kind))
         writer.add_tensor_info(leaf.name, leaf.stored, np.dtype(np.float32), size, kind)
@@ -171,9 +190,10 @@ def save_gguf(
         rows = np.ascontiguousarray(array, None if array.dtype == np.uint8 else np.float32)
         if leaf.paired and architecture == "llama":
             rows = regroup_rows(rows, 2, cfg.head_dim // 2)
+        kind = kinds[leaf.name]
         if array.dtype == np.uint8:
             data = rows
-        elif (kind := kinds[leaf.name]).name in KINDS:
+        elif kind.name in KINDS:
             data = unpack_blocks(round_to_blocks(rows, kind.name, axis=0))
         else:
             with np.errstate(over="ignore"):  # infinity is refused when the file is read
@@ -187,10 +207,14 @@ def save_gguf(
 # The tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ggml's kinds of tokens
-SPECIAL_TOKENS = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}  # ggml's names -> tokenizer_config.json's
+# ggml's names -> tokenizer_config.json's
+SPECIAL_TOKENS = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}
 # SamplingParams' name -> llama.cpp's key of the recommended value.
 SAMPLING_KEYS = {name: f"general.sampling.{name}" for name in ("top_k", "top_p", "min_p")}
-SAMPLING_KEYS |= {"temperature": "general.sampling.temp", "repetition_penalty": "general.sampling.penalty_repeat"}
+SAMPLING_KEYS |= {
+    "temperature": "general.sampling.temp",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+}
 SPACE = "▁"  # stands for a space in a sentencepiece vocabulary
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 PRE_TOKENIZERS = ("gpt-2", "smollm", *LLAMA3, "qwen2")  # llama.cpp's names
@@ -199,7 +223,10 @@ FALLBACK_PRE_TOKENIZER = "llama-bpe"  # where llama.cpp has no name for it
 
 def set_pre_tokenizer(tokenizer: tokenizers.Tokenizer, name: str) -> None:
     """Sets the normalizer and pre-tokenizer of one of PRE_TOKENIZERS."""
-    tokenizer.normalizer = normalizers.NFC() if name == "qwen2" else None
+    if name == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    else:
+        tokenizer.normalizer = None
     tokenizer.pre_tokenizer = gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if name == "smollm":
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
@@ -216,25 +243,35 @@ def set_pre_tokenizer(tokenizer: tokenizers.Tokenizer, name: str) -> None:
 
 def read_tokenizer(header: Header, vocab: int) -> ModelTokenizer:
     """Reads a file's tokenizer of `vocab` tokens, its EOS ids, and its recommended sampling."""
-    path, metadata = header.path, header.metadata
-    field = lambda name: metadata.get(f"tokenizer.ggml.{name}")
-    tokens, kinds = _read_list(header, "tokens", vocab), _read_list(header, "token_type", vocab)
+    path = header.path
+    metadata = header.metadata
+
+    def field(name: str) -> Any:
+        return metadata.get(f"tokenizer.ggml.{name}")
+
+    tokens = _read_list(header, "tokens", vocab)
+    kinds = _read_list(header, "token_type", vocab)
     places = {token: place for place, token in enumerate(tokens)}
     if len(places) < len(tokens):
         raise UserError(f"{path} is damaged: a token is twice in its vocabulary.")
-    model, pre = field("model"), field("pre")
+    model = field("model")
+    pre = field("pre")
     if "tokenizer.huggingface.json" in metadata:
         tokenizer = _from_json(header, places)
     else:
         known_name(model, ("gpt2", "llama"), "the tokenizer model", path)
-        make = lambda: _byte_level(header, places, pre) if model == "gpt2" else _sentencepiece(header, places, kinds)
+        if model == "gpt2":
+            make = functools.partial(_byte_level, header, places, pre)
+        else:
+            make = functools.partial(_sentencepiece, header, places, kinds)
         tokenizer = build_tokenizer(make, path)
         for kind, special in ((CONTROL, True), (UNKNOWN, True), (USER_DEFINED, False)):
             named = [tokens[place] for place in np.flatnonzero(kinds == kind)]
             tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in named])
     ids: dict[str, int] = {}
     for name in ("bos", "eos", "padding", "eot", "eom"):
-        if (value := field(f"{name}_token_id")) is not None:
+        value = field(f"{name}_token_id")
+        if value is not None:
             if type(value) is not int or not 0 <= value < vocab:
                 raise UserError(f"{path}: tokenizer.ggml.{name}_token_id is {quote(value)}, and there are {vocab:,} tokens.")
             ids[name] = value
@@ -243,20 +280,30 @@ def read_tokenizer(header: Header, vocab: int) -> ModelTokenizer:
     template = metadata.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
         raise UserError(f"{path}: tokenizer.chat_template should be text.")
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
     config |= {key: tokens[ids[name]] for name, key in SPECIAL_TOKENS.items() if name in ids}
-    config |= {} if template is None else {"chat_template": template}
+    if template is not None:
+        config["chat_template"] = template
     add_bos = field("add_bos_token")
-    add_bos = (model == "llama" or pre in LLAMA3) if add_bos is None else add_bos
+    if add_bos is None:
+        add_bos = model == "llama" or pre in LLAMA3
     if add_bos is True and "bos" in ids:
-        token, first = (tokens[ids["bos"]], ids["bos"]), f"{tokens[ids['bos']]}:0"
-        begin = lambda: processors.TemplateProcessing(
-            single=[first, "$A:0"], pair=[first, "$A:0", "$B:1"], special_tokens=[token]
+        token = (tokens[ids["bos"]], ids["bos"])
+        first = f"{tokens[ids['bos']]}:0"
+        begin = functools.partial(
+            processors.TemplateProcessing,
+            single=[first, "$A:0"],
+            pair=[first, "$A:0", "$B:1"],
+            special_tokens=[token],
         )
         tokenizer.post_processor = build_tokenizer(begin, path)
     eos_ids = tuple(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids))
-    whole = build_tokenizer(lambda: Tokenizer(tokenizer, config, path), path)
-    return ModelTokenizer(whole, eos_ids, {name: metadata[key] for name, key in SAMPLING_KEYS.items() if key in metadata})
+    whole = build_tokenizer(functools.partial(Tokenizer, tokenizer, config, path), path)
+    sampling = {name: metadata[key] for name, key in SAMPLING_KEYS.items() if key in metadata}
+    return ModelTokenizer(whole, eos_ids, sampling)
 
 
 def _read_list(header: Header, name: str, count: int | None = None) -> Any:
@@ -267,9 +314,14 @@ def _read_list(header: Header, name: str, count: int | None = None) -> Any:
     texts = name in ("tokens", "merges")
     if texts != (location.kind == STRING) or count not in (None, location.length):
         kind = "texts" if texts else "numbers"
-        wanted = kind if count is None else f"{count:,} {kind}, a row of the embedding each"
+        if count is None:
+            wanted = kind
+        else:
+            wanted = f"{count:,} {kind}, a row of the embedding each"
         raise UserError(f"{header.path}: tokenizer.ggml.{name} should be {wanted}, and has {location.length:,} entries.")
-    return read_strings(header.path, location) if texts else read_numbers(header.path, location)
+    if texts:
+        return read_strings(header.path, location)
+    return read_numbers(header.path, location)
 
 
 def _from_json(header: Header, places: dict[str, int]) -> tokenizers.Tokenizer:
@@ -296,22 +348,29 @@ def _byte_level(header: Header, places: dict[str, int], pre: Any) -> tokenizers.
 
 
 def _sentencepiece(header: Header, places: dict[str, int], kinds: np.ndarray) -> tokenizers.Tokenizer:
-    """Builds BPE over characters, unknown ones as bytes; pairs merge in the order of their token's score."""
+    """Builds BPE over characters, unknown ones as bytes; pairs merge in the order of their token's
+    score.
+    """
     scores = _read_list(header, "scores", len(places)).tolist()
-    pairs = [
-        (-scores[place], -cut, token[:cut], token[cut:])
-        for token, place in places.items()
-        if kinds[place] in (NORMAL, USER_DEFINED)
-        for cut in range(1, len(token))
-        if token[:cut] in places and token[cut:] in places
-    ]
-    merges = [pair[2:] for pair in sorted(pairs, key=lambda pair: pair[:2])]
+    order: list[tuple[float, int]] = []
+    pairs: list[tuple[str, str]] = []
+    for token, place in places.items():
+        if kinds[place] not in (NORMAL, USER_DEFINED):
+            continue
+        for cut in range(1, len(token)):
+            if token[:cut] in places and token[cut:] in places:
+                order.append((-scores[place], -cut))
+                pairs.append((token[:cut], token[cut:]))
+    merges = [pairs[index] for index in sorted(range(len(pairs)), key=order.__getitem__)]
     unknown = next((token for token, kind in zip(places, kinds) if kind == UNKNOWN), None)
     prefixed = header.metadata.get("tokenizer.ggml.add_space_prefix", True) is True
     model = models.BPE(vocab=places, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = tokenizers.Tokenizer(model)
     spaces = normalizers.Replace(" ", SPACE)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefixed else spaces
+    if prefixed:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces])
+    else:
+        tokenizer.normalizer = spaces
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefixed else steps)
     return tokenizer
@@ -320,27 +379,41 @@ def _sentencepiece(header: Header, places: dict[str, int], kinds: np.ndarray) ->
 def tokenizer_metadata(tokenizer: Tokenizer, eos_ids: tuple[int, ...], vocab: int) -> dict[str, Any]:
     """Returns the GGUF metadata of a tokenizer, for a model of `vocab` tokens.
 
-    Where llama.cpp has no name for its pre-tokenizer, the nearest is named, and the tokenizer.json added. Raises UserError for
-    a tokenizer that is no BPE or has no merges.
+    Where llama.cpp has no name for its pre-tokenizer, the nearest is named, and the tokenizer.json
+    added. Raises UserError for a tokenizer that is no BPE or has no merges.
     """
-    written, config = tokenizer.to_json(), tokenizer.config
+    written = tokenizer.to_json()
+    config = tokenizer.config
     model = written["model"]
     if model["type"] != "BPE" or not model["merges"]:
-        kind = "without merges" if model["type"] == "BPE" else f"of the kind {model['type']}"
+        if model["type"] == "BPE":
+            kind = "without merges"
+        else:
+            kind = f"of the kind {model['type']}"
         raise UserError(f"A tokenizer {kind} has no place in a GGUF file; write a Hugging Face folder instead.")
-    tokens, kinds = [f"[PAD{place}]" for place in range(vocab)], [UNUSED] * vocab
+    tokens = [f"[PAD{place}]" for place in range(vocab)]
+    kinds = [UNUSED] * vocab
     for token, place in model["vocab"].items():
         tokens[place] = token
-        kinds[place] = BYTE if model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token) else NORMAL
+        if model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            kinds[place] = BYTE
+        else:
+            kinds[place] = NORMAL
     for added in written["added_tokens"]:
         tokens[added["id"]] = added["content"]
-        kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+        if added["special"]:
+            kinds[added["id"]] = CONTROL
+        else:
+            kinds[added["id"]] = USER_DEFINED
     fields: dict[str, Any] = {"tokens": tokens, "token_type": kinds, "add_bos_token": bool(tokenizer.bos_ids)}
     texts = tokenizer.special_names
     named = {name: tokenizer.id_of(texts.get(key, "")) for name, key in (SPECIAL_TOKENS | {"unknown": "unk_token"}).items()}
     named |= dict(zip(("eos", "eot"), eos_ids))
     fields |= {f"{name}_token_id": place for name, place in named.items() if place is not None}
-    extra = {"tokenizer.chat_template": config["chat_template"]} if config.get("chat_template") else {}
+    if config.get("chat_template"):
+        extra = {"tokenizer.chat_template": config["chat_template"]}
+    else:
+        extra = {}
     if model.get("byte_fallback"):
         ranks: dict[str, int] = {}
         for rank, pair in enumerate(model["merges"]):
@@ -366,4 +439,7 @@ def _is_pre_tokenizer(tokenizer: dict[str, Any], name: str) -> bool:
 
 
 def sampling_metadata(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    return {SAMPLING_KEYS[name]: value if name == "top_k" else float(value) for name, value in sampling.items()}
+    metadata = {}
+    for name, value in sampling.items():
+        metadata[SAMPLING_KEYS[name]] = value if name == "top_k" else float(value)
+    return metadata

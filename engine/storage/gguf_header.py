@@ -1,8 +1,9 @@
 """Reads the header of a GGUF file, its metadata and tensor table, as untrusted data.
 
-Layout (ggml's docs/gguf.md): magic, version, counts, keys with typed values, name, shape, type and offset of each tensor,
-the tensors, each aligned. The gguf library's reader takes lengths as they come and keeps an object for every string; this
-one checks each length against the file, and leaves arrays in it until they are wanted.
+Layout (ggml's docs/gguf.md): magic, version, counts, keys with typed values, name, shape, type and
+offset of each tensor, the tensors, each aligned. The gguf library's reader takes lengths as they
+come and keeps an object for every string; this one checks each length against the file, and leaves
+arrays in it until they are wanted.
 """
 
 import math
@@ -17,10 +18,16 @@ from engine.errors import UserError
 from engine.files import open_regular
 from engine.untrusted import check_adjacent, quote, read_at, read_exactly, truncation_error
 
-MAX_KEYS, MAX_TENSORS, MAX_NAME_BYTES = 4096, 16384, 1024  # more than any model has
+MAX_KEYS = 4096
+MAX_TENSORS = 16384
+MAX_NAME_BYTES = 1024  # more than any model has
 MAX_STRING_BYTES = 2049  # bytes of a text in an array: a token, or a merge of two
 MAX_TEXT = 16 * 2**20  # bytes of text outside of arrays, in all keys together
-UINT32, FLOAT32, STRING, ARRAY, UINT64 = 4, 6, 8, 9, 10
+UINT32 = 4
+FLOAT32 = 6
+STRING = 8
+ARRAY = 9
+UINT64 = 10
 SCALARS = {kind: struct.Struct("<" + letter) for kind, letter in zip((*range(8), 10, 11, 12), "BbHhIif?Qqd")}
 
 
@@ -33,7 +40,9 @@ class ArrayLocation(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A tensor in the file. shape (out, in) or (n,), while GGUF writes the fastest axis first; offset and size in bytes."""
+    """A tensor in the file. shape (out, in) or (n,), while GGUF writes the fastest axis first;
+    offset and size in bytes.
+    """
 
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
@@ -58,11 +67,15 @@ def read_header(path: Path) -> Header:
             raise UserError(f"{path} is not a GGUF file: it does not begin with GGUF.")
         version, count, keys = struct.unpack("<IQQ", read_exactly(file, 20, path))
         if version not in (2, 3):
-            order = "big-endian" if version & 0xFFFF == 0 else f"of version {version}"
+            if version & 0xFFFF == 0:
+                order = "big-endian"
+            else:
+                order = f"of version {version}"
             raise UserError(f"{path} is a GGUF file {order}; little-endian files of versions 2 and 3 are read.")
         if keys > MAX_KEYS or count > MAX_TENSORS:
             raise UserError(f"{path} claims {keys:,} keys and {count:,} tensors, more than any model has; it is damaged.")
-        reader, metadata = _Reader(file, path, size), dict[str, Any]()
+        reader = _Reader(file, path, size)
+        metadata = dict[str, Any]()
         for _ in range(keys):
             key = reader.name("key")
             if key in metadata:
@@ -96,13 +109,18 @@ class _Reader:
     """Reads values one by one, checked against the rest of the file."""
 
     def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
-        self.file, self.path, self.size, self.text_left = file, path, size, MAX_TEXT
+        self.file = file
+        self.path = path
+        self.size = size
+        self.text_left = MAX_TEXT
 
     def number(self, kind: int) -> Any:
         """Reads a number; of a float32 the shortest decimal, 1e-05 and not 9.999999747378752e-06."""
         scalar = SCALARS[kind]
         value = scalar.unpack(read_exactly(self.file, scalar.size, self.path))[0]
-        return float(str(np.float32(value))) if kind == FLOAT32 else value
+        if kind == FLOAT32:
+            return float(str(np.float32(value)))
+        return value
 
     def require(self, wanted: int) -> int:
         remaining = self.size - self.file.tell()
@@ -135,7 +153,8 @@ class _Reader:
             return self.text(length, f"value of {quote(key)}")
         if kind != ARRAY:
             raise UserError(f"{self.path} is damaged: the key {quote(key)} has a value of the unknown type {kind}.")
-        inner, count = self.number(UINT32), self.number(UINT64)
+        inner = self.number(UINT32)
+        count = self.number(UINT64)
         location = ArrayLocation(inner, count, self.file.tell())
         if inner in SCALARS:
             self.file.seek(self.require(count * SCALARS[inner].size), 1)
@@ -149,7 +168,8 @@ class _Reader:
 
     def info(self) -> tuple[str, list[int], int, int]:
         """Reads a tensor's name, dimensions as written, type and offset."""
-        name, count = self.name("tensor's name"), self.number(UINT32)
+        name = self.name("tensor's name")
+        count = self.number(UINT32)
         if not 1 <= count <= 4:
             raise UserError(f"{self.path} is damaged: the tensor {quote(name)} has {count:,} dimensions.")
         return name, [self.number(UINT64) for _ in range(count)], self.number(UINT32), self.number(UINT64)

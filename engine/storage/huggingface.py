@@ -3,11 +3,13 @@
 Nothing in a folder is ever run: no pickle is opened, no code is imported, nothing is fetched.
 """
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import tokenizers
 
 from engine.errors import UserError
@@ -16,12 +18,19 @@ from engine.model.config import ModelConfig
 from engine.storage import safetensors, safetensors_writer
 from engine.storage.architectures import DEFAULTS, config_from_json, config_to_json, note_unknown_json
 from engine.storage.hub import cached_id
-from engine.storage.tensor_layout import HUGGING_FACE_NAMES, StoredModel, check_tensors, file_tensors, layout_of
+from engine.storage.tensor_layout import (
+    HUGGING_FACE_NAMES,
+    StoredModel,
+    check_tensors,
+    file_tensors,
+    layout_of,
+)
 from engine.text import OnProgress
 from engine.text.tokenizer import GENERATION, ModelTokenizer, Tokenizer, save_tokenizer
 from engine.untrusted import build_tokenizer, quote, read_json_object, read_text
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # by the names of SamplingParams
+# by the names of SamplingParams
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 MAX_EOS_IDS = 64
 MAX_TOKENIZER_BYTES = 64 * 2**20  # the largest has 17 million
 
@@ -32,19 +41,26 @@ def open_model(path: Path) -> StoredModel:
     cfg = config_from_json(fields, path / "config.json")
     files = safetensors.read_folder(path)
     stored = {name: tensor for name, tensor in files.items() if not name.endswith(".rotary_emb.inv_freq")}
-    head = stored.pop(HUGGING_FACE_NAMES["head"], None) if cfg.tied else None
+    if cfg.tied:
+        head = stored.pop(HUGGING_FACE_NAMES["head"], None)
+    else:
+        head = None
     leaves = check_tensors(layout_of(cfg, HUGGING_FACE_NAMES), {name: tensor.shape for name, tensor in stored.items()}, path)
     for name, tensor in stored.items():
         if tensor.dtype not in safetensors.FLOATS:
             readable = ", ".join(safetensors.FLOATS)
             raise UserError(f"{tensor.path}: the tensor {quote(name)} is {tensor.dtype}; weights are read as {readable}.")
-    if head and not _are_equal(head, stored[HUGGING_FACE_NAMES["embed"]]):  # which of the two is meant cannot be known
+    # which of the two is meant cannot be known
+    if head and not _are_equal(head, stored[HUGGING_FACE_NAMES["embed"]]):
         raise UserError(f"{path} says tie_word_embeddings but has a lm_head.weight that differs from its embedding.")
-    rows = lambda name, start, stop: safetensors.read_slice(stored[name], start, stop)
+
+    def rows(tensor: str, start: int, stop: int) -> np.ndarray:
+        return safetensors.read_slice(stored[tensor], start, stop)
+
     hub_id = cached_id(path)  # `_name_or_path` is often the parent's, whose weights are others
     name = hub_id.partition("/")[2] or path.resolve().name
     context = (DEFAULTS[fields["model_type"]] | fields)["max_position_embeddings"]
-    tokenizer = lambda: load_tokenizer(path, cfg.vocab, fields.get("eos_token_id"))
+    tokenizer = functools.partial(load_tokenizer, path, cfg.vocab, fields.get("eos_token_id"))
     return StoredModel(name, cfg, leaves, rows, tokenizer, context, hub_id, note_unknown_json(fields, path / "config.json"))
 
 
@@ -53,28 +69,38 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def load_tokenizer(folder: Path, vocab: int | None = None, eos: Any = None) -> ModelTokenizer:
-    """Loads what `save_tokenizer`, or a Hugging Face export, put into `folder`, with its chat template.
+    """Loads what `save_tokenizer`, or a Hugging Face export, put into `folder`, with its chat
+    template.
 
-    `vocab`: the ids of the model it is for. `eos`: the field `eos_token_id` of config.json, where generation_config.json has
-    none. The first of these ids ends a text where tokenizer_config.json names no eos_token. Raises UserError when a file is
-    missing or damaged, and for a tokenizer that is no BPE that knows every byte, has more ids than `vocab`, or has no token
-    that ends a text.
+    `vocab`: the ids of the model it is for. `eos`: the field `eos_token_id` of config.json, where
+    generation_config.json has none. The first of these ids ends a text where tokenizer_config.json
+    names no eos_token. Raises UserError when a file is missing or damaged, and for a tokenizer that
+    is no BPE that knows every byte, has more ids than `vocab`, or has no token that ends a text.
     """
-    source, beside, generation_file = folder / "tokenizer.json", folder / "tokenizer_config.json", folder / GENERATION
+    source = folder / "tokenizer.json"
+    beside = folder / "tokenizer_config.json"
+    generation_file = folder / GENERATION
     if not source.is_file():
         other = next((name for name in ("tokenizer.model", "vocab.json") if (folder / name).exists()), None)
-        instead = f", only {other}: save the model's fast tokenizer, which writes one" if other else ""
+        if other:
+            instead = f", only {other}: save the model's fast tokenizer, which writes one"
+        else:
+            instead = ""
         raise UserError(f"{folder} has no tokenizer.json{instead}.")
     text = read_text(source, MAX_TOKENIZER_BYTES)
     inner = build_tokenizer(lambda: tokenizers.Tokenizer.from_str(text), source)
-    generation = read_json_object(generation_file) if generation_file.exists() else {}
+    if generation_file.exists():
+        generation = read_json_object(generation_file)
+    else:
+        generation = {}
     ids = vocab or max(inner.get_vocab().values(), default=0) + 1
     eos_ids = _read_eos_ids(generation.get("eos_token_id", eos), ids, generation_file)
     config = read_json_object(beside) if beside.exists() else {}
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}.get("default")
-    if (file := folder / "chat_template.jinja").is_file():
+    file = folder / "chat_template.jinja"
+    if file.is_file():
         template = read_text(file)
     if not isinstance(template, str | None):
         raise UserError(f"{beside}: chat_template should be text.")
@@ -94,7 +120,12 @@ def load_tokenizer(folder: Path, vocab: int | None = None, eos: Any = None) -> M
 
 
 def _read_eos_ids(value: Any, vocab: int, path: Path) -> list[int]:
-    ids = value[:MAX_EOS_IDS] if isinstance(value, list) else [] if value is None else [value]
+    if isinstance(value, list):
+        ids = value[:MAX_EOS_IDS]
+    elif value is None:
+        ids = []
+    else:
+        ids = [value]
     for token in ids:
         if type(token) is not int or not 0 <= token < vocab:
             raise UserError(f"{path}: eos_token_id should be ids below {vocab:,}, not {quote(token)}.")
@@ -102,21 +133,37 @@ def _read_eos_ids(value: Any, vocab: int, path: Path) -> list[int]:
 
 
 def _read_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the recommended sampling: greedy where `do_sample` is false, whatever stands beside it."""
-    greedy = {"temperature": 0.0, "top_k": None, "top_p": None, "min_p": None} if values.get("do_sample") is False else {}
-    return {name: value for name in SAMPLING if (value := {**values, **greedy}.get(name)) is not None}
+    """Returns the recommended sampling: greedy where `do_sample` is false, whatever stands beside
+    it.
+    """
+    if values.get("do_sample") is False:
+        values = {**values, "temperature": 0.0, "top_k": None, "top_p": None, "min_p": None}
+    return {name: values[name] for name in SAMPLING if values.get(name) is not None}
 
 
 def _are_equal(first: safetensors.StoredTensor, second: safetensors.StoredTensor) -> bool:
-    read = lambda stored, start: safetensors.read_slice(stored, start, min(start + 4096, first.shape[0])).tobytes()
-    same_kind = (first.shape, first.dtype) == (second.shape, second.dtype)
-    return same_kind and all(read(first, start) == read(second, start) for start in range(0, first.shape[0], 4096))
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    rows = first.shape[0]
+    for start in range(0, rows, 4096):
+        stop = min(start + 4096, rows)
+        data = safetensors.read_slice(first, start, stop).tobytes()
+        if data != safetensors.read_slice(second, start, stop).tobytes():
+            return False
+    return True
 
 
 def save_folder(
-    folder: Path, cfg: ModelConfig, params: dict[str, Any], tokenizer: ModelTokenizer, *, dtype: str, report: OnProgress = None
+    folder: Path,
+    cfg: ModelConfig,
+    params: dict[str, Any],
+    tokenizer: ModelTokenizer,
+    *,
+    dtype: str,
+    report: OnProgress = None,
 ) -> None:
-    """Writes config.json, model.safetensors, every weight in `dtype`, and what `save_tokenizer` writes.
+    """Writes config.json, model.safetensors, every weight in `dtype`, and what `save_tokenizer`
+    writes.
 
     params, report: as in `file_tensors`. Raises UserError for an architecture that no family has.
     """

@@ -21,7 +21,16 @@ from engine.model.shapes import leaf_shapes
 from engine.model.weights.blocks import Blocks, with_factors
 from engine.model.weights.lora import LoRA, to_dense
 from engine.storage import checkpoint_reader, hub, huggingface, run_folder
-from engine.storage.adapter import CONFIG, base_digest, base_name, config_of, is_adapter, load_adapter, put_on, read_leaves
+from engine.storage.adapter import (
+    CONFIG,
+    base_digest,
+    base_name,
+    config_of,
+    is_adapter,
+    load_adapter,
+    put_on,
+    read_leaves,
+)
 from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING, fetch
 from engine.storage.hub import cached_id, is_hub_name
 from engine.storage.huggingface import load_tokenizer
@@ -31,7 +40,8 @@ from engine.text import OnProgress
 from engine.text.tokenizer import Tokenizer
 
 FORMS = (
-    "a run folder, a step folder in it (runs/NAME/checkpoints/STEP), a Hugging Face folder, a .gguf file, an adapter's folder "
+    "a run folder, a step folder in it (runs/NAME/checkpoints/STEP), a Hugging Face folder, a "
+    ".gguf file, an adapter's folder "
     "in PEFT's layout, ORG/NAME or ORG/NAME@REVISION on the Hugging Face hub, or " + " or ".join(MODELS)
 )
 MAX_STEP = 10**18  # which no run reaches; a longer number is no name of a folder
@@ -44,11 +54,13 @@ OnConfig = Callable[[ModelConfig], None]
 class LoadedModel:
     """A model's weights, architecture and tokenizer.
 
-    params: matrices in the dtype asked for (float32 for a run), gains and biases float32. eos_ids: each ends a completion, the
-    tokenizer's own first. checkpoint: the file or folder that was read; run: its run folder; bases: of the models below an
-    adapter. hub_id: of the model, or of an adapter's base; empty when unknown. notes: lines to print. sampling: recommended, by
-    the names of SamplingParams, unchecked. merged: paths of weights that PEFT's layout would not give back, with a DoRA in them
-    or trained whole. kinds: of a GGUF file's matrices as they lie there, by path, for `describe_kinds`.
+    params: matrices in the dtype asked for (float32 for a run), gains and biases float32. eos_ids:
+    each ends a completion, the tokenizer's own first. checkpoint: the file or folder that was read;
+    run: its run folder; bases: of the models below an adapter. hub_id: of the model, or of an
+    adapter's base; empty when unknown. notes: lines to print. sampling: recommended, by the names
+    of SamplingParams, unchecked. merged: paths of weights that PEFT's layout would not give back,
+    with a DoRA in them or trained whole. kinds: of a GGUF file's matrices as they lie there, by
+    path, for `describe_kinds`.
     """
 
     name: str
@@ -70,7 +82,9 @@ class LoadedModel:
 
 
 class Location(NamedTuple):
-    """A model's format and path. An adapter without a `run` folder is in PEFT's layout. `notes`: why this run."""
+    """A model's format and path. An adapter without a `run` folder is in PEFT's layout. `notes`:
+    why this run.
+    """
 
     format: Literal["gguf", "hugging face", "run", "adapter"]
     path: Path
@@ -84,23 +98,36 @@ def model_name(model: str) -> str:
     if not path.exists() and is_hub_name(model):
         return model.partition("@")[0].partition("/")[2]
     path = path.resolve()
-    path = path.parents[1] if path.parent.name == "checkpoints" else path
-    return model if model in MODELS else cached_id(path).partition("/")[2] or path.name.removesuffix(".gguf")
+    if path.parent.name == "checkpoints":
+        path = path.parents[1]
+    if model in MODELS:
+        return model
+    return cached_id(path).partition("/")[2] or path.name.removesuffix(".gguf")
 
 
 def locate(
-    name: str | None, report: OnProgress = None, cached_only: bool = False, on_config: OnConfig = lambda cfg: None
+    name: str | None,
+    report: OnProgress = None,
+    cached_only: bool = False,
+    on_config: OnConfig = lambda cfg: None,
 ) -> Location:
     """Returns the location of the model `--model` names, by default the newest finished run.
 
-    Fetches a named asset (`report`: bytes done and in all), and a model on the Hugging Face hub unless `cached_only`;
-    `on_config` gets its architecture before the weights are fetched. An existing path comes first, and nothing in runs/ is
-    fetched.
+    Fetches a named asset (`report`: bytes done and in all), and a model on the Hugging Face hub
+    unless `cached_only`; `on_config` gets its architecture before the weights are fetched. An
+    existing path comes first, and nothing in runs/ is fetched.
     """
     if name in MODELS:
         return Location("gguf", fetch(name, report)["model"])
-    path, notes = (Path(os.path.expanduser(name)), ()) if name else run_folder.newest_run()
-    check_config = lambda folder: on_config(_reader(folder).read_config(folder))
+    notes: tuple[str, ...] = ()
+    if name:
+        path = Path(os.path.expanduser(name))
+    else:
+        path, notes = run_folder.newest_run()
+
+    def check_config(folder: Path) -> None:
+        on_config(_reader(folder).read_config(folder))
+
     if name and not path.exists() and is_hub_name(str(name)) and path.parts[0] != str(run_folder.ROOT):
         return Location("hugging face", hub.fetch(name, cached_only, check_config, report))
     if path.suffix == ".gguf" and path.is_file():
@@ -108,7 +135,8 @@ def locate(
     gguf_name = hub.split_gguf_name(str(name))
     if gguf_name and not cached_only and path.parts[0] != str(run_folder.ROOT) and not Path(path.parts[0]).exists():
         raise UserError(hub.explain_gguf_name(str(name), *gguf_name))
-    if (path / "config.json").is_file() and not (path / "run.json").exists():  # a run folder has a run.json beside it
+    # a run folder has a run.json beside it
+    if (path / "config.json").is_file() and not (path / "run.json").exists():
         return Location("hugging face", path)
     if is_adapter(path) and not (path / "run.json").exists() and not _is_step_of_run(path):
         return Location("adapter", path)
@@ -162,20 +190,27 @@ def load_model(
     keep_blocks: bool = False,
     on_blocks: Callable[[dict[str, Blocks]], None] = lambda blocks: None,
 ) -> LoadedModel:
-    """Loads the model `--model` names, by default the newest finished run; a LoRA run with its adapter on its base.
+    """Loads the model `--model` names, by default the newest finished run; a LoRA run with its
+    adapter on its base.
 
-    `dtype`: of the matrices of a model that is no run, by default its compute dtype. `report`: bytes or numbers done and in
-    all. `on_config` gets the architecture before weights are read. `adapted_by`: the LoRA runs on this base, which is then not
-    fetched from the hub, as nobody named it. `keep_blocks`: leaves that a GGUF file or a run holds as Blocks stay so;
-    `on_blocks` then gets their shapes, by path, before `on_config`. Raises UserError, too, when the weights exceed the memory.
+    `dtype`: of the matrices of a model that is no run, by default its compute dtype. `report`:
+    bytes or numbers done and in all. `on_config` gets the architecture before weights are read.
+    `adapted_by`: the LoRA runs on this base, which is then not fetched from the hub, as nobody
+    named it. `keep_blocks`: leaves that a GGUF file or a run holds as Blocks stay so; `on_blocks`
+    then gets their shapes, by path, before `on_config`. Raises UserError, too, when the weights
+    exceed the memory.
     """
     run: Path | None = None
 
     def check_memory(cfg: ModelConfig) -> None:
         matrices = "float32" if run else dtype or cfg.dtype
-        size = count_params(cfg).total * (4 if matrices == "float32" else 2)
+        bytes_each = 4 if matrices == "float32" else 2
+        size = count_params(cfg).total * bytes_each
         require_memory(
-            size, f"The weights of {model_name(str(run or name))} take", "choose a smaller model.", detail=f" in {matrices}"
+            size,
+            f"The weights of {model_name(str(run or name))} take",
+            "choose a smaller model.",
+            detail=f" in {matrices}",
         )
 
     def prepare(cfg: ModelConfig) -> None:
@@ -195,9 +230,17 @@ def load_model(
         prepare(cfg)
         tokenizer, eos_ids, sampling = stored.tokenizer()
         params = read_params(stored, dtype or cfg.dtype, report, kept)
-        title, hub_id = (name, HUB_IDS[name]) if name in HUB_IDS else (stored.name, stored.hub_id)
-        cut = f"attention windows are not built here: the context of {stored.context:,} ends with the first, of {cfg.context:,}"
-        notes = stored.notes + ((cut,) if cfg.context < stored.context else ())
+        title = stored.name
+        hub_id = stored.hub_id
+        if name in HUB_IDS:
+            title = name
+            hub_id = HUB_IDS[name]
+        notes = stored.notes
+        if cfg.context < stored.context:
+            notes += (
+                f"attention windows are not built here: the context of {stored.context:,} ends with "
+                f"the first, of {cfg.context:,}",
+            )
         sampling = RECOMMENDED_SAMPLING.get(name or "", sampling)
         kinds = file_kinds(stored)
         return LoadedModel(title, cfg, params, tokenizer, eos_ids, location.path, None, hub_id, notes, sampling, kinds=kinds)
@@ -220,18 +263,24 @@ def load_model(
     if _kinds(leaves) != _kinds(planned):
         raise UserError(f"{loaded.path} has other weights in blocks than a newer checkpoint of its run. Name the one to load.")
     params = unflatten(leaves if keep_blocks else {path: to_dense(leaf) for path, leaf in leaves.items()})
-    notes, title = location.notes + _damage(loaded.path, loaded.damaged), model_name(str(run))
+    notes = location.notes + _damage(loaded.path, loaded.damaged)
+    title = model_name(str(run))
     return LoadedModel(title, cfg, params, tokenizer, eos_ids, loaded.path, run, "", notes, sampling)
 
 
 def _with_blocks(cfg: ModelConfig, leaves: dict[str, Any]) -> dict[str, Any]:
-    """Returns a checkpoint's leaves with those under `packed/` as Blocks, with the factors that trained."""
+    """Returns a checkpoint's leaves with those under `packed/` as Blocks, with the factors that
+    trained.
+    """
     for path, shape in leaf_shapes(cfg).items():
         packed = leaves.pop(PACKED + path, None)
         if packed is not None:
             axis = int(path != "embed")
             weight = Blocks(packed, shape[axis], axis)
-            leaves[path] = with_factors(weight, leaves[path]) if path in leaves else weight
+            if path in leaves:
+                leaves[path] = with_factors(weight, leaves[path])
+            else:
+                leaves[path] = weight
     return leaves
 
 
@@ -254,7 +303,8 @@ def _reader(path: Path) -> ModuleType:
 
 
 def check_loads(written: Path, path: Path, report: OnProgress = None) -> None:
-    """Reads all of a GGUF file or a Hugging Face folder, `written` to appear at `path`. Raises UserError as `load_model`.
+    """Reads all of a GGUF file or a Hugging Face folder, `written` to appear at `path`. Raises
+    UserError as `load_model`.
 
     `report`: numbers read and in all.
     """
@@ -263,7 +313,8 @@ def check_loads(written: Path, path: Path, report: OnProgress = None) -> None:
     try:
         stored: StoredModel = _reader(written).open_model(written)
         stored.tokenizer()
-        remedy = f"Another --dtype{', or a Hugging Face folder,' * to_gguf} may hold it."  # of weights, which are rounded
+        # of weights, which are rounded
+        remedy = f"Another --dtype{', or a Hugging Face folder,' * to_gguf} may hold it."
         done = 0
         total = sum(math.prod(leaf.stored) for leaf in stored.leaves)
         for leaf in stored.leaves:
@@ -279,13 +330,15 @@ def check_loads(written: Path, path: Path, report: OnProgress = None) -> None:
 def _base_of(location: Location) -> str:
     if location.run:
         return _base_of_run(location.run)
-    if not (name := base_name(location.path)):
+    name = base_name(location.path)
+    if not name:
         raise UserError(f"{location.path / CONFIG} does not name the model it adapts: give that by --model, to chat or serve.")
     return name
 
 
 def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Path, ...]) -> LoadedModel:
-    folder, name = location.run or location.path, _base_of(location)
+    folder = location.run or location.path
+    name = _base_of(location)
     if folder.resolve() in adapted_by:
         raise UserError(f"{folder} is named as a base of itself. Restore its record from a copy, or train anew.")
     refused: list[UserError] = []
@@ -307,7 +360,8 @@ def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Pat
     if location.run:
         tokenizer, eos_ids, _ = load_tokenizer(folder / "tokenizer", base.cfg.vocab)
     else:
-        tokenizer, eos_ids = base.tokenizer, base.eos_ids
+        tokenizer = base.tokenizer
+        eos_ids = base.eos_ids
         if (folder / "tokenizer.json").is_file():  # with the chat template that it was tuned by
             tokenizer, eos_ids, _ = load_tokenizer(folder, base.cfg.vocab)
     return dataclasses.replace(
@@ -320,7 +374,10 @@ def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Pat
         run=location.run,
         notes=location.notes + base.notes + notes,
         bases=(*base.bases, base.run or base.checkpoint),
-        merged=(*base.merged, *(path for path, leaf in leaf_paths(adapter).items() if not isinstance(leaf, LoRA))),
+        merged=(
+            *base.merged,
+            *(path for path, leaf in leaf_paths(adapter).items() if not isinstance(leaf, LoRA)),
+        ),
     )
 
 
@@ -332,8 +389,8 @@ def _base_of_run(run: Path) -> str:
 
 
 def adapter_origin(name: str, cfg: ModelConfig) -> tuple[str, LoraConfig | None] | None:
-    """Returns the base that an adapter names, of a LoRA run or in PEFT's layout, and its LoraConfig, None where none describes
-    it; None for any other model.
+    """Returns the base that an adapter names, of a LoRA run or in PEFT's layout, and its
+    LoraConfig, None where none describes it; None for any other model.
     """
     if not Path(name).expanduser().exists():
         return None
@@ -347,19 +404,26 @@ def adapter_origin(name: str, cfg: ModelConfig) -> tuple[str, LoraConfig | None]
 def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> tuple[Any, tuple[str, ...]]:
     """Returns params with the LoRA adapters in `folders` applied, and notes to print.
 
-    A folder is in PEFT's layout, a LoRA run's, or one of its step folders. Several adapters add up. Raises UserError for one
-    trained on other weights (by their digest).
+    A folder is in PEFT's layout, a LoRA run's, or one of its step folders. Several adapters add up.
+    Raises UserError for one trained on other weights (by their digest).
     """
-    adapted, notes = params, tuple[str, ...]()
+    adapted = params
+    notes = tuple[str, ...]()
     for folder in folders:
         adapter, path, more = read_adapter(cfg, folder, functools.partial(base_digest, params))
-        adapted, notes = _put_on(adapted, adapter, path), notes + more
+        adapted = _put_on(adapted, adapter, path)
+        notes = notes + more
     return adapted, notes
 
 
 def read_adapter(cfg: ModelConfig, folder: Path, digest_base: Callable[[], str]) -> tuple[Any, Path, tuple[str, ...]]:
-    """Returns an adapter as `load_adapter` does, from a folder as of `with_adapters`; its path; and notes to print."""
-    location = locate(str(folder)) if any((folder / name).exists() for name in ("run.json", "state.json")) else None
+    """Returns an adapter as `load_adapter` does, from a folder as of `with_adapters`; its path; and
+    notes to print.
+    """
+    if any((folder / name).exists() for name in ("run.json", "state.json")):
+        location = locate(str(folder))
+    else:
+        location = None
     if not location or location.format != "adapter":
         location = Location("adapter", folder)
     adapter, path, notes = _read_adapter(cfg, location, digest_base)

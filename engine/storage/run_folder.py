@@ -23,19 +23,25 @@ UNFINISHED = "not finished"
 
 
 def newest_run() -> tuple[Path, tuple[str, ...]]:
-    """Returns the newest finished run's folder, and a note that names it and the newer ones that are passed over.
+    """Returns the newest finished run's folder, and a note that names it and the newer ones that
+    are passed over.
 
-    A toy (see `_reason_against`) is used only when there is nothing else. Raises UserError when no run has finished.
+    A toy (see `_reason_against`) is used only when there is nothing else. Raises UserError when no
+    run has finished.
     """
     passed: dict[Path, str] = {}
     runs = [file.parent for file in ROOT.glob("*/run.json")]
     for run in sorted(runs, key=lambda run: (run / "run.json").stat().st_mtime, reverse=True):
-        if reason := _reason_against(run):
+        reason = _reason_against(run)
+        if reason:
             passed[run] = reason
             continue
         names = [f"{newer} ({reason})" for newer, reason in passed.items()]
         more = f" and {len(names) - 2} more" * (len(names) > 2)
-        why = f"; passed over {', '.join(names[:2])}{more}: --model takes any" if names else ", the newest run"
+        if names:
+            why = f"; passed over {', '.join(names[:2])}{more}: --model takes any"
+        else:
+            why = ", the newest run"
         return run, (f"using {run}{why}",)
     for run, reason in passed.items():
         if reason != UNFINISHED:
@@ -47,9 +53,11 @@ def newest_run() -> tuple[Path, tuple[str, ...]]:
 
 
 def _reason_against(run: Path) -> str:
-    """Returns why a run is passed over, or "": it has no result, which is written last, or no weights; or it is a toy.
+    """Returns why a run is passed over, or "": it has no result, which is written last, or no
+    weights; or it is a toy.
 
-    Toys are runs by hand, and those of fewer than TOY_STEPS from random weights: they show how training works.
+    Toys are runs by hand, and those of fewer than TOY_STEPS from random weights: they show how
+    training works.
     """
     try:
         record = read_json(run / "run.json")
@@ -57,21 +65,30 @@ def _reason_against(run: Path) -> str:
             return UNFINISHED
         if "--by-hand" in record.get("command", ""):
             return "trained by hand"
-        steps = record["result"].get("steps", TOY_STEPS) if record.get("stage") == "train" else TOY_STEPS
-        return f"only {quantity(steps, 'step')}" if steps < TOY_STEPS else ""
+        if record.get("stage") == "train":
+            steps = record["result"].get("steps", TOY_STEPS)
+        else:
+            steps = TOY_STEPS
+        if steps < TOY_STEPS:
+            return f"only {quantity(steps, 'step')}"
+        return ""
     except (UserError, OSError, AttributeError, TypeError):
         return UNFINISHED
 
 
 def verify(folder: Path) -> tuple[str, ...]:
-    """Raises UserError when one of a run's own files is damaged; returns a note when the run has no manifest to tell."""
+    """Raises UserError when one of a run's own files is damaged; returns a note when the run has no
+    manifest to tell.
+    """
     for _ in range(2):  # a run that ends meanwhile writes them anew
         if not (folder / manifest.NAME).exists():
             return (f"{folder} has no {manifest.NAME}: its config and tokenizer are not checked",)
-        if not (damaged := manifest.verify(folder, extra=False)):
+        damaged = manifest.verify(folder, extra=False)
+        if not damaged:
             return ()
     raise UserError(
-        f"The run {folder} is damaged: {'; '.join(damaged)}. Restore it from a copy, or train anew with --overwrite; "
+        f"The run {folder} is damaged: {'; '.join(damaged)}. Restore it from a copy, or train anew "
+        "with --overwrite; "
         f"after a change of your own, remove {folder / manifest.NAME}."
     )
 
@@ -84,7 +101,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    fields = read_json(path := folder / "config.json")
+    path = folder / "config.json"
+    fields = read_json(path)
     try:
         return ModelConfig.from_json(fields)
     except (TypeError, UserError) as error:

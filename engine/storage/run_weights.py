@@ -1,6 +1,7 @@
 """Compares the arrays of a run's checkpoint with the model that its config describes, before one is read.
 
-A manifest shows damage, but proves nothing of who wrote the files: whoever makes a run folder makes its manifest too.
+A manifest shows damage, but proves nothing of who wrote the files: whoever makes a run folder makes
+its manifest too.
 """
 
 import dataclasses
@@ -16,10 +17,12 @@ from engine.model.shapes import leaf_shapes
 from engine.model.weights.blocks import COLUMNS, GROUP, KINDS, Blocks, factors_shape, has_finite_factors
 from engine.untrusted import quote
 
-TRAINED_BLOCKS = "trained_blocks"  # in run.json: the paths of weights in blocks whose factors trained
+# in run.json: the paths of weights in blocks whose factors trained
+TRAINED_BLOCKS = "trained_blocks"
 PACKED = "packed/"  # before the path of a weight in blocks
 FLOAT32 = ("float32",)
-OF_MATRICES = ("float32", "bfloat16")  # bfloat16 where a model was loaded in it and the matrix stayed frozen
+# bfloat16 where a model was loaded in it and the matrix stayed frozen
+OF_MATRICES = ("float32", "bfloat16")
 
 
 class ExpectedArray(NamedTuple):
@@ -34,12 +37,12 @@ def expected_arrays(
 ) -> dict[str, ExpectedArray]:
     """Returns what the params of a checkpoint should hold, by path.
 
-    `arrays`: what is there, each with a shape; it tells which
-    matrices are in blocks, and of which kind. `trained_blocks`: the paths of those whose factors trained; None where the run
-    does not tell, as those of earlier versions.
+    `arrays`: what is there, each with a shape; it tells which matrices are in blocks, and of which
+    kind. `trained_blocks`: the paths of those whose factors trained; None where the run does not
+    tell, as those of earlier versions.
     """
-    # A config may claim any number of layers, which would take for ever to list. With one layer more than there are arrays one
-    # array is missing already.
+    # A config may claim any number of layers, which would take for ever to list. With one layer
+    # more than there are arrays one array is missing already.
     cfg = dataclasses.replace(cfg, layers=min(cfg.layers, len(arrays) + 1))
     expected = {}
     for path, shape in leaf_shapes(cfg).items():
@@ -68,7 +71,9 @@ def check_arrays(
     *,
     trained_blocks: Collection[str] | None = None,
 ) -> None:
-    """Raises UserError unless arrays, each with a shape and a dtype, are by path those of `expected_arrays`."""
+    """Raises UserError unless arrays, each with a shape and a dtype, are by path those of
+    `expected_arrays`.
+    """
     expected = expected_arrays(cfg, arrays, trained_blocks)
     faults = []
     for path, (shape, dtypes) in expected.items():
@@ -80,9 +85,13 @@ def check_arrays(
             faults.append(f"{path} should be {wanted}, and is {np.dtype(array.dtype).name} {list(array.shape)}")
     faults += [f"it has an array {quote(path)}, which has no place there" for path in arrays if path not in expected]
     if faults:
-        more = f" ({len(faults) - 1} more arrays differ)" if len(faults) > 1 else ""
+        if len(faults) > 1:
+            more = f" ({len(faults) - 1} more arrays differ)"
+        else:
+            more = ""
         raise UserError(
-            f"{checkpoint / 'params.safetensors'} does not hold the model that the config describes: {faults[0]}{more}. "
+            f"{checkpoint / 'params.safetensors'} does not hold the model that the config "
+            f"describes: {faults[0]}{more}. "
             "Restore the run from a copy, or train anew."
         )
 
@@ -92,6 +101,7 @@ def check_factors(checkpoint: Path, leaves: Mapping[str, Any]) -> None:
     for path, leaf in leaves.items():
         if isinstance(leaf, Blocks) and not has_finite_factors(leaf):
             raise UserError(
-                f"{checkpoint / 'params.safetensors'} is damaged: {path} has a block whose scale or minimum is not a finite "
+                f"{checkpoint / 'params.safetensors'} is damaged: {path} has a block whose scale "
+                "or minimum is not a finite "
                 "number. Restore the run from a copy, or train anew."
             )

@@ -1,7 +1,8 @@
 """Reads safetensors files as untrusted data, by slice; `safetensors_writer.py` says what a file is.
 
-The safetensors library is not used: it maps files, so that one cut short meanwhile ends the process with SIGBUS; it parses a
-header of 35 MB into 400 MB; and it takes a name given twice and unknown fields (measured with 0.8).
+The safetensors library is not used: it maps files, so that one cut short meanwhile ends the process
+with SIGBUS; it parses a header of 35 MB into 400 MB; and it takes a name given twice and unknown
+fields (measured with 0.8).
 """
 
 import math
@@ -49,7 +50,8 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         if length > MAX_HEADER:
             raise UserError(f"{path} has a header of {length:,} bytes by its own account; {MAX_HEADER:,} are read at most.")
         header = parse_json_object(read_exactly(file, length, path), path)
-        end, size = file.tell(), file.seek(0, 2)
+        end = file.tell()
+        size = file.seek(0, 2)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path} is damaged: the metadata in its header are no texts.")
@@ -64,11 +66,14 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     return tensors, metadata
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
 def _tensor(path: Path, name: str, entry: Any, begin: int) -> StoredTensor:
-    is_count = lambda value: type(value) is int and 0 <= value < 2**63
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if (
-            len(entry) == 3 and dtype in DTYPES and len(shape) <= 8 and all(map(is_count, [*shape, start, stop]))
+            len(entry) == 3 and dtype in DTYPES and len(shape) <= 8 and all(map(_is_count, [*shape, start, stop]))
         ):
             tensor = StoredTensor(path, dtype, tuple(shape), begin + start)
             if stop - start == tensor.nbytes:
@@ -79,17 +84,22 @@ def _tensor(path: Path, name: str, entry: Any, begin: int) -> StoredTensor:
 
 
 def read_slice(stored: StoredTensor, start: int, stop: int) -> np.ndarray:
-    dtype, row = DTYPES[stored.dtype], stored.shape[1:]
+    dtype = DTYPES[stored.dtype]
+    row = stored.shape[1:]
     width = math.prod(row) * dtype.itemsize
     return read_at(stored.path, stored.offset + start * width, (stop - start) * width).view(dtype).reshape(stop - start, *row)
 
 
 def read_box(stored: StoredTensor, box: Sequence[tuple[int, int]], out: np.ndarray) -> None:
-    """Reads a box, [start, stop) along each axis, into `out` of its shape; rows are read whole, a few at a time."""
+    """Reads a box, [start, stop) along each axis, into `out` of its shape; rows are read whole, a
+    few at a time.
+    """
     (first, stop), *columns = box or [(0, 1)]
     width = math.prod(stored.shape[1:]) * DTYPES[stored.dtype].itemsize
-    bits = np.dtype(f"u{out.itemsize}")  # NumPy copies bfloat16 one number at a time, and integers quickly
-    rows, inside = out.view(bits).reshape(stop - first, *out.shape[1:]), tuple(slice(*column) for column in columns)
+    # NumPy copies bfloat16 one number at a time, and integers quickly
+    bits = np.dtype(f"u{out.itemsize}")
+    rows = out.view(bits).reshape(stop - first, *out.shape[1:])
+    inside = tuple(slice(*column) for column in columns)
     step = max(1, BLOCK // max(width, 1))
     for start in range(first, stop, step):
         block = read_slice(stored, start, min(start + step, stop)).view(bits)
@@ -108,18 +118,22 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
-    """Returns every tensor of a folder's model.safetensors, or of the shards its index names, if both agree."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    """Returns every tensor of a folder's model.safetensors, or of the shards its index names, if
+    both agree.
+    """
+    whole = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
     if whole.is_file():
         return read_header(whole)[0]
     if not index.is_file():
         pickled = [name for name in ("pytorch_model.bin", "pytorch_model.bin.index.json") if (folder / name).exists()]
-        raise UserError(
-            f"{folder} has its weights in {pickled[0]}, a pickle, which can run code when it is opened, so it is never read. "
-            "Take the model's safetensors files, or convert it where it is trusted."
-            if pickled
-            else f"{folder} has neither model.safetensors nor model.safetensors.index.json, so it holds no weights."
-        )
+        if pickled:
+            raise UserError(
+                f"{folder} has its weights in {pickled[0]}, a pickle, which can run code when it is "
+                "opened, so it is never read. Take the model's safetensors files, or convert it where "
+                "it is trusted."
+            )
+        raise UserError(f"{folder} has neither model.safetensors nor model.safetensors.index.json, so it holds no weights.")
     weight_map = read_index(index)
     tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(weight_map.values())):

@@ -1,7 +1,8 @@
 """Writes safetensors files tensor by tensor: models, adapters and checkpoints.
 
-A file is the length of its header (8 bytes), the header, a JSON object {name: {dtype, shape, data_offsets}}, and the
-tensors' bytes without a gap or an overlap (github.com/huggingface/safetensors, "Format").
+A file is the length of its header (8 bytes), the header, a JSON object {name: {dtype, shape,
+data_offsets}}, and the tensors' bytes without a gap or an overlap
+(github.com/huggingface/safetensors, "Format").
 """
 
 import json
@@ -29,16 +30,23 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def encode(tensors: Mapping[str, Any], arrays: Iterable[Any], metadata: Mapping[str, str] = {}) -> Iterator[np.ndarray]:
-    """Yields a file's bytes, uint8: the header, then each of the `arrays`, which come one by one in the order of `tensors`.
+    """Yields a file's bytes, uint8: the header, then each of the `arrays`, which come one by one in
+    the order of `tensors`.
 
-    tensors: {name: anything with a shape and a dtype}, to which an array is cast. Raises ValueError for an array of another
-    shape.
+    tensors: {name: anything with a shape and a dtype}, to which an array is cast. Raises ValueError
+    for an array of another shape.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}  # transformers asks for it
+    # transformers asks for it
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name, tensor in tensors.items():
-        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+        end = end + math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)

@@ -1,7 +1,7 @@
 """Maps a file's tensors to the leaves of the params tree, and back.
 
-Files keep a matrix as (out, in), the tree as (in, out). All is checked before the first weight is read, and no more than a
-few million numbers exist beside the tree.
+Files keep a matrix as (out, in), the tree as (in, out). All is checked before the first weight is
+read, and no more than a few million numbers exist beside the tree.
 """
 
 import dataclasses
@@ -38,7 +38,8 @@ DTYPE_NAMES = {  # the files' names of dtypes
 
 
 class Leaf(NamedTuple):
-    """A leaf of the params tree, at `path`, and the `name` and shape, `stored`, of the tensor that holds it in a file.
+    """A leaf of the params tree, at `path`, and the `name` and shape, `stored`, of the tensor that
+    holds it in a file.
 
     `paired`: rows a head of q and k, read together, for GGUF interleaves them.
     """
@@ -54,7 +55,8 @@ class Leaf(NamedTuple):
         return len(self.stored) == 2 and self.path != "embed"
 
 
-# A part of the model -> its name in a Hugging Face file, and in a GGUF file; `{}` stands for a layer's number.
+# A part of the model -> its name in a Hugging Face file, and in a GGUF file; `{}` stands for a
+# layer's number.
 _LAYER = {
     "attn_norm": ("input_layernorm", "attn_norm"),
     "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
@@ -81,13 +83,19 @@ HUGGING_FACE_NAMES, GGUF_NAMES = (
 
 
 def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
-    """Yields every leaf of the architecture, bottom first; `names`: HUGGING_FACE_NAMES or GGUF_NAMES."""
-    shapes = leaf_shapes(dataclasses.replace(cfg, layers=1))  # a file may claim any number of layers
+    """Yields every leaf of the architecture, bottom first; `names`: HUGGING_FACE_NAMES or
+    GGUF_NAMES.
+    """
+    # a file may claim any number of layers
+    shapes = leaf_shapes(dataclasses.replace(cfg, layers=1))
     block = {path.removeprefix("blocks/0/"): shape for path, shape in shapes.items() if path.startswith("blocks/")}
     yield Leaf("embed", names["embed"], shapes["embed"])
     for layer in range(cfg.layers):
         for part, shape in block.items():
-            paired = cfg.head_dim if part in ("q", "k", "q_bias", "k_bias") else 0
+            if part in ("q", "k", "q_bias", "k_bias"):
+                paired = cfg.head_dim
+            else:
+                paired = 0
             yield Leaf(f"blocks/{layer}/{part}", names[part].format(layer), shape[::-1], paired)
     for part in ("norm", "head")[: 2 - cfg.tied]:
         yield Leaf(part, names[part], shapes[part][::-1])
@@ -96,18 +104,20 @@ def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
 def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]], path: Path) -> list[Leaf]:
     """Returns the leaves after checking that the file has their tensors, and no other.
 
-    `shapes` is without what may be ignored, such as inv_freq. Raises UserError at the first tensor that is missing or has
-    another shape, however many layers are claimed.
+    `shapes` is without what may be ignored, such as inv_freq. Raises UserError at the first tensor
+    that is missing or has another shape, however many layers are claimed.
     """
     complete: list[Leaf] = []
     for leaf in leaves:
         if leaf.name not in shapes:
             close = did_you_mean(leaf.name, sorted(shapes)[:999])
             raise UserError(f"{path} has no tensor {leaf.name!r}, which this architecture needs.{close}")
-        if (found := shapes[leaf.name]) != leaf.stored:
+        found = shapes[leaf.name]
+        if found != leaf.stored:
             raise UserError(f"{path}: the tensor {leaf.name!r} should be {list(leaf.stored)} and is {list(found)}.")
         complete.append(leaf)
-    if extra := shapes.keys() - {leaf.name for leaf in complete}:
+    extra = shapes.keys() - {leaf.name for leaf in complete}
+    if extra:
         raise UserError(f"{path} has a tensor {quote(min(extra))}, which has no place in this architecture.")
     return complete
 
@@ -115,9 +125,10 @@ def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]],
 class StoredModel(NamedTuple):
     """An opened GGUF or Hugging Face model, weights unread.
 
-    rows: (tensor, start, stop) -> those rows, in any float dtype, q and k in our order of RoPE's pairs. context: what the file
-    claims; `cfg` has less where attention is in windows. hub_id: empty when unknown. notes: on unknown fields. kinds: of a GGUF
-    file's matrices, by name; packed: the name of one whose kind is in KINDS -> the array of Blocks.
+    rows: (tensor, start, stop) -> those rows, in any float dtype, q and k in our order of RoPE's
+    pairs. context: what the file claims; `cfg` has less where attention is in windows. hub_id:
+    empty when unknown. notes: on unknown fields. kinds: of a GGUF file's matrices, by name; packed:
+    the name of one whose kind is in KINDS -> the array of Blocks.
     """
 
     name: str
@@ -133,14 +144,18 @@ class StoredModel(NamedTuple):
 
 
 def file_kinds(model: StoredModel) -> dict[str, str]:
-    """Returns the kinds of a GGUF file's matrices by path, such as Q6_K and F16; none of another model."""
+    """Returns the kinds of a GGUF file's matrices by path, such as Q6_K and F16; none of another
+    model.
+    """
     return {leaf.path: model.kinds[leaf.name] for leaf in model.leaves if leaf.name in model.kinds}
 
 
 def describe_kinds(kinds: Mapping[str, str], params: Any) -> str:
-    """Returns what became of a GGUF file's matrices, of `file_kinds`: which stay as they are, and which are widened or rounded.
+    """Returns what became of a GGUF file's matrices, of `file_kinds`: which stay as they are, and
+    which are widened or rounded.
 
-    params: the weights in use, where q, k and v, or gate and up, may lie side by side. Returns an empty text without kinds.
+    params: the weights in use, where q, k and v, or gate and up, may lie side by side. Returns an
+    empty text without kinds.
     """
     leaves = leaf_paths(params)
     groups: dict[str, Counter[str]] = {}
@@ -155,16 +170,23 @@ def describe_kinds(kinds: Mapping[str, str], params: Any) -> str:
         if change:
             phrase = f"{'is' if count == 1 else 'are'} {change}"
         else:
-            phrase = "stays as it is" if count == 1 else "stay as they are"
+            if count == 1:
+                phrase = "stays as it is"
+            else:
+                phrase = "stay as they are"
         phrase += f" ({', '.join(kind for kind, _ in counts.most_common())})"
         if len(groups) == 1:
             return f"all {count:,} matrices {phrase}"
         parts.append(f"{count:,} {phrase}")
-    return f"of {len(kinds):,} matrices {', '.join(parts)}" if parts else ""
+    if parts:
+        return f"of {len(kinds):,} matrices {', '.join(parts)}"
+    return ""
 
 
 def _change_of(kind: str, leaf: Any) -> str:
-    """Returns what became of a matrix of a file's `kind`, now a leaf that is no LoRA; an empty text where it stays."""
+    """Returns what became of a matrix of a file's `kind`, now a leaf that is no LoRA; an empty text
+    where it stays.
+    """
     own = as_weight(leaf).kind
     if DTYPE_NAMES.get(own, own) == kind:
         return ""
@@ -187,10 +209,11 @@ def block_leaves(model: StoredModel) -> dict[str, Blocks]:
 def read_params(model: StoredModel, dtype: str, report: OnProgress = None, blocks: Mapping[str, Blocks] = {}) -> dict[str, Any]:
     """Reads the params: matrices in `dtype`, bfloat16 or float32, gains and biases in float32.
 
-    `blocks`: of `block_leaves`, those that stay as they are. `report`: numbers read and in all. Raises UserError for a weight
-    that is not a finite number.
+    `blocks`: of `block_leaves`, those that stay as they are. `report`: numbers read and in all.
+    Raises UserError for a weight that is not a finite number.
     """
-    total, done = sum(math.prod(leaf.stored) for leaf in model.leaves), 0
+    total = sum(math.prod(leaf.stored) for leaf in model.leaves)
+    done = 0
     params: dict[str, Any] = {}
     for leaf in model.leaves:
         if leaf.path in blocks:
@@ -207,15 +230,18 @@ def read_params(model: StoredModel, dtype: str, report: OnProgress = None, block
 def read_leaf(model: StoredModel, leaf: Leaf, dtype: str) -> np.ndarray:
     shape = leaf.stored[::-1] if leaf.transposed else leaf.stored
     value = np.empty(shape, jnp.dtype(dtype) if len(shape) == 2 else np.float32)
-    bits = np.dtype(f"u{value.itemsize}")  # NumPy copies bfloat16 one number at a time, and integers quickly
+    # NumPy copies bfloat16 one number at a time, and integers quickly
+    bits = np.dtype(f"u{value.itemsize}")
     view = value.view(bits).T if leaf.transposed else value.view(bits)
-    rows, unit = leaf.stored[0], leaf.paired or 1  # a head's rows belong together
+    rows = leaf.stored[0]
+    unit = leaf.paired or 1  # a head's rows belong together
     step = max(1, CHUNK // math.prod(leaf.stored[1:]) // unit) * unit
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         with np.errstate(all="ignore"):  # what is not finite is named below
             values = model.rows(leaf.name, start, stop)
-            extremes = np.array([values.min(), values.max()]).astype(value.dtype)  # of a NaN, both are NaN
+            # of a NaN, both are NaN
+            extremes = np.array([values.min(), values.max()]).astype(value.dtype)
             values = values.astype(value.dtype, copy=False)
         if not np.isfinite(extremes).all():
             raise infinite_weights(leaf.name)
@@ -230,10 +256,12 @@ def infinite_weights(name: str) -> UserError:
 def file_tensors(leaves: list[Leaf], params: dict[str, Any], report: OnProgress) -> Iterator[tuple[Leaf, np.ndarray]]:
     """Yields each leaf with its numbers as a file holds them. `report`: numbers yielded and in all.
 
-    params: Arrays, or Int8 and LoRA leaves, which are made dense one at a time; of Blocks a file holds the bytes.
+    params: Arrays, or Int8 and LoRA leaves, which are made dense one at a time; of Blocks a file
+    holds the bytes.
     """
     values = leaf_paths(params)
-    total, done = sum(math.prod(leaf.stored) for leaf in leaves), 0
+    total = sum(math.prod(leaf.stored) for leaf in leaves)
+    done = 0
     for leaf in leaves:
         weight = as_weight(values[leaf.path])
         if weight.kind in KINDS:
