@@ -33,14 +33,18 @@ copy_slot = jax.jit(_copy_slot, donate_argnames="segments")
 
 
 class ByXla:
-    """XLA attends to whole segments, by row and slot alike, and unpacks blocks before it multiplies by them."""
+    """XLA attends to whole segments, by row and slot alike, and unpacks blocks before it multiplies
+    by them.
+    """
 
     in_c = False
     shares_slots = False  # whether a row may read any slot: a single sequence's drafts need no copies then
     clears_slots = True  # what an old text left in a segment is multiplied by 0, and must be no NaN
 
     def edges(self, capacity: int, first: int, chunk: int) -> tuple[int, ...]:
-        """Returns where segments for `capacity` tokens start, and where the last ends: at a multiple of `chunk`."""
+        """Returns where segments for `capacity` tokens start, and where the last ends: at a
+        multiple of `chunk`.
+        """
         return segment_edges(capacity, first, chunk)
 
     def make_segments(self, cfg: ModelConfig, slots: int, edges: Sequence[int], dtype: KVDtype) -> KVSegments:
@@ -51,11 +55,15 @@ class ByXla:
         return make()
 
     def few_rows(self, rows: int, params: Params) -> int:
-        """Returns the rows of a second decoding program, beside that of all `rows`, for when few are in use; 0 for none."""
+        """Returns the rows of a second decoding program, beside that of all `rows`, for when few
+        are in use; 0 for none.
+        """
         return 0
 
     def slot_programs(self, segments: KVSegments, drafts: int) -> dict[str, Any]:
-        """Returns programs that clear and copy slots, each with arguments that change none; at most `drafts` copies at once."""
+        """Returns programs that clear and copy slots, each with arguments that change none; at most
+        `drafts` copies at once.
+        """
         nowhere = np.int32(segments.slots)
         targets = np.full(drafts, nowhere, np.int32)
         return {

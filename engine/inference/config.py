@@ -30,7 +30,9 @@ SHARE = 0.5  # of free memory that an engine takes at most by default
 
 
 def largest_power_of_two_below(number: int) -> int:
-    """Returns the largest power of two that is less than a number of at least 2: 4 for 5, and 4 for 8."""
+    """Returns the largest power of two that is less than a number of at least 2: 4 for 5, and 4 for
+    8.
+    """
     return 1 << (number - 1).bit_length() - 1
 
 
@@ -85,7 +87,8 @@ class EngineConfig:
 
     @classmethod
     def for_prompts(cls, cfg: ModelConfig, prompts: Collection[tuple[int, ...]], capacity: int | None = None) -> "EngineConfig":
-        """Returns the options of an engine that completes these prompts at once: few programs, and no slot more.
+        """Returns the options of an engine that completes these prompts at once: few programs, and
+        no slot more.
 
         The prefix cache holds a prompt that occurs several times. The KV cache is in the compute
         dtype.
@@ -108,7 +111,9 @@ class EngineConfig:
 
     @property
     def rows(self) -> int:
-        """Rows of the decoding program. In one slot they share it: a single sequence checks draft tokens without a copy."""
+        """Rows of the decoding program. In one slot they share it: a single sequence checks draft
+        tokens without a copy.
+        """
         return max(self.slots, MIN_ROWS)
 
     def edges(self, backend: Backend) -> tuple[int, ...]:
@@ -122,7 +127,9 @@ class EngineConfig:
         return self.weights == "q4" or (self.weights == "file" and choose_backend().in_c)
 
     def model_config(self, cfg: ModelConfig) -> ModelConfig:
-        """Returns cfg with `weights` as the compute dtype; float32 where the kernel multiplies blocks: it rounds x to int8."""
+        """Returns cfg with `weights` as the compute dtype; float32 where the kernel multiplies
+        blocks: it rounds x to int8.
+        """
         if self.weights in ("bfloat16", "float32"):
             return dataclasses.replace(cfg, dtype=self.weights)
         if self.weights and choose_backend().in_c:
@@ -130,7 +137,8 @@ class EngineConfig:
         return cfg
 
     def prepare_params(self, cfg: ModelConfig, params: Any, whole: bool = True) -> Any:
-        """Returns params as the programs use them, `whole` on one device: adapters merged, and rounded for file, int8 and q4.
+        """Returns params as the programs use them, `whole` on one device: adapters merged, and
+        rounded for file, int8 and q4.
 
         Weights of 8 bits become blocks where the kernel multiplies, else Int8, because XLA is slow
         to unpack blocks.
@@ -157,7 +165,9 @@ class EngineConfig:
         return dataclasses.replace(self, capacity=capacity, prefix_cache_bytes=prefix)
 
     def bytes(self, cfg: ModelConfig, capacity: int) -> int:
-        """Returns the bytes of weights, adapters, slots of so many tokens, and prefix cache, by default one slot more."""
+        """Returns the bytes of weights, adapters, slots of so many tokens, and prefix cache, by
+        default one slot more.
+        """
         slot = self.slot_bytes(cfg, capacity)
         prefix = slot if self.prefix_cache_bytes is None else self.prefix_cache_bytes
         parameters = count_params(cfg).total

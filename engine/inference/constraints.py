@@ -32,7 +32,9 @@ JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separ
 
 
 class Constraint:
-    """Follows one completion through a grammar, which has `failed` when it became too complex on the way."""
+    """Follows one completion through a grammar, which has `failed` when it became too complex on
+    the way.
+    """
 
     def __init__(self, matcher: Any, end_ids: frozenset[int]) -> None:
         self._matcher = matcher
@@ -48,7 +50,9 @@ class Constraint:
         return self._matcher.is_error()
 
     def fill(self, masks: Any, rows: Sequence[int], drafts: Sequence[int]) -> None:
-        """Writes the allowed tokens into masks (R, ceil(V/32)) uint32: rows[0]'s, and rows[n]'s after n allowed drafts."""
+        """Writes the allowed tokens into masks (R, ceil(V/32)) uint32: rows[0]'s, and rows[n]'s
+        after n allowed drafts.
+        """
         for row, draft in zip(rows, [*drafts, None]):
             self._matcher.unsafe_compute_mask_ptr(masks[row].ctypes.data, masks[row].nbytes)
             if self.failed:  # any token: it does not count
@@ -59,7 +63,9 @@ class Constraint:
             self._matcher.rollback(len(drafts))
 
     def allowed_drafts(self, drafts: Sequence[int], count: int) -> list[int]:
-        """Returns up to `count` tokens that the grammar forces, else those of the drafts that it allows."""
+        """Returns up to `count` tokens that the grammar forces, else those of the drafts that it
+        allows.
+        """
         forced = self._matcher.compute_ff_tokens()[:count]
         if forced or not drafts:
             return forced
@@ -71,7 +77,9 @@ class Constraint:
         return token not in self._end_ids and self._matcher.validate_tokens([token]) == 1
 
     def accept(self, token: int) -> Literal["stop", "grammar"] | None:
-        """Goes on by a sampled token. Returns stop when only the end can follow, grammar when the grammar has failed."""
+        """Goes on by a sampled token. Returns stop when only the end can follow, grammar when the
+        grammar has failed.
+        """
         if not self._matcher.consume_token(token):
             return "grammar"
         if self._matcher.is_stopped():
@@ -104,7 +112,8 @@ class ForcedTokens(Constraint):
 
 
 class GrammarCompiler:
-    """Compiles grammars for a tokenizer, and a model of `vocab` ids. Each of `end_ids` may end a text where the grammar does.
+    """Compiles grammars for a tokenizer, and a model of `vocab` ids. Each of `end_ids` may end a
+    text where the grammar does.
 
     Raises UserError where llguidance is not installed.
     """
@@ -120,7 +129,9 @@ class GrammarCompiler:
         self._end_ids = frozenset(end_ids)
 
     def compile(self, grammar: str) -> Constraint:
-        """Compiles a grammar, in about a second at most, without Python's lock. Raises UserError, which says what is wrong."""
+        """Compiles a grammar, in about a second at most, without Python's lock. Raises UserError,
+        which says what is wrong.
+        """
         check_size(grammar)
         matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
         trial = Constraint(matcher.deep_copy(), self._end_ids)  # a beginning that has no end shows in the first mask, or in
@@ -181,14 +192,17 @@ def choice_grammar(choices: Sequence[str]) -> str:
 
 
 def regex_grammar(pattern: str) -> str:
-    """Returns a grammar of the texts that a pattern matches from beginning to end, in the syntax of Rust's regex crate."""
+    """Returns a grammar of the texts that a pattern matches from beginning to end, in the syntax of
+    Rust's regex crate.
+    """
     from llguidance import regex_to_lark
 
     return f"start: /{regex_to_lark(pattern)}/"
 
 
 def tag_grammar(structures: Sequence[tuple[str, dict[str, Any], str]], triggers: Sequence[str]) -> str:
-    """Returns a grammar of texts with structures in them: a beginning, JSON that satisfies a schema, and an end.
+    """Returns a grammar of texts with structures in them: a beginning, JSON that satisfies a
+    schema, and an end.
 
     Text that has come to one of the `triggers`, with which a structure begins, goes on with a
     structure to its end. Raises UserError for a structure without a trigger, for a trigger without
@@ -263,7 +277,8 @@ def _checked(schema: Any, depth: int, lenient: bool) -> Any:
 
 
 def _rust_pattern(pattern: str) -> str:
-    """Returns an ECMAScript pattern, as JSON Schema has them, for Rust's regex crate: texts that match it match both.
+    """Returns an ECMAScript pattern, as JSON Schema has them, for Rust's regex crate: texts that
+    match it match both.
 
     White space and line ends are other characters in each: U+0085 is none in ECMAScript, U+FEFF and
     U+2028 are none in Rust.

@@ -30,7 +30,8 @@ CHUNK = 64  # prompt tokens a prefill call
 
 
 def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Params:
-    """Prepares weights for inference, once: matrices in the compute dtype, adapters merged, those of one input side by side.
+    """Prepares weights for inference, once: matrices in the compute dtype, adapters merged, those
+    of one input side by side.
 
     A CPU that holds Int8 `whole` gets its integers transposed.
     """
@@ -61,7 +62,8 @@ def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Para
 
 @jax.jit(static_argnames="cfg", donate_argnames="cache")
 def prefill(cfg: ModelConfig, params: Params, tokens: Array, lengths: Array, cache: KVCache) -> tuple[Array, KVCache]:
-    """tokens (B, T) int32, the first lengths (B,) of each row real -> logits (B, V) float32 after the last real one, cache.
+    """tokens (B, T) int32, the first lengths (B,) of each row real -> logits (B, V) float32 after
+    the last real one, cache.
 
     T tokens are written after each row's length, which grows by `lengths`. The logits of a row of
     length 0 mean nothing.
@@ -77,7 +79,9 @@ def prefill(cfg: ModelConfig, params: Params, tokens: Array, lengths: Array, cac
 def decode_steps(
     cfg: ModelConfig, params: Params, token: Array, cache: KVCache, sampling: SamplingArrays
 ) -> tuple[Array, KVCache]:
-    """token (B,) int32 -> the STEPS tokens that follow, (B, STEPS) int32, and the cache with token and all but the last."""
+    """token (B,) int32 -> the STEPS tokens that follow, (B, STEPS) int32, and the cache with token
+    and all but the last.
+    """
 
     def step(carry: tuple[Array, KVCache], _: None) -> tuple[tuple[Array, KVCache], Array]:
         token, cache = carry
@@ -100,7 +104,9 @@ def generate(
     seed: int = 0,
     stop_token_ids: Collection[int] = (),
 ) -> list[int]:
-    """Returns the `count` tokens that follow a prompt, or those before one of `stop_token_ids`. params: `prepare_params`'s."""
+    """Returns the `count` tokens that follow a prompt, or those before one of `stop_token_ids`.
+    params: `prepare_params`'s.
+    """
     sampling = sampling_arrays([SamplingParams(temperature=temperature, seed=seed)])
     chunks = [*itertools.batched(prompt[:-1], CHUNK)]  # decoding reads the last token
     capacity = CHUNK * len(chunks) + STEPS * -(-count // STEPS)

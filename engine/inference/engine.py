@@ -92,7 +92,8 @@ class Engine:
         return prefilled + sum(sequence.position for sequence in self.scheduler.decoding)
 
     def submit(self, request: Request, priority: int = 0) -> int:
-        """Queues a request and returns its id. Slots go to the lowest priority, among equal ones to the first that came.
+        """Queues a request and returns its id. Slots go to the lowest priority, among equal ones to
+        the first that came.
 
         Raises InvalidField when the request cannot be served to its end.
         """
@@ -102,21 +103,27 @@ class Engine:
         return self.scheduler.submit(request, priority).id
 
     def queue_position(self, priority: int) -> int:
-        """Returns the queue position of the requests with this priority: 1 is served next, 0 when none waits for a slot."""
+        """Returns the queue position of the requests with this priority: 1 is served next, 0 when
+        none waits for a slot.
+        """
         waiting = {sequence.priority for sequence in tuple(self.scheduler.waiting)}
         if priority not in waiting:
             return 0
         return sum(other <= priority for other in waiting)
 
     def prefill_progress(self, priority: int) -> tuple[int, int]:
-        """Returns how many tokens of a prompt with this priority are prefilled, and of how many; zeros if none is under way."""
+        """Returns how many tokens of a prompt with this priority are prefilled, and of how many;
+        zeros if none is under way.
+        """
         for sequence in tuple(self.scheduler.prefilling):
             if sequence.priority == priority:
                 return sequence.prefilled_tokens, len(sequence.request.prompt)
         return 0, 0
 
     def free_adapter_index(self, in_use: Collection[int]) -> int | None:
-        """Returns an index of the stacks that is neither `in_use` nor a request's, waiting or running, or None."""
+        """Returns an index of the stacks that is neither `in_use` nor a request's, waiting or
+        running, or None.
+        """
         held = {sequence.request.adapter_index for sequence in (*self.scheduler.waiting, *self.scheduler.running)}
         return next((index for index in range(1, self.config.adapters + 1) if index not in held.union(in_use)), None)
 
@@ -124,7 +131,9 @@ class Engine:
         return self.scheduler.cancel(id)
 
     def step(self) -> list[Event]:
-        """Admits waiting requests, then prefills or decodes a few tokens for all, alternately. Returns what has happened."""
+        """Admits waiting requests, then prefills or decodes a few tokens for all, alternately.
+        Returns what has happened.
+        """
         with jax.set_mesh(self.runner.mesh):
             events = self._step()
         self.step_times.end()
@@ -168,7 +177,9 @@ class Engine:
                 self.few_rows = few_rows
 
     def _compare_tails(self) -> bool:
-        """Returns whether a chunk computed at once and in tails has the same bits, under an adapter where there may be one."""
+        """Returns whether a chunk computed at once and in tails has the same bits, under an adapter
+        where there may be one.
+        """
         chunk = self.config.chunk
         tail = self.config.tail
         tokens = np.random.default_rng(0).integers(self.cfg.vocab, size=(1, chunk), dtype=np.int32)
@@ -211,7 +222,8 @@ class Engine:
         return unflatten(leaves)
 
     def _prefill(self, sequence: Sequence) -> None:
-        """Copies a prompt's chunks from the prefix cache, then computes one, or a tail: at most HITS_AT_ONCE in all.
+        """Copies a prompt's chunks from the prefix cache, then computes one, or a tail: at most
+        HITS_AT_ONCE in all.
 
         If the cache holds all of the prompt, those of others are copied too, and none is computed.
         """
@@ -236,7 +248,9 @@ class Engine:
                     return
 
     def _embed(self, sequence: Sequence) -> list[Event]:
-        """Computes one chunk of a text whose embedding is asked for, without the prefix cache: every token's state counts."""
+        """Computes one chunk of a text whose embedding is asked for, without the prefix cache:
+        every token's state counts.
+        """
         tokens = sequence.chunk(self.config.chunk)[0]
         summed = self._prefill_part(sequence, tokens, self.config.chunk)
         sequence.hidden_sum = sequence.hidden_sum + jax.device_get(summed)[0]
@@ -248,7 +262,9 @@ class Engine:
         return [Event(sequence.id, [], "length" if np.isfinite(embedding).all() else "error", embedding=embedding)]
 
     def _copy_cached(self, sequence: Sequence, tokens: tuple[int, ...]) -> int:
-        """Copies the next chunk of a prompt, or its beginning, from the prefix cache; returns the count of its tokens."""
+        """Copies the next chunk of a prompt, or its beginning, from the prefix cache; returns the
+        count of its tokens.
+        """
         for count in (len(tokens), *self._prefix_lengths(tokens)[:MAX_TAILS]):
             chunk = self.prefix_cache.get(chunk_key(sequence.prefix_key, tokens[:count]))
             if chunk is not None:
@@ -259,7 +275,9 @@ class Engine:
         return 0
 
     def _compute(self, sequence: Sequence, tokens: tuple[int, ...], done: int) -> int:
-        """Computes the next chunk of a prompt, or a tail of one that is begun; returns the count of its tokens."""
+        """Computes the next chunk of a prompt, or a tail of one that is begun; returns the count of
+        its tokens.
+        """
         tail = self.config.tail
         chunk = self.config.chunk
         size = tail if done or len(tokens) <= min(MAX_TAILS, chunk // tail) * tail else chunk
@@ -289,7 +307,9 @@ class Engine:
         self.prefix_cache.put(keys[0], chunk, sequence.prefix_key if start else None, keys[1:])
 
     def _prefix_lengths(self, tokens: tuple[int, ...]) -> range:
-        """Returns the counts of a chunk's first tokens after which tails may follow, the most first."""
+        """Returns the counts of a chunk's first tokens after which tails may follow, the most
+        first.
+        """
         if not self.tails_are_exact:
             return range(0)
         tail = self.config.tail
@@ -328,7 +348,9 @@ class Engine:
         return [event for event in events if event.tokens or event.finish_reason]
 
     def _masks(self, batch: Decode, R: int) -> TokenMasks:
-        """Returns the tokens that each of R rows may sample: by its grammar, and no stop token before its `min_tokens`."""
+        """Returns the tokens that each of R rows may sample: by its grammar, and no stop token
+        before its `min_tokens`.
+        """
         masks = make_token_masks(R, self.cfg.vocab)
         for sequence in batch.sequences:
             rows = batch.rows_of(sequence)
@@ -371,7 +393,8 @@ def complete(
     capacity: int | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> list[Completion]:
-    """Completes each prompt, in at most `capacity` tokens together with it, by an engine of its own.
+    """Completes each prompt, in at most `capacity` tokens together with it, by an engine of its
+    own.
 
     `report`: completions that have ended, and all.
     """

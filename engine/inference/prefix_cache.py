@@ -37,7 +37,9 @@ class PrefixCache:
         self._prefixes: dict[bytes, bytes] = {}  # key of a prefix -> key of the last chunk put that begins so
 
     def get(self, key: bytes) -> Any | None:
-        """Returns the chunk, or one of which this is a prefix, or None. It and those before it count as used now."""
+        """Returns the chunk, or one of which this is a prefix, or None. It and those before it
+        count as used now.
+        """
         if key not in self._chunks:
             if key not in self._prefixes:
                 return None
@@ -49,7 +51,8 @@ class PrefixCache:
         return self._chunks[key][0]
 
     def put(self, key: bytes, chunk: Any, parent: bytes | None, prefixes: Sequence[bytes] = ()) -> None:
-        """Adds a chunk (any tree of arrays), if its parent (None: a prompt's start) is here; drops others to fit.
+        """Adds a chunk (any tree of arrays), if its parent (None: a prompt's start) is here; drops
+        others to fit.
 
         It is found by `prefixes` too: the keys of some of its first tokens.
         """

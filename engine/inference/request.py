@@ -36,7 +36,8 @@ RANGES = {
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How one completion is sampled, and which tokens end it: some fields of vLLM's, with its defaults.
+    """How one completion is sampled, and which tokens end it: some fields of vLLM's, with its
+    defaults.
 
     Temperature 0 is greedy. top_k keeps the k most probable tokens (0 or -1: all), top_p the
     smallest set whose probability reaches p (Holtzman et al. 2019, 1904.09751), min_p those at
@@ -84,16 +85,22 @@ class SamplingParams:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1 or self.logit_bias)
 
     def within(self, room: int) -> "SamplingParams":
-        """Returns these for a completion that has room for so many tokens; a room below 1 is refused where it is asked for."""
+        """Returns these for a completion that has room for so many tokens; a room below 1 is
+        refused where it is asked for.
+        """
         return dataclasses.replace(self, max_tokens=min(self.max_tokens, max(room, 1)))
 
     def per_row(self, rows: int) -> list["SamplingParams"]:
-        """Returns these for each of `rows` completions, with seeds seed, seed + 1, ... (modulo 2**32)."""
+        """Returns these for each of `rows` completions, with seeds seed, seed + 1, ... (modulo
+        2**32).
+        """
         return [self, *(dataclasses.replace(self, seed=(self.seed + row) % SEEDS) for row in range(1, rows))]
 
 
 def token_ids(name: str, values: Any) -> tuple[int, ...]:
-    """Returns any iterable of integers as a tuple; True is 1. Raises InvalidField for anything else."""
+    """Returns any iterable of integers as a tuple; True is 1. Raises InvalidField for anything
+    else.
+    """
     try:
         return tuple(map(operator.index, values))
     except TypeError as error:
@@ -110,7 +117,8 @@ class Adapter:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt of token ids, and how to continue it. Only prompts of one `namespace` and `adapter` share the prefix cache.
+    """A prompt of token ids, and how to continue it. Only prompts of one `namespace` and `adapter`
+    share the prefix cache.
 
     The completion keeps to the grammar of `constraint`. With `embed` the prompt's embedding is
     asked for instead.
@@ -134,7 +142,9 @@ class Request:
 
 
 class LogProb(NamedTuple):
-    """A sampled token's log-probability, nats, and the most probable tokens with theirs, best first."""
+    """A sampled token's log-probability, nats, and the most probable tokens with theirs, best
+    first.
+    """
 
     token: int
     logprob: float
@@ -160,7 +170,9 @@ class Event(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """The tokens of a completion, without the `stop_token` that ended it if one did, and why it ended."""
+    """The tokens of a completion, without the `stop_token` that ended it if one did, and why it
+    ended.
+    """
 
     tokens: list[int]
     finish_reason: FinishReason | None
@@ -168,7 +180,9 @@ class Completion(NamedTuple):
 
 
 def check_request(request: Request, vocab: int, capacity: int) -> None:
-    """Raises InvalidField when a model of `vocab` tokens with room for `capacity` cannot serve the request to its end."""
+    """Raises InvalidField when a model of `vocab` tokens with room for `capacity` cannot serve the
+    request to its end.
+    """
     prompt = request.prompt
     sampling = request.sampling
     if not prompt:

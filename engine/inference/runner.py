@@ -56,7 +56,9 @@ def write_chunk(segments: KVSegments, chunk: Any, slot: Array, start: Array, cou
 
 
 class RowAdapters(NamedTuple):
-    """The adapters of R rows: stacks, None where there are none, and each row's index in them, (R,) int32, 0 for none."""
+    """The adapters of R rows: stacks, None where there are none, and each row's index in them, (R,)
+    int32, 0 for none.
+    """
 
     stacks: Params | None = None
     indices: Any = None
@@ -66,7 +68,8 @@ NO_ADAPTERS = RowAdapters()
 
 
 class SampledTokens(NamedTuple):
-    """The samples of each step and row, zeros behind the last step; X is MAX_LOGPROBS, or a smaller vocabulary.
+    """The samples of each step and row, zeros behind the last step; X is MAX_LOGPROBS, or a smaller
+    vocabulary.
 
     Log-probabilities are in nats, before penalties and masks.
     """
@@ -94,7 +97,8 @@ def prefill_chunk(
     start: Array,
     adapters: RowAdapters = NO_ADAPTERS,
 ) -> tuple[Array | None, KVSegments]:
-    """Writes the keys and values of tokens (1, T) int32, -1 after the last, into a slot, from position `start` on.
+    """Writes the keys and values of tokens (1, T) int32, -1 after the last, into a slot, from
+    position `start` on.
 
     With `embeds`, which is EMBEDS, it sums the head's input over the tokens, for an embedding: (1,
     D) float32.
@@ -290,7 +294,9 @@ def row_adapters(stacks: Params | None, index: Any) -> RowAdapters:
 
 
 def compile_programs(programs: Mapping[str, Program]) -> Generator[tuple[str, int]]:
-    """Compiles `idle_programs`, or reads them from the compilation cache; yields each name as it is ready, and the total."""
+    """Compiles `idle_programs`, or reads them from the compilation cache; yields each name as it is
+    ready, and the total.
+    """
     pool = ThreadPoolExecutor(COMPILED_AT_ONCE, initializer=jax.set_mesh, initargs=(layout.current_mesh(),))
 
     def compile_program(program: Program) -> None:
@@ -347,7 +353,8 @@ def make_rows(position: Any, slot: Any, slots: int, draft_writes: Iterable[tuple
 
 
 class ModelRunner:
-    """The weights, KV cache and token counts on the device, or on the mesh of the thread that makes them.
+    """The weights, KV cache and token counts on the device, or on the mesh of the thread that makes
+    them.
 
     `stacks`: of adapters, as `make_stacks` returns them, or None. `prefill` and `decode` take
     indices in them.
@@ -370,18 +377,23 @@ class ModelRunner:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.segments))
 
     def begin_compiling(self) -> None:
-        """Traces the decoding program, and has a thread compile it, or read it from the cache, while a prompt is prefilled."""
+        """Traces the decoding program, and has a thread compile it, or read it from the cache,
+        while a prompt is prefilled.
+        """
         program = self._idle_programs()["decode"]
         lowered = program.function.lower(*program.arguments)
         self.compiling = ThreadPoolExecutor(1).submit(lowered.compile)
 
     def put_adapter(self, index: int, adapter: Params) -> None:
-        """Puts an adapter into new stacks, at an index that no request uses. In any thread, one at a time."""
+        """Puts an adapter into new stacks, at an index that no request uses. In any thread, one at
+        a time.
+        """
         assert self.stacks is not None
         self.stacks = self._device_put(put_adapter(self.cfg, self.stacks, index, adapter))
 
     def prefill(self, tokens: Any, slot: int, start: int, adapter: int) -> Array | None:
-        """Writes the keys and values of tokens (1, T) int32, -1 after the last, into a slot, from position `start` on.
+        """Writes the keys and values of tokens (1, T) int32, -1 after the last, into a slot, from
+        position `start` on.
 
         Where the engine embeds it returns the sum of the head's input over the tokens, (1, D)
         float32.
@@ -399,7 +411,9 @@ class ModelRunner:
         return summed
 
     def write(self, chunk: Any, slot: int, start: int, count: int) -> None:
-        """Writes a chunk of `read` into a slot, from position `start` on, with zeros after its first `count` positions."""
+        """Writes a chunk of `read` into a slot, from position `start` on, with zeros after its
+        first `count` positions.
+        """
         self.segments = write_chunk(self.segments, chunk, np.int32(slot), np.int32(start), np.int32(count))
 
     def read(self, slot: int, start: int, size: int) -> Any:
@@ -410,7 +424,9 @@ class ModelRunner:
         self.segments = clear_slot(self.segments, np.int32(slot), np.int32(max_positions))
 
     def copy(self, slot: int, targets: Sequence[int], max_positions: int) -> None:
-        """Copies the segments that begin below `max_positions` from a slot to at most DRAFT_ROWS others."""
+        """Copies the segments that begin below `max_positions` from a slot to at most DRAFT_ROWS
+        others.
+        """
         padded = np.array([*targets, *[self.segments.slots] * (DRAFT_ROWS - len(targets))], np.int32)
         self.segments = copy_slot(self.segments, np.int32(slot), padded, np.int32(max_positions))
 
@@ -454,7 +470,8 @@ class ModelRunner:
     def warm(
         self, report: Callable[[int, int], None] | None, ahead: Iterable[tuple[str, int]], to_run_later: Collection[str]
     ) -> None:
-        """Compiles every program and runs each once with no row in use, but for those `to_run_later`.
+        """Compiles every program and runs each once with no row in use, but for those
+        `to_run_later`.
 
         A program that `ahead`, of `compile_ahead`, has compiled runs while the next is compiled.
         `report(ready, total)` counts programs.

@@ -38,14 +38,18 @@ class SamplingArrays(NamedTuple):
 
 
 class TokenMasks(NamedTuple):
-    """For how many steps each row is masked, (R,) int32, and the tokens allowed there, a bit each: (R, ceil(V/32)) uint32."""
+    """For how many steps each row is masked, (R,) int32, and the tokens allowed there, a bit each:
+    (R, ceil(V/32)) uint32.
+    """
 
     steps: Array
     allowed: Array
 
 
 class TokenCounts(NamedTuple):
-    """Each slot's logit bias (B, V) float32, and its output's count of each token (B, V) int32 (see IN_PROMPT)."""
+    """Each slot's logit bias (B, V) float32, and its output's count of each token (B, V) int32 (see
+    IN_PROMPT).
+    """
 
     bias: Array
     counts: Array
@@ -82,7 +86,9 @@ def set_token_counts(counts: TokenCounts, slot: Array, bias: Array, new: Array) 
 
 
 def adjust_logits(logits: Array, counts: TokenCounts, slots: Array, sampling: SamplingArrays) -> Array:
-    """Returns logits (R, V) after bias and penalties by the counts of slots (R,), unchanged to the bit in rows without any."""
+    """Returns logits (R, V) after bias and penalties by the counts of slots (R,), unchanged to the
+    bit in rows without any.
+    """
     counts = TokenCounts(counts.bias[slots], counts.counts[slots])
     in_output = counts.counts & (IN_PROMPT - 1)
     adjusts = sampling.adjusts_logits[:, None]
@@ -96,7 +102,9 @@ def adjust_logits(logits: Array, counts: TokenCounts, slots: Array, sampling: Sa
 
 
 def mask_logits(logits: Array, masked: Array, allowed: Array) -> Array:
-    """Returns logits (R, V), -inf for the tokens that are not allowed in rows that are masked (R,); others are unchanged."""
+    """Returns logits (R, V), -inf for the tokens that are not allowed in rows that are masked (R,);
+    others are unchanged.
+    """
     bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
     is_allowed = bits.reshape(len(logits), -1)[:, : logits.shape[1]] > 0
     return jnp.where(is_allowed | ~masked[:, None], logits, -jnp.inf)
@@ -170,7 +178,8 @@ def _threshold(scaled: Array, sampling: SamplingArrays) -> Array:
 
 
 def _largest(x: Array, weights: Array, goal: Array) -> Array:
-    """x, weights (B, V), goal (B,) -> the largest t (B,) for which the weights of x >= t sum to the goal; -inf if none.
+    """x, weights (B, V), goal (B,) -> the largest t (B,) for which the weights of x >= t sum to the
+    goal; -inf if none.
 
     The bits of a float32, those below the sign flipped where it is negative, are integers in the
     same order.

@@ -34,7 +34,8 @@ PATIENCE = 8  # tokens without one that its grammar forbids, until a sequence ru
 
 
 class Drafter:
-    """Drafts the next tokens of one text, for speculative decoding; measures how often a match of each length is right.
+    """Drafts the next tokens of one text, for speculative decoding; measures how often a match of
+    each length is right.
 
     A draft token is what followed the last few tokens earlier in the text (prompt lookup, Saxena
     2023; after Leviathan et al. 2023, 2211.17192). Each idle row samples the token after one draft
@@ -60,7 +61,9 @@ class Drafter:
             self._append(token)
 
     def draft(self, count: int) -> list[int]:
-        """Returns up to `count` draft tokens: as many as are right often enough for checking them to pay."""
+        """Returns up to `count` draft tokens: as many as are right often enough for checking them
+        to pay.
+        """
         drafts: list[int] = []
         tail = self._text[-len(CHANCES) :]
         chance = 1.0
@@ -83,7 +86,9 @@ class Drafter:
         self._text.append(token)
 
     def _match(self, tail: list[int]) -> tuple[int, int]:
-        """Returns how many of the last tokens stood earlier in the text, and what followed them there; (0, -1) if none."""
+        """Returns how many of the last tokens stood earlier in the text, and what followed them
+        there; (0, -1) if none.
+        """
         for length in range(len(tail), 0, -1):
             position = self._next.get(tuple(tail[-length:]))
             if position is not None:
@@ -143,7 +148,9 @@ class Sequence:
 
     @property
     def to_prefill(self) -> int:
-        """Prompt tokens left to prefill: all but the last, which decoding reads, if it is to be completed."""
+        """Prompt tokens left to prefill: all but the last, which decoding reads, if it is to be
+        completed.
+        """
         return len(self.request.prompt) - (not self.request.embed) - self.prefilled_tokens
 
     @property
@@ -177,7 +184,9 @@ class Sequence:
         return self.request.prompt[start : min(start + size, self.prefilled_tokens + self.to_prefill)], done
 
     def draft_tokens(self, count: int) -> list[int] | None:
-        """Returns up to `count` draft tokens, forced by its grammar or looked up; None when they have not been right lately."""
+        """Returns up to `count` draft tokens, forced by its grammar or looked up; None when they
+        have not been right lately.
+        """
         self.drafter = self.drafter or Drafter((*self.request.prompt, *self.output_tokens))
         drafts = self.drafter.draft(count)
         if self.constraint:
@@ -235,7 +244,9 @@ class Prefill(NamedTuple):
 
 
 class DecodeRow(NamedTuple):
-    """A row of a dispatch: its number, the slot it reads, and the sequence, token and position after which it samples."""
+    """A row of a dispatch: its number, the slot it reads, and the sequence, token and position
+    after which it samples.
+    """
 
     row: int
     slot: int
@@ -274,7 +285,9 @@ class Decode(NamedTuple):
 
     @property
     def draft_writes(self) -> list[tuple[int, int]]:
-        """(row, slot) of each write beside the rows' own, so that a single sequence and its copies hold the same text."""
+        """(row, slot) of each write beside the rows' own, so that a single sequence and its copies
+        hold the same text.
+        """
         if not self.copies:
             return []
         slots = [self.rows[0].row, *self.copies]
@@ -370,7 +383,9 @@ class Scheduler:
         return Decode(rows, steps, {}, self.copies, False)
 
     def _check_drafts(self, rows: list[DecodeRow], drafts: dict[int, list[int]]) -> Decode:
-        """Returns a step of these rows and of spare ones, or rows of copied slots, which check the draft tokens by slot."""
+        """Returns a step of these rows and of spare ones, or rows of copied slots, which check the
+        draft tokens by slot.
+        """
         spare = self.spare_rows
         copies_are_new = not (self.copies or spare)
         if copies_are_new:
@@ -434,7 +449,9 @@ class Scheduler:
         return sequence.draft_tokens(count)
 
     def _forced_tokens(self, decoding: list[Sequence]) -> dict[int, list[int]]:
-        """Returns by slot the tokens that constraints force next: sequences share the rows that are free to check them."""
+        """Returns by slot the tokens that constraints force next: sequences share the rows that are
+        free to check them.
+        """
         spare = len(self.spare_rows) if self.speculate else 0
         forced: dict[int, list[int]] = {}
         constrained = [

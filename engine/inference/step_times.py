@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 
 class RunningProgram(NamedTuple):
-    """A program that an engine runs. `steps`: how many tokens it decodes for each row, else 1. `since`: by time.monotonic."""
+    """A program that an engine runs. `steps`: how many tokens it decodes for each row, else 1.
+    `since`: by time.monotonic.
+    """
 
     name: str
     steps: int
@@ -13,7 +15,8 @@ class RunningProgram(NamedTuple):
 
 
 class StepTimes:
-    """The times of an engine's programs. The engine's thread writes them, and any thread may read them.
+    """The times of an engine's programs. The engine's thread writes them, and any thread may read
+    them.
 
     A program that `Engine.warm` has not compiled is compiled in its first run, which counts.
 
@@ -44,7 +47,8 @@ class StepTimes:
         self._longest_step[running.name] = max(seconds / running.steps, self._longest_step.get(running.name, 0.0))
 
     def longest(self, running: RunningProgram) -> float | None:
-        """Returns the seconds that a run has taken at most so far; None for a program that has not run yet.
+        """Returns the seconds that a run has taken at most so far; None for a program that has not
+        run yet.
 
         Of runs of fewer steps the longest step counts, times the steps of the run that is asked
         about.

@@ -20,7 +20,9 @@ from engine.model.ops import transpose
 
 
 def _with_backward[F: Callable[..., Any]](f: F, backward: Callable[..., Any], static: tuple[int, ...] = (2,)) -> F:
-    """Returns f with the rule backward(*static arguments, (a, b), gradient); a and b are f's first two arguments."""
+    """Returns f with the rule backward(*static arguments, (a, b), gradient); a and b are f's first
+    two arguments.
+    """
     rule: Any = jax.custom_vjp(f, nondiff_argnums=static)
 
     def forward(a: Any, b: Any, *options: Any) -> tuple[Any, tuple[Any, Any]]:
@@ -31,7 +33,9 @@ def _with_backward[F: Callable[..., Any]](f: F, backward: Callable[..., Any], st
 
 
 def matmul_backward(dtype: DTypeLike, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    """dx = g w^T and dw = x^T g, summed in float32. Transposes the narrower of x and g, the cheaper copy."""
+    """dx = g w^T and dw = x^T g, summed in float32. Transposes the narrower of x and g, the cheaper
+    copy.
+    """
     x, w = residuals
     w, g = layout.regather(w, g.astype(x.dtype))
     dx = jnp.einsum("mf,df->md", g, w.astype(x.dtype), preferred_element_type=x.dtype)

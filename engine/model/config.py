@@ -15,7 +15,9 @@ JOINED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # those that read 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's scaling of RoPE frequencies (The Llama 3 Herd of Models, 2407.21783, section 3.4.1)."""
+    """Llama 3's scaling of RoPE frequencies (The Llama 3 Herd of Models, 2407.21783, section
+    3.4.1).
+    """
 
     factor: float
     low_freq_factor: float
@@ -90,7 +92,9 @@ class ModelConfig:
 
     @property
     def head_path(self) -> str:
-        """The path of the matrix that makes logits: (D, V), or the embedding (V, D) where the two are tied."""
+        """The path of the matrix that makes logits: (D, V), or the embedding (V, D) where the two
+        are tied.
+        """
         return "embed" if self.tied else "head"
 
     @property
@@ -108,7 +112,9 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "ModelConfig":
-        """Returns the config of a `to_json` dict. Raises UserError naming a field that is unknown or missing."""
+        """Returns the config of a `to_json` dict. Raises UserError naming a field that is unknown
+        or missing.
+        """
         scaling = fields.get("rope_scaling")
         if scaling:
             fields = fields | {"rope_scaling": _from_fields(RopeScaling, scaling)}
@@ -123,7 +129,8 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """An adapter: a LoRA pair of `rank` on the targets in every block, added with the factor alpha / rank.
+    """An adapter: a LoRA pair of `rank` on the targets in every block, added with the factor alpha
+    / rank.
 
     Targets are q, k, v, out (or o), gate, up, down, or all. Raises UserError for a target, rank or
     alpha that cannot be.
@@ -156,7 +163,9 @@ class LoraConfig:
 
     @classmethod
     def from_text(cls, text: str) -> "LoraConfig":
-        """Reads a str of one, in which each of the three may be left out; alpha is then twice the rank. Raises ValueError."""
+        """Reads a str of one, in which each of the three may be left out; alpha is then twice the
+        rank. Raises ValueError.
+        """
         pairs = [part.partition("=") for part in re.split(r",(?=\w*=)", text.replace(" ", "").strip(",")) if part]
         fields = {name: value for name, _, value in pairs}
         try:
@@ -171,7 +180,9 @@ class LoraConfig:
 
 
 def _from_fields[T: DataclassInstance](kind: type[T], fields: dict[str, Any]) -> T:
-    """Returns kind(**fields). Raises UserError naming a field that `kind` does not know or that it needs."""
+    """Returns kind(**fields). Raises UserError naming a field that `kind` does not know or that it
+    needs.
+    """
     known = {field.name: field for field in dataclasses.fields(kind)}
     for name in fields:
         if name not in known:

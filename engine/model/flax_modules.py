@@ -39,7 +39,8 @@ def write_rows(cached: Array, new: Array, start: Array) -> Array:
 
 
 def matrix(module: nn.Module, name: str, init: Any, shape: tuple[int, int]) -> Any:
-    """Returns a module's weight, of any kind; makes it at initialisation. Raises ValueError for another shape.
+    """Returns a module's weight, of any kind; makes it at initialisation. Raises ValueError for
+    another shape.
 
     Flax would compare the shapes of a leaf's arrays, not that of the matrix it stands for.
     """
@@ -81,7 +82,8 @@ class Block(nn.Module):
         return x, cached
 
     def norm_and_project(self, x: Array, norm: str, joined: str, columns: dict[str, int]) -> Sequence[Array]:
-        """x (B, T, D) -> its product, once normalised, with each weight: (B, T, columns), in the compute dtype.
+        """x (B, T, D) -> its product, once normalised, with each weight: (B, T, columns), in the
+        compute dtype.
 
         Where `join_projections` has joined the weights for inference, it is cut out of one product.
         """
@@ -95,7 +97,9 @@ class Block(nn.Module):
         return norm_and_project(x, gain, [self.weight(name, cfg.width, n) for name, n in columns.items()], cfg.eps, dtype)
 
     def attention(self, q: Array, k: Array, v: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
-        """q (B, T, N * H), k and v (B, T, K * H) -> (B, T, N * H), and the layer's cache with this call's keys and values."""
+        """q (B, T, N * H), k and v (B, T, K * H) -> (B, T, N * H), and the layer's cache with this
+        call's keys and values.
+        """
         cfg = self.cfg
         dtype = jnp.dtype(cfg.dtype)
         q, k, v = (self.heads(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
@@ -108,7 +112,9 @@ class Block(nn.Module):
         return causal_attention(q, k, v, segments), None
 
     def cached_attention(self, q: Array, k: Array, v: Array, cached: Cached):
-        """Writes this call's keys and values after each row's length, then attends to all of the row."""
+        """Writes this call's keys and values after each row's length, then attends to all of the
+        row.
+        """
         keys, values, length = cached
         keys = write_rows(keys, k.transpose(0, 2, 1, 3), length)
         values = write_rows(values, v.transpose(0, 2, 1, 3), length)
@@ -119,7 +125,9 @@ class Block(nn.Module):
         return attention(q, keys, jnp.where(seen, values, 0), mask), (keys, values, length)
 
     def heads(self, name: str, x: Array) -> Array:
-        """x (B, T, N * H) -> (B, T, N, H), of queries, keys or values, with a bias and normalised where the model has that."""
+        """x (B, T, N * H) -> (B, T, N, H), of queries, keys or values, with a bias and normalised
+        where the model has that.
+        """
         cfg = self.cfg
         dtype = jnp.dtype(cfg.dtype)
         if cfg.qkv_bias:
@@ -133,7 +141,9 @@ class Block(nn.Module):
         return self.param(name, nn.initializers.ones, (size,))
 
     def weight(self, name: str, rows: int, columns: int, scale: float = 1.0) -> Any:
-        """(rows, columns), normal with variance 1 / rows; `scale` 0 for what a block adds, which starts as the identity."""
+        """(rows, columns), normal with variance 1 / rows; `scale` 0 for what a block adds, which
+        starts as the identity.
+        """
         init = nn.initializers.normal(scale * rows**-0.5) if scale else nn.initializers.zeros
         return matrix(self, name, init, (rows, columns))
 

@@ -40,7 +40,9 @@ def lookup(embed: Array, tokens: Array) -> Array:
 
 
 def rms_norm(x: Array, gain: Array | None, eps: float, dtype: DTypeLike) -> Array:
-    """x (..., D), gain (..., D) or None for 1 -> gain * x / rms(x) in `dtype` (Zhang & Sennrich 2019, equation 4)."""
+    """x (..., D), gain (..., D) or None for 1 -> gain * x / rms(x) in `dtype` (Zhang & Sennrich
+    2019, equation 4).
+    """
     x = x.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
     if gain is not None:
@@ -49,7 +51,9 @@ def rms_norm(x: Array, gain: Array | None, eps: float, dtype: DTypeLike) -> Arra
 
 
 def rope_frequencies(cfg: ModelConfig) -> Array:
-    """Returns the angle per position of each of the H / 2 pairs, float32 (Su et al. 2021, equation 15; Llama 3.1's scaling)."""
+    """Returns the angle per position of each of the H / 2 pairs, float32 (Su et al. 2021, equation
+    15; Llama 3.1's scaling).
+    """
     half = cfg.head_dim // 2
     frequencies = cfg.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     scaling = cfg.rope_scaling
@@ -103,14 +107,18 @@ def join_heads(x: Array) -> Array:
 
 
 def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
-    """q (B, T, N, H) scaled by H ** -0.5, k and v (B, T, K, H), segments (B, T) or None -> (B, T, N * H)."""
+    """q (B, T, N, H) scaled by H ** -0.5, k and v (B, T, K, H), segments (B, T) or None -> (B, T, N
+    * H).
+    """
     k = k.transpose(0, 2, 1, 3)
     v = v.transpose(0, 2, 1, 3)
     return attention(q, k, v, causal_mask(q.shape[1], segments))
 
 
 def causal_mask(T: int, segments: Array | None = None) -> Array:
-    """(1, T, T) or, with segments (B, T), (B, T, T): a query attends to itself and back, inside its segment."""
+    """(1, T, T) or, with segments (B, T), (B, T, T): a query attends to itself and back, inside its
+    segment.
+    """
     causal = jnp.tril(jnp.ones((1, T, T), bool))
     if segments is None:
         return causal

@@ -40,7 +40,9 @@ def target_losses(cfg: ModelConfig, params: Params, batch: Any, head_trains: boo
 
 
 def summed_loss(cfg: ModelConfig, params: Params, batch: Any, head_trains: bool = True) -> Array:
-    """Returns the summed nats of the batch's masked-in targets, each times its weight where the mask has weights."""
+    """Returns the summed nats of the batch's masked-in targets, each times its weight where the
+    mask has weights.
+    """
     losses = target_losses(cfg, params, batch, head_trains)
     if batch.mask.dtype != bool:
         losses = losses * batch.mask
@@ -49,7 +51,9 @@ def summed_loss(cfg: ModelConfig, params: Params, batch: Any, head_trains: bool 
 
 @jax.jit(static_argnames="cfg")
 def score(cfg: ModelConfig, params: Params, batch: Any) -> Array:
-    """Sums the negative log-probability of the masked-in targets, () float32 nats. Bits are nats / ln 2."""
+    """Sums the negative log-probability of the masked-in targets, () float32 nats. Bits are nats /
+    ln 2.
+    """
     return target_losses(cfg, params, batch, head_trains=False, limit=SCORED_LIMIT).sum()
 
 
@@ -62,6 +66,8 @@ def loss_chunks(cfg: ModelConfig, rows: int, head_trains: bool) -> int:
 
 
 def token_losses(logits: Array, targets: Array) -> Array:
-    """logits (..., V) float32, targets (...) int32 -> (...) nats: log sum exp(logits) - logits[target]."""
+    """logits (..., V) float32, targets (...) int32 -> (...) nats: log sum exp(logits) -
+    logits[target].
+    """
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked

@@ -37,7 +37,9 @@ class _Columns(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def row_losses(weight: Any, hidden: Array, targets: Array, tied: bool, size: int) -> Array:
-    """hidden (M, D), targets (M,) int32 -> (M,) float32 nats, holding the logits of `size` rows at a time on a device."""
+    """hidden (M, D), targets (M,) int32 -> (M,) float32 nats, holding the logits of `size` rows at
+    a time on a device.
+    """
     head = as_weight(weight, axis=int(not tied))
     losses = []
     for rows, labels in _parts(size, hidden, targets):
@@ -130,7 +132,8 @@ row_losses.defvjp(_forward, _backward)
 
 
 def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Array, chunk: int) -> Array:
-    """hidden (B, T, D), targets (B, T) -> (B, T) nats, holding (B, T, chunk) logits at a time, forward and backward.
+    """hidden (B, T, D), targets (B, T) -> (B, T) nats, holding (B, T, chunk) logits at a time,
+    forward and backward.
 
     A running maximum and sum give the log-sum-exp (Milakov & Gimelshein 2018, algorithm 3); the
     backward pass makes each chunk's logits again.

@@ -34,7 +34,9 @@ def cudnn(q: Array, k: Array, v: Array, segments: Array | None) -> Array | None:
 
 
 def cudnn_masked(q: Array, k: Array, v: Array, mask: Array | None, *, causal: bool = False) -> Array | None:
-    """As `cudnn`, with keys (B, S, K, H) and a mask (B, T, S) that is True where a query may attend."""
+    """As `cudnn`, with keys (B, S, K, H) and a mask (B, T, S) that is True where a query may
+    attend.
+    """
     if mask is not None and (q.shape[1] % 2 or k.shape[1] % 2):  # cuDNN has no gradient for it, and says so too late
         return None
     heads = None if mask is None else mask[:, None]
@@ -94,7 +96,9 @@ def _native(q: Array, k: Array, v: Array, segments: Array) -> Array:
 
 
 def _native_forward(q: Array, k: Array, v: Array, segments: Array) -> tuple[Array, tuple[Array, ...]]:
-    """Keeps each softmax's largest score and its sum (B, N, 2, T), from which the backward pass computes the weights anew."""
+    """Keeps each softmax's largest score and its sum (B, N, 2, T), from which the backward pass
+    computes the weights anew.
+    """
     B, T, N, H = q.shape
     shapes = jax.ShapeDtypeStruct((B, T, N * H), q.dtype), jax.ShapeDtypeStruct((B, N, 2, T), jnp.float32)
     out, sums = jax.ffi.ffi_call(target("causal_attention"), shapes, vmap_method="sequential")(q, k, v, segments)
@@ -130,12 +134,16 @@ def platform() -> str:
 
 
 def computes_in_c() -> bool:
-    """Whether kernels in C compute: on one CPU where they can be built. XLA computes near what they do elsewhere."""
+    """Whether kernels in C compute: on one CPU where they can be built. XLA computes near what they
+    do elsewhere.
+    """
     return _on_one_cpu() and not native_problem()
 
 
 def kernels_note() -> str:
-    """Returns what a banner says of them behind the device: with and without them the last bits differ."""
+    """Returns what a banner says of them behind the device: with and without them the last bits
+    differ.
+    """
     if not _on_one_cpu():
         return ""
     problem = native_problem()
@@ -153,7 +161,8 @@ def ops() -> Ops:
 
 
 def transpose(x: Array) -> Array:
-    """x (..., M, N) -> (..., N, M), where a product needs it turned over. On a CPU it is moved in memory.
+    """x (..., M, N) -> (..., N, M), where a product needs it turned over. On a CPU it is moved in
+    memory.
 
     There XLA hands a product to its fast library only when the left operand lies in memory with the
     summed axis last; the fallback is ten times slower. Without the barrier XLA folds the transpose
@@ -167,7 +176,9 @@ def transpose(x: Array) -> Array:
 
 
 def over_rows(x: Array, multiply: Callable[[Array], Array]) -> Array:
-    """Returns multiply(rows (M, in)) for x (..., in), as (..., out); a lone row is doubled where a product needs that."""
+    """Returns multiply(rows (M, in)) for x (..., in), as (..., out); a lone row is doubled where a
+    product needs that.
+    """
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) == 1 and ops().pads_lone_row:
         out = multiply(jnp.concatenate([rows, rows]))[:1]

@@ -11,7 +11,9 @@ Params = dict[str, Any]  # nested; a leaf is an Array, or a Weight of another ki
 
 
 def leaf_paths(params: Params, prefix: str = "") -> dict[str, Any]:
-    """Returns {path: leaf} of a nested dict, in order, block 10 after block 9; a leaf is whatever is not a dict."""
+    """Returns {path: leaf} of a nested dict, in order, block 10 after block 9; a leaf is whatever
+    is not a dict.
+    """
     leaves: dict[str, Any] = {}
     for name in sorted(params, key=_by_number):
         value = params[name]
@@ -27,7 +29,8 @@ def _by_number(name: str) -> tuple[int, int, str]:
 
 
 def array_paths(tree: Any) -> dict[str, Any]:
-    """Returns {path: array} of any tree, in its own order: keys, fields and positions are names alike.
+    """Returns {path: array} of any tree, in its own order: keys, fields and positions are names
+    alike.
 
     So trees read from disk have the paths of the dataclasses and tuples they were saved from.
     Raises ValueError when two arrays share a path.

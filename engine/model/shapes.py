@@ -4,7 +4,9 @@ from engine.model.config import ModelConfig
 
 
 def leaf_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns path -> shape of every parameter, such as 'blocks/0/q', bottom first. A tied model has no `head`."""
+    """Returns path -> shape of every parameter, such as 'blocks/0/q', bottom first. A tied model
+    has no `head`.
+    """
     matrices = cfg.matrices
     block: dict[str, tuple[int, ...]] = {"attn_norm": (cfg.width,)}
     block |= {name: matrices[name] for name in "qkv"}

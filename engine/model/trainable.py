@@ -8,7 +8,9 @@ from engine.model.shapes import leaf_shapes
 
 @dataclasses.dataclass(frozen=True)
 class TrainablePaths:
-    """The paths of the leaves that train (`weights`), and of the matrices that get a LoRA pair of `rank` (`adapted`)."""
+    """The paths of the leaves that train (`weights`), and of the matrices that get a LoRA pair of
+    `rank` (`adapted`).
+    """
 
     weights: frozenset[str]
     adapted: frozenset[str] = frozenset()

@@ -14,7 +14,8 @@ from engine.model.weights.plain import as_weight
 
 
 class KVCache(NamedTuple):
-    """k and v: one array (B, K, S, H) for each of the L layers; length (B,) int32, the tokens each row holds.
+    """k and v: one array (B, K, S, H) for each of the L layers; length (B,) int32, the tokens each
+    row holds.
 
     What lies at or beyond a row's length is stale and is never read.
     """
@@ -41,7 +42,8 @@ def make_cache(cfg: ModelConfig, batch: int, capacity: int) -> KVCache:
 
 
 def init_params(cfg: ModelConfig, key: Array) -> Params:
-    """Makes random float32 weights with which the first loss is ln V: blocks are the identity and an untied head is zero.
+    """Makes random float32 weights with which the first loss is ln V: blocks are the identity and
+    an untied head is zero.
 
     With a tied head the first SwiGLU is random, or the model would predict each token to follow
     itself.
@@ -55,7 +57,8 @@ def init_params(cfg: ModelConfig, key: Array) -> Params:
 def forward(
     cfg: ModelConfig, params: Params, tokens: Array, positions: Array, cache: Any = None, segments: Array | None = None
 ) -> tuple[Array, Any]:
-    """tokens, positions (B, T) int32 -> logits (B, T, V) float32 and the cache with these T tokens' keys and values.
+    """tokens, positions (B, T) int32 -> logits (B, T, V) float32 and the cache with these T tokens'
+    keys and values.
 
     Token t sees tokens 0..t of its row (and segment), and what `cache`, a KVCache or
     SegmentedCache, holds. A KVCache's `length` does not change.

@@ -15,13 +15,17 @@ class LayerInC(SegmentedLayer):
     """One layer of the cache of a call."""
 
     def attend(self, q: Array, k: Array, v: Array) -> tuple[Array, "LayerInC"]:
-        """As of a SegmentedLayer. The result of padding is NaN: products in blocks skip rows that are not finite."""
+        """As of a SegmentedLayer. The result of padding is NaN: products in blocks skip rows that
+        are not finite.
+        """
         R, T, _, _ = q.shape
         return decode_attention(q, k, v, self) if T == 1 < R else prefill_attention(q, k, v, self)
 
 
 class KVInC(KVSegments):
-    """k and v: for each layer one segment, the keys or values (B, K, S, H) of all positions in all slots."""
+    """k and v: for each layer one segment, the keys or values (B, K, S, H) of all positions in all
+    slots.
+    """
 
     @property
     def layer_type(self) -> type[LayerInC]:
@@ -29,7 +33,9 @@ class KVInC(KVSegments):
 
 
 def decode_attention(q: Array, k: Array, v: Array, layer: LayerInC) -> tuple[Array, LayerInC]:
-    """Attends from one token of each row, and writes its keys and values in place. Arguments as of `SegmentedLayer.attend`."""
+    """Attends from one token of each row, and writes its keys and values in place. Arguments as of
+    `SegmentedLayer.attend`.
+    """
     new = stored_heads(k, v, layer)
     queries = group_heads(q.astype(layer.query_dtype), k.shape[2])[:, :, :, 0]  # (R, K, G, H)
     stored, tree = jax.tree.flatten((layer.k, layer.v))
@@ -42,7 +48,9 @@ def decode_attention(q: Array, k: Array, v: Array, layer: LayerInC) -> tuple[Arr
 
 
 def prefill_attention(q: Array, k: Array, v: Array, layer: LayerInC) -> tuple[Array, LayerInC]:
-    """Writes the keys and values of a prompt's tokens, then attends. Arguments as of `SegmentedLayer.attend`."""
+    """Writes the keys and values of a prompt's tokens, then attends. Arguments as of
+    `SegmentedLayer.attend`.
+    """
     R, T, N, H = q.shape
     new = stored_heads(k, v, layer)
     queries = q.astype(layer.query_dtype)

@@ -37,7 +37,8 @@ LayerSegments = tuple[KVArray, ...]  # the keys or the values of one layer
 
 
 class CacheRows(NamedTuple):
-    """The positions of a call's R rows, the slots that they read, and those that their keys and values are written to; int32.
+    """The positions of a call's R rows, the slots that they read, and those that their keys and
+    values are written to; int32.
 
     Row r holds T tokens from position[r] (R,) on, or none if that is -1, and reads slot[r] (R,).
     Without the kernel in C that is slot r, unless there is one row or one slot. Write u (U,) puts
@@ -69,7 +70,8 @@ class SegmentedLayer(NamedTuple):
         return stored.dtype
 
     def attend(self, q: Array, k: Array, v: Array) -> tuple[Array, "SegmentedLayer"]:
-        """q (R, T, N, H) scaled by H ** -0.5, k and v (R, T, K, H) -> (R, T, N * H) in q's dtype, and the layer with k and v.
+        """q (R, T, N, H) scaled by H ** -0.5, k and v (R, T, K, H) -> (R, T, N * H) in q's dtype,
+        and the layer with k and v.
 
         A query at position p sees positions 0 .. p of its slot, this call's own among them. Padding
         gets keys and values of 0.
@@ -78,7 +80,9 @@ class SegmentedLayer(NamedTuple):
 
 
 class KVSegments(NamedTuple):
-    """k and v: for each layer and each segment, the keys or values (B, K, C, H) of its C positions in all slots."""
+    """k and v: for each layer and each segment, the keys or values (B, K, C, H) of its C positions
+    in all slots.
+    """
 
     k: tuple[LayerSegments, ...]
     v: tuple[LayerSegments, ...]
@@ -98,7 +102,9 @@ class KVSegments(NamedTuple):
 
 
 class SegmentedCache(NamedTuple):
-    """The cache of one call of `forward`. `destinations`: for each segment (U, 2) int32, slot and position of each write."""
+    """The cache of one call of `forward`. `destinations`: for each segment (U, 2) int32, slot and
+    position of each write.
+    """
 
     segments: KVSegments
     rows: CacheRows
@@ -120,7 +126,8 @@ def segmented_cache(segments: KVSegments, rows: CacheRows) -> SegmentedCache:
 
 
 def segment_edges(capacity: int, first: int, chunk: int) -> tuple[int, ...]:
-    """Returns where segments for `capacity` tokens start, and where the last ends: at a multiple of `chunk`.
+    """Returns where segments for `capacity` tokens start, and where the last ends: at a multiple of
+    `chunk`.
 
     The first has `first` positions, each other one as many as all before it, but the last perhaps
     fewer. A `first` of at least the capacity makes one segment.
@@ -151,7 +158,9 @@ def make_kv_segments(
 
 
 def read_chunk(segments: KVSegments, slot: Array, start: Array, length: int) -> KVArray:
-    """Copies out the keys, then the values, of `length` positions of a slot from `start` on: (2 L, K, length, H)."""
+    """Copies out the keys, then the values, of `length` positions of a slot from `start` on: (2 L,
+    K, length, H).
+    """
     edges = segments.edges
 
     def read(segment: int) -> KVArray:
@@ -171,7 +180,9 @@ def read_chunk(segments: KVSegments, slot: Array, start: Array, length: int) -> 
 
 
 def write_chunk(segments: KVSegments, chunk: KVArray, slot: Array, start: Array, count: Array) -> KVSegments:
-    """Writes the first `count` positions of a chunk of `read_chunk` into a slot from `start` on, and zeros for the others."""
+    """Writes the first `count` positions of a chunk of `read_chunk` into a slot from `start` on,
+    and zeros for the others.
+    """
     L = len(segments.k)
     destinations = _destinations(segments.edges, slot[None], start[None])
 
@@ -188,7 +199,9 @@ def write_chunk(segments: KVSegments, chunk: KVArray, slot: Array, start: Array,
 
 
 def map_segments(f: Callable[..., KVArray], segments: KVSegments, *each: Sequence[Any]) -> KVSegments:
-    """Returns the segments f(segment, ...) of each layer's keys and values; `each` has an argument for every segment."""
+    """Returns the segments f(segment, ...) of each layer's keys and values; `each` has an argument
+    for every segment.
+    """
 
     def map_layers(layers: tuple[LayerSegments, ...]) -> tuple[LayerSegments, ...]:
         return tuple(tuple(map(f, layer, *each)) for layer in layers)
@@ -197,7 +210,9 @@ def map_segments(f: Callable[..., KVArray], segments: KVSegments, *each: Sequenc
 
 
 def clear_slot(segments: KVSegments, slot: Array, max_positions: Array) -> KVSegments:
-    """Zeros a slot's segments that begin below `max_positions`, so that no NaN of another text is left there."""
+    """Zeros a slot's segments that begin below `max_positions`, so that no NaN of another text is
+    left there.
+    """
 
     @jax.jit(inline=True)  # traced once for the many arrays of a shape
     def clear(array: Array, at: Array) -> Array:
@@ -235,7 +250,9 @@ def copy_slot(segments: KVSegments, slot: Array, targets: Array, max_positions: 
 
 
 def attend_by_xla(q: Array, k: Array, v: Array, layer: SegmentedLayer) -> tuple[Array, SegmentedLayer]:
-    """Writes the keys and values, then attends segment by segment. Arguments as of `SegmentedLayer.attend`."""
+    """Writes the keys and values, then attends segment by segment. Arguments as of
+    `SegmentedLayer.attend`.
+    """
     rows = layer.rows
     new = stored_heads(k, v, layer)
     queries = group_heads(q.astype(layer.query_dtype), k.shape[2])
@@ -277,7 +294,9 @@ def mask_padding(x: Array, other: float, is_token: Array | None) -> Array:
 
 
 def write_new[Layer: SegmentedLayer](layer: Layer, keys: KVArray, values: KVArray) -> Layer:
-    """Returns the layer with the keys and values (R, K, T, H) of each row in the slots that it is written to."""
+    """Returns the layer with the keys and values (R, K, T, H) of each row in the slots that it is
+    written to.
+    """
 
     def write(side: LayerSegments, new: KVArray) -> LayerSegments:
         return _write(side, jax.tree.map(operator.itemgetter(layer.rows.source), new), layer.destinations)
@@ -302,7 +321,9 @@ def _attend(q: Array, positions: Array, layer: SegmentedLayer) -> Array:
 
 
 class Mixture(NamedTuple):
-    """Attention so far: each query's best score and sum of weights (R, K, M), and its weighted values (R, K, M, H)."""
+    """Attention so far: each query's best score and sum of weights (R, K, M), and its weighted
+    values (R, K, M, H).
+    """
 
     best: Array
     total: Array
@@ -332,7 +353,9 @@ def attend_segment(q: Any, last: Array, keys: KVArray, values: KVArray, slot: Ar
 
 
 def _scores(q: Any, keys: KVArray) -> Array:
-    """q (R, K, M, H), as `two_digit_rows` for quantized keys, keys (R, K, C, H) -> (R, K, M, C) float32."""
+    """q (R, K, M, H), as `two_digit_rows` for quantized keys, keys (R, K, C, H) -> (R, K, M, C)
+    float32.
+    """
     if not isinstance(keys, QuantizedKV):
         return einsum32("rkmh,rkch->rkmc", q, keys)
     digits, scale = q
@@ -359,7 +382,9 @@ def _edges(layer: LayerSegments) -> tuple[int, ...]:
 
 
 def _destinations(edges: tuple[int, ...], slots: Array, positions: Array) -> tuple[Array, ...]:
-    """Returns where writes to slots (U,) from positions (U,) on go: beyond the end of every segment but their own."""
+    """Returns where writes to slots (U,) from positions (U,) on go: beyond the end of every segment
+    but their own.
+    """
     destinations = []
     for start, stop in itertools.pairwise(edges):
         inside = (positions >= start) & (positions < stop)
@@ -382,7 +407,9 @@ def _write(layer: LayerSegments, new: KVArray, destinations: tuple[Array, ...]) 
 
 @jax.jit(inline=True)
 def _scatter(array: Array, new: Array, at: Array) -> Array:
-    """Writes new (U, K, T, ...) into array (B, K, C, ...) at slot and start, `at` (U, 2); drops what does not fit."""
+    """Writes new (U, K, T, ...) into array (B, K, C, ...) at slot and start, `at` (U, 2); drops
+    what does not fit.
+    """
     window = tuple(range(1, new.ndim))
     numbers = jax.lax.ScatterDimensionNumbers(
         update_window_dims=window, inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 2)

@@ -85,7 +85,9 @@ def target(kernel: str) -> str:
 
 
 def native_problem() -> str:
-    """Loads the kernels, building them if need be, and returns why they cannot be used; empty when they can. Remembers it."""
+    """Loads the kernels, building them if need be, and returns why they cannot be used; empty when
+    they can. Remembers it.
+    """
     with _lock:
         return _load()[0]
 
@@ -115,7 +117,9 @@ def _functions(kernel: str) -> list[str]:
 
 
 def read_library(kernel: str) -> Library:
-    """Returns a kernel's library for this machine, built if need be. Raises _Unavailable or OSError."""
+    """Returns a kernel's library for this machine, built if need be. Raises _Unavailable or
+    OSError.
+    """
     machine = platform.machine()
     instructions = processor()[1]
     if not INSTRUCTIONS.get(machine, set()) & {*instructions.split()}:
@@ -151,7 +155,8 @@ def read_library(kernel: str) -> Library:
 
 
 def _compile(kernel: str, command: list[str], sources: dict[str, bytes], deadline: float) -> bytes:
-    """Compiles the sources and returns the library. They are those whose digest names it: a file may have been edited since.
+    """Compiles the sources and returns the library. They are those whose digest names it: a file
+    may have been edited since.
 
     Raises _Unavailable when the compiler fails, is not done at the `deadline` (of time.monotonic),
     or writes no library that loads.
@@ -179,7 +184,9 @@ def _compile(kernel: str, command: list[str], sources: dict[str, bytes], deadlin
 
 
 def _run(command: list[str], deadline: float, *files: int) -> str:
-    """Runs a program that inherits the open `files`, and returns why it failed; empty when it did not."""
+    """Runs a program that inherits the open `files`, and returns why it failed; empty when it did
+    not.
+    """
     seconds = max(deadline - time.monotonic(), 0)
     try:
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, pass_fds=files)
@@ -194,7 +201,8 @@ def _run(command: list[str], deadline: float, *files: int) -> str:
 
 
 def _load_library(kernel: str, data: bytes) -> Library:
-    """Loads a library. Raises OSError when it does not load here, and AttributeError when it lacks a function.
+    """Loads a library. Raises OSError when it does not load here, and AttributeError when it lacks
+    a function.
 
     It is loaded from memory, as the bytes that were checked: a file in the cache could be changed
     or cut while it is mapped, and may lie where nothing can be executed. The file in memory stays
@@ -216,7 +224,8 @@ def _open_in_memory(kernel: str, data: bytes) -> int:
 
 
 def _compilers() -> list[list[str]]:
-    """Lists the command of each C compiler, once: `$CC` if it is set, else cc, gcc and clang; then that of the extra `native`.
+    """Lists the command of each C compiler, once: `$CC` if it is set, else cc, gcc and clang; then
+    that of the extra `native`.
 
     Raises _Unavailable when there is none.
     """

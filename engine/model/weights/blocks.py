@@ -35,7 +35,8 @@ UNIT = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 64}  # steps of a quarter of a block's ran
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["columns", "axis"])
 @dataclasses.dataclass(frozen=True)
 class Blocks(Weight, TrainingForm):
-    """packed (out / 16, in / 32, bytes of 16 blocks) uint8, as native/block_matmul.c reads it: a weight with `columns` outputs.
+    """packed (out / 16, in / 32, bytes of 16 blocks) uint8, as native/block_matmul.c reads it: a
+    weight with `columns` outputs.
 
     `axis` 1: the matrix (in, out); 0: the embedding (V, D), its blocks along D, by whose transpose
     a tied head multiplies.
@@ -70,7 +71,9 @@ class Blocks(Weight, TrainingForm):
 
     @jax.jit
     def weight_of(self, trained: Array) -> Array:
-        """Returns the matrix, float32, with what `factors_to_train` gave, trained since, for its own factors."""
+        """Returns the matrix, float32, with what `factors_to_train` gave, trained since, for its
+        own factors.
+        """
         return dense_blocks(self, _round_factors(trained, self.kind))
 
     def fuses(self, x: Array) -> bool:
@@ -87,12 +90,15 @@ class Blocks(Weight, TrainingForm):
 
 
 def has_only_blocks(params: Any) -> bool:
-    """Returns whether all matrices are Blocks. The kernel gives a row the same bits among any number of rows; XLA does not."""
+    """Returns whether all matrices are Blocks. The kernel gives a row the same bits among any
+    number of rows; XLA does not.
+    """
     return all(isinstance(leaf, Blocks) or len(leaf.shape) < 2 for leaf in leaf_paths(params).values())
 
 
 def pack_blocks(data: np.ndarray, kind: str) -> np.ndarray:
-    """data (out, bytes of a row in a GGUF file) uint8 -> `packed` of Blocks. Zeros fill the last 16 columns.
+    """data (out, bytes of a row in a GGUF file) uint8 -> `packed` of Blocks. Zeros fill the last 16
+    columns.
 
     Raises ValueError when a scale or minimum is not a finite number.
     """
@@ -118,7 +124,9 @@ def has_finite_factors(weight: Blocks) -> bool:
 
 
 def unpack_blocks(weight: Blocks) -> np.ndarray:
-    """Returns the rows of a GGUF file, (out, bytes of a row) uint8, of which `pack_blocks` makes the weight."""
+    """Returns the rows of a GGUF file, (out, bytes of a row) uint8, of which `pack_blocks` makes
+    the weight.
+    """
     packed = np.asarray(weight.packed)
     strips, groups, size = packed.shape
     end = size - _factor_bytes(size)
@@ -131,7 +139,8 @@ def unpack_blocks(weight: Blocks) -> np.ndarray:
 
 
 def served_kind(path: str, kind: str = "Q4_0") -> str:
-    """Returns the kind that a matrix is rounded to where most become `kind`: embedding and head have 8 bits.
+    """Returns the kind that a matrix is rounded to where most become `kind`: embedding and head
+    have 8 bits.
 
     Q4_1 takes a ninth more than Q4_0 and costs no less: 0.0025 bits per byte for 0.0012 (the
     default model after 300 steps).
@@ -141,7 +150,9 @@ def served_kind(path: str, kind: str = "Q4_0") -> str:
 
 @functools.partial(jax.jit, static_argnames=("kind", "axis"))
 def round_to_blocks(weight: Array, kind: str, axis: int = 1) -> Blocks:
-    """Returns the Blocks of a weight (in, out), or with `axis` 0 of an embedding (V, D), as `nearest` rounds it."""
+    """Returns the Blocks of a weight (in, out), or with `axis` 0 of an embedding (V, D), as
+    `nearest` rounds it.
+    """
     numbers, factors = nearest(weight, kind, axis)
     if axis:
         numbers = numbers.transpose(2, 0, 1)
@@ -153,7 +164,9 @@ def round_to_blocks(weight: Array, kind: str, axis: int = 1) -> Blocks:
         numbers = low | high << 4
 
     def pack(values: Array, together: int) -> Array:
-        """values (out, groups, n) -> their bytes (out / 16, groups, 16 n), so many values of a column side by side."""
+        """values (out, groups, n) -> their bytes (out / 16, groups, 16 n), so many values of a
+        column side by side.
+        """
         data = jax.lax.bitcast_convert_type(values, jnp.uint8).reshape(*values.shape[:2], -1, together * values.dtype.itemsize)
         strips = jnp.pad(data, ((0, -len(data) % COLUMNS), (0, 0), (0, 0), (0, 0))).reshape(-1, COLUMNS, *data.shape[1:])
         return strips.transpose(0, 2, 3, 1, 4).reshape(len(strips), data.shape[1], -1)
@@ -165,7 +178,9 @@ def round_to_blocks(weight: Array, kind: str, axis: int = 1) -> Blocks:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["kind", "axis"])
 @dataclasses.dataclass(frozen=True)
 class Rounding(TrainingForm):
-    """Stands among the frozen weights where a weight trains that will be served in blocks: `paths.merge` rounds it."""
+    """Stands among the frozen weights where a weight trains that will be served in blocks:
+    `paths.merge` rounds it.
+    """
 
     kind: str
     axis: int
@@ -188,7 +203,8 @@ def _straight_through(values: Array, x: Array) -> Array:
 
 @jax.jit
 def factors_to_train(weight: Blocks) -> Array:
-    """Returns what trains while the integers stay (Kim et al. 2023, 2305.14152), (out / 16, in / 32, 1 or 2, 16) float32.
+    """Returns what trains while the integers stay (Kim et al. 2023, 2305.14152), (out / 16, in /
+    32, 1 or 2, 16) float32.
 
     A quarter of each block's range, and in Q4_1 half its center: numbers of a block move by twice
     what these do, and the learning rate that is best for weights is so for these.
@@ -218,7 +234,8 @@ def _to_half(x: Array) -> Array:
 
 
 def nearest(weight: Array, kind: str, axis: int) -> tuple[Array, list[Array]]:
-    """weight (in, out), or with `axis` 0 (V, D) -> integers float32, and a scale, in Q4_1 a minimum too, float16 each.
+    """weight (in, out), or with `axis` 0 (V, D) -> integers float32, and a scale, in Q4_1 a minimum
+    too, float16 each.
 
     Inputs become in / 32 blocks, which share a factor: (in / 32, 32, out) and (in / 32, 1, out). A
     block's largest magnitude becomes 127 in Q8_0 and -8 in Q4_0; in Q4_1 its least number becomes 0
@@ -251,7 +268,9 @@ def factors_shape(packed: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _factor_bytes(size: int) -> int:
-    """Returns the bytes of the factors of 16 blocks of so many bytes: float16 scales, and in Q4_1 minima."""
+    """Returns the bytes of the factors of 16 blocks of so many bytes: float16 scales, and in Q4_1
+    minima.
+    """
     count = 1 + (size == KINDS["Q4_1"])
     return count * 2 * COLUMNS
 
@@ -259,7 +278,8 @@ def _factor_bytes(size: int) -> int:
 def block_matmul(
     x: Array, weight: Blocks, dtype: DTypeLike, pairs: tuple[Array, ...] = (), gain: Array | None = None, eps: float = 0.0
 ) -> Array:
-    """x (M, in) -> x times the weight, (M, out) in `dtype`; with `axis` 0 times its transpose, x (M, D) -> (M, V).
+    """x (M, in) -> x times the weight, (M, out) in `dtype`; with `axis` 0 times its transpose, x
+    (M, D) -> (M, V).
 
     pairs: of adapters, `StackedLoRA.pairs`; the kernel then adds each row's in the same call. With
     a gain (in,) it normalises x first, and of x (M, 2 in), gates and values beside them, it takes
@@ -281,7 +301,9 @@ def block_matmul(
 
 
 def round_groups(x: Array) -> Array:
-    """x (M, in) -> float32: each 32 numbers rounded to the 255 steps of their largest magnitude; NaN in rows not finite."""
+    """x (M, in) -> float32: each 32 numbers rounded to the 255 steps of their largest magnitude;
+    NaN in rows not finite.
+    """
     x = x.astype(jnp.float32)
     groups = x.reshape(len(x), -1, GROUP)
     scale = jnp.abs(groups).max(axis=-1, keepdims=True) * (1 / LARGEST)
@@ -299,7 +321,9 @@ def lookup_blocks(weight: Blocks, rows: Array) -> Array:
 
 
 def join_blocks(weights: Sequence[Blocks]) -> Blocks | None:
-    """Returns weights of one input side by side; None where they are of several kinds or fill their last 16 columns."""
+    """Returns weights of one input side by side; None where they are of several kinds or fill their
+    last 16 columns.
+    """
     if len({weight.packed.shape[1:] for weight in weights}) > 1 or any(weight.columns % COLUMNS for weight in weights[:-1]):
         return None
     packed = jnp.concatenate([weight.packed for weight in weights])
@@ -307,7 +331,9 @@ def join_blocks(weights: Sequence[Blocks]) -> Blocks | None:
 
 
 def dense_blocks(weight: Blocks, factors: Array | None = None) -> Array:
-    """Returns the matrix, (in, out) or of `axis` 0 (V, D), float32; with other factors in the shape of `_take_apart`."""
+    """Returns the matrix, (in, out) or of `axis` 0 (V, D), float32; with other factors in the shape
+    of `_take_apart`.
+    """
     numbers, own = _take_apart(weight.packed)
     if factors is None:
         factors = own
@@ -322,7 +348,9 @@ def dense_blocks(weight: Blocks, factors: Array | None = None) -> Array:
 
 
 def _take_apart(packed: Array) -> tuple[Array, Array]:
-    """packed (out / 16, in / 32, bytes) -> integers (.., .., 8, 16, 4) and factors (.., .., 1 or 2, 16), float32."""
+    """packed (out / 16, in / 32, bytes) -> integers (.., .., 8, 16, 4) and factors (.., .., 1 or 2,
+    16), float32.
+    """
     *lead, size = packed.shape
     end = size - _factor_bytes(size)
     numbers = packed[..., :end].reshape(*lead, -1, COLUMNS, 4)

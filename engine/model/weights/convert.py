@@ -13,7 +13,9 @@ from engine.model.weights.weight import Weight
 
 
 def join_projections(block: Params) -> Params:
-    """Returns a block for inference on one device, in which the weights of `JOINED` that are of one kind lie side by side."""
+    """Returns a block for inference on one device, in which the weights of `JOINED` that are of one
+    kind lie side by side.
+    """
     for name, parts in JOINED.items():
         weights = [as_weight(block[part]) for part in parts if part in block]  # none where they are joined already
         if len({type(weight) for weight in weights}) != 1:
@@ -25,12 +27,15 @@ def join_projections(block: Params) -> Params:
 
 
 def cast_matrices(params: Params, dtype: DTypeLike) -> Params:
-    """Returns params with every plain matrix in `dtype`, adapters too. Gains, biases, Int8, Blocks and Roundings stay."""
+    """Returns params with every plain matrix in `dtype`, adapters too. Gains, biases, Int8, Blocks
+    and Roundings stay.
+    """
     return unflatten({path: as_weight(leaf).cast(dtype) for path, leaf in leaf_paths(params).items()})
 
 
 def matrices_to_blocks(params: Params, kind: str = "Q4_0") -> Params:
-    """Returns params with every matrix rounded to the `served_kind` of it, after its adapters are merged in float32.
+    """Returns params with every matrix rounded to the `served_kind` of it, after its adapters are
+    merged in float32.
 
     Blocks stay, and so does a matrix whose inputs are no multiple of 32.
     """
@@ -45,7 +50,9 @@ def matrices_to_blocks(params: Params, kind: str = "Q4_0") -> Params:
 
 
 def round_while_training(trainable: Params, frozen: Params) -> tuple[Params, Params]:
-    """Returns what trains, of Blocks the factors, and frozen weights: merged they are the numbers of `matrices_to_blocks`."""
+    """Returns what trains, of Blocks the factors, and frozen weights: merged they are the numbers
+    of `matrices_to_blocks`.
+    """
     trained: dict[str, Any] = {}
     forms = {path: as_weight(leaf).dense() for path, leaf in leaf_paths(matrices_to_blocks(frozen)).items()}
     for path, leaf in leaf_paths(trainable).items():
@@ -61,7 +68,9 @@ def round_while_training(trainable: Params, frozen: Params) -> tuple[Params, Par
 
 
 def _rounding(path: str, leaf: Any, kind: str = "Q4_0") -> Rounding | None:
-    """Returns how a matrix is rounded to blocks; None for gains, and where a column's inputs are no whole number of blocks."""
+    """Returns how a matrix is rounded to blocks; None for gains, and where a column's inputs are no
+    whole number of blocks.
+    """
     axis = int(path != "embed")
     if len(leaf.shape) != 2 or leaf.shape[1 - axis] % GROUP:
         return None
@@ -69,7 +78,9 @@ def _rounding(path: str, leaf: Any, kind: str = "Q4_0") -> Rounding | None:
 
 
 def weight_types(params: Params) -> str:
-    """Returns the types of a model's matrices: `Q4_1, Q8_0` as in its file, int8, both, or else a dtype."""
+    """Returns the types of a model's matrices: `Q4_1, Q8_0` as in its file, int8, both, or else a
+    dtype.
+    """
     leaves = leaf_paths(params).values()
     kinds = {leaf.kind for leaf in leaves if isinstance(leaf, Weight)}
     if kinds:

@@ -101,7 +101,9 @@ class Int8(Weight):
         return self.activations == "full"
 
     def on_mesh(self, path: str) -> "Int8":
-        """Integers are cut until a product reads them, or a loop would hold what forward gathered for backward."""
+        """Integers are cut until a product reads them, or a loop would hold what forward gathered
+        for backward.
+        """
         values = layout.pin({path: self.values})[path]
         return dataclasses.replace(self, values=values, gathered=P(*tensor_axes(path)))
 
@@ -146,7 +148,9 @@ def _gather(leaf: Int8) -> Array:
 
 
 def store_transposed(leaf: Int8) -> Int8:
-    """Returns the leaf with `values` transposed in memory: on a CPU a few rows of x then take half the time."""
+    """Returns the leaf with `values` transposed in memory: on a CPU a few rows of x then take half
+    the time.
+    """
     if leaf.contracting_axis == 1:
         return leaf
     return dataclasses.replace(leaf, values=leaf.values.T, transposed=True)
@@ -158,14 +162,17 @@ def lookup_rows(leaf: Int8, rows: Array) -> Array:
 
 
 def slice_columns(leaf: Int8, start: int, stop: int) -> Int8:
-    """Returns columns start..stop of the matrix that `int8_matmul` multiplies by, with their scales."""
+    """Returns columns start..stop of the matrix that `int8_matmul` multiplies by, with their
+    scales.
+    """
     along = 1 - leaf.contracting_axis
     values = jax.lax.slice_in_dim(leaf.values, start, min(stop, leaf.values.shape[along]), axis=along)
     return dataclasses.replace(leaf, values=values, scale=leaf.scale[start:stop])
 
 
 def quantize(params: Params, activations: Activations = "int8") -> Params:
-    """Returns params with the matrices of the blocks and the head (tied: the embedding) as Int8; Blocks stay.
+    """Returns params with the matrices of the blocks and the head (tied: the embedding) as Int8;
+    Blocks stay.
 
     The input of `down` has a few numbers far above the rest, so with "int8" it gets two digits:
     SmolLM2 then loses 0.6% in bits per byte, not 1.1%. Raises UserError for a leaf that is not a
@@ -193,7 +200,8 @@ _quantize_jitted = jax.jit(quantize_matrix, static_argnums=(1, 2))
 
 
 def round_rows(x: Array) -> tuple[Array, Array]:
-    """x (..., M, D) -> values (..., M, D) int8, scale (..., M, 1) float32: each row's largest magnitude becomes 127.
+    """x (..., M, D) -> values (..., M, D) int8, scale (..., M, 1) float32: each row's largest
+    magnitude becomes 127.
 
     A NaN or an infinity spoils its row's scale, and no other's.
     """
@@ -212,7 +220,9 @@ def two_digit_rows(x: Array) -> tuple[Array, Array]:
 
 
 def join_digits(products: Array) -> Array:
-    """products (..., 2 M, X) of two-digit rows -> (..., M, X) float32, still to be multiplied by the rows' scale."""
+    """products (..., 2 M, X) of two-digit rows -> (..., M, X) float32, still to be multiplied by
+    the rows' scale.
+    """
     first, second = jnp.split(products.astype(jnp.float32), 2, axis=-2)
     return first + second * (1 / FINE)
 
@@ -230,7 +240,8 @@ def _scale_rows(x: Array) -> tuple[Array, Array]:
 
 
 def int8_matmul(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
-    """x (M, in) -> x times the weight, (M, out) in `dtype`; with `axis` 0 times its transpose, x (M, D) -> (M, V).
+    """x (M, in) -> x times the weight, (M, out) in `dtype`; with `axis` 0 times its transpose, x
+    (M, D) -> (M, V).
 
     Raises UserError when a gradient is taken through a leaf whose activations are integers too.
     """
@@ -273,7 +284,8 @@ _multiply_integers.defvjp(_integers_forward, _no_gradient)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _multiply_widened(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
-    """Integers up to 127 are exact in bfloat16, so the weight is not rounded a second time: the scale comes after.
+    """Integers up to 127 are exact in bfloat16, so the weight is not rounded a second time: the
+    scale comes after.
 
     Without the barrier a forward pass would first widen the weights of all layers: held by
     tests/laws/test_barriers.py.

@@ -71,7 +71,9 @@ class LoRA(Weight):
         return (base.astype(jnp.float32) - less).astype(dtype or base.dtype)
 
     def times(self, x: Array, dtype: DTypeLike) -> Array:
-        """The base gets no gradient. Many rows are multiplied by the merged weight: `matmul.project`."""
+        """The base gets no gradient. Many rows are multiplied by the merged weight:
+        `matmul.project`.
+        """
         whole = as_weight(jax.lax.stop_gradient(self.base)).times(x, dtype)
         inner = Plain(self.a).times(x, x.dtype)
         return whole - Plain(self.b * -self.scale).times(inner, dtype)  # subtracted as in `dense`
@@ -87,14 +89,18 @@ class LoRA(Weight):
         return as_weight(self.base).can_be_merged
 
     def merged(self, dtype: DTypeLike) -> Array:
-        """Returns base + scale a b, added up in float32, in `dtype`; the pair is multiplied in `dtype`."""
+        """Returns base + scale a b, added up in float32, in `dtype`; the pair is multiplied in
+        `dtype`.
+        """
         base = as_weight(self.base).dense()
         b = (self.b * -self.scale).astype(dtype)
         less = jnp.dot(self.a.astype(dtype), b, preferred_element_type=dtype)  # subtracted as in `dense`
         return (base.astype(jnp.float32) - less.astype(jnp.float32)).astype(base.dtype).astype(dtype)
 
     def on_mesh(self, path: str) -> "LoRA":
-        """If each product gathered its pair, XLA would exchange slices of it with the merged weights."""
+        """If each product gathered its pair, XLA would exchange slices of it with the merged
+        weights.
+        """
         rows, columns = tensor_axes(path)
         a = jax.lax.with_sharding_constraint(self.a, P(rows, None))
         b = jax.lax.with_sharding_constraint(self.b, P(None, columns))
@@ -102,7 +108,9 @@ class LoRA(Weight):
 
 
 def make_adapter(key: Array, shape: tuple[int, int], rank: int, alpha: float) -> LoRA:
-    """Makes an adapter of a matrix that adds nothing yet: a normal with variance 1 / in, b zero; scale alpha / rank."""
+    """Makes an adapter of a matrix that adds nothing yet: a normal with variance 1 / in, b zero;
+    scale alpha / rank.
+    """
     rows, columns = shape
     return LoRA(None, jax.random.normal(key, (rows, rank)) * rows**-0.5, jnp.zeros((rank, columns)), alpha / rank)
 
@@ -136,7 +144,8 @@ def to_dense(weight: Any, dtype: DTypeLike | None = None) -> Array:
 
 
 def merge_lora(params: Params, dtype: DTypeLike | None = None) -> Params:
-    """Returns params with every LoRA leaf as one matrix, in `dtype` or that of its base (float32 over an Int8).
+    """Returns params with every LoRA leaf as one matrix, in `dtype` or that of its base (float32
+    over an Int8).
 
     Logits are those of base and adapter up to rounding; params without adapters come back as they
     are.
@@ -153,7 +162,8 @@ def merge_lora(params: Params, dtype: DTypeLike | None = None) -> Params:
 
 
 def gather_frozen(params: Params) -> Params:
-    """Gathers LoRA pairs (once) and Int8 bases (once a product) along `fsdp` before XLA widens them; `tensor` cuts them still.
+    """Gathers LoRA pairs (once) and Int8 bases (once a product) along `fsdp` before XLA widens
+    them; `tensor` cuts them still.
 
     Without a mesh it returns params.
     """

@@ -15,14 +15,17 @@ from engine.model.weights.plain import as_weight
 
 
 def project(x: Array, weight: Any, dtype: DTypeLike) -> Array:
-    """x (..., in), weight (in, out) -> (..., out) in `dtype`, multiplied in x's dtype, summed in float32."""
+    """x (..., in), weight (in, out) -> (..., out) in `dtype`, multiplied in x's dtype, summed in
+    float32.
+    """
     if isinstance(weight, LoRA) and is_merged(weight, x):
         return project_each(x, [weight], dtype)[0]
     return as_weight(weight).times(x, dtype)
 
 
 def norm_and_project(x: Array, gain: Array, weights: Sequence[Any], eps: float, dtype: DTypeLike) -> tuple[Array, ...]:
-    """x (..., in), gain (in,), each weight (in, out) -> x normalised times each weight, (..., out) in `dtype`.
+    """x (..., in), gain (in,), each weight (in, out) -> x normalised times each weight, (..., out)
+    in `dtype`.
 
     Weights that are converted for the product take the gain with them: its gradient is then a sum
     over the weights and not over all tokens, 3% of a training step of 6 layers by 384 on a CPU.
@@ -36,7 +39,9 @@ def norm_and_project(x: Array, gain: Array, weights: Sequence[Any], eps: float, 
 
 
 def swiglu_and_project(gate: Array, up: Array, weight: Any, dtype: DTypeLike) -> Array:
-    """gate, up (..., in), weight (in, out) -> silu(gate) * up in `dtype`, times the weight, (..., out) float32."""
+    """gate, up (..., in), weight (in, out) -> silu(gate) * up in `dtype`, times the weight, (...,
+    out) float32.
+    """
     if as_weight(weight).fuses(gate):
         return weight.times_fused(jnp.concatenate([gate, up], axis=-1), jnp.float32)
     return project(layout.shard_columns(backward.swiglu(gate, up, dtype)), weight, jnp.float32)
@@ -48,7 +53,9 @@ def _are_smaller(weights: Sequence[Any], x: Array) -> bool:
 
 
 def project_each(x: Array, weights: Sequence[Any], dtype: DTypeLike) -> tuple[Array, ...]:
-    """x (..., in), each weight (in, out) -> each product (..., out), as `project`; going back, their dx add up in float32."""
+    """x (..., in), each weight (in, out) -> each product (..., out), as `project`; going back,
+    their dx add up in float32.
+    """
     rows = x
     if not as_weight(weights[0]).rows_differ:
         rows = x.reshape(-1, x.shape[-1])

@@ -43,7 +43,9 @@ def is_merged(weight: Any, x: Array) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def multiply_merged(x: Array, weights: tuple[Any, ...], dtype: DTypeLike) -> tuple[Array, ...]:
-    """x (M, in) -> x times each weight, adapters merged, in `dtype`. An Int8, and what lies under a pair, gets no gradient."""
+    """x (M, in) -> x times each weight, adapters merged, in `dtype`. An Int8, and what lies under a
+    pair, gets no gradient.
+    """
     return _forward(x, weights, dtype)[0]
 
 
@@ -52,7 +54,8 @@ def _dot(x: Array, w: Array, dtype: DTypeLike) -> Array:
 
 
 def _after(weight: Any, other: Array) -> tuple[Any, Array]:
-    """Returns both so that the weight is merged, and its pair multiplied, only once `other` is there.
+    """Returns both so that the weight is merged, and its pair multiplied, only once `other` is
+    there.
 
     One weight at a time: a barrier keeps all that goes through it.
     """
@@ -99,7 +102,9 @@ def _backward(dtype: DTypeLike, residuals: tuple[Array, tuple[Any, ...]], gs: tu
 
 
 def _pair_gradients(x: Array, pairs: list[tuple[LoRA, Array]]) -> list[LoRA]:
-    """Returns da and db of each pair, given the gradient of its product. All a side by side: x is read once for each."""
+    """Returns da and db of each pair, given the gradient of its product. All a side by side: x is
+    read once for each.
+    """
     if not pairs:
         return []
     ends = np.cumsum([weight.rank for weight, _ in pairs])[:-1].tolist()

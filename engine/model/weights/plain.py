@@ -16,7 +16,9 @@ from engine.model.weights.weight import TrainingForm, Weight
 
 @dataclasses.dataclass(frozen=True)
 class Plain(Weight):
-    """A matrix (in, out) or, with `axis` 0, an embedding (V, D). It is float32 where it trains, else in the compute dtype."""
+    """A matrix (in, out) or, with `axis` 0, an embedding (V, D). It is float32 where it trains,
+    else in the compute dtype.
+    """
 
     array: Any
     axis: int = 1

@@ -34,7 +34,8 @@ PARTS = {name: (name,) for name in MATRICES} | JOINED  # a block's weights, alon
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "a", "b", "scale", "index"], meta_fields=["widths"])
 @dataclasses.dataclass(frozen=True)
 class StackedLoRA(Weight):
-    """The weight base (in, out), to which row n of a batch adds scale a b of adapter index[n] unless that is 0; index (B,).
+    """The weight base (in, out), to which row n of a batch adds scale a b of adapter index[n]
+    unless that is 0; index (B,).
 
     a (A + 1, P R, in), b (A + 1, R, out) and scale (A + 1, P R): the base is P matrices of these
     `widths` side by side, each with a pair of rank R, and a scale for each of the R. A scale of 0
@@ -90,7 +91,9 @@ class StackedLoRA(Weight):
 
 
 def adapter_product(x: Array, weight: StackedLoRA) -> Array:
-    """x (B, T, in) -> what adapters add to the base's product, (B, T, out) float32; -0, which adds nothing, where none does."""
+    """x (B, T, in) -> what adapters add to the base's product, (B, T, out) float32; -0, which adds
+    nothing, where none does.
+    """
     edges = weight.edges.tolist()
     rank = weight.b.shape[1]
     if x.shape[1] == 1 and computes_in_c():
@@ -106,7 +109,8 @@ def adapter_product(x: Array, weight: StackedLoRA) -> Array:
 
 
 def make_stacks(params: Params, count: int, rank: int) -> Params:
-    """Returns stacks for `count` adapters of at most that rank: at each weight's path its (a, b, scale).
+    """Returns stacks for `count` adapters of at most that rank: at each weight's path its (a, b,
+    scale).
 
     params: as `prepare_params` returns them. a and b have the dtype of a plain weight. Over int8
     and blocks they are int8, because each stream reads its own: wider ones of eight streams would
@@ -127,7 +131,9 @@ def make_stacks(params: Params, count: int, rank: int) -> Params:
 
 
 def put_adapter(cfg: ModelConfig, stacks: Params, index: int, adapter: Params) -> Params:
-    """Returns new stacks, NumPy arrays, that hold an adapter, of LoRA leaves without a base, at an index from 1 on."""
+    """Returns new stacks, NumPy arrays, that hold an adapter, of LoRA leaves without a base, at an
+    index from 1 on.
+    """
     leaves = leaf_paths(adapter)
 
     def put(path: str, stack: Any) -> Any:
@@ -150,7 +156,9 @@ def put_adapter(cfg: ModelConfig, stacks: Params, index: int, adapter: Params) -
 
 
 def _round_rows(values: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, Any]:
-    """values (R, X) -> these, or integers for int8, and the scale of each row, whose largest magnitude becomes 127."""
+    """values (R, X) -> these, or integers for int8, and the scale of each row, whose largest
+    magnitude becomes 127.
+    """
     if dtype != np.int8:
         return values, 1
     scale = np.abs(values).max(axis=1) / LARGEST
@@ -158,7 +166,9 @@ def _round_rows(values: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, Any]:
 
 
 def with_stacks(cfg: ModelConfig, params: Params, stacks: Params | None, index: Any) -> Params:
-    """Returns params, over which the stacks were made, with adapter index[n], (B,) int32, in row n; the same without stacks."""
+    """Returns params, over which the stacks were made, with adapter index[n], (B,) int32, in row n;
+    the same without stacks.
+    """
     if stacks is None:
         return params
     of = leaf_paths(stacks)

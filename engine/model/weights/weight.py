@@ -34,11 +34,15 @@ class Weight(abc.ABC):
 
     @abc.abstractmethod
     def dense(self, dtype: DTypeLike | None = None) -> Array:
-        """Returns the matrix. Adapters are merged in `dtype`, by default that of their base; other kinds give float32."""
+        """Returns the matrix. Adapters are merged in `dtype`, by default that of their base; other
+        kinds give float32.
+        """
 
     @abc.abstractmethod
     def times(self, x: Array, dtype: DTypeLike) -> Array:
-        """x (..., in) -> x times the matrix, (..., out) in `dtype`; of an embedding x (..., D) -> (..., V)."""
+        """x (..., in) -> x times the matrix, (..., out) in `dtype`; of an embedding x (..., D) ->
+        (..., V).
+        """
 
     @abc.abstractmethod
     def cast(self, dtype: DTypeLike) -> Any:
@@ -53,7 +57,9 @@ class Weight(abc.ABC):
     # As a head, whose columns may be cut so that its logits exist a piece at a time
 
     def column_starts(self, size: int) -> list[int]:
-        """Returns where pieces of `size` columns begin, each to be multiplied by itself; none where all are at once."""
+        """Returns where pieces of `size` columns begin, each to be multiplied by itself; none where
+        all are at once.
+        """
         return []
 
     def column_piece(self, start: int, stop: int) -> "Weight":
@@ -61,8 +67,8 @@ class Weight(abc.ABC):
         raise TypeError(f"The columns of {self.kind} are not cut.")
 
     def gradients(self, x: Array, g: Array) -> tuple[Array, Array | None]:
-        """x (M, in), the gradient g (M, out) of its product in float32 -> the gradients of x and of the
-        matrix, None where that is frozen. By default `times` is transposed.
+        """x (M, in), the gradient g (M, out) of its product in float32 -> the gradients of x and of
+        the matrix, None where that is frozen. By default `times` is transposed.
         """
         (dx,) = jax.linear_transpose(lambda x: self.times(x, jnp.float32), x)(g)
         return dx, None
@@ -71,7 +77,9 @@ class Weight(abc.ABC):
 
     @property
     def can_be_merged(self) -> bool:
-        """Whether many rows may be multiplied by its `dense` matrix, in their own type, in place of `times`."""
+        """Whether many rows may be multiplied by its `dense` matrix, in their own type, in place of
+        `times`.
+        """
         return True
 
     def merged(self, dtype: DTypeLike) -> Array:
@@ -79,7 +87,9 @@ class Weight(abc.ABC):
         return self.dense().astype(dtype)
 
     def on_mesh(self, path: str) -> Any:
-        """Returns the weight at a path of the model as a step on a mesh reads it, gathered along `fsdp`."""
+        """Returns the weight at a path of the model as a step on a mesh reads it, gathered along
+        `fsdp`.
+        """
         return self
 
     def on(self, base: Any) -> "Weight":
@@ -89,7 +99,9 @@ class Weight(abc.ABC):
     # In inference
 
     def fuses(self, x: Array) -> bool:
-        """Returns whether one call of a kernel multiplies x (B, T, in) together with the norm or SwiGLU before it."""
+        """Returns whether one call of a kernel multiplies x (B, T, in) together with the norm or
+        SwiGLU before it.
+        """
         return False
 
     def times_fused(
@@ -102,16 +114,22 @@ class Weight(abc.ABC):
         raise TypeError(f"No kernel multiplies by {self.kind}.")
 
     def beside(self, others: Sequence[Any]) -> Any:
-        """Returns this weight and others of its class, of the same input, side by side; None where they do not join."""
+        """Returns this weight and others of its class, of the same input, side by side; None where
+        they do not join.
+        """
         return None
 
     def for_cpu(self) -> Any:
-        """Returns the weight laid out in memory as a CPU that holds it whole reads it best; its bits stay."""
+        """Returns the weight laid out in memory as a CPU that holds it whole reads it best; its
+        bits stay.
+        """
         return self
 
 
 class TrainingForm(abc.ABC):
-    """Stands among the frozen weights at a path that trains: says what weight the numbers are that train there."""
+    """Stands among the frozen weights at a path that trains: says what weight the numbers are that
+    train there.
+    """
 
     @abc.abstractmethod
     def weight_of(self, trained: Array) -> Array:
