@@ -57,6 +57,8 @@ def test_responses(gpt, answer):
     longer = gpt.responses.create(model=GPT, instructions="Be brief.", input=history, max_output_tokens=3, store=False)
     assert longer.usage.input_tokens > response.usage.total_tokens
     assert (longer.instructions, longer.store) == ("Be brief.", False)
+    counted = gpt.responses.input_tokens.count(model=GPT, instructions="Be brief.", input=history)
+    assert (counted.object, counted.input_tokens) == ("response.input_tokens", longer.usage.input_tokens)
 
 
 def test_responses_streamed(gpt, answer):

@@ -104,6 +104,13 @@ ROUTES = [
     ),
     Route(
         "POST",
+        "/v1/responses/input_tokens",
+        responses.count_input_tokens,
+        responses.ResponseRequest,
+        responses.InputTokensReply,
+    ),
+    Route(
+        "POST",
         "/v1/messages",
         anthropic.create_message,
         anthropic.MessagesRequest,

@@ -1,4 +1,4 @@
-"""POST /v1/responses, OpenAI's: answers a conversation that is sent whole, for this server remembers none."""
+"""POST /v1/responses, OpenAI's: answers a conversation sent whole, for none is remembered; counts its tokens."""
 
 import time
 import uuid
@@ -370,3 +370,14 @@ def _part(text: str) -> dict[str, Any]:
 async def create_response(call: ApiCall[ResponseRequest]) -> ASGIApp:
     """Answers a conversation, as events or whole."""
     return await run(call, call.body.job(call.state.sampling), ResponseWriter(call))
+
+
+class InputTokensReply(msgspec.Struct):
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
+async def count_input_tokens(call: ApiCall[ResponseRequest]) -> InputTokensReply:
+    """The tokens of a conversation."""
+    prompts = await call.body.prompt.encode(call.state)
+    return InputTokensReply("response.input_tokens", len(prompts.tokens[0]))
