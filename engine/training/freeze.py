@@ -1,7 +1,7 @@
 """Selects trainable parameters by rules, such as `--train head` or `--freeze bottom:20`.
 
-`paths.split` then makes two trees, and the step differentiates one of them. Nothing frozen has a gradient, a moment or
-weight decay.
+`paths.split` then makes two trees, and the step differentiates one of them. Nothing frozen has a
+gradient, a moment or weight decay.
 """
 
 import re
@@ -16,12 +16,14 @@ from engine.model.trainable import TrainablePaths
 def select_trainable(
     cfg: ModelConfig, train: Sequence[str] = (), freeze: Sequence[str] = ()
 ) -> tuple[TrainablePaths, dict[str, Collection[str]]]:
-    """Selects all that rules of `train` match (without one, everything), less what rules of `freeze` match.
+    """Selects all that rules of `train` match (without one, everything), less what rules of
+    `freeze` match.
 
-    Returns the paths, and those that each rule matches. A rule is a pattern on whole paths such as `blocks/(28|29)/.*`, or
-    `all`, `head` (tied: the embedding, which feeds the lowest block too, so that training it alone saves only dW), `bottom:N`
-    (the embedding, a tied one too, and the lowest N blocks), or `top:N` (the highest N blocks, the last norm, an untied head).
-    Raises UserError when a rule matches nothing, with the nearest path, and when nothing is left.
+    Returns the paths, and those that each rule matches. A rule is a pattern on whole paths such as
+    `blocks/(28|29)/.*`, or `all`, `head` (tied: the embedding, which feeds the lowest block too, so
+    that training it alone saves only dW), `bottom:N` (the embedding, a tied one too, and the lowest
+    N blocks), or `top:N` (the highest N blocks, the last norm, an untied head). Raises UserError
+    when a rule matches nothing, with the nearest path, and when nothing is left.
     """
     matches = {rule: _match(cfg, rule) for rule in (*train, *freeze)}
     trainable = {*leaf_shapes(cfg)}

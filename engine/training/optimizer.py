@@ -1,7 +1,8 @@
 """The optimizer as a literal optax chain: AdamW on everything, or Muon on the matrices inside blocks.
 
-A schedule is a function of progress, the share of the run that is done, 0 to 1: of its steps or of its seconds. It is an
-argument of the step, which reads no clock; Muon's `dtype` is one of `update` too.
+A schedule is a function of progress, the share of the run that is done, 0 to 1: of its steps or of
+its seconds. It is an argument of the step, which reads no clock; Muon's `dtype` is one of `update`
+too.
 """
 
 import dataclasses
@@ -27,7 +28,8 @@ from engine.model.weights.lora import LoRA
 
 Schedule = Callable[[Array], Array]
 
-# The leaves that Muon updates; no adapter, of which only the product is a matrix. Decay pulls it to its base.
+# The leaves that Muon updates; no adapter, of which only the product is a matrix. Decay pulls it to
+# its base.
 MUON_PATHS = r"blocks/\d+/(q|k|v|out|gate|up|down)"
 UNDECAYED = r".*(norm|bias)"  # gains and biases
 
@@ -50,8 +52,8 @@ class OptimizerConfig:
     kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3  # AdamW's
     matrix_learning_rate: float = 0.02  # Muon's, per unit of spectral norm
-    # By which AdamW's is multiplied: a row of the embedding has a gradient only where its token is read, a column of the head
-    # at each token.
+    # By which AdamW's is multiplied: a row of the embedding has a gradient only where its token is
+    # read, a column of the head at each token.
     embedding_factor: float = 1.0
     head_factor: float = 1.0
     schedule: Literal["cosine", "wsd"] = "cosine"
@@ -80,8 +82,9 @@ class OptimizerConfig:
 def make_schedule(cfg: OptimizerConfig) -> Schedule:
     """Returns the schedule, progress () in [0, 1] -> the factor on the learning rate.
 
-    `cosine`: linear warm-up, then half a cosine down to `final` (Loshchilov & Hutter 2016, equation 5). `wsd`: warm-up,
-    stable, then linear to `final` over the last `decay` of the run (Hu et al. 2024, section 4).
+    `cosine`: linear warm-up, then half a cosine down to `final` (Loshchilov & Hutter 2016, equation
+    5). `wsd`: warm-up, stable, then linear to `final` over the last `decay` of the run (Hu et al.
+    2024, section 4).
     """
 
     def factor(progress: Array) -> Array:
@@ -108,9 +111,11 @@ def scale_by_progress(schedule: Schedule) -> optax.GradientTransformationExtraAr
 
 
 def clip_by_norm(most: float) -> optax.GradientTransformation:
-    """Scales updates down to a global norm of `most`, as `optax.clip_by_global_norm` does, without its division at each number.
+    """Scales updates down to a global norm of `most`, as `optax.clip_by_global_norm` does, without
+    its division at each number.
 
-    XLA would keep its result, and those that depend on it, rather than divide again in each loop over them.
+    XLA would keep its result, and those that depend on it, rather than divide again in each loop
+    over them.
     """
 
     def clip(updates: Any, _: Any) -> Any:
@@ -121,7 +126,8 @@ def clip_by_norm(most: float) -> optax.GradientTransformation:
 
 
 def descend_by_path(cfg: OptimizerConfig) -> optax.GradientTransformation:
-    """Multiplies updates by minus AdamW's learning rate, and by the factors of the embedding and of the head."""
+    """Multiplies updates by minus AdamW's learning rate, and by the factors of the embedding and of
+    the head."""
     factors = {"embed": cfg.embedding_factor, "head": cfg.head_factor}
 
     def scale(path: str, update: Any) -> Any:
@@ -156,16 +162,19 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArg
     )
 
 
-# Muon: momentum replaced by the nearest orthogonal matrix (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+# Muon: momentum replaced by the nearest orthogonal matrix (Jordan et al. 2024,
+# kellerjordan.github.io/posts/muon).
 #
-# Newton-Schulz on the Gram matrix (Zhang et al. 2026, dao-lab.ai/blog/2026/gram-newton-schulz) with the polynomials of the
-# Polar Express (Amsel et al. 2025, 2505.16932), after a division by a closer bound than the Frobenius norm: 0.44 of the time of
-# Jordan's five steps, which `optax.contrib.muon` takes, and as near. On a CPU each product reads its operands along the last
-# axis, and a mesh deals the matrices out: optax's iteration does neither.
+# Newton-Schulz on the Gram matrix (Zhang et al. 2026, dao-lab.ai/blog/2026/gram-newton-schulz) with
+# the polynomials of the Polar Express (Amsel et al. 2025, 2505.16932), after a division by a closer
+# bound than the Frobenius norm: 0.44 of the time of Jordan's five steps, which `optax.contrib.muon`
+# takes, and as near. On a CPU each product reads its operands along the last axis, and a mesh deals
+# the matrices out: optax's iteration does neither.
 
-# Each (a, b, c) is the odd polynomial a s + b s^3 + c s^5 nearest to 1 on what those before it make of [0.003, 1], over 1.02,
-# as a value above the interval would grow without bound. The last is scaled so that a learning rate means what it does with
-# Jordan's steps. Together they take [0.003, 1] to 0.73 .. 1.14.
+# Each (a, b, c) is the odd polynomial a s + b s^3 + c s^5 nearest to 1 on what those before it make
+# of [0.003, 1], over 1.02, as a value above the interval would grow without bound. The last is
+# scaled so that a learning rate means what it does with Jordan's steps. Together they take [0.003,
+# 1] to 0.73 .. 1.14.
 STEPS = ((8.2193, -24.2803, 17.9971), (3.9690, -2.9573, 0.5593), (3.4626, -2.5991, 0.5198), (2.3809, -1.7701, 0.4200))
 SECOND_BEGINS = 1.936  # the largest that the first makes of [0, 1]
 NEARLY_SQUARE = 1.5  # long over short side: below, the matrix itself is stepped, which costs as little and is more exact
@@ -174,7 +183,8 @@ NEARLY_SQUARE = 1.5  # long over short side: below, the matrix itself is stepped
 def orthogonalize() -> optax.GradientTransformationExtraArgs:
     """Replaces each matrix (in, out) by `orthogonal` of it in `dtype`, an argument of `update`.
 
-    That is the model's compute type: the iteration amplifies last bits, in bfloat16 until they show in a float32 run.
+    That is the model's compute type: the iteration amplifies last bits, in bfloat16 until they show
+    in a float32 run.
     """
 
     def update(updates: Any, state: Any, params: Any = None, *, dtype: DTypeLike = "float32", **_: Any) -> tuple[Any, Any]:
@@ -185,10 +195,12 @@ def orthogonalize() -> optax.GradientTransformationExtraArgs:
 
 
 def orthogonal(matrix: Array, dtype: DTypeLike) -> Array:
-    """matrix (in, out) float32 -> roughly its nearest orthogonal matrix times sqrt(max(1, out / in)), float32.
+    """matrix (in, out) float32 -> roughly its nearest orthogonal matrix times sqrt(max(1, out /
+    in)), float32.
 
-    The nearest is U V^T of the singular value decomposition; here singular values are about 0.73 to 1.14 before the factor,
-    less for those that were below 0.003 (nearly square) or 0.013 of the bound on the largest. All products are in `dtype`.
+    The nearest is U V^T of the singular value decomposition; here singular values are about 0.73 to
+    1.14 before the factor, less for those that were below 0.003 (nearly square) or 0.013 of the
+    bound on the largest. All products are in `dtype`.
     """
     rows, columns = matrix.shape
     tall = rows > columns
@@ -216,7 +228,8 @@ def _gram(x: Array) -> Array:
 
 
 def _polynomial(step: tuple[float, float, float], gram: Array, square: Array, unit: Array | float = 1.0) -> Array:
-    """a I + b unit gram + c unit^2 square, in gram's dtype: a step multiplies by it. `square` is gram's, float32."""
+    """a I + b unit gram + c unit^2 square, in gram's dtype: a step multiplies by it. `square` is
+    gram's, float32."""
     a, b, c = step
     polynomial = a * jnp.eye(len(gram)) + b * unit * gram.astype(jnp.float32) + c * unit**2 * square
     return polynomial.astype(gram.dtype)
@@ -234,8 +247,8 @@ def _step_matrix(x: Array, gram: Array, square: Array, unit: Array) -> Array:
 def _inverse_root(gram: Array, square: Array, unit: Array) -> Array:
     """gram (M, M), its square -> about (unit gram)^(-1/2), by all steps but the first.
 
-    In bfloat16 a Gram matrix does not tell singular values below 0.05 of the largest from 0; with so few steps that does no
-    harm.
+    In bfloat16 a Gram matrix does not tell singular values below 0.05 of the largest from 0; with
+    so few steps that does no harm.
     """
     root = by = _polynomial(STEPS[1], gram, square, unit)
     for step in STEPS[2:]:
@@ -247,10 +260,11 @@ def _inverse_root(gram: Array, square: Array, unit: Array) -> Array:
 
 
 def muon_flops(cfg: ModelConfig) -> int:
-    """Returns the FLOPs of Muon's products in **a step**, of all matrices in blocks: exactly those of `orthogonal`.
+    """Returns the FLOPs of Muon's products in **a step**, of all matrices in blocks: exactly those
+    of `orthogonal`.
 
-    A nearly square one has four products for its Gram matrix, four squares of that, and four products with the matrix; a wide
-    one two products with the matrix and nine of Gram matrices.
+    A nearly square one has four products for its Gram matrix, four squares of that, and four
+    products with the matrix; a wide one two products with the matrix and nine of Gram matrices.
     """
     total = 0
     for shape in cfg.matrices.values():

@@ -1,7 +1,7 @@
 """A run folder: the files of one training run, and the lock that holds it for one process.
 
-Beside what engine/storage/run_folder.py lists it holds metrics.jsonl, a line every few steps, samples/STEP.txt, and perhaps
-tensorboard/. A folder with files but no run.json is never written to.
+Beside what engine/storage/run_folder.py lists it holds metrics.jsonl, a line every few steps,
+samples/STEP.txt, and perhaps tensorboard/. A folder with files but no run.json is never written to.
 """
 
 import contextlib
@@ -40,7 +40,8 @@ def default_folder(model: str, data: str) -> Path:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run is in the folder. Raises UserError for a file, or a folder that holds something else."""
+    """Whether a run is in the folder. Raises UserError for a file, or a folder that holds something
+    else."""
     if not folder.exists():
         return False
     if not folder.is_dir():
@@ -59,7 +60,8 @@ def recorded_batch(folder: Path, overwrite: bool) -> int | None:
 
 
 def clear_run(folder: Path) -> None:
-    """Removes a run's files and nothing else; run.json last, so that a kill in between leaves a run folder."""
+    """Removes a run's files and nothing else; run.json last, so that a kill in between leaves a run
+    folder."""
     for name in RUN_FILES:
         path = folder / name
         if path.is_dir() and not path.is_symlink():
@@ -70,7 +72,8 @@ def clear_run(folder: Path) -> None:
 
 @contextlib.contextmanager
 def lock_run(folder: Path) -> Iterator[None]:
-    """Makes the run folder and holds it for this process; puts right what killed writers left there.
+    """Makes the run folder and holds it for this process; puts right what killed writers left
+    there.
 
     At the end an empty folder is removed. Raises UserError when another process holds it.
     """
@@ -91,7 +94,8 @@ def lock_run(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def updating(folder: Path) -> Iterator[None]:
-    """Writes the manifest of a run's own files after the block, which writes them; a kill in between leaves no manifest."""
+    """Writes the manifest of a run's own files after the block, which writes them; a kill in
+    between leaves no manifest."""
     listing = folder / manifest.NAME
     listing.unlink(missing_ok=True)
     yield
@@ -111,7 +115,8 @@ def replace_nonfinite(value: Any, replace: Callable[[float], Any]) -> Any:
 class JsonLines:
     """Writes lines of JSON in process 0, each with its `step`.
 
-    Opened at a step, it drops later lines, whose steps run again; at step 0 it drops all. Raises UserError for what is no file.
+    Opened at a step, it drops later lines, whose steps run again; at step 0 it drops all. Raises
+    UserError for what is no file.
     """
 
     def __init__(self, path: Path, step: int) -> None:

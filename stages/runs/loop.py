@@ -42,7 +42,8 @@ class LoopEnd(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """What a loop works with. `loop_state`, the log, the checkpoints and `stop` change with its steps."""
+    """What a loop works with. `loop_state`, the log, the checkpoints and `stop` change with its
+    steps."""
 
     options: RunOptions
     plan: RunPlan
@@ -67,9 +68,11 @@ def run_steps(
     console: Console,
     recorder: "Recorder | None",
 ) -> LoopEnd:
-    """Takes steps until the plan is done or a signal comes, and saves the last state. Changes `loop_state`.
+    """Takes steps until the plan is done or a signal comes, and saves the last state. Changes
+    `loop_state`.
 
-    Raises UserError, with the run saved, after too many refused updates in a row or when metrics.jsonl cannot be written.
+    Raises UserError, with the run saved, after too many refused updates in a row or when
+    metrics.jsonl cannot be written.
     """
     plan = prepared.plan
     checkpoints = Checkpoints(options, prepared.frozen_as_loaded, prepared.adapted)
@@ -157,7 +160,8 @@ def count_step(loop: Loop, result: StepResult, seconds: float) -> None:
 def evaluate_and_save(loop: Loop, state: TrainState) -> bool:
     """Evaluates and saves, where due, and evaluates at the end. Returns whether either was due.
 
-    Refused steps leave nothing to save, a best neither: a stop that they bring about begins again before them.
+    Refused steps leave nothing to save, a best neither: a stop that they bring about begins again
+    before them.
     """
     if loop.loop_state.refused_in_a_row:
         return False
@@ -215,7 +219,8 @@ def is_evaluation_due(options: RunOptions, plan: RunPlan, loop_state: LoopState)
 
 
 def evaluation_interval(plan: RunPlan, loop_state: LoopState) -> int | float:
-    """Returns a tenth of the run, or what leaves evaluations EVALUATION_SHARE of the time: steps (int) or seconds (float)."""
+    """Returns a tenth of the run, or what leaves evaluations EVALUATION_SHARE of the time: steps
+    (int) or seconds (float)."""
     length = run_fraction(10, plan.steps, plan.seconds)
     least_seconds = loop_state.evaluation_seconds / EVALUATION_SHARE
     if isinstance(length, int) and least_seconds:
@@ -225,7 +230,8 @@ def evaluation_interval(plan: RunPlan, loop_state: LoopState) -> int | float:
 
 
 class Checkpoints:
-    """Saves a run's checkpoints beside the steps that follow. `step`: of the newest one, perhaps of an earlier start."""
+    """Saves a run's checkpoints beside the steps that follow. `step`: of the newest one, perhaps of
+    an earlier start."""
 
     def __init__(self, options: RunOptions, frozen: Any, adapted: SavedAdapter | None) -> None:
         self.saver = BackgroundSaver(options.folder, options.keep, frozen, adapted)
@@ -261,7 +267,8 @@ def _returning_freed_memory(buffer_bytes: int) -> Iterator[None]:
 
 
 def stop_after_refusals(loop: Loop, state: TrainState, resumable: LoopState, advice: str) -> NoReturn:
-    """Raises UserError, with the run saved as it was before the refused steps, which will run again."""
+    """Raises UserError, with the run saved as it was before the refused steps, which will run
+    again."""
     stopped = loop.loop_state
     step_name = loop.plan.step_name
     if loop.checkpoints.step is None or loop.checkpoints.step < resumable.step:

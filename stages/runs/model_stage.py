@@ -46,7 +46,8 @@ OnConfig = Callable[[ModelConfig, LoraConfig | None, Collection[str]], object]
 
 
 class WaitingParams:
-    """The parameters of a loaded model until they are taken: over an int8 base the float ones must not be held on."""
+    """The parameters of a loaded model until they are taken: over an int8 base the float ones must
+    not be held on."""
 
     def __init__(self, params: Any) -> None:
         self._params = params
@@ -59,7 +60,8 @@ class WaitingParams:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OpenedModel:
-    """A model that is to be trained: its configuration, tokenizer and template, and what of it is trained."""
+    """A model that is to be trained: its configuration, tokenizer and template, and what of it is
+    trained."""
 
     name: str  # as --model names it
     folder: Path  # of the run
@@ -85,7 +87,8 @@ def open_model(
     on_config: OnConfig = lambda cfg, lora, blocks: None,
     on_mesh: bool = False,
 ) -> OpenedModel:
-    """Loads a model to train. Calls `on_config` with its configuration, the adapter and the blocks before weights are read.
+    """Loads a model to train. Calls `on_config` with its configuration, the adapter and the blocks
+    before weights are read.
 
     Raises UserError for a folder in which the model itself lies.
     """
@@ -136,7 +139,8 @@ def _without_adapters(params: Any) -> Any:
 
 
 def _find_adapter(name: str, cfg: ModelConfig, options: TrainableFlags) -> tuple[str, LoraConfig | None]:
-    """Returns the base of the LoRA that a model is, "" where it is none, and its configuration, if it can be continued.
+    """Returns the base of the LoRA that a model is, "" where it is none, and its configuration, if
+    it can be continued.
 
     It is not asked for where --lora gives a new one, or weights themselves are trained.
     """
@@ -156,16 +160,19 @@ def _refuse_own_folder(model: LoadedModel, folder: Path) -> None:
 
 
 def model_rows(opened: OpenedModel, plan: RunPlan, trained_numbers: int = 0) -> Rows:
-    """Returns the banner's rows of a model. `trained_numbers`: those of weights in blocks, 0 where they are not known."""
+    """Returns the banner's rows of a model. `trained_numbers`: those of weights in blocks, 0 where
+    they are not known."""
     cfg = plan.cfg
-    size = f"{count_params(cfg).total:,} parameters, {'int8' if plan.base == 'int8' else cfg.dtype}"
+    dtype: str = cfg.dtype
+    shapes = opened.loaded_shapes
+    if plan.base == "int8":
+        dtype = "int8"
+        shapes = jax.eval_shape(lambda params: quantize(params, "full"), shapes)
+    size = f"{count_params(cfg).total:,} parameters, {dtype}"
     if opened.in_blocks:
         size += ", in 4 bits as served"
         if trained_numbers:
             size += f", of which {trained_numbers:,} numbers train"
-    shapes = opened.loaded_shapes
-    if plan.base == "int8":
-        shapes = jax.eval_shape(lambda params: quantize(params, "full"), shapes)
     return [
         ("model", f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {size}"),
         ("file", describe_kinds(opened.model.kinds, shapes)),
@@ -173,7 +180,8 @@ def model_rows(opened: OpenedModel, plan: RunPlan, trained_numbers: int = 0) -> 
 
 
 class SplitWeights(NamedTuple):
-    """The parameters of a run: in float32 what trains, in the compute type or int8 what does not, as steps read them."""
+    """The parameters of a run: in float32 what trains, in the compute type or int8 what does not,
+    as steps read them."""
 
     trainable: Any
     frozen: Any
@@ -197,8 +205,9 @@ def load_weights(opened: OpenedModel, plan: RunPlan) -> SplitWeights:
         "tokenizer": {"kind": "the model's", "digest": opened.model.tokenizer.digest},
         **weights.metadata,
     }
-    kept = None if plan.base == "int8" else weights.params
-    return weights._replace(params=kept, metadata=metadata)
+    if plan.base == "int8":
+        weights = weights._replace(params=None)  # the float ones are freed
+    return weights._replace(metadata=metadata)
 
 
 def _split_for_adapter(opened: OpenedModel, lora: LoraConfig, plan: RunPlan, params: Any) -> SplitWeights:
@@ -211,7 +220,9 @@ def _split_for_adapter(opened: OpenedModel, lora: LoraConfig, plan: RunPlan, par
         trainable = unflatten({path: dataclasses.replace(loaded[path], base=None) for path in sorted(adapted)})
         params = map_paths(lambda path, leaf: leaf.base if path in adapted else leaf, params)
         metadata["continues"] = digest(trainable, scales=False)  # `lora` tells them
-    base = params if plan.base == "float" else quantize(params, "full")
+    base = params
+    if plan.base == "int8":
+        base = quantize(params, "full")
     return SplitWeights(trainable, cast_matrices(base, plan.cfg.dtype), None, params, metadata)
 
 
@@ -268,7 +279,9 @@ class PreparedModel(Prepared):
         )
 
     def to_saved(self, trainable: Any) -> Any:
-        return trainable if self.opened.lora else merge(trainable, self.frozen_as_loaded)
+        if self.opened.lora:
+            return trainable
+        return merge(trainable, self.frozen_as_loaded)
 
     def from_saved(self, params: Any) -> Any:
         if self.opened.lora or self.plan.trainable is None:
@@ -305,9 +318,11 @@ class PreparedModel(Prepared):
         return place(self.from_saved(load_params(checkpoint, check).params))
 
     def check_frozen(self, step: int) -> Path:
-        """Checks that an adapter's base has not changed. Returns the checkpoint of a step, in which the trained parameters are.
+        """Checks that an adapter's base has not changed. Returns the checkpoint of a step, in which
+        the trained parameters are.
 
-        Raises RuntimeError when its digest is another; a base in int8 is gone by now and not checked. Ends the chat's template.
+        Raises RuntimeError when its digest is another; a base in int8 is gone by now and not
+        checked. Ends the chat's template.
         """
         self.opened.chat.close()
         base = self.metadata["base"]
@@ -319,7 +334,8 @@ class PreparedModel(Prepared):
 def choose_trainable(
     cfg: ModelConfig, lora: LoraConfig | None, train: Sequence[str], freeze: Sequence[str]
 ) -> tuple[TrainablePaths, Rows]:
-    """Returns the trainable paths, and rows with what each rule matched. Raises UserError for a rule that matches nothing."""
+    """Returns the trainable paths, and rows with what each rule matched. Raises UserError for a
+    rule that matches nothing."""
     total = count_params(cfg).total
     if lora:
         trainable = lora_only(cfg, lora)

@@ -30,7 +30,8 @@ Changes = dict[str, tuple[Any, Any]]  # path in run.json -> (before, now)
 
 @dataclasses.dataclass(frozen=True)
 class PreviousRun:
-    """The run in a folder: its run.json, its newest checkpoint's LoopState, and what the run that resumes it changes."""
+    """The run in a folder: its run.json, its newest checkpoint's LoopState, and what the run that
+    resumes it changes."""
 
     folder: Path
     record: dict[str, Any]
@@ -38,7 +39,8 @@ class PreviousRun:
     changes: Changes
 
     def is_finished(self, is_over: bool) -> bool:
-        """Whether a run that is over was measured at its end as now asked, and is intact in what it stands for."""
+        """Whether a run that is over was measured at its end as now asked, and is intact in what it
+        stands for."""
         result = self.record.get("result")
         if not is_over or not result or "keep_last" in self.changes:
             return False
@@ -47,7 +49,8 @@ class PreviousRun:
 
 
 def find_previous_run(folder: Path, metadata: dict[str, Any], cfg: ModelConfig) -> PreviousRun | None:
-    """Returns the run in a run folder to resume; None when it was stopped before its first checkpoint.
+    """Returns the run in a run folder to resume; None when it was stopped before its first
+    checkpoint.
 
     Raises UserError when the one there trains something else, naming what differs.
     """
@@ -72,7 +75,8 @@ def find_previous_run(folder: Path, metadata: dict[str, Any], cfg: ModelConfig) 
 
 
 def refuse_other_order(folder: Path, record: dict[str, Any]) -> None:
-    """Raises UserError for a run that read its data in another order than this version's: it would read some of it twice."""
+    """Raises UserError for a run that read its data in another order than this version's: it would
+    read some of it twice."""
     if record.get("order") != ORDER_VERSION:
         raise UserError(
             f"{folder} holds a run whose batches came in the order of another version: it cannot be resumed. "
@@ -80,8 +84,9 @@ def refuse_other_order(folder: Path, record: dict[str, Any]) -> None:
         )
 
 
-# What a resumed run may not change, by its path in run.json, and its name; of the architecture, all that CONFIG_MAY_CHANGE
-# does not name. All else may change, and is noted in run.json. The first every run has.
+# What a resumed run may not change, by its path in run.json, and its name; of the architecture, all
+# that CONFIG_MAY_CHANGE does not name. All else may change, and is noted in run.json. The first
+# every run has.
 ALWAYS_THERE = {
     "text/digest": "text",
     "tokenizer/digest": "tokenizer",
@@ -115,7 +120,8 @@ def settings(metadata: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> Changes:
-    """Returns the settings that differ. What an older run.json does not tell is not known to have changed."""
+    """Returns the settings that differ. What an older run.json does not tell is not known to have
+    changed."""
     architecture = [path for path in now if path.startswith("config/")]
     changes = {}
     for path in dict.fromkeys([*before, *FIXED, *architecture]):
@@ -149,7 +155,8 @@ def refusals(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _source_of(path: str, name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Returns the setting that says to people what a digest is of, or the digest's own path where none does."""
+    """Returns the setting that says to people what a digest is of, or the digest's own path where
+    none does."""
     for part in ("data", "kind", "model"):
         source = f"{name}/{part}"
         if before.get(source) or now.get(source):
@@ -189,7 +196,8 @@ def print_finished(previous: PreviousRun, plan: RunPlan, console: Console) -> No
 
 
 def _loop_state(loaded: checkpoint_reader.LoadedCheckpoint) -> LoopState:
-    """Returns the loop's state in a checkpoint. Raises UserError for one that is damaged, or of another step."""
+    """Returns the loop's state in a checkpoint. Raises UserError for one that is damaged, or of
+    another step."""
     with contextlib.suppress(KeyError, TypeError, ValueError):
         loop_state = LoopState.from_json(loaded.state)
         if loop_state.step == loaded.step:
@@ -200,7 +208,8 @@ def _loop_state(loaded: checkpoint_reader.LoadedCheckpoint) -> LoopState:
 def resume(
     previous: PreviousRun, prepared: Prepared, metadata: dict[str, Any], console: Console
 ) -> tuple[TrainState, LoopState]:
-    """Returns the states of the newest intact checkpoint; prints what is damaged or changed, and adds changes to `metadata`."""
+    """Returns the states of the newest intact checkpoint; prints what is damaged or changed, and
+    adds changes to `metadata`."""
 
     def saved_parts() -> tuple[Any, Any]:
         state = prepared.initial_state(prepared.trainable)

@@ -1,7 +1,7 @@
 """The four values of a run: Plan -> Prepared -> Steps -> RunReport; and LoopState, its progress.
 
-The first three have a method that gives the next. A stage writes a class for each of Plan, Prepared and Steps.
-`runs/run.py` carries a run from one to the next, and `runs/loop.py` takes the steps.
+The first three have a method that gives the next. A stage writes a class for each of Plan, Prepared
+and Steps. `runs/run.py` carries a run from one to the next, and `runs/loop.py` takes the steps.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ INTERVALS = ("line", "log", "evaluate", "save")
 class LoopState:
     """The progress of a run, beside weights and optimizer: saved in a checkpoint's state.json.
 
-    When to evaluate, save, log and stop follows from this alone, so that a restart changes none of it. A field that an
-    older checkpoint lacks has its default.
+    When to evaluate, save, log and stop follows from this alone, so that a restart changes none of
+    it. A field that an older checkpoint lacks has its default.
     """
 
     step: int = 0
@@ -48,7 +48,8 @@ class LoopState:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "LoopState":
-        """Returns the state of a checkpoint's state.json. Raises KeyError, TypeError or ValueError for a damaged one."""
+        """Returns the state of a checkpoint's state.json. Raises KeyError, TypeError or ValueError
+        for a damaged one."""
         known = {field.name: record[field.name] for field in dataclasses.fields(cls) if field.name in record}
         known["step"] = int(record["step"])
         known["seconds"] = float(record["seconds"])
@@ -82,7 +83,8 @@ class LoopState:
             self.since_best = 0
 
     def note_reward(self, reward: float) -> None:
-        """Notes a round's reward: of the weights before its updates, which no checkpoint holds, so that no step is the best."""
+        """Notes a round's reward: of the weights before its updates, which no checkpoint holds, so
+        that no step is the best."""
         if self.best is None or reward > self.best:
             self.best = reward
 
@@ -103,7 +105,8 @@ class RunReport(NamedTuple):
 
 
 class Plan(Protocol):
-    """What a run will do, by its flags, its data and a model's architecture. No array of the run exists yet."""
+    """What a run will do, by its flags, its data and a model's architecture. No array of the run
+    exists yet."""
 
     @property
     def plan(self) -> RunPlan: ...
@@ -140,16 +143,19 @@ class Steps(Protocol):
     lines_stay: bool  # whether every few seconds a line stays on a terminal
 
     def step(self, state: TrainState, loop_state: LoopState) -> StepResult:
-        """Runs a step: a batch through a compiled program, or a round of rollouts and updates. Leaves `loop_state` as it is."""
+        """Runs a step: a batch through a compiled program, or a round of rollouts and updates.
+        Leaves `loop_state` as it is."""
 
     def is_exhausted(self, loop_state: LoopState) -> bool:
         """Whether there is nothing more to learn, which ends the loop."""
 
     def log_fields(self, metrics: list[Any], loop_state: LoopState, step_seconds: float) -> dict[str, float]:
-        """Returns the fields of a line of metrics.jsonl, by the metrics of all steps since the last line."""
+        """Returns the fields of a line of metrics.jsonl, by the metrics of all steps since the last
+        line."""
 
     def live_fields(self, metrics: Any, loop_state: LoopState, step_seconds: float) -> list[str]:
-        """Returns this stage's own fields of the live line, by the metrics of the last step, None before the first."""
+        """Returns this stage's own fields of the live line, by the metrics of the last step, None
+        before the first."""
 
 
 class Finished(NamedTuple):
@@ -163,7 +169,8 @@ class Finished(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What a run begins with: weights, tokenizer, data. A stage adds fields of its own, and writes the methods that raise."""
+    """What a run begins with: weights, tokenizer, data. A stage adds fields of its own, and writes
+    the methods that raise."""
 
     plan: RunPlan
     metadata: dict[str, Any]  # the stage's own entries of run.json
@@ -188,7 +195,8 @@ class Prepared:
         """Prints an example of the data below the banner, if the stage has any."""
 
     def begin_compiling(self, beside_reading: bool) -> Any:
-        """Begins to compile the step, where that needs no state, and returns what `begin_steps` gets of it.
+        """Begins to compile the step, where that needs no state, and returns what `begin_steps`
+        gets of it.
 
         `beside_reading`: whether a checkpoint is read next.
         """
@@ -212,7 +220,8 @@ class Prepared:
         return None
 
     def prompt(self) -> tuple[str, list[int]]:
-        """Returns a prompt, as text and as tokens, that shows what the model has learned; only a recording asks for it."""
+        """Returns a prompt, as text and as tokens, that shows what the model has learned; only a
+        recording asks for it."""
         raise NotImplementedError
 
     def measure(self, trainable: Any, console: Console) -> Any:
@@ -236,7 +245,8 @@ def compile_step(
     objective: Objective = NEXT_TOKEN,
     on_traced: Callable[[], None] = lambda: None,
 ) -> Compiled:
-    """Compiles `train_step` to (state, frozen, batch, progress) -> (state, metrics); the arguments may be shapes.
+    """Compiles `train_step` to (state, frozen, batch, progress) -> (state, metrics); the arguments
+    may be shapes.
 
     Calls `on_traced` before XLA begins.
     """
