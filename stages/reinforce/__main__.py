@@ -1,17 +1,17 @@
-"""Train a model by reinforcement learning: it samples completions, a rule rewards them, GRPO updates the weights.
+"""Train a model by reinforcement: it samples completions, a rule rewards them, GRPO updates weights.
 
-    python -m stages.reinforce                                     SmolLM2-135M-Instruct learns to answer in 12 words
-    python -m stages.reinforce --task yes-no --max-tokens 16       to begin with Yes or No, asked what can be answered so
-    python -m stages.reinforce --task 'regex:^(A|An|The) ' --max-tokens 24   to begin as a pattern describes it
-    python -m stages.reinforce --task sum --max-tokens 24          to add
-    python -m stages.reinforce --task my_rewards.py:score '0.2*length:12'   a function of your own, and a rule beside it
+    python -m stages.reinforce                                    SmolLM2-135M-Instruct answers in 12 words
+    python -m stages.reinforce --task yes-no --max-tokens 16      to begin with Yes or No
+    python -m stages.reinforce --task 'regex:^(A|An|The) ' --max-tokens 24  to begin as a pattern says
+    python -m stages.reinforce --task sum --max-tokens 24         to add
+    python -m stages.reinforce --task my_rewards.py:score '0.2*length:12'  a function of your own, and a rule
     python -m stages.reinforce --model runs/tiny-python --train all --task length:4
-    python -m stages.reinforce --dry-run                           what a round would take, and stop
+    python -m stages.reinforce --dry-run                          what a round would take, and stop
 
-Each round has two halves, and the screen shows both: in the first, inference samples several completions of each prompt
-and changes no weight; in the second, training makes those rewarded above the others more probable (GRPO). A KL
-penalty and a second reward, both by the model before training, keep answers sane. The same command run again resumes where
-it stopped.
+Each round has two halves, and the screen shows both: in the first, inference samples several
+completions of each prompt and changes no weight; in the second, training makes those rewarded above the
+others more probable (GRPO). A KL penalty and a second reward, both by the model before training, keep
+answers sane. The same command run again resumes where it stopped.
 """
 
 from stages.cli.start import start_command
