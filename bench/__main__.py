@@ -8,8 +8,8 @@
     python -m bench --list                         the other measurements
     python -m bench compare A/bench.json B/bench.json    two results, by the ratios that both measured
 
-All rows run interleaved, so their ratios are of the same minutes. Operations are counted three times: by formula, by walking
-the traced program, by XLA.
+All rows run interleaved, so their ratios are of the same minutes. Operations are counted three
+times: by formula, by walking the traced program, by XLA.
 """
 
 import dataclasses
@@ -63,8 +63,10 @@ def measure(flags: StageTableFlags) -> Json:
             print(f"  python -m bench.{name:<{max(map(len, names))}}  {line}")
         return {"measurements": names}
     check_flags(flags)
-    if flags.checks and (platforms := os.environ.get("JAX_PLATFORMS")) and "cpu" not in platforms:
-        os.environ["JAX_PLATFORMS"] = f"{platforms},cpu"  # to compare with: the first that is named computes
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if flags.checks and platforms and "cpu" not in platforms:
+        # to compare with: the first that is named computes
+        os.environ["JAX_PLATFORMS"] = f"{platforms},cpu"
     start_jax()
     if flags.checks:
         from bench.stages.checks import measure_checks
@@ -74,7 +76,8 @@ def measure(flags: StageTableFlags) -> Json:
     from bench.stages.report import print_stages
 
     changed = [name for name in ("batch", "context", "price") if getattr(flags, name) != getattr(StageTableFlags, name)]
-    asked = (f"--{name} {shlex.quote(str(getattr(flags, name)))}" for name in ("model" if flags.model else "preset", *changed))
+    changed.insert(0, "model" if flags.model else "preset")
+    asked = [f"--{name} {shlex.quote(str(getattr(flags, name)))}" for name in changed]
     document = stage_table(
         flags.preset,
         flags.model,
@@ -86,14 +89,18 @@ def measure(flags: StageTableFlags) -> Json:
         pictures=bool(flags.out),
         command=" ".join(("python -m bench", *asked)),
     )
-    if flags.out and (others := flags.out / "documents.json").is_file():
-        document["claims"] += compare.read_result(others).get("claims", [])
+    if flags.out:
+        others = flags.out / "documents.json"
+        if others.is_file():
+            document["claims"] += compare.read_result(others).get("claims", [])
     print_stages(document)
     return document
 
 
 def write_report(source: Path, document: Json) -> Path | None:
-    """Writes report.html beside the table's document, and two pictures for READMEs; none of a document that holds no table."""
+    """Writes report.html beside the table's document, and two pictures for READMEs; none of a
+    document that holds no table.
+    """
     if "rows" not in document:
         return None
     from bench.stages.report import write_pictures
@@ -109,18 +116,25 @@ def check_flags(flags: StageTableFlags) -> None:
             raise UserError(f"--{name} must be a number above 0, not {value:g}.")
     if flags.batch < 2 or flags.batch % 2 or flags.context < 64 or flags.context % 64:
         raise UserError(
-            "--batch must be even and at least 2, for preferences come in pairs, and --context a multiple of 64, the tokens of "
+            "--batch must be even and at least 2, for preferences come in pairs, and --context a "
+            "multiple of 64, the tokens of "
             f"a prefill: got {flags.batch} and {flags.context}."
         )
 
 
 def measurements() -> dict[str, str]:
-    """Returns the other measurements by name with the first line of their docstrings, without importing them."""
-    names, here = {}, Path(__file__).parent
+    """Returns the other measurements by name with the first line of their docstrings, without
+    importing them.
+    """
+    names = {}
+    here = Path(__file__).parent
     for path in {*here.glob("*.py"), *here.glob("*/__main__.py")} - {Path(__file__)}:
         source = path.read_text(encoding="utf-8")
         if "\nif __name__ ==" in source:
-            name = path.stem if path.parent == here else path.parent.name
+            if path.parent == here:
+                name = path.stem
+            else:
+                name = path.parent.name
             names[name] = source.partition("\n")[0].strip('"')
     return dict(sorted(names.items()))
 

@@ -4,7 +4,8 @@
     python -m bench.commands --max-time 20s    a shorter run: the times are as true, the bits per byte are not
     python -m bench.commands --of resuming     a model of 135M: from a checkpoint to its next step
 
-Start-up figures are the second of two starts, when compiled programs are in the cache, unless they say otherwise.
+Start-up figures are the second of two starts, when compiled programs are in the cache, unless they
+say otherwise.
 """
 
 import dataclasses
@@ -45,16 +46,27 @@ class Measurement(NamedTuple):
 
 
 def measure_commands(flags: CommandsFlags) -> Json:
-    """Runs the commands, prints the table and returns the document. Raises UserError when a command fails."""
+    """Runs the commands, prints the table and returns the document. Raises UserError when a command
+    fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        measure = resuming if flags.of == "resuming" else functools.partial(training, max_time=flags.max_time)
+        if flags.of == "resuming":
+            measure = resuming
+        else:
+            measure = functools.partial(training, max_time=flags.max_time)
         figures, printed = measure(Path(folder), flags.data)
     unmet = [figure for figure in figures if not figure.value <= figure.bar]
     print_table(
         "Whole commands",
         ("", "measured", "", "at most", ""),
         [
-            (figure.name, f"{figure.value:.3f}", figure.unit, f"{figure.bar:g}", "** not met **" * (figure in unmet))
+            (
+                figure.name,
+                f"{figure.value:.3f}",
+                figure.unit,
+                f"{figure.bar:g}",
+                "** not met **" * (figure in unmet),
+            )
             for figure in figures
         ],
     )
@@ -67,7 +79,9 @@ def measure_commands(flags: CommandsFlags) -> Json:
 
 
 def training(folder: Path, data: str, max_time: str) -> tuple[list[Measurement], list[str]]:
-    """Measures a training run, its start-up, and the start-up of generation from it; returns what the run printed, too."""
+    """Measures a training run, its start-up, and the start-up of generation from it; returns what
+    the run printed, too.
+    """
     train = ["stages.train", "--data", data, "--max-time"]
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
     cold, _ = _result([*train, "1s"], folder / "cold")
@@ -87,11 +101,11 @@ def training(folder: Path, data: str, max_time: str) -> tuple[list[Measurement],
 
 
 def _predictions(printed: list[str]) -> list[Measurement]:
-    """Returns how far the steps that a run predicted, before it and after its first ones, are off what it made."""
-    named = ((name, re.match(rf" *{name} +([\d,]+) steps", line)) for line in printed for name in ("predicted", "trained"))
-    steps = [(name, int(found[1].replace(",", ""))) for name, found in named if found]
-    made = [count for name, count in steps if name == "trained"]
-    predicted = [count for name, count in steps if name == "predicted"]
+    """Returns how far the steps that a run predicted, before it and after its first ones, are off
+    what it made.
+    """
+    predicted = _steps_after("predicted", printed)
+    made = _steps_after("trained", printed)
     when = ("before the run", "after its first steps")
     return [
         Measurement(f"steps predicted {at}, off by", 100 * abs(count / made[-1] - 1), "%", 15)
@@ -99,16 +113,36 @@ def _predictions(printed: list[str]) -> list[Measurement]:
     ]
 
 
+def _steps_after(word: str, printed: list[str]) -> list[int]:
+    found = (re.match(rf" *{word} +([\d,]+) steps", line) for line in printed)
+    return [int(match[1].replace(",", "")) for match in found if match]
+
+
 def resuming(folder: Path, data: str) -> tuple[list[Measurement], list[str]]:
-    """Measures a resumed run of smollm2-135m, its state in float32, from the command to the end of a step of 2 x 128 tokens."""
-    command = ["stages.train", "smollm2-135m", "--data", data, "--batch", "2", "--context", "128", "--optimizer", "adamw"]
+    """Measures a resumed run of smollm2-135m, its state in float32, from the command to the end of
+    a step of 2 x 128 tokens.
+    """
+    command = [
+        "stages.train",
+        "smollm2-135m",
+        "--data",
+        data,
+        "--batch",
+        "2",
+        "--context",
+        "128",
+        "--optimizer",
+        "adamw",
+    ]
     command += ["--steps", "1000", "--log-every", "1"]
     seconds = [_until_step(command, folder / "run", stop) for stop in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL)]
     return [Measurement("command to first resumed step", seconds[-1], "s", 10)], []
 
 
 def _until_step(command: list[str], folder: Path, stop: signal.Signals) -> float:
-    """Returns the seconds until a training run logs a step, which a signal then stops. Raises UserError if it ends before."""
+    """Returns the seconds until a training run logs a step, which a signal then stops. Raises
+    UserError if it ends before.
+    """
     log = folder / "metrics.jsonl"
     log.unlink(missing_ok=True)
     words = [sys.executable, "-m", *command, "--out-dir", str(folder)]
@@ -137,8 +171,20 @@ def _help_seconds() -> float:
 
 
 def _first_output(model: str, prompt: str) -> tuple[float, str]:
-    """Returns the seconds from a second start of `stages.generate` to the first byte of its text, and its messages."""
-    command = [sys.executable, "-m", "stages.generate", "--model", model, "--prompt", prompt, "--temperature", "0.7"]
+    """Returns the seconds from a second start of `stages.generate` to the first byte of its text,
+    and its messages.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "stages.generate",
+        "--model",
+        model,
+        "--prompt",
+        prompt,
+        "--temperature",
+        "0.7",
+    ]
     for _ in range(2):
         begin = time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -3,9 +3,10 @@
     python -m bench.step --out before    measures, and keeps the document as before/step.json; --out for any measurement
     python -m bench compare before/step.json after/step.json
 
-A result of another hour is not paired with this one, so seconds are not compared. What is compared are ratios of calls that
-ran in the same rounds of one result: those of all its rounds with those of all the other's. A row has moved where the interval
-of one over the other does not hold 1. The exit code is 1 where a row has moved.
+A result of another hour is not paired with this one, so seconds are not compared. What is compared
+are ratios of calls that ran in the same rounds of one result: those of all its rounds with those of
+all the other's. A row has moved where the interval of one over the other does not hold 1. The exit
+code is 1 where a row has moved.
 """
 
 import dataclasses
@@ -20,7 +21,8 @@ from engine.errors import UserError
 from engine.format import join_words
 
 MACHINE = "processor", "model_numbers", "instructions", "cores", "device"
-ROW_KEYS = "name", "part", "model", "shape", "peer"  # that together tell a row from the others of its list
+# that together tell a row from the others of its list
+ROW_KEYS = "name", "part", "model", "shape", "peer"
 
 SAID = "out", "json", "peer_python"  # flags that change nothing that is measured
 
@@ -38,7 +40,9 @@ class CompareFlags:
 
 
 def compare(flags: CompareFlags) -> Json:
-    """Prints and returns the rows that both results have. Raises UserError for results that cannot be compared."""
+    """Prints and returns the rows that both results have. Raises UserError for results that cannot
+    be compared.
+    """
     documents = [read_result(path) for path in (flags.before, flags.after)]
     machines = [{name: document["machine"].get(name) for name in MACHINE} for document in documents]
     if machines[0] != machines[1] and not flags.any_machine:
@@ -77,7 +81,9 @@ def read_result(path: Path) -> Json:
 
 
 def find_ratios(value: Any, name: str = "") -> Iterator[tuple[str, Sequence[float]]]:
-    """Yields the name and the rounds' ratios of each ratio in a document that has them; a name says where it stands there."""
+    """Yields the name and the rounds' ratios of each ratio in a document that has them; a name says
+    where it stands there.
+    """
     if isinstance(value, dict):
         if value.get("round_ratios"):
             yield name, value["round_ratios"]
@@ -87,13 +93,18 @@ def find_ratios(value: Any, name: str = "") -> Iterator[tuple[str, Sequence[floa
             yield from find_ratios(each, f"{name}, {key}".removeprefix(", ") if key != "rows" else name)
     elif isinstance(value, list):
         for number, each in enumerate(value):
-            keys = [key for key in ROW_KEYS if key in each] if isinstance(each, dict) else []
+            if isinstance(each, dict):
+                keys = [key for key in ROW_KEYS if key in each]
+            else:
+                keys = []
             own = ", ".join(str(each[key]) for key in keys) or number
             yield from find_ratios(each, f"{name}, {own}".removeprefix(", "))
 
 
 def compare_ratios(name: str, before: Sequence[float], after: Sequence[float]) -> Json:
-    """Returns the row of one ratio before and after: how many times larger it is, and whether it has moved."""
+    """Returns the row of one ratio before and after: how many times larger it is, and whether it
+    has moved.
+    """
     from bench.timing import compare_rounds, median_ratio  # imports JAX, as --help need not
 
     over = compare_rounds(before, after)

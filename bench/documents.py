@@ -3,9 +3,10 @@
     python -m bench.documents                       SmolLM2-135M-Instruct, about ten minutes on two cores
     python -m bench.documents --steps 2 --facts 2   a look at it
 
-The facts are of an island that this project made up, so that no model has read of them. Fine-tuning sees each as two questions
-with the fact as their answer; all three ways are asked a third question, of other words, and an answer is right if it holds the
-fact's own words. Greedy, one question at a time, without a prefix cache.
+The facts are of an island that this project made up, so that no model has read of them. Fine-tuning
+sees each as two questions with the fact as their answer; all three ways are asked a third question,
+of other words, and an answer is right if it holds the fact's own words. Greedy, one question at a
+time, without a prefix cache.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -61,7 +62,13 @@ def measure_documents(flags: DocumentsFlags) -> Json:
         f"{flags.facts} facts",
         ("", "right", "tokens read", "a question", f"{QUESTIONS:,} questions"),
         [
-            (row["name"], f"{row['right']}", f"{row['prompt_tokens']:.0f}", duration(row["seconds"]), money(cost(row, price)))
+            (
+                row["name"],
+                f"{row['right']}",
+                f"{row['prompt_tokens']:.0f}",
+                duration(row["seconds"]),
+                money(cost(row, price)),
+            )
             for row in rows
         ],
     )
@@ -70,14 +77,29 @@ def measure_documents(flags: DocumentsFlags) -> Json:
 
 
 def tune(folder: Path, facts: list[Json], flags: DocumentsFlags) -> tuple[Path, float]:
-    """Writes the facts as a document, and fine-tunes on them as answers; returns the run's folder and its training seconds."""
+    """Writes the facts as a document, and fine-tunes on them as answers; returns the run's folder
+    and its training seconds.
+    """
     (folder / "documents").mkdir()
     (folder / "documents" / "island.md").write_text("\n\n".join(fact["fact"] for fact in facts), "utf-8")
-    for name, forms in (("train", ("{question}", "Do you know the island? {question}")), ("asked", ("{asked}",))):
-        rows = [{"prompt": form.format(**fact), "completion": fact["fact"]} for fact in facts for form in forms]
+    for name, forms in (
+        ("train", ("{question}", "Do you know the island? {question}")),
+        ("asked", ("{asked}",)),
+    ):
+        rows = []
+        for fact in facts:
+            rows += [{"prompt": form.format(**fact), "completion": fact["fact"]} for form in forms]
         (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
     progress("fine-tuning")
-    words = ["stages.finetune", "--model", flags.model, "--data", str(folder / "train.jsonl"), "--general", "none"]
+    words = [
+        "stages.finetune",
+        "--model",
+        flags.model,
+        "--data",
+        str(folder / "train.jsonl"),
+        "--general",
+        "none",
+    ]
     words += ["--validation", str(folder / "asked.jsonl"), "--steps", str(flags.steps)]
     run_module([*words, "--out-dir", str(folder / "run")])
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
@@ -85,7 +107,9 @@ def tune(folder: Path, facts: list[Json], flags: DocumentsFlags) -> tuple[Path, 
 
 
 def ask(flags: DocumentsFlags, facts: list[Json], documents_folder: Path, run: Path) -> tuple[list[Json], Ratio]:
-    """Asks every question in each way: returns a row a way, and the time of documents over that of the fine-tuned model."""
+    """Asks every question in each way: returns a row a way, and the time of documents over that of
+    the fine-tuned model.
+    """
     from bench.models import answer
     from bench.timing import measure, ratio
     from engine.inference.config import EngineConfig
@@ -96,24 +120,26 @@ def ask(flags: DocumentsFlags, facts: list[Json], documents_folder: Path, run: P
     from engine.text.chat_tokenizer import ChatTokenizer
     from engine.text.documents import Documents, prompt_with
 
-    documents, engines, rows, calls = Documents(documents_folder), {}, [], {}
+    documents = Documents(documents_folder)
+    engines = {}
+    rows = []
+    calls = {}
     for name in (flags.model, str(run)):
         model = load_model(name)
         engines[name] = Engine(model.cfg, prepare_params(model.cfg, model.params), EngineConfig(1, 1024))
     chat = ChatTokenizer(model.tokenizer)
+
+    def tokenize(turns: Any) -> list[int]:
+        return chat.prompt(turns).tolist()
+
     for way in WAYS:
         engine = engines[str(run) if way == "fine-tuned" else flags.model]
-        tokenize = lambda turns: chat.prompt(turns).tolist()
-        prompts = [
-            prompt_with(
-                documents if way == "from documents" else None,
-                [{"role": "user", "content": fact["asked"]}],
-                model.tokenizer,
-                model.cfg.context,
-                tokenize,
-            )[0]
-            for fact in facts
-        ]
+        searched = documents if way == "from documents" else None
+        prompts = []
+        for fact in facts:
+            turns = [{"role": "user", "content": fact["asked"]}]
+            prompt, *_ = prompt_with(searched, turns, model.tokenizer, model.cfg.context, tokenize)
+            prompts.append(prompt)
         sampling = SamplingParams(MAX_TOKENS, temperature=0.0, stop_token_ids={*model.eos_ids, *chat.eot_ids})
         requests = [Request(tuple(prompt), sampling) for prompt in prompts]
         calls[way] = lambda engine=engine, requests=requests: [answer(engine, [request])[0] for request in requests]
@@ -122,10 +148,15 @@ def ask(flags: DocumentsFlags, facts: list[Json], documents_folder: Path, run: P
             {"question": fact["asked"], "answer": text, "right": fact["answer"].lower() in text.lower()}
             for fact, text in zip(facts, texts)
         ]
-        right, read = sum(each["right"] for each in answers), sum(map(len, prompts)) / len(prompts)
+        right = sum(each["right"] for each in answers)
+        read = sum(map(len, prompts)) / len(prompts)
         rows.append({"name": way, "right": right, "answers": answers, "prompt_tokens": read})
     chat.close()
-    timings = measure(calls, rounds=flags.rounds, report=lambda done, total: progress(f"round {done} of {total}", replace=True))
+    timings = measure(
+        calls,
+        rounds=flags.rounds,
+        report=lambda done, total: progress(f"round {done} of {total}", replace=True),
+    )
     for row in rows:
         row["seconds"] = timings[row["name"]].median / len(facts)
     return rows, ratio(timings["from documents"], timings["fine-tuned"])
@@ -141,18 +172,35 @@ def judge_documents(rows: list[Json], over: Ratio, tuning_seconds: float, price:
     plain, documents, tuned = rows
     count = len(plain["answers"])
     lead = (documents["right"] - tuned["right"]) / count
-    verdict = "undecided for this model" if abs(lead) < DIFFERENCE else "false here" if lead > 0 else "true here"
+    if abs(lead) < DIFFERENCE:
+        verdict = "undecided for this model"
+    elif lead > 0:
+        verdict = "false here"
+    else:
+        verdict = "true here"
     extra = documents["seconds"] - tuned["seconds"]
-    even = f"tuning pays after {tuning_seconds / extra:,.0f} questions" if extra > 0 else "tuning never pays"
+    if extra > 0:
+        even = f"tuning pays after {tuning_seconds / extra:,.0f} questions"
+    else:
+        even = "tuning never pays"
     value = (
-        f"of {count} facts the model answers {plain['right']} as it is, {documents['right']} with passages of a document "
-        f"before the question, and {tuned['right']} after {duration(tuning_seconds)} of fine-tuning. {QUESTIONS:,} questions "
+        f"of {count} facts the model answers {plain['right']} as it is, {documents['right']} with "
+        "passages of a document "
+        f"before the question, and {tuned['right']} after {duration(tuning_seconds)} of "
+        f"fine-tuning. {QUESTIONS:,} questions "
         f"cost {money(cost(documents, price))} from documents, and {money(cost(tuned, price))} beside "
-        f"{money(tuning_seconds / 3600 * price)} for the tuning without. A question takes {over.format(times)} the time, so "
+        f"{money(tuning_seconds / 3600 * price)} for the tuning without. A question takes "
+        f"{over.format(times)} the time, so "
         f"that {even}. A fact that changes needs another file, or another tuning."
     )
     numbers = {"facts": count, **{row["name"]: row["right"] for row in rows}, "over": over._asdict()}
-    return {"claim": CLAIM, "verdict": verdict, "value": value, "numbers": numbers, "command": "python -m bench.documents"}
+    return {
+        "claim": CLAIM,
+        "verdict": verdict,
+        "value": value,
+        "numbers": numbers,
+        "command": "python -m bench.documents",
+    }
 
 
 if __name__ == "__main__":

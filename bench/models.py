@@ -35,14 +35,19 @@ class BenchModel:
 
 
 def random_model(name: str, cfg: ModelConfig) -> BenchModel:
-    """Returns a preset with random numbers in every leaf but the norms, also where training starts at zero: a model whose
-    blocks add nothing would hide every difference between two ways of running it."""
+    """Returns a preset with random numbers in every leaf but the norms, also where training starts
+    at zero: a model whose blocks add nothing would hide every difference between two ways of
+    running it.
+    """
 
     def init(key: Any) -> Any:
         leaves = leaf_paths(init_params(cfg, key))
         for n, (path, leaf) in enumerate(leaves.items()):
             if not path.endswith("norm"):
-                scale = leaf.shape[1 if path == "embed" else 0] ** -0.5 if leaf.ndim == 2 else 0.05
+                if leaf.ndim == 2:
+                    scale = leaf.shape[1 if path == "embed" else 0] ** -0.5
+                else:
+                    scale = 0.05
                 leaves[path] = jax.random.normal(jax.random.fold_in(key, n), leaf.shape, jnp.float32) * scale
         return unflatten(leaves)
 
@@ -55,7 +60,8 @@ def load(
     on_config: Callable[[ModelConfig], None] = lambda cfg: None,
     keep_blocks: bool = False,
 ) -> BenchModel:
-    """Loads a model by path or name; `dtype` None: its own. `on_config` gets its architecture before its weights are read.
+    """Loads a model by path or name; `dtype` None: its own. `on_config` gets its architecture
+    before its weights are read.
 
     `keep_blocks`: as `load_model`.
 
@@ -64,7 +70,8 @@ def load(
     location = locate(name, on_config=on_config)
     if location.format == "adapter":
         raise UserError(
-            f"{location.run} holds an adapter for another model. Fold it into that one first, python -m stages.export "
+            f"{location.run} holds an adapter for another model. Fold it into that one first, "
+            "python -m stages.export "
             f"--model {location.path} --out FOLDER, and give --model FOLDER."
         )
     model = load_model(name, dtype=dtype, on_config=on_config, keep_blocks=keep_blocks)
@@ -72,7 +79,9 @@ def load(
 
 
 def answer(engine: Engine, requests: Iterable[Request]) -> list[list[int]]:
-    """Returns the tokens that answer each request, submitted together to an engine that has no others."""
+    """Returns the tokens that answer each request, submitted together to an engine that has no
+    others.
+    """
     answers: dict[int, list[int]] = {engine.submit(request): [] for request in requests}
     while engine.busy:
         for event in engine.step():
@@ -81,7 +90,9 @@ def answer(engine: Engine, requests: Iterable[Request]) -> list[list[int]]:
 
 
 def find_model(preset_name: str, name: str | None, on_config: Callable[[ModelConfig], None]) -> BenchModel:
-    """Loads the model of this name, if there is one, else returns the preset's with random weights. `on_config`: see `load`."""
+    """Loads the model of this name, if there is one, else returns the preset's with random weights.
+    `on_config`: see `load`.
+    """
     if name:
         return load(name, on_config=on_config)
     on_config(cfg := preset(preset_name))
@@ -97,7 +108,9 @@ def tokens_for(model: BenchModel, rows: int, length: int) -> np.ndarray:
 
 
 class StepInputs(NamedTuple):
-    """The inputs of a training step: the model, its first weights, and the one batch that every step repeats."""
+    """The inputs of a training step: the model, its first weights, and the one batch that every
+    step repeats.
+    """
 
     cfg: ModelConfig
     params: Any
@@ -105,7 +118,9 @@ class StepInputs(NamedTuple):
 
 
 def make_step_inputs(shape: Shape, dtype: Literal["bfloat16", "float32"]) -> StepInputs:
-    """Returns a byte-level model, heads 64 wide, with q/k norm and an untied head; weights and text are random, and fixed."""
+    """Returns a byte-level model, heads 64 wide, with q/k norm and an untied head; weights and text
+    are random, and fixed.
+    """
     ff = -(-shape.width * 8 // 3 // 64) * 64
     cfg = ModelConfig(
         vocab=257,
@@ -124,13 +139,15 @@ def make_step_inputs(shape: Shape, dtype: Literal["bfloat16", "float32"]) -> Ste
 
 def next_token_batch(text: Any) -> Batch:
     """text (B, T + 1) int32 -> the batch in which every token but the first is a target."""
-    tokens, targets = jnp.asarray(text[:, :-1]), jnp.asarray(text[:, 1:])
+    tokens = jnp.asarray(text[:, :-1])
+    targets = jnp.asarray(text[:, 1:])
     positions = jnp.tile(jnp.arange(tokens.shape[1]), (tokens.shape[0], 1))
     return Batch(tokens, targets, jnp.ones(tokens.shape, bool), positions, None)
 
 
 class TrainingStep:
-    """A compiled training step on the one batch that it repeats: a call takes the next step and returns its loss.
+    """A compiled training step on the one batch that it repeats: a call takes the next step and
+    returns its loss.
 
     `state` is donated. `options` are those of `train_step`, and `compiler_options`.
     """
@@ -146,7 +163,8 @@ class TrainingStep:
         compiler_options: Any = None,
         **options: Any,
     ) -> None:
-        self.state, self.arguments = state, (frozen, batch, np.float32(PROGRESS))
+        self.state = state
+        self.arguments = (frozen, batch, np.float32(PROGRESS))
         self.lowered: Any = train_step.lower(cfg, tx, state, *self.arguments, **options)
         self.program = self.lowered.compile(compiler_options)
 

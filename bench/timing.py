@@ -1,14 +1,17 @@
 """Times calls in interleaved rounds, and judges the ratio of two by one rule.
 
-A shared machine's speed drifts by more than most effects worth knowing. Calls that are compared therefore run in the same
-rounds, and each round gives one ratio, in which the drift is common to both calls. The ratio reported is the median of the
-rounds' ratios. Its 95% interval is that of order statistics, which assumes nothing of how the noise is distributed: the
-median lies below the k-th smallest of n ratios only if fewer than k of them fall below it, so a binomial distribution of n
-fair coins gives k (David and Nagaraja, Order Statistics, 2003, section 7.1). A verdict needs MIN_ROUNDS rounds.
+A shared machine's speed drifts by more than most effects worth knowing. Calls that are compared
+therefore run in the same rounds, and each round gives one ratio, in which the drift is common to
+both calls. The ratio reported is the median of the rounds' ratios. Its 95% interval is that of
+order statistics, which assumes nothing of how the noise is distributed: the median lies below the
+k-th smallest of n ratios only if fewer than k of them fall below it, so a binomial distribution of
+n fair coins gives k (David and Nagaraja, Order Statistics, 2003, section 7.1). A verdict needs
+MIN_ROUNDS rounds.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -40,8 +43,10 @@ class Timing:
         return Timing(tuple(seconds * factor for seconds in self.seconds))
 
 
-UNMET = {True: "", False: "   ** not met **", None: "   undecided, within the noise"}  # by whether a bar is exceeded
-MIN_ROUNDS = 6  # with fewer, not even the lowest and the highest ratio enclose the median with 95% certainty
+# by whether a bar is exceeded
+UNMET = {True: "", False: "   ** not met **", None: "   undecided, within the noise"}
+# with fewer, not even the lowest and the highest ratio enclose the median with 95% certainty
+MIN_ROUNDS = 6
 
 
 class Ratio(NamedTuple):
@@ -62,15 +67,23 @@ class Ratio(NamedTuple):
         return Ratio(row["ratio"], row["low"], row["high"])
 
     def exceeds(self, threshold: float) -> bool | None:
-        """Whether the ratio is above a threshold; None where the interval holds the threshold or is not known."""
+        """Whether the ratio is above a threshold; None where the interval holds the threshold or is
+        not known.
+        """
         if self.low is None or self.high is None or self.low <= threshold <= self.high:
             return None
         return self.low > threshold
 
     def scaled(self, factor: float) -> "Ratio":
         """Returns the ratio times a factor above 0."""
-        ratio, low, high = (None if number is None else number * factor for number in self[:3])
-        return Ratio(ratio, low, high, self.rounds, tuple(number * factor for number in self.round_ratios))
+
+        def scale(number: float | None) -> float | None:
+            if number is None:
+                return None
+            return number * factor
+
+        round_ratios = tuple(number * factor for number in self.round_ratios)
+        return Ratio(scale(self.ratio), scale(self.low), scale(self.high), self.rounds, round_ratios)
 
     def format(self, write: Callable[[float], str] = "{:.2f}".format) -> str:
         """Formats the ratio and its interval, each number by `write`: `1.14 (1.10 to 1.18)`."""
@@ -92,11 +105,12 @@ def measure(
     report: Callable[[int, int], None] | None = None,
     seconds_of: Callable[[Any], float] | None = None,
 ) -> dict[str, Timing]:
-    """Returns name -> Timing of calls run in turns for `rounds` rounds, after `warmups` runs of each.
+    """Returns name -> Timing of calls run in turns for `rounds` rounds, after `warmups` runs of
+    each.
 
-    A call's time ends when its result is ready. Each round begins with another call, so that none always follows the same
-    one. `report(done, total)` counts rounds. `seconds_of` takes the seconds from a call's result, for calls that time a part
-    of themselves.
+    A call's time ends when its result is ready. Each round begins with another call, so that none
+    always follows the same one. `report(done, total)` counts rounds. `seconds_of` takes the seconds
+    from a call's result, for calls that time a part of themselves.
     """
     for call in calls.values():
         for _ in range(warmups):
@@ -115,9 +129,11 @@ def measure(
 
 
 def ratio(a: Timing, b: Timing) -> Ratio:
-    """Returns a's time over b's, from timings of one `measure`: the median of the rounds' ratios, and its 95% interval.
+    """Returns a's time over b's, from timings of one `measure`: the median of the rounds' ratios,
+    and its 95% interval.
 
-    The interval is None below MIN_ROUNDS rounds. Raises ValueError when the timings are not of the same rounds.
+    The interval is None below MIN_ROUNDS rounds. Raises ValueError when the timings are not of the
+    same rounds.
     """
     pairs = [*zip(a.seconds, b.seconds, strict=True)]
     if min(*a.seconds, *b.seconds) <= 0:
@@ -126,26 +142,31 @@ def ratio(a: Timing, b: Timing) -> Ratio:
 
 
 def median_ratio(each: Sequence[float]) -> Ratio:
-    """Returns the median of the ratios of rounds, above 0, and its 95% interval, None below MIN_ROUNDS rounds."""
+    """Returns the median of the ratios of rounds, above 0, and its 95% interval, None below
+    MIN_ROUNDS rounds.
+    """
     from scipy.stats import binom  # here: it takes a second to import
 
     rounds = len(each)
     middle = math.exp(statistics.median(map(math.log, each)))
     if rounds < MIN_ROUNDS:
         return Ratio(middle, rounds=rounds, round_ratios=tuple(each))
-    rank = int(binom.ppf(0.025, rounds, 0.5))  # at most 2.5% of medians lie below the ratio of this rank, counted from 1
+    # at most 2.5% of medians lie below the ratio of this rank, counted from 1
+    rank = int(binom.ppf(0.025, rounds, 0.5))
     ordered = sorted(each)
     return Ratio(middle, ordered[rank - 1], ordered[-rank], rounds, tuple(each))
 
 
 def compare_rounds(before: Sequence[float], after: Sequence[float]) -> Ratio:
-    """Returns how many times larger the ratios of one run's rounds are than those of another's, above 0, with its 95% interval.
+    """Returns how many times larger the ratios of one run's rounds are than those of another's,
+    above 0, with its 95% interval.
 
-    It is the median of all quotients of a round after by a round before (Hodges and Lehmann 1963, Annals of Mathematical
-    Statistics 34). The interval ends at two of these quotients, by the distribution of Mann and Whitney's U (Bauer 1972,
-    Journal of the American Statistical Association 67); it is None where the rounds are too few to have one.
+    It is the median of all quotients of a round after by a round before (Hodges and Lehmann 1963,
+    Annals of Mathematical Statistics 34). The interval ends at two of these quotients, by the
+    distribution of Mann and Whitney's U (Bauer 1972, Journal of the American Statistical
+    Association 67); it is None where the rounds are too few to have one.
     """
-    quotients = sorted(y / x for x in before for y in after)
+    quotients = sorted(y / x for x, y in itertools.product(before, after))
     middle = math.exp(statistics.median(map(math.log, quotients)))
     rounds = min(len(before), len(after))
     rank = _least_rank(len(before), len(after))
@@ -155,7 +176,8 @@ def compare_rounds(before: Sequence[float], after: Sequence[float]) -> Ratio:
 
 
 def _least_rank(first: int, second: int) -> int:
-    """Returns the largest rank, counted from 1, at or below which U, of samples of these sizes, falls in 2.5% of cases at most.
+    """Returns the largest rank, counted from 1, at or below which U, of samples of these sizes,
+    falls in 2.5% of cases at most.
 
     0 where even the first rank is reached more often.
     """
@@ -171,7 +193,9 @@ def _least_rank(first: int, second: int) -> int:
 
 @functools.cache
 def _orders(first: int, second: int, u: int) -> int:
-    """Returns in how many orders of two samples so many pairs stand with the second sample's before the first's."""
+    """Returns in how many orders of two samples so many pairs stand with the second sample's before
+    the first's.
+    """
     if u < 0:
         return 0
     if first == 0 or second == 0:
@@ -186,10 +210,17 @@ def held_to(over: Ratio, least: float | None) -> str:
 
 def describe_noise(timings: Mapping[str, Timing]) -> str:
     """Returns a sentence on how far these timings can be trusted."""
-    shares = {name: timing.spread / timing.median if timing.median else 0.0 for name, timing in timings.items()}
+    shares = dict.fromkeys(timings, 0.0)
+    for name, timing in timings.items():
+        if timing.median:
+            shares[name] = timing.spread / timing.median
     worst = max(shares, key=shares.__getitem__)
     rounds = len(timings[worst].seconds)
     advice = "a noisy moment: trust only large ratios"
     if shares[worst] <= 0.2:
-        advice = "a quiet moment" if shares[worst] <= 0.05 else "some noise: trust the ratios before the seconds"
-    return f"The middle half of {rounds} interleaved rounds spans {shares[worst]:.0%} of the median at worst: {advice}."
+        if shares[worst] <= 0.05:
+            advice = "a quiet moment"
+        else:
+            advice = "some noise: trust the ratios before the seconds"
+    spread = f"{shares[worst]:.0%} of the median at worst"
+    return f"The middle half of {rounds} interleaved rounds spans {spread}: {advice}."

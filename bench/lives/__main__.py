@@ -4,8 +4,9 @@
     python -m bench.lives --preset nano --out page   another architecture, in another folder
     python -m bench.lives --price 0.20 --watts 90    what this machine costs an hour, and what it draws
 
-The runs are commands that a person types, with --record. Then the trained model answers 100 requests, and its weights are
-compared with those before, to the bit. lives.json has every figure of the page.
+The runs are commands that a person types, with --record. Then the trained model answers 100
+requests, and its weights are compared with those before, to the bit. lives.json has every figure of
+the page.
 """
 
 import dataclasses
@@ -42,11 +43,15 @@ class LivesFlags:
 
 
 def measure_lives(flags: LivesFlags) -> Json:
-    """Records the lives, prints the costs and returns the document. Raises UserError where a run fails."""
+    """Records the lives, prints the costs and returns the document. Raises UserError where a run
+    fails.
+    """
     for name in ("price", "watts"):
-        if (value := getattr(flags, name)) is not None and not 0 < value < math.inf:
+        value = getattr(flags, name)
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name} must be a number above 0, not {value:g}.")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the run that goes on ends too, and its folder
+    # as Ctrl-C: the run that goes on ends too, and its folder
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     preset(flags.preset)  # raises for a name that is not known, before JAX starts
     start_jax()
     from bench.lives.recording import answer_requests, measure_costs, record_lives
@@ -79,7 +84,13 @@ def measure_lives(flags: LivesFlags) -> Json:
 def print_summary(document: Json) -> None:
     """Prints what each life costs, and what answering changed."""
     rows = [
-        (row["stage"], times(row["counted_ratio"]), times(row["time_ratio"]), si(row["bytes"], "B"), row["passes"])
+        (
+            row["stage"],
+            times(row["counted_ratio"]),
+            times(row["time_ratio"]),
+            si(row["bytes"], "B"),
+            row["passes"],
+        )
         for row in document["cost"]
     ]
     print_table(f"A model of {document['params']:,} parameters", ("", "operations", "time", "peak", "passes"), rows)

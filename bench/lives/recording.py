@@ -28,10 +28,28 @@ from engine.storage.model_loader import LoadedModel
 from engine.storage.run_folder import read_json
 from engine.training.optimizer import OptimizerConfig, muon_flops
 
-RATE = "2e-3"  # of each fine-tuning: with rates of their own, one could not see what each way of it does
-ASKED, TOKENS = 100, 48
-NAMES = ("JULIET", "HAMLET", "MACBETH", "KING", "QUEEN", "FIRST LORD", "CLOWN", "NURSE", "MESSENGER", "DUKE", "ANTONY")
-INDEPENDENT = ("The king is dead.\n\nROMEO:\n", "I love thee, Juliet.\n\nROMEO:\n", "The king is well.\n\nROMEO:\n")
+# of each fine-tuning: with rates of their own, one could not see what each way of it does
+RATE = "2e-3"
+ASKED = 100
+TOKENS = 48
+NAMES = (
+    "JULIET",
+    "HAMLET",
+    "MACBETH",
+    "KING",
+    "QUEEN",
+    "FIRST LORD",
+    "CLOWN",
+    "NURSE",
+    "MESSENGER",
+    "DUKE",
+    "ANTONY",
+)
+INDEPENDENT = (
+    "The king is dead.\n\nROMEO:\n",
+    "I love thee, Juliet.\n\nROMEO:\n",
+    "The king is well.\n\nROMEO:\n",
+)
 ROUNDS = 20
 ROWS = {  # of the stage table: the one that computes as a life does, and its passes
     "train": ("pre-training step", "forward and backward"),
@@ -42,10 +60,11 @@ ROWS = {  # of the stage table: the one that computes as a life does, and its pa
 
 
 def record_lives(preset_name: str, data: str, folder: Path, quick: bool) -> dict[str, Json]:
-    """Trains a preset on `data`, and fine-tunes the result on the house voice: its bottom half frozen, by LoRA, and whole.
+    """Trains a preset on `data`, and fine-tunes the result on the house voice: its bottom half
+    frozen, by LoRA, and whole.
 
-    Returns the lives `train`, `frozen`, `lora` and `all`, whose run folders lie in `folder` by these names. Raises UserError
-    for a run that fails, or that was not recorded to its end.
+    Returns the lives `train`, `frozen`, `lora` and `all`, whose run folders lie in `folder` by
+    these names. Raises UserError for a run that fails, or that was not recorded to its end.
     """
     seconds, tune_seconds = ("6s", "2s") if quick else ("60s", "15s")
     tune = ["stages.finetune", "--model", str(folder / "train"), "--data", "voice", "--general", "none"]
@@ -58,7 +77,8 @@ def record_lives(preset_name: str, data: str, folder: Path, quick: bool) -> dict
     }
     lives = {}
     for name, command in commands.items():
-        recording, command = folder / f"{name}.jsonl", [*command, "--out-dir", str(folder / name)]
+        recording = folder / f"{name}.jsonl"
+        command = [*command, "--out-dir", str(folder / name)]
         shown = shlex.join(["python", "-m", *command]).replace(f"{folder}/", "runs/")
         progress(shown)
         run_module([*command, "--record", str(recording)], step_reporter(recording))
@@ -67,7 +87,9 @@ def record_lives(preset_name: str, data: str, folder: Path, quick: bool) -> dict
 
 
 def step_reporter(recording: Path) -> Callable[[], None]:
-    """Returns a function that prints the step that a run's recording has reached, if it is another than at the last call."""
+    """Returns a function that prints the step that a run's recording has reached, if it is another
+    than at the last call.
+    """
     printed = ""
 
     def report() -> None:
@@ -87,12 +109,17 @@ def step_reporter(recording: Path) -> Callable[[], None]:
 
 def _events(recording: Path) -> list[Json]:
     """Returns the events so far, without a last line that was cut; none where there is no file."""
-    lines = recording.read_text(encoding="utf-8").split("\n") if recording.exists() else [""]
+    if recording.exists():
+        lines = recording.read_text(encoding="utf-8").split("\n")
+    else:
+        lines = [""]
     return [json.loads(line) for line in lines[:-1]]
 
 
 def read_life(recording: Path) -> Json:
-    """Returns a run's recorded events by kind. Raises UserError when they do not reach from its beginning to its end."""
+    """Returns a run's recorded events by kind. Raises UserError when they do not reach from its
+    beginning to its end.
+    """
     events = _events(recording)
     begin, steps, validation, frames, end = (
         [event for event in events if event["event"] == kind] for kind in ("begin", "step", "validation", "frame", "end")
@@ -103,12 +130,15 @@ def read_life(recording: Path) -> Json:
 
 
 def answer_requests(model: LoadedModel, prompt: str) -> Json:
-    """Asks ASKED requests, `prompt` the first of them, and compares all weights before and after: by digest and by element.
+    """Asks ASKED requests, `prompt` the first of them, and compares all weights before and after:
+    by digest and by element.
 
-    The engine computes in float32, so that it holds the weights of the checkpoint, bit for bit. Two of the three requests of
-    `independent` are asked side by side; the third is the first with another context.
+    The engine computes in float32, so that it holds the weights of the checkpoint, bit for bit. Two
+    of the three requests of `independent` are asked side by side; the third is the first with
+    another context.
     """
-    cfg, tokenizer = dataclasses.replace(model.cfg, dtype="float32"), model.tokenizer
+    cfg = dataclasses.replace(model.cfg, dtype="float32")
+    tokenizer = model.tokenizer
     most = min(TOKENS, cfg.context // 2)
     config = EngineConfig(SLOTS, cfg.context, kv_dtype="float32", chunk=SMALL_CHUNK, tail=SMALL_CHUNK)
     engine = Engine(cfg, prepare_params(cfg, model.params, whole=False), config)
@@ -136,7 +166,8 @@ def answer_requests(model: LoadedModel, prompt: str) -> Json:
         for path, leaf in leaf_paths(engine.params).items()
     )
     position_bytes = config.slot_bytes(cfg, cfg.context) // config.edges(engine.backend)[-1]
-    positions = [*range(len(first.prompt), len(first.prompt) + len(alone)), engine.used_positions]  # at last it is dropped
+    # at last it is dropped
+    positions = [*range(len(first.prompt), len(first.prompt) + len(alone)), engine.used_positions]
     return {
         "asked": ASKED,
         "before": sha,
@@ -157,13 +188,17 @@ def answer_requests(model: LoadedModel, prompt: str) -> Json:
 
 
 def measure_costs(model: LoadedModel, folder: Path, quick: bool) -> tuple[list[Json], dict[str, Json]]:
-    """Returns the costs of each life and of `answer`, per token, and the memory of one step of each over time.
+    """Returns the costs of each life and of `answer`, per token, and the memory of one step of each
+    over time.
 
-    All steps are of one batch, as the training run's; each has the optimizer of its own run, in `folder`. The cost of `answer`
-    is that of the forward pass over the batch, to which all ratios are; its memory is that of decoding.
+    All steps are of one batch, as the training run's; each has the optimizer of its own run, in
+    `folder`. The cost of `answer` is that of the forward pass over the batch, to which all ratios
+    are; its memory is that of decoding.
     """
     recipes = {life: read_json(folder / life / "run.json")["recipe"] for life in ROWS}
-    cfg, B, T = model.cfg, recipes["train"]["batch"], recipes["train"]["context"]
+    cfg = model.cfg
+    B = recipes["train"]["batch"]
+    T = recipes["train"]["context"]
     batch = next_token_batch(tokens_for(BenchModel(model.name, cfg, model.params, model.tokenizer), B, T + 1))
     kinds = {kind.name: kind for kind in training_kinds(cfg)}
     rows: dict[str, Row] = {
@@ -180,7 +215,8 @@ def measure_costs(model: LoadedModel, folder: Path, quick: bool) -> tuple[list[J
     timings = measure({life: row.run for life, row in rows.items()}, rounds=MIN_ROUNDS if quick else ROUNDS)
     costs = []
     for life, row in rows.items():
-        times, flops = ratio(timings[life], timings["answer"]), row.formula.total
+        times = ratio(timings[life], timings["answer"])
+        flops = row.formula.total
         costs.append(
             {
                 "stage": life,

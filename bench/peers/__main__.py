@@ -6,9 +6,9 @@
     python -m bench.peers --of losses                     20 steps of each objective beside TRL's, within 1e-4 in float32
     python -m bench.peers --quick                         a small shape, fewer tokens and rounds
 
-A peer is a process that computes the same from the same weights; bench/peers/requirements.txt says how to install them. It
-and we run in turns, with all cores, so that what else this machine does hits both alike. A ratio is our tokens a second over
-the peer's.
+A peer is a process that computes the same from the same weights; bench/peers/requirements.txt says
+how to install them. It and we run in turns, with all cores, so that what else this machine does
+hits both alike. A ratio is our tokens a second over the peer's.
 """
 
 import dataclasses
@@ -60,8 +60,8 @@ def measure_peers(flags: PeersFlags) -> Json:
     from bench.peers.serving import measure_streams
     from bench.peers.training import measure_training
 
-    # OpenMP's threads meet after every operation, and one that is put aside holds up all: beside other work the same row of
-    # training read 2.5 at a load of 9 and 0.9 in a quiet moment.
+    # OpenMP's threads meet after every operation, and one that is put aside holds up all: beside
+    # other work the same row of training read 2.5 at a load of 9 and 0.9 in a quiet moment.
     held = f"The bars hold on two quiet cores with {family()}."
     print(f"{device_name()}, {cores()} cores, {flags.rounds} interleaved rounds. {held}")
     rows: list[Json] = []
@@ -78,7 +78,12 @@ def measure_peers(flags: PeersFlags) -> Json:
             rows += compare_losses(peer, Path(folder)) if peer else []
     if "serving" in flags.of:
         rows += measure_streams(
-            flags.model, flags.peer_python, new=flags.new, rounds=flags.rounds, quick=flags.quick, names=flags.rows
+            flags.model,
+            flags.peer_python,
+            new=flags.new,
+            rounds=flags.rounds,
+            quick=flags.quick,
+            names=flags.rows,
         )
     return {"rows": rows, "bars_hold": held}
 

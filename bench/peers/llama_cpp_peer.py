@@ -1,6 +1,7 @@
 """Runs llama.cpp, the peer of serving, through `llama-cpp-python`, on the same GGUF file.
 
-One context decodes all rows together, each a sequence of its own, greedily; or one prompt after another, each to its end.
+One context decodes all rows together, each a sequence of its own, greedily; or one prompt after
+another, each to its end.
 """
 
 import ctypes
@@ -13,16 +14,23 @@ UBATCH = 512  # tokens a call, its own default
 
 
 def make(spec: dict[str, Any]) -> Run:
-    """Returns a run that prefills the prompts one by one, then decodes `new` tokens of all rows together.
+    """Returns a run that prefills the prompts one by one, then decodes `new` tokens of all rows
+    together.
 
-    The run returns the seconds of both, and the tokens of each row. `spec`: file, threads, prompts (lists of ids, of one
-    length), new; with `ends`, tokens that end an answer, each prompt is a run of its own, and lengths may differ.
+    The run returns the seconds of both, and the tokens of each row. `spec`: file, threads, prompts
+    (lists of ids, of one length), new; with `ends`, tokens that end an answer, each prompt is a run
+    of its own, and lengths may differ.
     """
     import llama_cpp as llama
 
-    new, ends = spec["new"], spec.get("ends", ())
-    groups = [[prompt] for prompt in spec["prompts"]] if ends else [spec["prompts"]]
-    rows, longest = len(groups[0]), max(map(len, spec["prompts"]))
+    new = spec["new"]
+    ends = spec.get("ends", ())
+    if ends:
+        groups = [[prompt] for prompt in spec["prompts"]]
+    else:
+        groups = [spec["prompts"]]
+    rows = len(groups[0])
+    longest = max(map(len, spec["prompts"]))
     quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
     llama.llama_log_set(quiet, None)
     llama.llama_backend_init()
@@ -32,8 +40,10 @@ def make(spec: dict[str, Any]) -> Run:
     if not model:
         raise ValueError(f"llama.cpp cannot read {spec['file']}")
     options = llama.llama_context_default_params()
-    options.n_ctx, options.n_seq_max = rows * (longest + new + 8), rows
-    options.n_batch, options.n_ubatch = max(UBATCH, rows), UBATCH
+    options.n_ctx = rows * (longest + new + 8)
+    options.n_seq_max = rows
+    options.n_batch = max(UBATCH, rows)
+    options.n_ubatch = UBATCH
     options.n_threads = options.n_threads_batch = spec["threads"]
     context = llama.llama_init_from_model(model, options)
     batch = llama.llama_batch_init(max(UBATCH, rows), 0, 1)
@@ -43,7 +53,9 @@ def make(spec: dict[str, Any]) -> Run:
     def feed(tokens: list[tuple[int, int, int, bool]]) -> None:
         batch.n_tokens = len(tokens)
         for place, (token, position, row, wanted) in enumerate(tokens):
-            batch.token[place], batch.pos[place], batch.logits[place] = token, position, wanted
+            batch.token[place] = token
+            batch.pos[place] = position
+            batch.logits[place] = wanted
             batch.n_seq_id[place] = 1
             batch.seq_id[place][0] = row
         if llama.llama_decode(context, batch):
@@ -57,7 +69,8 @@ def make(spec: dict[str, Any]) -> Run:
 
     def run_group(prompts: list[list[int]]) -> tuple[float, float, list[list[int]]]:
         llama.llama_memory_clear(memory, True)
-        begin, length = time.perf_counter(), len(prompts[0])
+        begin = time.perf_counter()
+        length = len(prompts[0])
         output: list[list[int]] = []
         for row, prompt in enumerate(prompts):
             for start in range(0, length, UBATCH):
@@ -75,7 +88,11 @@ def make(spec: dict[str, Any]) -> Run:
 
     def run() -> dict[str, Any]:
         prefills, decodes, outputs = zip(*map(run_group, groups))
-        return {"prefill": sum(prefills), "decode": sum(decodes), "tokens": [tokens for output in outputs for tokens in output]}
+        return {
+            "prefill": sum(prefills),
+            "decode": sum(decodes),
+            "tokens": [tokens for output in outputs for tokens in output],
+        }
 
     return run
 

@@ -20,24 +20,44 @@ from engine.text.conversations import Conversation, read_conversations
 from engine.text.examples import Pair, RatedPair, Rating, example_rows, mismatch
 from engine.text.tokenizer import ModelTokenizer, byte_tokenizer
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from engine.training.preference import LOSSES, answer_logprobs, pair_logprobs, preference_batch, preference_objective
+from engine.training.preference import (
+    LOSSES,
+    answer_logprobs,
+    pair_logprobs,
+    preference_batch,
+    preference_objective,
+)
 from engine.training.step import NEXT_TOKEN, init_state, train_step
 
-STEPS, ROWS, TOKENS = 20, 4, 96  # TOKENS of a row at most
+STEPS = 20
+ROWS = 4
+TOKENS = 96  # TOKENS of a row at most
 MOST_APART = 1e-4  # nats, at any step
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup=0.0, beta2=0.99, weight_decay=0.0)
 CONFIG = ModelConfig(
-    vocab=260, width=64, layers=3, heads=4, kv_heads=2, head_dim=16, ff=96, context=TOKENS, tied=True, dtype="float32"
+    vocab=260,
+    width=64,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    ff=96,
+    context=TOKENS,
+    tied=True,
+    dtype="float32",
 )
 
 
 def compare_losses(peer: Peer, folder: Path) -> list[Json]:
-    """Prints and returns a row an objective: its losses, TRL's, and the largest difference, which has a bar of MOST_APART.
+    """Prints and returns a row an objective: its losses, TRL's, and the largest difference, which
+    has a bar of MOST_APART.
 
-    `last_inputs`, of which the last of TRL's losses is one, are what `tests/training/test_preference.py` has of TRL.
-    `folder`: for files that the peer reads. Raises UserError when the peer cannot.
+    `last_inputs`, of which the last of TRL's losses is one, are what
+    `tests/training/test_preference.py` has of TRL. `folder`: for files that the peer reads. Raises
+    UserError when the peer cannot.
     """
-    model, tokenizer = random_model("random", CONFIG), byte_tokenizer()
+    model = random_model("random", CONFIG)
+    tokenizer = byte_tokenizer()
     huggingface.save_folder(folder, CONFIG, model.params, ModelTokenizer(tokenizer, (tokenizer.eos_id,), {}), dtype="float32")
     rows = []
     for objective in ("answers", *LOSSES):
@@ -70,20 +90,24 @@ def compare_losses(peer: Peer, folder: Path) -> list[Json]:
 
 
 def _pairs(step: int, objective: str) -> list[Pair] | list[RatedPair]:
-    """Returns the ROWS pairs of a step; for KTO of an answer, chosen and rejected in turns, and a mismatched one.
+    """Returns the ROWS pairs of a step; for KTO of an answer, chosen and rejected in turns, and a
+    mismatched one.
 
-    TRL's ORPO has the prompt in the chosen answer's loss, and takes the mean over all tokens of the batch; the paper, and ours,
-    the mean over answers. It gets prompts of one token and chosen answers of one length, by which both are the same.
+    TRL's ORPO has the prompt in the chosen answer's loss, and takes the mean over all tokens of the
+    batch; the paper, and ours, the mean over answers. It gets prompts of one token and chosen
+    answers of one length, by which both are the same.
     """
-    encode = lambda text, most: byte_tokenizer().encode(text)[:most]
+    tokenizer = byte_tokenizer()
     records = [record for record in read_conversations("voice-preferences") if isinstance(record, Conversation)]
-    pairs, alike = [], objective == "orpo"
+    pairs = []
+    alike = objective == "orpo"
     for row in range(ROWS):
         record = records[(step * ROWS + row) % len(records)]
         question, chosen = (message["content"] for message in record.messages[-2:])
-        prompt = encode(question, 1 if alike else 30)
-        answers = encode(chosen, 40 if alike else 40 + row), encode(record.rejected or "", 60 - row)
-        pairs.append(Pair(*(_example(prompt, answer) for answer in answers)))
+        prompt = tokenizer.encode(question)[: 1 if alike else 30]
+        good = tokenizer.encode(chosen)[: 40 if alike else 40 + row]
+        bad = tokenizer.encode(record.rejected or "")[: 60 - row]
+        pairs.append(Pair(_example(prompt, good), _example(prompt, bad)))
     if objective != "kto":
         return pairs
     ratings = [Rating(pair[row % 2], row % 2 == 0) for row, pair in enumerate(pairs)]
@@ -97,9 +121,17 @@ def _example(prompt: np.ndarray, answer: np.ndarray) -> Example:
 
 def _peer_rows(objective: str, pairs: Sequence[Any]) -> list[Json]:
     """Returns the rows of a batch as the collator of TRL's trainer takes them."""
-    prompt, answer = (lambda example, side=side: example.tokens[example.mask == side].tolist() for side in (False, True))
-    labels = lambda example: np.where(example.mask, example.tokens, -100).tolist()
-    whole = lambda example: {"input_ids": example.tokens.tolist(), "labels": labels(example)}
+
+    def prompt(example: Example) -> list[int]:
+        return example.tokens[~example.mask].tolist()
+
+    def answer(example: Example) -> list[int]:
+        return example.tokens[example.mask].tolist()
+
+    def whole(example: Example) -> Json:
+        labels = np.where(example.mask, example.tokens, -100)
+        return {"input_ids": example.tokens.tolist(), "labels": labels.tolist()}
+
     if objective == "answers":
         return [whole(chosen) for chosen, _ in pairs]
     if objective == "kto":
@@ -110,18 +142,32 @@ def _peer_rows(objective: str, pairs: Sequence[Any]) -> list[Json]:
         return [dict(zip(names, (prompt(chosen), answer(chosen), answer(rejected)))) for chosen, rejected in pairs]
     rows = []
     for chosen, rejected in pairs:
-        parts = {"chosen": whole(chosen), "rejected": whole(rejected), "prompt": {"input_ids": prompt(chosen)}}
+        parts = {
+            "chosen": whole(chosen),
+            "rejected": whole(rejected),
+            "prompt": {"input_ids": prompt(chosen)},
+        }
         for part in parts.values():
             part["attention_mask"] = [1] * len(part["input_ids"])
-        rows.append({f"{name}_{field}": value for name, part in parts.items() for field, value in part.items()})
+        row: Json = {}
+        for name, part in parts.items():
+            row |= {f"{name}_{field}": value for field, value in part.items()}
+        rows.append(row)
     return rows
 
 
 def _train(objective: str, params: Json, steps: Sequence[Sequence[Any]]) -> tuple[list[float], Json]:
-    """Returns our loss at each step, and the log-probabilities of which a loss of LOSSES makes the last."""
-    tx, losses, inputs = make_optimizer(OPTIMIZER), list[float](), Json()
+    """Returns our loss at each step, and the log-probabilities of which a loss of LOSSES makes the
+    last.
+    """
+    tx = make_optimizer(OPTIMIZER)
+    losses = list[float]()
+    inputs = Json()
     state = init_state(tx, jax.tree.map(jnp.copy, params))
-    loss = NEXT_TOKEN if objective == "answers" else preference_objective(objective)
+    if objective == "answers":
+        loss = NEXT_TOKEN
+    else:
+        loss = preference_objective(objective)
     for pairs in steps:
         if objective == "answers":
             batch: Any = example_rows([pair.answer for pair in pairs], TOKENS)

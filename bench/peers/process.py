@@ -14,9 +14,11 @@ from bench.cli import Json
 from engine.errors import UserError
 
 HERE = Path(__file__).resolve().parent
-INSTALL = "pip install -c bench/peers/requirements.txt"  # -c: the packages that follow, in the file's versions
+# -c: the packages that follow, in the file's versions
+INSTALL = "pip install -c bench/peers/requirements.txt"
 
-# Torch allocates and frees memory in each step, as XLA does: our allocator settings take a fifth off its training step.
+# Torch allocates and frees memory in each step, as XLA does: our allocator settings take a fifth
+# off its training step.
 KEEP_FREED_ENV = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 QUIET_ENV = {"PYTHONWARNINGS": "ignore"}
 
@@ -43,7 +45,8 @@ class Peer:
         )
         assert self.process.stdin
         assert self.process.stdout
-        self._questions, self._answers = self.process.stdin, self.process.stdout
+        self._questions = self.process.stdin
+        self._answers = self.process.stdout
 
     def read(self) -> Json:
         """Returns the next answer. Raises PeerError with the peer's error, or with its last words."""
@@ -78,10 +81,11 @@ class Peer:
 
 @contextlib.contextmanager
 def start_peer(python: Path | None, script: str, needs: str = "torch", packages: str = "torch numpy") -> Iterator[Peer | None]:
-    """Starts a peer script in `python` (None: this one). Yields None, and says so, where its library is missing.
+    """Starts a peer script in `python` (None: this one). Yields None, and says so, where its
+    library is missing.
 
-    `packages`: those of requirements.txt that the script imports. Raises UserError when a given `python` cannot be run or
-    lacks `needs`.
+    `packages`: those of requirements.txt that the script imports. Raises UserError when a given
+    `python` cannot be run or lacks `needs`.
     """
     make_venv = f"python3 -m venv peers && peers/bin/{INSTALL} {packages}"
     try:
@@ -95,7 +99,8 @@ def start_peer(python: Path | None, script: str, needs: str = "torch", packages:
             hello = peer.read()
         except PeerError as error:
             raise UserError(f"{python or sys.executable} does not answer as a Python would: {error}") from None
-        if missing := hello.get("missing"):
+        missing = hello.get("missing")
+        if missing:
             if missing == needs and python:
                 raise UserError(f"--peer-python {python} has no {needs} ({hello['why']}); make one that has: {make_venv}")
             remedy = f"{make_venv}, and --peer-python peers/bin/python"
@@ -104,7 +109,10 @@ def start_peer(python: Path | None, script: str, needs: str = "torch", packages:
             print_absent(missing, hello["why"], remedy)
             yield None
         else:
-            print("peer: " + ", ".join(f"{name} {version}" for name, version in hello["versions"].items()), flush=True)
+            print(
+                "peer: " + ", ".join(f"{name} {version}" for name, version in hello["versions"].items()),
+                flush=True,
+            )
             yield peer
 
 

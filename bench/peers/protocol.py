@@ -1,6 +1,7 @@
 """Serves the jobs of a peer over standard input and output: one JSON object a line in, one out.
 
-It and the `*_peer.py` beside it run in another Python, which has the peer's library and none of ours.
+It and the `*_peer.py` beside it run in another Python, which has the peer's library and none of
+ours.
 """
 
 import importlib
@@ -17,9 +18,10 @@ Run = Callable[[], dict[str, Any]]
 def serve_jobs(needs: list[str], make: Callable[[dict[str, Any]], Run]) -> None:
     """Greets, then answers questions until standard input ends.
 
-    The greeting is `{"versions": {module: version}}`, or `{"missing": module, "why": text}` and nothing more. Then
-    `{"make": name, "spec": {...}}` prepares a job, `{"run": name}` runs it once and is answered with its seconds and
-    result, `{"drop": name}` forgets it. An error is answered with `{"error": text}`.
+    The greeting is `{"versions": {module: version}}`, or `{"missing": module, "why": text}` and
+    nothing more. Then `{"make": name, "spec": {...}}` prepares a job, `{"run": name}` runs it once
+    and is answered with its seconds and result, `{"drop": name}` forgets it. An error is answered
+    with `{"error": text}`.
     """
     # Libraries print to standard output; the answers have a descriptor of their own.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -36,13 +38,15 @@ def serve_jobs(needs: list[str], make: Callable[[dict[str, Any]], Run]) -> None:
     jobs: dict[str, Run] = {}
     for line in sys.stdin:
         try:
-            question, reply = json.loads(line), {}
+            question = json.loads(line)
+            reply = {}
             if "make" in question:
                 jobs[question["make"]] = make(question["spec"])
             elif "drop" in question:
                 jobs.pop(question["drop"], None)
             else:
-                run, begin = jobs[question["run"]], time.perf_counter()
+                run = jobs[question["run"]]
+                begin = time.perf_counter()
                 reply = run()
                 reply["seconds"] = time.perf_counter() - begin
             say(reply)

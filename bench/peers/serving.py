@@ -1,10 +1,11 @@
 """Times streams through our `Engine`, as the server runs it, beside the same streams through llama.cpp.
 
-Both read the same GGUF file with all cores, greedily, and multiply its blocks. A row has a slot for each stream, and at least
-SLOTS, as a server has by default. It is timed while all its streams are under way, or until the first token. Its bar is that
-of the processor's family. The rows of chat are one stream on the prompts of prompts.toml, one after another, each answered to
-its end or for MOST_TOKENS, speculative and not: their speeds are of decoding, in each side's own tokens, for after a near-tie
-the two answer differently.
+Both read the same GGUF file with all cores, greedily, and multiply its blocks. A row has a slot for
+each stream, and at least SLOTS, as a server has by default. It is timed while all its streams are
+under way, or until the first token. Its bar is that of the processor's family. The rows of chat are
+one stream on the prompts of prompts.toml, one after another, each answered to its end or for
+MOST_TOKENS, speculative and not: their speeds are of decoding, in each side's own tokens, for after
+a near-tie the two answer differently.
 """
 
 import functools
@@ -31,7 +32,9 @@ from engine.text.chat_tokenizer import ChatTokenizer
 
 
 class StreamRow(NamedTuple):
-    """A row: tokens of each prompt, the least ratio to the peer's speed, and whether `--quick` measures it."""
+    """A row: tokens of each prompt, the least ratio to the peer's speed, and whether `--quick`
+    measures it.
+    """
 
     name: str
     streams: int
@@ -45,10 +48,11 @@ class StreamRow(NamedTuple):
         return self.name.startswith(("prefill", "first_token"))
 
 
-# A run of all streams. It returns seconds of `prefill` and of `decode`, the tokens that were `decoded` in those, the `tokens`
-# of each stream, and perhaps the decoding `steps`.
+# A run of all streams. It returns seconds of `prefill` and of `decode`, the tokens that were
+# `decoded` in those, the `tokens` of each stream, and perhaps the decoding `steps`.
 Call = Callable[[], Json]
-ONE_STREAM, FIRST_TOKEN = bar(1.0, 1.1, 1.1), bar(1.0, 1.2, 1.2)
+ONE_STREAM = bar(1.0, 1.1, 1.1)
+FIRST_TOKEN = bar(1.0, 1.2, 1.2)
 ROWS = (
     StreamRow("prefill_512", 1, 512, bar(2.3, 3.8, 3.0)),
     StreamRow("first_token_10", 1, 10, FIRST_TOKEN, quick=False),
@@ -65,9 +69,11 @@ ROWS = (
 SLOTS = 8  # of a server, by default
 ROOM = 692  # tokens of a stream after its prompt: the longest fills the context
 MAX_NEW_TOKENS = 400  # the first stream decodes up to 240 more while the last prompts are read
-PROMPTS: dict[str, list[str]] = tomllib.loads(Path(__file__).with_name("prompts.toml").read_text("utf-8"))  # by set
+# by set
+PROMPTS: dict[str, list[str]] = tomllib.loads(Path(__file__).with_name("prompts.toml").read_text("utf-8"))
 MOST_TOKENS = 48  # of an answer
-# The least ratios to llama.cpp's speed, without speculation and with it, by the set of prompts; and to our own without.
+# The least ratios to llama.cpp's speed, without speculation and with it, by the set of prompts; and
+# to our own without.
 REQUIRED = {
     "ordinary": (ONE_STREAM, ONE_STREAM),
     "repeating": (None, bar(1.2, 1.5, 1.5)),
@@ -76,12 +82,20 @@ NEVER_BELOW = 0.97
 
 
 def measure_streams(
-    model_name: str, peer_python: Path | None, *, new: int, rounds: int, quick: bool, names: Collection[str] = ()
+    model_name: str,
+    peer_python: Path | None,
+    *,
+    new: int,
+    rounds: int,
+    quick: bool,
+    names: Collection[str] = (),
 ) -> list[Json]:
-    """Times each row on one .gguf file, or those of `names`; prints and returns the rows. Raises UserError without such a file
-    or row. Options are the flags of `bench.peers`."""
+    """Times each row on one .gguf file, or those of `names`; prints and returns the rows. Raises
+    UserError without such a file or row. Options are the flags of `bench.peers`.
+    """
     chosen = set(names) or {row.name for row in ROWS if row.quick or not quick} | PROMPTS.keys()
-    if unknown := chosen.difference((row.name for row in ROWS), PROMPTS):
+    unknown = chosen.difference((row.name for row in ROWS), PROMPTS)
+    if unknown:
         raise UserError(f"Serving has no row {min(unknown)}: take {', '.join([*(row.name for row in ROWS), *PROMPTS])}.")
     if not 2 <= new <= MAX_NEW_TOKENS:
         raise UserError(f"--new must lie between 2 and {MAX_NEW_TOKENS}, not {new}.")
@@ -126,7 +140,8 @@ def measure_streams(
         ends = {*model.eos_ids, *chat.eot_ids}
         for name in filter(chosen.__contains__, PROMPTS):
             texts = PROMPTS[name]
-            prompts, most = [chat.prompt([{"role": "user", "content": text}]).tolist() for text in texts], min(new, MOST_TOKENS)
+            prompts = [chat.prompt([{"role": "user", "content": text}]).tolist() for text in texts]
+            most = min(new, MOST_TOKENS)
             calls = chat_calls(cfg, weights, prompts, most, ends)
             if peer:
                 calls["peer"] = _peer_call(peer, location.path, prompts=prompts, new=most, ends=sorted(ends))
@@ -150,16 +165,20 @@ def _peer_call(peer: Peer, file: Path, **spec: Any) -> Call:
 
 
 def stream_call(cfg: Any, weights: Any, prompts: list[list[int]], new: int) -> Call:
-    """Returns a call of `Engine` with a slot for each stream, and at least SLOTS, without draft tokens."""
+    """Returns a call of `Engine` with a slot for each stream, and at least SLOTS, without draft
+    tokens.
+    """
     engine = Engine(cfg, weights, EngineConfig(max(SLOTS, len(prompts)), len(prompts[0]) + ROOM, speculate=False))
     engine.warm()
 
     def call() -> Json:
-        # The first streams decode while later prompts are prefilled, and go on past `new`: decoding is timed with all
-        # streams at work, as the peer's is.
+        # The first streams decode while later prompts are prefilled, and go on past `new`: decoding
+        # is timed with all streams at work, as the peer's is.
         sampling = SamplingParams(max_tokens=ROOM, temperature=0.0)
         output: dict[int, list[int]] = {engine.submit(Request(tuple(prompt), sampling)): [] for prompt in prompts}
-        count = lambda: sum(map(len, output.values()))
+
+        def count() -> int:
+            return sum(map(len, output.values()))
 
         def step_until(least: int) -> None:
             while min(map(len, output.values())) < least:
@@ -170,7 +189,8 @@ def stream_call(cfg: Any, weights: Any, prompts: list[list[int]], new: int) -> C
 
         begin = clock()
         step_until(1)
-        prefilled, early = clock(), count()
+        prefilled = clock()
+        early = count()
         step_until(new)
         seconds = clock() - prefilled
         for id in output:
@@ -188,13 +208,16 @@ def stream_call(cfg: Any, weights: Any, prompts: list[list[int]], new: int) -> C
 def chat_calls(cfg: Any, weights: Any, prompts: list[list[int]], new: int, ends: Collection[int]) -> dict[str, Call]:
     """Returns the calls `plain` and `speculative`, which answer one prompt after another.
 
-    Both have a slot for the stream and one for each draft token: with another number of slots the last bits may differ.
+    Both have a slot for the stream and one for each draft token: with another number of slots the
+    last bits may differ.
     """
     capacity = max(map(len, prompts)) + new
 
     def call(engine: Engine) -> Json:
         sampling = SamplingParams(max_tokens=new, temperature=0.0, stop_token_ids=frozenset(ends))
-        output, seconds, before = [], 0.0, engine.steps_decoded
+        output = []
+        seconds = 0.0
+        before = engine.steps_decoded
         for prompt in prompts:
             tokens: list[int] = []
             first = 0.0  # the time of the first token, which counts as prefill
@@ -206,7 +229,12 @@ def chat_calls(cfg: Any, weights: Any, prompts: list[list[int]], new: int, ends:
             seconds += clock() - first
             output.append(tokens)
         decoded = sum(max(len(tokens) - 1, 0) for tokens in output)
-        return {"decode": seconds, "decoded": decoded, "tokens": output, "steps": engine.steps_decoded - before - len(prompts)}
+        return {
+            "decode": seconds,
+            "decoded": decoded,
+            "tokens": output,
+            "steps": engine.steps_decoded - before - len(prompts),
+        }
 
     calls: dict[str, Call] = {}
     for name in ("plain", "speculative"):
@@ -225,8 +253,9 @@ def measure_calls(
     streams: int = 1,
     prefilled: int = 0,
 ) -> list[Json]:
-    """Times the calls in turns, by the seconds of a decoded token, or of one of `prefilled`; prints and returns a row for each
-    of `required`, which are ours: their least ratio to the speed of the calls `peer` and `plain`.
+    """Times the calls in turns, by the seconds of a decoded token, or of one of `prefilled`; prints
+    and returns a row for each of `required`, which are ours: their least ratio to the speed of the
+    calls `peer` and `plain`.
 
     Raises ValueError when speculation changes a token.
     """
@@ -236,18 +265,28 @@ def measure_calls(
         results[way] = calls[way]()
         return results[way]
 
+    def seconds_of(result: Json) -> float:
+        if prefilled:
+            return result["prefill"] / prefilled
+        return result["decode"] / result["decoded"]
+
+    def over(other: str, way: str) -> Ratio:
+        if other not in timings:
+            return Ratio(None)
+        return ratio(timings[other], timings[way])
+
     timings = measure(
         {way: functools.partial(keep, way) for way in calls},
         rounds=rounds,
-        seconds_of=lambda result: result["prefill"] / prefilled if prefilled else result["decode"] / result["decoded"],
+        seconds_of=seconds_of,
         report=lambda done, total: progress(f"{name}: round {done} of {total}"),
     )
     if "speculative" in results and results["speculative"]["tokens"] != results["plain"]["tokens"]:
         raise ValueError("speculative decoding has changed a token")
     rows = []
     for way, least in required.items():
-        over = lambda other, way=way: ratio(timings[other], timings[way]) if other in timings else Ratio(None)
-        rate, peer = 1 / timings[way].median, over("peer")
+        rate = 1 / timings[way].median
+        peer = over("peer", way)
         rows.append(
             {
                 "name": name if way == "ours" else f"{name}_{way}",
@@ -262,8 +301,12 @@ def measure_calls(
         line = f"{rows[-1]['name']:<21} {rate:7.0f} tokens/s"
         if way == "speculative":
             per_step = results[way]["decoded"] / results[way]["steps"]
-            rows[-1] |= {"tokens_per_step": per_step, "over_plain": over("plain")._asdict(), "over_plain_bar": NEVER_BELOW}
-            line += f", {per_step:.2f} a step; {held_to(over('plain'), NEVER_BELOW)} of plain"
+            rows[-1] |= {
+                "tokens_per_step": per_step,
+                "over_plain": over("plain", way)._asdict(),
+                "over_plain_bar": NEVER_BELOW,
+            }
+            line += f", {per_step:.2f} a step; {held_to(over('plain', way), NEVER_BELOW)} of plain"
         if "peer" in timings:
             line += f"; llama.cpp {1 / timings['peer'].median:.0f}: {held_to(peer, least)}"
         print(line, flush=True)

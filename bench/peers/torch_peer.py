@@ -9,15 +9,21 @@ from protocol import Run, serve_jobs
 
 
 def make(spec: dict[str, Any]) -> Run:
-    """Returns a training step on one batch. `spec`: config, file (.npz), dtype, device, compile, threads, AdamW's settings."""
+    """Returns a training step on one batch. `spec`: config, file (.npz), dtype, device, compile,
+    threads, AdamW's settings.
+    """
     import numpy as np
     import torch
     import torch.nn.functional as F
     from torch import nn
 
     torch.set_num_threads(spec["threads"])
-    c, device = spec["config"], spec["device"]
-    N, K, H, eps = c["heads"], c["kv_heads"], c["head_dim"], c["eps"]
+    c = spec["config"]
+    device = spec["device"]
+    N = c["heads"]
+    K = c["kv_heads"]
+    H = c["head_dim"]
+    eps = c["eps"]
 
     def rope(x, cos, sin):
         first, second = x.chunk(2, -1)
@@ -28,8 +34,14 @@ def make(spec: dict[str, Any]) -> Run:
             super().__init__()
             self.attn_norm = nn.RMSNorm(c["width"], eps)
             self.qkv = nn.Linear(c["width"], (N + 2 * K) * H, bias=c["qkv_bias"])
-            self.q_norm = nn.RMSNorm(H, eps) if c["qk_norm"] else nn.Identity()
-            self.k_norm = nn.RMSNorm(H, eps) if c["qk_norm"] else nn.Identity()
+            if c["qk_norm"]:
+                self.q_norm = nn.RMSNorm(H, eps)
+            else:
+                self.q_norm = nn.Identity()
+            if c["qk_norm"]:
+                self.k_norm = nn.RMSNorm(H, eps)
+            else:
+                self.k_norm = nn.Identity()
             self.out = nn.Linear(N * H, c["width"], bias=False)
             self.mlp_norm = nn.RMSNorm(c["width"], eps)
             self.gate_up = nn.Linear(c["width"], 2 * c["ff"], bias=False)
@@ -39,7 +51,8 @@ def make(spec: dict[str, Any]) -> Run:
             B, T, _ = x.shape
             heads = self.qkv(self.attn_norm(x)).view(B, T, N + 2 * K, H).transpose(1, 2)
             q, k, v = heads.split([N, K, K], 1)
-            q, k = rope(self.q_norm(q), cos, sin).to(v.dtype), rope(self.k_norm(k), cos, sin).to(v.dtype)
+            q = rope(self.q_norm(q), cos, sin).to(v.dtype)
+            k = rope(self.k_norm(k), cos, sin).to(v.dtype)
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=K < N)
             x = x + self.out(mixed.transpose(1, 2).reshape(B, T, N * H))
             gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
@@ -59,7 +72,8 @@ def make(spec: dict[str, Any]) -> Run:
             x = self.embed(tokens)
             frequencies = c["rope_theta"] ** (-torch.arange(H // 2, device=device) / (H // 2))
             angles = torch.outer(torch.arange(tokens.shape[1], device=device), frequencies)
-            cos, sin = angles.cos(), angles.sin()
+            cos = angles.cos()
+            sin = angles.sin()
             for block in self.blocks:
                 x = block(x, cos, sin)
             return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1).float(), targets.flatten())
@@ -71,7 +85,10 @@ def make(spec: dict[str, Any]) -> Run:
     tokens, targets = (torch.from_numpy(file[name]).long().to(device) for name in ("tokens", "targets"))
     undecayed = [weight for name, weight in model.named_parameters() if "norm" in name or "bias" in name]
     decayed = [weight for name, weight in model.named_parameters() if not ("norm" in name or "bias" in name)]
-    groups = [{"params": decayed, "weight_decay": spec["weight_decay"]}, {"params": undecayed, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": spec["weight_decay"]},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=spec["learning_rate"], betas=(spec["beta1"], spec["beta2"]), fused=True)
     loss_of = torch.compile(model) if spec["compile"] else model
 
@@ -88,18 +105,22 @@ def make(spec: dict[str, Any]) -> Run:
 
 
 def _state(file: Any, tied: bool) -> dict[str, Any]:
-    """Returns our leaves under torch's names; the weight of a Linear is (out, in), those of one input one below another."""
+    """Returns our leaves under torch's names; the weight of a Linear is (out, in), those of one
+    input one below another.
+    """
     import torch
 
     joined = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
     parts: dict[str, list[Any]] = {}
-    for path in sorted(file.files, key=lambda path: "qkv".find(path.rpartition("/")[2][0])):  # q before k before v
+    # q before k before v
+    for path in sorted(file.files, key=lambda path: "qkv".find(path.rpartition("/")[2][0])):
         root, _, name = path.replace("/", ".").partition(".")
         if root != "params":
             continue
         leaf = torch.from_numpy(file[path])
         folder, dot, last = name.rpartition(".")
-        matrix, kind = last.removesuffix("_bias"), "bias" if last.endswith("_bias") else "weight"
+        matrix = last.removesuffix("_bias")
+        kind = "bias" if last.endswith("_bias") else "weight"
         target = f"{folder}{dot}{joined.get(matrix, matrix)}.{kind}"
         parts.setdefault(target, []).append(leaf.T if leaf.ndim == 2 and name != "embed" else leaf)
     state = {name: torch.cat(leaves) for name, leaves in parts.items()}

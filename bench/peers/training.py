@@ -1,5 +1,6 @@
 """Times our training step beside PyTorch's, compiled and eager, on the same weights and data."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +25,11 @@ OVER_TORCH = {"bfloat16": bar(None, 1.15, 1.3), "float32": bar(1.0, 1.0, 1.0)}
 
 
 def measure_training(shape: Shape, dtype: Literal["bfloat16", "float32"], rounds: int, peer: Peer, folder: Path) -> list[Json]:
-    """Prints and returns a row each for torch compiled and eager, `same` if its loss is ours; says why one cannot run.
+    """Prints and returns a row each for torch compiled and eager, `same` if its loss is ours; says
+    why one cannot run.
 
-    `ratio` is our speed over the peer's. `folder`: for files that the peer reads. Raises UserError when the peer ends.
+    `ratio` is our speed over the peer's. `folder`: for files that the peer reads. Raises UserError
+    when the peer ends.
     """
     inputs = make_step_inputs(shape, dtype)
     file = folder / "training.npz"
@@ -44,27 +47,39 @@ def measure_training(shape: Shape, dtype: Literal["bfloat16", "float32"], rounds
     }
     losses: dict[str, float] = {}
     step = make_step(inputs, optimizer)
-    calls: dict[str, Callable[[], Any]] = {OURS: lambda: losses.update({OURS: float(step())})}
-    calls[OURS]()
+
+    def run_ours() -> None:
+        losses[OURS] = float(step())
+
+    def run_peer(name: str) -> None:
+        losses[name] = peer.ask(run=name)["loss"]
+
+    def report(done: int, total: int) -> None:
+        progress(f"training, {dtype}: round {done} of {total}")
+
+    calls: dict[str, Callable[[], Any]] = {OURS: run_ours}
+    run_ours()
     for name, compiled in (("torch compiled", True), ("torch eager", False)):
         progress(f"preparing {name}, {dtype}")
-        run = lambda name=name: losses.update({name: peer.ask(run=name)["loss"]})
         try:
             peer.ask(make=name, spec=spec | {"compile": compiled})
-            run()  # compiles
-            calls[name] = run
+            run_peer(name)  # compiles
+            calls[name] = functools.partial(run_peer, name)
         except PeerError as error:
             if peer.process.poll() is not None:
                 raise UserError(f"{name}, {dtype}: {error}") from None
             print_absent(f"{name}, {dtype}", str(error), "a C++ compiler, such as g++, which torch.compile calls")
-    report = lambda done, total: progress(f"training, {dtype}: round {done} of {total}")
     timings = measure(calls, rounds=rounds, report=report)
-    ours, tokens, rows = timings[OURS].median, shape.batch * shape.tokens, []
+    ours = timings[OURS].median
+    tokens = shape.batch * shape.tokens
+    rows = []
     flops = train_flops(inputs.cfg, shape.tokens, attention="full").total * tokens
     peers = list(calls)[1:]
-    fastest = min(peers, key=lambda name: timings[name].median)  # for some shapes and types compiling makes it slower
+    # for some shapes and types compiling makes it slower
+    fastest = min(peers, key=lambda name: timings[name].median)
     for name in peers:
-        theirs, over = timings[name].median, ratio(timings[name], timings[OURS])
+        theirs = timings[name].median
+        over = ratio(timings[name], timings[OURS])
         bar = OVER_TORCH[dtype] if name == fastest else None
         same = bool(np.isclose(losses[OURS], losses[name], rtol=0.01))
         rows.append(
@@ -87,7 +102,10 @@ def measure_training(shape: Shape, dtype: Literal["bfloat16", "float32"], rounds
         )
         note = f"loss at step {rounds + 2}: {losses[OURS]:.4f} and {losses[name]:.4f}"
         speeds = f"{tokens / ours:.0f} tokens/s, {name} {tokens / theirs:.0f}; {held_to(over, bar)}"
-        print(f"{rows[-1]['name']} {speeds}; {'' if same else '** not the same computation ** '}{note}", flush=True)
+        print(
+            f"{rows[-1]['name']} {speeds}; {'' if same else '** not the same computation ** '}{note}",
+            flush=True,
+        )
         peer.ask(drop=name)
     print(describe_noise(timings), flush=True)
     return rows

@@ -10,7 +10,8 @@ from protocol import Run, serve_jobs
 def make(spec: dict[str, Any]) -> Run:
     """Returns a run of all steps, whose result is their losses.
 
-    `spec`: objective, model (a Hugging Face folder), file (JSON: rows of each step), beta, threads, learning_rate, beta2, clip.
+    `spec`: objective, model (a Hugging Face folder), file (JSON: rows of each step), beta, threads,
+    learning_rate, beta2, clip.
     """
     import torch
     from datasets import Dataset
@@ -22,11 +23,13 @@ def make(spec: dict[str, Any]) -> Run:
 
     torch.set_num_threads(spec["threads"])
     load = lambda: AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
-    # A trainer wants a tokenizer and a data set. It has these, and its collator then gets our tokens.
+    # A trainer wants a tokenizer and a data set. It has these, and its collator then gets our
+    # tokens.
     words = models.WordLevel({"a": 0, "b": 1, "<pad>": 2, "</s>": 3, "<unk>": 4}, unk_token="<unk>")
     (inner := Tokenizer(words)).pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    pair, answer = {"prompt": "a", "chosen": "b", "rejected": "a"}, {"prompt": "a", "completion": "b"}
+    pair = {"prompt": "a", "chosen": "b", "rejected": "a"}
+    answer = {"prompt": "a", "completion": "b"}
     beta = {"beta": spec["beta"]}
     simpo = {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.5 * (spec["beta"] or 0)}
     trainer_type, config_type, row, options = {
@@ -40,9 +43,17 @@ def make(spec: dict[str, Any]) -> Run:
         options = options | {"train_sampling_strategy": "sequential"}
     folder = tempfile.TemporaryDirectory()
     config = config_type(
-        output_dir=folder.name, report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, **options
+        output_dir=folder.name,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        **options,
     )
-    reference = {"ref_model": load()} if spec["objective"] in ("dpo", "kto") else {}
+    if spec["objective"] in ("dpo", "kto"):
+        reference = {"ref_model": load()}
+    else:
+        reference = {}
     data = Dataset.from_list([row] * 4)
     trainer = trainer_type(load(), args=config, train_dataset=data, processing_class=tokenizer, **reference)
     model = trainer.model.train()

@@ -8,10 +8,12 @@
     python -m bench.plan --validate                         replays published runs, each left out
     python -m bench.plan --calibrate                        measures this machine for --hardware here, in 30 seconds
 
-Every line says where its interval comes from. --out writes a page whose sliders compute the same in the browser.
+Every line says where its interval comes from. --out writes a page whose sliders compute the same in
+the browser.
 """
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -76,7 +78,9 @@ class PlanFlags:
 
 
 def plan(flags: PlanFlags) -> Json:
-    """Answers the question that the flags ask, and prints it. Raises UserError for impossible or missing numbers."""
+    """Answers the question that the flags ask, and prints it. Raises UserError for impossible or
+    missing numbers.
+    """
     check_flags(flags)
     if flags.calibrate:
         from bench.plan.hardware import calibrate
@@ -94,7 +98,8 @@ def plan(flags: PlanFlags) -> Json:
 def check_flags(flags: PlanFlags) -> None:
     """Raises UserError for numbers that cannot be, questions that exclude each other."""
     for name in ("days", "peak", "bandwidth", "memory", "price", "watts", "devices", "context"):
-        if (value := getattr(flags, name)) is not None and not 0 < value < 1e9:
+        value = getattr(flags, name)
+        if value is not None and not 0 < value < 1e9:
             raise UserError(f"--{name.replace('_', '-')} must be above 0 and below a billion, not {value:g}.")
     if not 0 <= flags.cached < 1:
         raise UserError(f"--cached is a share from 0 to below 1, such as 0.8, not {flags.cached:g}.")
@@ -118,10 +123,20 @@ def answer(flags: PlanFlags) -> Json:
     from bench.plan.model import job, read_model
     from bench.plan.plans import amount, plan_break_even, plan_budget, plan_serving, plan_training
 
-    given = {"bf16_tflops": flags.peak, "memory_gbs": flags.bandwidth, "memory_gb": flags.memory, "watts": flags.watts}
+    given = {
+        "bf16_tflops": flags.peak,
+        "memory_gbs": flags.bandwidth,
+        "memory_gb": flags.memory,
+        "watts": flags.watts,
+    }
     device = find_hardware(flags.hardware, given | {"price": flags.price})
-    read = lambda name: amount(f"--{name.replace('_', '-')}", getattr(flags, name))
-    optional = lambda name: read(name) if getattr(flags, name) else None
+
+    def read(name: str) -> float:
+        return amount(f"--{name.replace('_', '-')}", getattr(flags, name))
+
+    def optional(name: str) -> float | None:
+        return read(name) if getattr(flags, name) else None
+
     d = device_numbers(device)
     lengths = (read("prompt"), read("answer"), flags.cached)
     about_model = not (flags.budget or flags.days)
@@ -130,7 +145,7 @@ def answer(flags: PlanFlags) -> Json:
     if (flags.requests or flags.extra) and longest > cfg.context:
         raise UserError(f"Prompt and answer take {longest:,.0f} tokens; {name} has a context of {cfg.context:,}.")
     context = flags.context or min(4096, cfg.context)
-    make = lambda method: job(cfg, method, context)
+    make = functools.partial(job, cfg, context=context)
     m = make(flags.method)
     if not about_model:
         result = plan_budget(d, flags.devices, optional("budget"), flags.days or 0)

@@ -16,13 +16,16 @@ from engine.files import cache_folder, read_limited, write_cached_json
 HERE = "here"
 MAX_BYTES = 2**16  # that are read of a calibration, which has about a thousand
 accelerators = functools.cache(read_accelerators)
-_SHAPES = (Shape(4, 256, 256, 8), Shape(6, 384, 256, 8), Shape(6, 512, 256, 8))  # whose steps are timed
+# whose steps are timed
+_SHAPES = (Shape(4, 256, 256, 8), Shape(6, 384, 256, 8), Shape(6, 512, 256, 8))
 
 
 def find_hardware(name: str, flags: dict[str, float | None]) -> Accelerator:
-    """Returns the accelerator of a name, with what `flags` say of its fields in place of the file's.
+    """Returns the accelerator of a name, with what `flags` say of its fields in place of the
+    file's.
 
-    Raises UserError for an unknown one, for `custom` without its three numbers, and for `here` before it was measured.
+    Raises UserError for an unknown one, for `custom` without its three numbers, and for `here`
+    before it was measured.
     """
     name = name.lower()
     given: dict[str, Any] = {field: value for field, value in flags.items() if value is not None}
@@ -32,21 +35,24 @@ def find_hardware(name: str, flags: dict[str, float | None]) -> Accelerator:
         device = Accelerator("custom", 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, "the flags")
     elif name == HERE:
         device = Accelerator(**read_calibration()["device"])
-    elif not (found := accelerators().get(name)):
+    elif name not in accelerators():
         known = list(accelerators())
         raise UserError(
-            f"There is no hardware {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}, {HERE} (this machine), or "
-            "custom with --peak, --bandwidth and --memory."
+            f"There is no hardware {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}, "
+            f"{HERE} (this machine), or custom with --peak, --bandwidth and --memory."
         )
     else:
-        device = found
-    if price := given.pop("price", None):
+        device = accelerators()[name]
+    price = given.pop("price", None)
+    if price:
         device = dataclasses.replace(device, usd_low=price, usd_high=price, price_source="--price")
     return dataclasses.replace(device, **given)
 
 
 def numbers(device: Accelerator, **others: Any) -> Any:
-    """Returns what the formulas take of a device; `others`: the fields of its Efficiency, and what `fit_serving` found."""
+    """Returns what the formulas take of a device; `others`: the fields of its Efficiency, and what
+    `fit_serving` found.
+    """
     eight = device.eight_bit_tflops or device.bf16_tflops
     return SimpleNamespace(
         name=device.name,
@@ -66,7 +72,9 @@ def numbers(device: Accelerator, **others: Any) -> Any:
 
 
 def read_calibration() -> dict[str, Any]:
-    """Returns what `--calibrate` measured. Raises UserError when it has not, or when its file is damaged."""
+    """Returns what `--calibrate` measured. Raises UserError when it has not, or when its file is
+    damaged.
+    """
     file = _calibration_file()
     if not file.exists():
         raise UserError("This machine was not measured yet: python -m bench.plan --calibrate does, in about 30 s.")
@@ -95,7 +103,8 @@ def calibrate() -> Json:
     from engine.training.optimizer import OptimizerConfig
 
     progress("measuring this machine's peak ...")
-    ceilings, rates = measure_ceilings(), []
+    ceilings = measure_ceilings()
+    rates = []
     for shape in _SHAPES:
         progress(f"training steps of {shape} ...")
         inputs = make_step_inputs(shape, "bfloat16")

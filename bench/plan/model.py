@@ -14,11 +14,14 @@ from engine.model.trainable import all_trainable, lora_only
 from engine.training.freeze import select_trainable
 
 METHODS = ("pretrain", "full", "freeze:K", "lora:R", "qlora:R", "preference", "rl")
-PRETRAINING_STEP, TUNING_STEP = 2**19, 2**15  # tokens
+PRETRAINING_STEP = 2**19
+TUNING_STEP = 2**15  # tokens
 
 
 def read_model(model: str | None, params: float | None) -> tuple[str, ModelConfig]:
-    """Returns a model's name and architecture. Raises UserError for a file that cannot be read, or a name that is unknown."""
+    """Returns a model's name and architecture. Raises UserError for a file that cannot be read, or
+    a name that is unknown.
+    """
     if params is not None:
         return f"a Llama of {in_words(params)} parameters", config_of_size(params)
     if model is None:
@@ -26,10 +29,12 @@ def read_model(model: str | None, params: float | None) -> tuple[str, ModelConfi
     if model.removesuffix("-instruct") in PRESETS:
         return model, preset(model.removesuffix("-instruct"))
     path = Path(model).expanduser()
-    path = path / "config.json" if path.is_dir() else path
+    if path.is_dir():
+        path = path / "config.json"
     if not path.is_file():
         raise UserError(
-            f"There is no model {model!r}: neither a file, nor a folder with a config.json, nor one of {', '.join(PRESETS)}."
+            f"There is no model {model!r}: neither a file, nor a folder with a config.json, nor "
+            f"one of {', '.join(PRESETS)}."
             f"{did_you_mean(model, list(PRESETS))}"
         )
     if path.suffix == ".gguf":  # this and what follows imports NumPy
@@ -45,13 +50,21 @@ def read_model(model: str | None, params: float | None) -> tuple[str, ModelConfi
 
 
 def config_of_size(params: float) -> ModelConfig:
-    """Returns a Llama of about so many parameters: 128 times as wide as deep, heads of 128. Raises UserError out of range."""
+    """Returns a Llama of about so many parameters: 128 times as wide as deep, heads of 128. Raises
+    UserError out of range.
+    """
     if not 1e7 <= params <= 1e14:
         raise UserError(f"--params must be from 1e7 to 1e14, such as 8e9, not {params:g}.")
-    vocab = 128_256 if params > 1e9 else 32_000 if params > 2e8 else 2048
+    if params > 1e9:
+        vocab = 128_256
+    elif params > 2e8:
+        vocab = 32_000
+    else:
+        vocab = 2048
     depth = max(1, math.floor((params / (12 * 128**2)) ** (1 / 3)))
     kv_heads = depth // 8 if depth % 8 == 0 else depth
-    width, attention = 128 * depth, 2 * 128 * depth * 128 * (depth + kv_heads)
+    width = 128 * depth
+    attention = 2 * 128 * depth * 128 * (depth + kv_heads)
     ff = max(width, round((params - 2 * vocab * width - depth * attention) / (3 * depth * width)))
     return ModelConfig(vocab, width, depth, depth, ff, 131_072, kv_heads, 128)
 
@@ -59,7 +72,8 @@ def config_of_size(params: float) -> ModelConfig:
 def job(cfg: ModelConfig, method: str, context: int, step_tokens: float = 0) -> Any:
     """Returns what the formulas take of a model and a method of training it on texts of `context`.
 
-    Raises UserError for a method that is none of METHODS, a block or rank that cannot be, and a context beyond the model's.
+    Raises UserError for a method that is none of METHODS, a block or rank that cannot be, and a
+    context beyond the model's.
     """
     if context > cfg.context:
         raise UserError(f"--context {context} is beyond the {cfg.context} tokens of the model.")
@@ -74,16 +88,23 @@ def job(cfg: ModelConfig, method: str, context: int, step_tokens: float = 0) -> 
         trainable, _ = select_trainable(cfg, freeze=[f"bottom:{number or cfg.layers // 2}"])
     elif takes_number:
         trainable = lora_only(cfg, LoraConfig(rank=int(number or 16)))
-        if trainable.rank > (least := min(map(min, cfg.matrices.values()))):
+        least = min(map(min, cfg.matrices.values()))
+        if trainable.rank > least:
             raise UserError(f"The rank of --method {method} must be at most {least}, the least side of this model's matrices.")
     count = count_params(cfg)
     trained = count_trainable(cfg, trainable)
-    frozen = count.total - (0 if trainable.adapted else trained)
+    frozen = count.total
+    if not trainable.adapted:
+        frozen -= trained
     flops = train_flops(cfg, context, attention="causal", trainable=trainable).by_pass
     reference = name in ("preference", "rl")  # the model before training reads the same tokens
-    query, key = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    # Residuals of a token in a block, in 16 bits, with fused attention; the last part only a weight's gradient reads.
-    kept = 4 * (cfg.width + query + key + cfg.ff) + (2 * (2 * cfg.width + cfg.ff) if trained > frozen / 4 else 0)
+    query = cfg.heads * cfg.head_dim
+    key = cfg.kv_heads * cfg.head_dim
+    # Residuals of a token in a block, in 16 bits, with fused attention; the last part only a
+    # weight's gradient reads.
+    kept = 4 * (cfg.width + query + key + cfg.ff)
+    if trained > frozen / 4:
+        kept += 2 * (2 * cfg.width + cfg.ff)
     return SimpleNamespace(
         params=count.total,
         matmul=count.matmul,

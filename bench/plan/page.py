@@ -20,13 +20,26 @@ from engine.model.config import ModelConfig
 HERE = Path(__file__).parent
 # What Python and JavaScript write alike, but for a condition.
 _ALIKE: tuple[type[ast.AST], ...] = (
-    *(ast.Assign, ast.Return, ast.Name, ast.Attribute, ast.Constant, ast.Call, ast.Dict, ast.BinOp, ast.Compare, ast.IfExp),
+    *(
+        ast.Assign,
+        ast.Return,
+        ast.Name,
+        ast.Attribute,
+        ast.Constant,
+        ast.Call,
+        ast.Dict,
+        ast.BinOp,
+        ast.Compare,
+        ast.IfExp,
+    ),
     *(ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.Gt, ast.GtE, ast.LtE, ast.Eq, ast.expr_context),
 )
 
 
 def sliders(models: dict[str, ModelConfig], devices: dict[str, Any], state: Json) -> Json:
-    """Returns the numbers that the page computes with. `devices`: of `hardware.numbers`; the sliders begin at `state`."""
+    """Returns the numbers that the page computes with. `devices`: of `hardware.numbers`; the
+    sliders begin at `state`.
+    """
     methods = [method.replace(":K", "").replace(":R", ":16") for method in METHODS]
     return {
         "models": {
@@ -54,8 +67,13 @@ def write_plan(source: Path, _: Json) -> Path:
 
 
 def javascript(module: ModuleType) -> str:
-    """Returns a module's constants and functions. Raises TypeError for syntax that has no translation here."""
-    lines = ["const {exp, floor, log10, min, max} = Math;", "const either = (test, yes, no) => test ? yes : no;"]
+    """Returns a module's constants and functions. Raises TypeError for syntax that has no
+    translation here.
+    """
+    lines = [
+        "const {exp, floor, log10, min, max} = Math;",
+        "const either = (test, yes, no) => test ? yes : no;",
+    ]
     for node in ast.parse(inspect.getsource(module)).body:
         if isinstance(node, ast.FunctionDef):
             names = ", ".join(argument.arg for argument in node.args.args)

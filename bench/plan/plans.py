@@ -1,7 +1,8 @@
 """The planner's questions: a training run, a served model, what a budget buys, and a longer prompt or tuning.
 
-Compute-optimal is by the law of loss of Hoffmann et al. 2022 (2203.15556) as fitted anew by Besiroglu et al. 2024 (2404.10102),
-and by the rule of 20 tokens a parameter, on which the first paper's other methods agree.
+Compute-optimal is by the law of loss of Hoffmann et al. 2022 (2203.15556) as fitted anew by
+Besiroglu et al. 2024 (2404.10102), and by the rule of 20 tokens a parameter, on which the first
+paper's other methods agree.
 """
 
 import math
@@ -12,25 +13,38 @@ from typing import Any, NamedTuple
 
 from bench.cli import print_table
 from bench.plan.fits import SLOTS, clean_runs, fit_serving
-from bench.plan.formulas import SHARE, Numbers, efficiency, longer_prompt, optimal, serving, training, training_memory
+from bench.plan.formulas import (
+    SHARE,
+    Numbers,
+    efficiency,
+    longer_prompt,
+    optimal,
+    serving,
+    training,
+    training_memory,
+)
 from bench.plan.hardware import HERE
 from bench.plan.model import config_of_size, job
 from engine.errors import UserError
 from engine.format import duration, format_bytes, in_words, money, si, significant
 
-# Of the watts in the table, what runs drew: OLMo-3 on H100, 624 and 649 of 700 (muxup.com/2025q4); LLaMA on A100, 400 and a
-# tenth for the building (2302.13971, table 15).
+# Of the watts in the table, what runs drew: OLMo-3 on H100, 624 and 649 of 700 (muxup.com/2025q4);
+# LLaMA on A100, 400 and a tenth for the building (2302.13971, table 15).
 POWER = (0.89, 1.10)
 _SCALES = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
-MEMORY = (0.9, 1.1)  # of the formula, with and without recomputation: the bounds that hold published peaks
+# of the formula, with and without recomputation: the bounds that hold published peaks
+MEMORY = (0.9, 1.1)
 ADAPTER_BOUND = 0.3  # within which published times of LoRA over those of full fine-tuning lie
-PRECISIONS = {"bfloat16": (16, 16), "int8": (8, 8), "int4": (4.5, 16)}  # bits of a weight, and of the KV cache
+# bits of a weight, and of the KV cache
+PRECISIONS = {"bfloat16": (16, 16), "int8": (8, 8), "int4": (4.5, 16)}
 RULE = 20  # tokens a parameter (2203.15556, table 3)
 LAW = SimpleNamespace(a=482.01, b=2085.43, alpha=0.3478, beta=0.3658)  # 2404.10102, table 1
 
 
 class Interval(NamedTuple):
-    """A quantity between two bounds, which are equal where it is exact; `origin`: where it comes from."""
+    """A quantity between two bounds, which are equal where it is exact; `origin`: where it comes
+    from.
+    """
 
     low: float
     middle: float
@@ -62,7 +76,9 @@ class Answer(NamedTuple):
 
 
 def cells(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Yields each quantity of an answer: its name, the middle, the bounds unless it is exact, and its origin."""
+    """Yields each quantity of an answer: its name, the middle, the bounds unless it is exact, and
+    its origin.
+    """
     for name, line in document["answer"].items():
         low, middle, high = (write(line[bound], line["unit"]) for bound in ("low", "middle", "high"))
         yield name, middle, "" if low == high else f"{low} to {high}", line["origin"]
@@ -83,7 +99,12 @@ def costs(hours: Interval, d: Any) -> dict[str, Interval]:
     lines = {}
     for name, unit, low, high, origin in (
         ("dollars", "dollars", d.low, d.high, f"${d.low:g} to ${d.high:g} a device-hour: {d.price}"),
-        ("energy", "kWh", *(share * d.watts / 1000 for share in POWER), f"{d.watts:g} W, of which runs draw 89% to 110%"),
+        (
+            "energy",
+            "kWh",
+            *(share * d.watts / 1000 for share in POWER),
+            f"{d.watts:g} W, of which runs draw 89% to 110%",
+        ),
     ):
         if high:
             factors = (low, math.sqrt(low * high), high)
@@ -92,12 +113,18 @@ def costs(hours: Interval, d: Any) -> dict[str, Interval]:
 
 
 def write(value: float, unit: str) -> str:
-    """Writes a quantity as a person reads it: `8.21 days`, `$240`, `12.4 GB`, `37%`, `26.9 k tokens`."""
+    """Writes a quantity as a person reads it: `8.21 days`, `$240`, `12.4 GB`, `37%`, `26.9 k
+    tokens`.
+    """
     match unit:
         case "seconds" if value < 3600:
-            return si(value, "s") if value < 60 else duration(value)
+            if value < 60:
+                return si(value, "s")
+            return duration(value)
         case "seconds":
-            return f"{significant(value / 3600)} h" if value < 172800 else f"{significant(value / 86400)} days"
+            if value < 172800:
+                return f"{significant(value / 3600)} h"
+            return f"{significant(value / 86400)} days"
         case "dollars":
             return money(value)
         case "bytes":
@@ -113,7 +140,9 @@ def write(value: float, unit: str) -> str:
 
 
 def amount(flag: str, text: str | None) -> float:
-    """Reads `100B`, `9T`, `5e9` or `1,000`. Raises UserError, naming the flag, for anything else or nothing above 0."""
+    """Reads `100B`, `9T`, `5e9` or `1,000`. Raises UserError, naming the flag, for anything else or
+    nothing above 0.
+    """
     digits = (text or "").strip().replace(",", "")
     scale = _SCALES.get(digits[-1:], 1.0)
     try:
@@ -121,7 +150,10 @@ def amount(flag: str, text: str | None) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value < 1e18:
-        wrong = "is missing: give a number" if text is None else f"must be a number above 0 and below 1e18, not {text!r}"
+        if text is None:
+            wrong = "is missing: give a number"
+        else:
+            wrong = f"must be a number above 0 and below 1e18, not {text!r}"
         raise UserError(f"{flag} {wrong}, such as 100B, 5e9 or 1,000.")
     return value
 
@@ -132,10 +164,13 @@ def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices
     if method == "rl":  # answers of three quarters of a text
         sampling = devices / serving(m, d, 16, 16, devices, SLOTS, m.context / 4, 3 * m.context / 4, 0)["tokens"]
     result = training(m, d, tokens, devices, sampling)
-    spread, origin = d.spread, d.origin
+    spread = d.spread
+    origin = d.origin
     if method.startswith(("lora", "qlora", "freeze")):
-        spread, origin = math.hypot(spread, math.log(1 + ADAPTER_BOUND)), f"{origin}; LoRA's over full tuning's, within 30%"
-    middle, share = result["device_hours"], result["efficiency"]
+        spread = math.hypot(spread, math.log(1 + ADAPTER_BOUND))
+        origin = f"{origin}; LoRA's over full tuning's, within 30%"
+    middle = result["device_hours"]
+    share = result["efficiency"]
     # No run is faster than the peak.
     hours = Interval(middle * max(share, math.exp(-spread)), middle, middle * math.exp(spread), "hours", origin)
     shares = (share * math.exp(-d.spread), share, min(1, share * math.exp(d.spread)))
@@ -153,7 +188,10 @@ def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices
         ),
         **costs(hours, d),
     }
-    notes = ["activations are computed a second time, for they would not fit"] if result["recompute"] else []
+    if result["recompute"]:
+        notes = ["activations are computed a second time, for they would not fit"]
+    else:
+        notes = []
     sizes = [run.params for run in clean_runs()]
     if d.name != HERE and not min(sizes) <= m.params <= max(sizes):
         notes.append("no run of a model of this size was published: its share of the peak is extrapolated, and may be far off")
@@ -164,11 +202,15 @@ def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices
 def holders(m: Any, d: Any) -> str:
     counts = (2**power for power in range(20))
     enough = next((count for count in counts if training_memory(m, count, 1) <= SHARE * d.memory), 0)
-    return f"about {enough} would hold it" if enough else f"no number of them holds a text of {m.context:,} tokens"
+    if enough:
+        return f"about {enough} would hold it"
+    return f"no number of them holds a text of {m.context:,} tokens"
 
 
 def _binding(result: Numbers, m: Any, d: Any, devices: int) -> str:
-    """Returns in words what limits the run: memory that is not there, or the slowest of what it does."""
+    """Returns in words what limits the run: memory that is not there, or the slowest of what it
+    does.
+    """
     if result["needed"] > SHARE * d.memory:
         needed = f"{format_bytes(result['needed'])} on each of {devices}, {format_bytes(SHARE * d.memory)} free"
         return f"memory, for it does not fit: {needed}; {holders(m, d)}"
@@ -178,24 +220,32 @@ def _binding(result: Numbers, m: Any, d: Any, devices: int) -> str:
         "generated": "generating the answers: memory bandwidth",
         "exchanges": "the network, to send weights and gradients with one text a device at a time",
     }
-    return words[max(words, key=lambda name: result[name])]
+    return words[max(words, key=result.__getitem__)]
 
 
 def plan_serving(
     name: str, m: Any, d: Any, devices: int, *, requests: float, lengths: Sequence[float], precision: str
 ) -> Answer:
-    """Returns the answer for so many requests a second, from replicas of `devices`. `lengths`: of prompt and answer, and the
-    cached share of prompts. Raises UserError when one request does not fit."""
+    """Returns the answer for so many requests a second, from replicas of `devices`. `lengths`: of
+    prompt and answer, and the cached share of prompts. Raises UserError when one request does not
+    fit.
+    """
     prompt, answer, cached = lengths
-    load = lambda slots: serving(m, d, *PRECISIONS[precision], devices, slots, prompt, answer, cached)
-    most, fit = load(SLOTS), fit_serving()
+
+    def load(slots: int) -> Numbers:
+        return serving(m, d, *PRECISIONS[precision], devices, slots, prompt, answer, cached)
+
+    most = load(SLOTS)
+    fit = fit_serving()
     if not most["fits"]:
         bits, kv_bits = PRECISIONS[precision]
-        weights, cache = m.params * bits / 8, (prompt + answer) * m.layers * m.kv_width * kv_bits / 4
+        weights = m.params * bits / 8
+        cache = (prompt + answer) * m.layers * m.kv_width * kv_bits / 4
         enough = math.ceil((weights + cache) / SHARE / d.memory)
         raise UserError(
-            f"A request of {prompt:g} + {answer:g} tokens does not fit: the weights take {format_bytes(weights)}, its cache "
-            f"{format_bytes(cache)}, and {devices} x {d.name} have {format_bytes(SHARE * devices * d.memory)} free. "
+            f"A request of {prompt:g} + {answer:g} tokens does not fit: the weights take "
+            f"{format_bytes(weights)}, its cache {format_bytes(cache)}, and {devices} x {d.name} have "
+            f"{format_bytes(SHARE * devices * d.memory)} free. "
             f"Give --devices {enough}{', or --precision int8' if bits == 16 else ''}."
         )
     rate = around(most["requests"], fit.spread, "requests a second", f"of a replica; {fit.origin}")
@@ -223,7 +273,7 @@ def plan_serving(
         "multiplying": "products of decoding, by compute",
         "launching": f"launching kernels, because only {loaded['batch']:g} requests run at once",
     }
-    slowest = max(parts, key=lambda part: loaded[part])
+    slowest = max(parts, key=loaded.__getitem__)
     question = f"{name} in {precision}: {requests:g} requests a second of {prompt:g} + {answer:g} tokens, {devices} x {d.name}"
     share = loaded[slowest] / loaded["token_seconds"]
     return Answer(question, lines, f"{share:.0%} of the time goes into {parts[slowest]}")
@@ -231,12 +281,17 @@ def plan_serving(
 
 def plan_budget(d: Any, devices: int, dollars: float | None, days: float) -> Answer:
     """Returns what dollars, or days, buy. Raises UserError without a price."""
-    hours, spread, origin, budget = 24 * days * devices, d.spread, d.origin, f"{days:g} days"
+    hours = 24 * days * devices
+    spread = d.spread
+    origin = d.origin
+    budget = f"{days:g} days"
     if dollars is not None:
         if not d.low:
             raise UserError(f"No price of {d.name} was found in a source: give --price DOLLARS an hour, or --days.")
-        hours, spread = dollars / math.sqrt(d.low * d.high), spread + math.log(d.high / d.low) / 2
-        origin, budget = f"{origin}; ${d.low:g} to ${d.high:g} an hour", money(dollars)
+        hours = dollars / math.sqrt(d.low * d.high)
+        spread = spread + math.log(d.high / d.low) / 2
+        origin = f"{origin}; ${d.low:g} to ${d.high:g} an hour"
+        budget = money(dollars)
     (low, least), (flops, params), (high, most) = (_best(hours * math.exp(sign * spread), d, devices) for sign in (-1, 0, 1))
     rule = [math.sqrt(each / 6 / RULE) for each in (low, flops, high)]
     laws = "Besiroglu 2024 to Hoffmann 2022"
@@ -256,7 +311,9 @@ def plan_budget(d: Any, devices: int, dollars: float | None, days: float) -> Ans
 
 
 def _best(hours: float, d: Any, devices: int) -> tuple[float, float]:
-    """Returns the FLOPs of device-hours and the compute-optimal parameters; efficiency depends on those, so by iteration."""
+    """Returns the FLOPs of device-hours and the compute-optimal parameters; efficiency depends on
+    those, so by iteration.
+    """
     params = 1e9
     for _ in range(30):
         flops = hours * 3600 * d.peak * efficiency(d, params, devices, 0)
@@ -274,28 +331,38 @@ def plan_break_even(
     tuning: float,
     investments: dict[str, Interval],
 ) -> Answer:
-    """Returns the requests after which `extra` tokens before each prompt cost as much as each investment, in device-hours.
+    """Returns the requests after which `extra` tokens before each prompt cost as much as each
+    investment, in device-hours.
 
-    The low bound is a cheap investment against a dear prompt, the high bound the other way round. Costs are in device-hours
-    where the device has no price. `tuning`: tokens that are tuned on.
+    The low bound is a cheap investment against a dear prompt, the high bound the other way round.
+    Costs are in device-hours where the device has no price. `tuning`: tokens that are tuned on.
     """
     prompt, answer, _ = lengths
     price, unit = (math.sqrt(d.low * d.high), "dollars") if d.low else (1.0, "hours")
-    each, fit = longer_prompt(m, d, *PRECISIONS[precision], extra, prompt, answer), fit_serving()
+    each = longer_prompt(m, d, *PRECISIONS[precision], extra, prompt, answer)
+    fit = fit_serving()
     lines = {method: hours.scaled(price, unit, hours.origin) for method, hours in investments.items()}
     for kind, words in (("computed", "without a prefix cache"), ("cached", "with a prefix cache")):
         cost = around(each[kind] / 3600 * price, fit.spread, unit, fit.origin)
         lines[f"the longer prompt of a request, {words}"] = cost
         for method in investments:
-            bounds = (lines[method].low / cost.high, lines[method].middle / cost.middle, lines[method].high / cost.low)
+            bounds = (
+                lines[method].low / cost.high,
+                lines[method].middle / cost.middle,
+                lines[method].high / cost.low,
+            )
             lines[f"{method} pays after, {words}"] = interval(bounds, "requests", "what it costs over that of a request")
     method = next(iter(investments))
     computed, cached = (lines[f"{method} pays after, {words} a prefix cache"] for words in ("without", "with"))
     note = (
-        f"Both cost the same at {in_words(computed.middle)} requests ({in_words(cached.middle)} cached). By the bounds: "
-        f"put the {extra:,.0f} tokens into the prompt while fewer than {in_words(computed.low)} requests are to come, and into "
-        f"the weights by {method} beyond {in_words(computed.high)}; with a prefix cache, {in_words(cached.low)} and "
-        f"{in_words(cached.high)}. That is computing alone: examples cost too, and how good answers are must be measured."
+        f"Both cost the same at {in_words(computed.middle)} requests ({in_words(cached.middle)} "
+        "cached). By the bounds: "
+        f"put the {extra:,.0f} tokens into the prompt while fewer than {in_words(computed.low)} "
+        "requests are to come, and into "
+        f"the weights by {method} beyond {in_words(computed.high)}; with a prefix cache, "
+        f"{in_words(cached.low)} and "
+        f"{in_words(cached.high)}. That is computing alone: examples cost too, and how good "
+        "answers are must be measured."
     )
     rent = f" at ${price:.3g} an hour" if d.low else ""
     question = f"{extra:,.0f} tokens more in each prompt of {name}, or in its weights"

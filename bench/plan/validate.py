@@ -15,7 +15,9 @@ FLOPS_BOUND = 0.03
 
 
 class Replay(NamedTuple):
-    """A prediction beside the truth: predicted over true less 1, whether the interval holds the truth, and a reason."""
+    """A prediction beside the truth: predicted over true less 1, whether the interval holds the
+    truth, and a reason.
+    """
 
     name: str
     error: float
@@ -48,18 +50,20 @@ def serving_errors() -> Iterator[Replay]:
     for place, row in enumerate(rows("serving_runs")):
         fit = fit_serving(without=place)
         ratio = predicted_rate(row, fit.uses) / row.tokens_per_second
-        name = (
-            f"{row.name} in {row.weight_bits:g} bits, {row.devices:g} x {row.hardware}, {row.prompt:g} + {row.answer:g} tokens"
-        )
+        tokens = f"{row.prompt:g} + {row.answer:g} tokens"
+        name = f"{row.name} in {row.weight_bits:g} bits, {row.devices:g} x {row.hardware}, {tokens}"
         yield Replay(name, ratio - 1, abs(math.log(ratio)) <= fit.spread, row.note or "no reason found")
 
 
 def adapter_errors() -> Iterator[Replay]:
-    """Predicts the time of a token with LoRA or QLoRA over that of full fine-tuning, where both were measured."""
+    """Predicts the time of a token with LoRA or QLoRA over that of full fine-tuning, where both
+    were measured.
+    """
     table = rows("finetunes")
     full = {row.name: row for row in table if row.method == "full"}
     for row in table:
-        if (other := full[row.name]) is not row:
+        other = full[row.name]
+        if other is not row:
             error = _token_seconds(row) / _token_seconds(other) * row.tokens_per_second / other.tokens_per_second - 1
             yield Replay(f"time of {row.method} for {row.name}", error, abs(error) <= ADAPTER_BOUND, other.note)
 
@@ -68,9 +72,13 @@ def memory_errors() -> Iterator[Replay]:
     """Predicts the published peaks of LoRA and QLoRA, but those of a batch that is not stated."""
     for row in rows("finetunes"):
         if row.peak_gb and row.method != "full" and "not stated" not in row.note:
-            m, true = job(config_of_size(row.params), row.method, int(row.step_tokens)), 1e9 * row.peak_gb
+            m = job(config_of_size(row.params), row.method, int(row.step_tokens))
+            true = 1e9 * row.peak_gb
             plain, least = (training_memory(m, 1, recompute) for recompute in (0, 1))
-            predicted = plain if plain < SHARE * 1e9 * row.memory_gb else least
+            if plain < SHARE * 1e9 * row.memory_gb:
+                predicted = plain
+            else:
+                predicted = least
             inside = MEMORY[0] * least <= true <= MEMORY[1] * predicted
             yield Replay(f"memory of {row.method} for {row.name}", predicted / true - 1, inside, row.note)
 
@@ -81,13 +89,21 @@ def _token_seconds(row: Any) -> float:
 
 
 def figures(replays: Sequence[Replay]) -> dict[str, float]:
-    """Returns how many there are, the median of the absolute errors, and the share of truths inside their intervals."""
+    """Returns how many there are, the median of the absolute errors, and the share of truths inside
+    their intervals.
+    """
     median = statistics.median(abs(each.error) for each in replays)
-    return {"rows": len(replays), "median": median, "inside": statistics.mean(each.inside for each in replays)}
+    return {
+        "rows": len(replays),
+        "median": median,
+        "inside": statistics.mean(each.inside for each in replays),
+    }
 
 
 def validation() -> dict[str, Any]:
-    """Returns every error figure, and by name with their reasons what lies outside its interval and what counts for nothing."""
+    """Returns every error figure, and by name with their reasons what lies outside its interval and
+    what counts for nothing.
+    """
     parts = {
         "FLOPs, as the source counts": [*flops_errors()],
         "device-hours, each run left out": left_out(lambda run, other: run is other),

@@ -3,9 +3,9 @@
     python -m bench.serving          about three minutes on two cores
     python -m bench.serving --quick  fewer rounds, about a minute
 
-Starts `python -m stages.serve` and drives it over loopback, from this process, on the same cores. The server and its engine
-without a server run in turns. The server's promises are tested by
-`pytest tests/promises -m promises -n 0`.
+Starts `python -m stages.serve` and drives it over loopback, from this process, on the same cores.
+The server and its engine without a server run in turns. The server's promises are tested by `pytest
+tests/promises -m promises -n 0`.
 """
 
 import asyncio
@@ -36,8 +36,11 @@ READY_SECONDS = 4.0  # to be ready in, programs cached
 
 
 def measure_serving(flags: ServingFlags) -> Json:
-    """Measures the server, prints the tables, and returns the document, in which a bar may be unmet."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # however this ends, its servers end too
+    """Measures the server, prints the tables, and returns the document, in which a bar may be
+    unmet.
+    """
+    # however this ends, its servers end too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     server_flags = ["--slots", str(flags.slots), "--weights", flags.weights]
     document = asyncio.run(_measure(flags, server_flags))
     print_tables(document)
@@ -49,14 +52,17 @@ async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
     from bench.serving import measure  # imports JAX: --help needs none
     from bench.serving.server import Server
 
-    model, slots, quick = flags.model, flags.slots, flags.quick
+    model = flags.model
+    slots = flags.slots
+    quick = flags.quick
     rounds = 6 if quick else 9
     progress(f"starting stages.serve with {model} ...")
     async with Server(model, server_flags) as server:
         first = server.ready_seconds
     progress(f"  ready after {first:.1f} s; once more, with what was compiled")
     async with Server(model, server_flags) as server:
-        entry, ready = await server.model(), server.ready_seconds
+        entry = await server.model()
+        ready = server.ready_seconds
         document: Json = {
             "bars_hold": BARS_HOLD,
             "model": entry["id"],
@@ -76,7 +82,11 @@ async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
         progress("  streams that keep to a JSON schema, or have an adapter each, beside streams without; idle slots")
         kept = await asyncio.to_thread(measure.compare_with_grammars, engine, tokenizer, rounds)
         others = (measure.compare_with_adapters, measure.compare_with_one_slot)
-        document["rows"] = [row, *kept, *[await asyncio.to_thread(compare, engine, rounds) for compare in others]]
+        document["rows"] = [
+            row,
+            *kept,
+            *[await asyncio.to_thread(compare, engine, rounds) for compare in others],
+        ]
         document["scored"] = await measure.scored_per_second(server, rounds)
         progress("saturated with a mix of requests, and latency at shares of that load")
         peak, tokens = await measure.saturated_throughput(server, slots, slots * (4 if quick else 8))
@@ -95,8 +105,10 @@ def print_tables(document: Json) -> None:
     print(BARS_HOLD)
     print(f"{document['model']}, {document['weights']} weights, {document['slots']} slots, on {document['device']}")
     print(
-        f"ready after {document['ready_seconds']:.1f} s, at most {document['ready_bar']:g}{UNMET[document['ready_met']]}; "
-        f"the first time after {document['first_ready_seconds']:.1f} s; {si(document['resident_bytes'], 'B')} of memory\n"
+        f"ready after {document['ready_seconds']:.1f} s, at most "
+        f"{document['ready_bar']:g}{UNMET[document['ready_met']]}; "
+        f"the first time after {document['first_ready_seconds']:.1f} s; "
+        f"{si(document['resident_bytes'], 'B')} of memory\n"
     )
     print_table(
         "tokens/s, interleaved",
@@ -115,7 +127,9 @@ def print_tables(document: Json) -> None:
 
 
 def speeds(row: Json) -> tuple[str, ...]:
-    """Returns the cells of one of `rows`: its name, tokens a second with and without, and their ratio."""
+    """Returns the cells of one of `rows`: its name, tokens a second with and without, and their
+    ratio.
+    """
     from bench.timing import Ratio
 
     made = (f"{row[name]:,.0f}" for name in ("tokens_per_second", "peer_tokens_per_second"))
@@ -123,10 +137,18 @@ def speeds(row: Json) -> tuple[str, ...]:
 
 
 def latencies(row: Json) -> tuple[str, ...]:
-    """Returns the cells of a row of `under_load`: the load, tokens a second, and each latency with its tail."""
-    tail = lambda of: f", p{of['tail_percentile']} {si(of['tail'], 's')}" if of["tail_percentile"] > 50 else ""
-    seconds = (si(row[name]["p50"], "s") + tail(row[name]) for name in ("ttft", "inter_token", "per_token"))
+    """Returns the cells of a row of `under_load`: the load, tokens a second, and each latency with
+    its tail.
+    """
+    seconds = [_seconds_with_tail(row[name]) for name in ("ttft", "inter_token", "per_token")]
     return percent(row["load"]), f"{row['tokens_per_second']:,.0f}", *seconds
+
+
+def _seconds_with_tail(of: Json) -> str:
+    text = si(of["p50"], "s")
+    if of["tail_percentile"] > 50:
+        text += f", p{of['tail_percentile']} {si(of['tail'], 's')}"
+    return text
 
 
 if __name__ == "__main__":

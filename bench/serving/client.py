@@ -1,9 +1,10 @@
 """Sends requests by an asyncio client light enough to run beside the server it measures, and reads completions.
 
-It reads what this server sends: heads, and bodies with a length or in chunks. JSON is parsed once a response is whole: parsing
-every token's as it came took a core of two from the server. With h11 a short request takes 1.4 times as much CPU (medians of
-rounds in turns, 200 requests a second on a busy machine), and with httpx, which cannot send the malformed requests of the
-promises' tests, 1.8 times as much as with h11.
+It reads what this server sends: heads, and bodies with a length or in chunks. JSON is parsed once a
+response is whole: parsing every token's as it came took a core of two from the server. With h11 a
+short request takes 1.4 times as much CPU (medians of rounds in turns, 200 requests a second on a
+busy machine), and with httpx, which cannot send the malformed requests of the promises' tests, 1.8
+times as much as with h11.
 """
 
 import asyncio
@@ -43,8 +44,12 @@ class Response:
         return json.loads(self.body)
 
     def events(self) -> list[tuple[float, Any]]:
-        """Returns (moment, JSON) of each whole server-sent event, without comments and the closing [DONE]."""
-        events, end, sizes = [], 0, [size for _, size in self.arrivals]
+        """Returns (moment, JSON) of each whole server-sent event, without comments and the closing
+        [DONE].
+        """
+        events = []
+        end = 0
+        sizes = [size for _, size in self.arrivals]
         for block in self.body.split(b"\n\n")[:-1]:
             end += len(block) + 2
             if block.startswith(b"data: {"):
@@ -69,9 +74,11 @@ class Client:
         timeout: float = 120.0,
         sent_at: float | None = None,
     ) -> Response:
-        """Returns the whole response. `body`: bytes as they are, anything else as JSON. `sent_at`: when it should be sent.
+        """Returns the whole response. `body`: bytes as they are, anything else as JSON. `sent_at`:
+        when it should be sent.
 
-        One that breaks off, or takes longer than `timeout` seconds, says so in `error`; nothing is raised.
+        One that breaks off, or takes longer than `timeout` seconds, says so in `error`; nothing is
+        raised.
         """
         data = self.encode(method, path, body, headers or {})
         return await self.exchange(Response(clock() if sent_at is None else sent_at), data, timeout)
@@ -83,9 +90,13 @@ class Client:
         return await self.request("POST", path, body, **options)
 
     def encode(self, method: str, path: str, body: Any, headers: Mapping[str, str]) -> bytes:
-        data, fields = b"", {"host": f"{HOST}:{self.port}"}
+        data = b""
+        fields = {"host": f"{HOST}:{self.port}"}
         if body is not None:
-            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            if isinstance(body, bytes):
+                data = body
+            else:
+                data = json.dumps(body).encode()
             fields |= {"content-type": "application/json", "content-length": str(len(data))}
         fields |= {name.lower(): value for name, value in headers.items()}
         lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
@@ -100,7 +111,8 @@ class Client:
         try:
             async with asyncio.timeout(timeout):
                 await self._receive(response, data)
-        except (OSError, EOFError, ValueError, LookupError) as error:  # a TimeoutError is an OSError
+        except (OSError, EOFError, ValueError, LookupError) as error:
+            # a TimeoutError is an OSError
             response.error = f"{type(error).__name__}: {error}".removesuffix(": ")
         response.ended_at = clock()
         return response
@@ -115,7 +127,8 @@ class Client:
             except (asyncio.IncompleteReadError, ConnectionError):
                 if not idle:
                     raise
-                reader, writer = await asyncio.open_connection(HOST, self.port)  # the server had closed it
+                # the server had closed it
+                reader, writer = await asyncio.open_connection(HOST, self.port)
                 writer.write(data)
                 head = await reader.readuntil(b"\r\n\r\n")
             first, *lines = head[:-4].decode("latin-1").split("\r\n")
@@ -133,18 +146,34 @@ class Client:
 
     async def _receive_body(self, response: Response, reader: asyncio.StreamReader) -> None:
         is_chunked = "transfer-encoding" in response.headers
-        size = 0 if is_chunked else int(response.headers["content-length"])
-        while size or (is_chunked and (size := int(await reader.readuntil(), 16))):
+        if is_chunked:
+            size = 0
+        else:
+            size = int(response.headers["content-length"])
+        while True:
+            if is_chunked and not size:
+                size = int(await reader.readuntil(), 16)
+            if not size:
+                break
             response.body += await reader.readexactly(size)
             response.arrivals.append((clock(), len(response.body)))
-            size = len(await reader.readexactly(2)) - 2 if is_chunked else 0
+            if is_chunked:
+                size = len(await reader.readexactly(2)) - 2
+            else:
+                size = 0
         if is_chunked:
             await reader.readexactly(2)
 
 
 def completion_request(prompt: str | list[int], max_tokens: int, **fields: Any) -> Json:
     """Returns the body of a /v1/completions, streamed and greedy unless `fields` say otherwise."""
-    body = {"model": "default", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True} | fields
+    body = {
+        "model": "default",
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "stream": True,
+    } | fields
     return ({"stream_options": {"include_usage": True}} if body["stream"] else {}) | body
 
 
@@ -154,9 +183,11 @@ async def send(client: Client, body: Json, **options: Any) -> Response:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """One completion. Seconds count from the request: `ttft` to the first token, `latency` to the last.
+    """One completion. Seconds count from the request: `ttft` to the first token, `latency` to the
+    last.
 
-    `gaps`: seconds from each event with text to the next, which are the inter-token latencies that a reader sees.
+    `gaps`: seconds from each event with text to the next, which are the inter-token latencies that
+    a reader sees.
     """
 
     status: int
@@ -178,7 +209,9 @@ class Completion:
     def time_per_output_token(self) -> float:
         """Mean seconds from one token to the next; NaN with fewer than two."""
         tokens = self.completion_tokens
-        return (self.latency - self.ttft) / (tokens - 1) if tokens > 1 else math.nan
+        if tokens > 1:
+            return (self.latency - self.ttft) / (tokens - 1)
+        return math.nan
 
 
 def read_completion(response: Response) -> Completion:
@@ -187,12 +220,19 @@ def read_completion(response: Response) -> Completion:
         why = response.error or _error_message(response)
         return Completion(response.status, "", 0, 0, None, math.nan, response.seconds, error=why)
     is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
-    events = response.events() if is_stream else [(response.ended_at, response.json())]
-    full_text, logprobs = "", list[float]()
-    usage, finish_reason, error = {"completion_tokens": 0, "prompt_tokens": 0}, None, None
+    if is_stream:
+        events = response.events()
+    else:
+        events = [(response.ended_at, response.json())]
+    full_text = ""
+    logprobs = list[float]()
+    usage = {"completion_tokens": 0, "prompt_tokens": 0}
+    finish_reason = None
+    error = None
     moments: list[float] = []  # of the events with text
     for moment, event in events:
-        error = event["error"]["message"] if "error" in event else error
+        if "error" in event:
+            error = event["error"]["message"]
         usage = event.get("usage") or usage
         for choice in event.get("choices", ()):
             message = choice.get("delta", choice.get("message", {}))
@@ -203,7 +243,8 @@ def read_completion(response: Response) -> Completion:
             if text:
                 full_text += text
                 moments.append(moment)
-    first, last = (moments[place] if moments else math.nan for place in (0, -1))
+    first = moments[0] if moments else math.nan
+    last = moments[-1] if moments else math.nan
     return Completion(
         200,
         full_text,
@@ -231,6 +272,7 @@ def random_text(rng: random.Random, words: int) -> str:
 
 
 COMMON_WORDS = (
-    "the of and to in is that for it as was with be by on not he but at are this have from or had an they which you were all "
+    "the of and to in is that for it as was with be by on not he but at are this have from or had "
+    "an they which you were all "
     "her would their"
 )

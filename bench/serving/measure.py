@@ -2,15 +2,24 @@
 
 import asyncio
 import dataclasses
+import itertools
 import math
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from bench.cli import Json
 from bench.models import answer, load
-from bench.serving.client import Client, Completion, Response, completion_request, random_text, read_completion, send
+from bench.serving.client import (
+    Client,
+    Completion,
+    Response,
+    completion_request,
+    random_text,
+    read_completion,
+    send,
+)
 from bench.serving.server import Server
 from bench.timing import Timing, measure, ratio
 from engine.counting.hardware import clock
@@ -21,23 +30,33 @@ from engine.inference.engine import Engine
 from engine.inference.request import Adapter, Request, SamplingParams
 from engine.text.tokenizer import Tokenizer
 
-PROMPT_TOKENS, NEW_TOKENS = 32, 64  # of each request in a measurement of throughput
+PROMPT_TOKENS = 32
+NEW_TOKENS = 64  # of each request in a measurement of throughput
 SHARE_BAR = 0.85  # of its engine's throughput, for the server
-ADAPTER_RANK, ADAPTER_BAR = 8, 0.8  # of as many adapters as streams; their share of the throughput without
+ADAPTER_RANK = 8
+ADAPTER_BAR = 0.8  # of as many adapters as streams; their share of the throughput without
 GRAMMAR_BAR = 0.9  # of the throughput without a grammar
 IDLE_BAR = 0.95  # of the throughput in one slot, for a lone stream in many
-SCORED_PROMPT, CANDIDATES, CANDIDATE_TOKENS, SCORE_BAR = 256, 4, 4, 100.0  # tokens, answers, tokens of each, answers a second
+SCORED_PROMPT = 256
+CANDIDATES = 4
+CANDIDATE_TOKENS = 4
+SCORE_BAR = 100.0  # tokens, answers, tokens of each, answers a second
 ABOVE = 10  # samples that must lie above a percentile for it to be reported
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Returns the smallest value that at least `share` of them do not exceed (nearest rank); NaN of none."""
+    """Returns the smallest value that at least `share` of them do not exceed (nearest rank); NaN of
+    none.
+    """
     ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
+    if ordered:
+        return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+    return math.nan
 
 
 def tail(values: Sequence[float]) -> tuple[int, float]:
-    """Returns (p, value) of the highest whole percentile, 99 at most, that ABOVE of the values lie above: p99 needs 1,000.
+    """Returns (p, value) of the highest whole percentile, 99 at most, that ABOVE of the values lie
+    above: p99 needs 1,000.
 
     Fewer than twice ABOVE values have no percentile above the median: (50, the median).
     """
@@ -46,7 +65,9 @@ def tail(values: Sequence[float]) -> tuple[int, float]:
 
 
 async def closed_loop(client: Client, bodies: Sequence[Json], streams: int) -> tuple[list[Completion], float]:
-    """Sends all bodies, `streams` at a time; returns their completions in order, and the seconds of all."""
+    """Sends all bodies, `streams` at a time; returns their completions in order, and the seconds of
+    all.
+    """
     free = asyncio.Semaphore(streams)
 
     async def send_in_turn(body: Json) -> Response:
@@ -60,15 +81,25 @@ async def closed_loop(client: Client, bodies: Sequence[Json], streams: int) -> t
 
 
 async def open_loop(
-    client: Client, make_request: Callable[[random.Random], Json], rate: float, seconds: float, rng: random.Random
+    client: Client,
+    make_request: Callable[[random.Random], Json],
+    rate: float,
+    seconds: float,
+    rng: random.Random,
 ) -> list[Response]:
-    """Sends the requests of `make_request` as Poisson arrivals, `rate` a second for `seconds`; returns all responses.
+    """Sends the requests of `make_request` as Poisson arrivals, `rate` a second for `seconds`;
+    returns all responses.
 
-    Latency counts from when a request should be sent, as people see it, a full server's queue included.
+    Latency counts from when a request should be sent, as people see it, a full server's queue
+    included.
     """
-    plan, at, requests = list[tuple[float, Json]](), 0.0, []
-    while (at := at + rng.expovariate(rate)) < seconds:
+    plan = list[tuple[float, Json]]()
+    at = 0.0
+    requests = []
+    at += rng.expovariate(rate)
+    while at < seconds:
         plan.append((at, make_request(rng)))  # beforehand: the server shall have the cores
+        at += rng.expovariate(rate)
     begin = clock()
     for at, body in plan:
         await asyncio.sleep(max(0.0, begin + at - clock()))
@@ -77,7 +108,9 @@ async def open_loop(
 
 
 def _random_tokens(rng: random.Random, count: int) -> list[int]:
-    """Returns token ids of a prompt. Two such prompts hardly begin alike, so that the prefix cache has neither."""
+    """Returns token ids of a prompt. Two such prompts hardly begin alike, so that the prefix cache
+    has neither.
+    """
     return [rng.randrange(100, 1100) for _ in range(count)]
 
 
@@ -86,7 +119,9 @@ def _request(prompt: str | list[int], max_tokens: int = NEW_TOKENS) -> Json:
 
 
 def make_engine(name: str, weights: Any, slots: int, capacity: int) -> tuple[Engine, Tokenizer]:
-    """Returns the server's engine of a model, without a server, and its tokenizer; `weights`: as of EngineConfig."""
+    """Returns the server's engine of a model, without a server, and its tokenizer; `weights`: as of
+    EngineConfig.
+    """
     config = EngineConfig(slots, capacity, weights, prefix_cache_bytes=None)  # texts come again
     # As the server does: int8 of other floats is another model.
     model = load(name, dtype=None, keep_blocks=config.keeps_blocks)
@@ -100,11 +135,14 @@ def make_engine(name: str, weights: Any, slots: int, capacity: int) -> tuple[Eng
 
 
 async def compare_with_engine(server: Server, engine: Engine, rounds: int) -> Json:
-    """Compares the server with its own engine, which runs in this process, interleaved, with as many streams as slots.
+    """Compares the server with its own engine, which runs in this process, interleaved, with as
+    many streams as slots.
 
     Raises UserError unless the server's texts are, in every round, those of the engine's tokens.
     """
-    rng, loop, slots = random.Random(1), asyncio.get_running_loop(), engine.config.slots
+    rng = random.Random(1)
+    loop = asyncio.get_running_loop()
+    slots = engine.config.slots
     prompts = [_random_tokens(rng, PROMPT_TOKENS) for _ in range(slots)]
     requests = [Request(tuple(each), SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)) for each in prompts]
     texts: set[tuple[str, ...]] = set()
@@ -121,14 +159,21 @@ async def compare_with_engine(server: Server, engine: Engine, rounds: int) -> Js
     # In a thread, for the connections to the server live in this one.
     timings = await asyncio.to_thread(lambda: measure({"engine": run_engine, "server": run_server}, rounds=rounds))
     replies = [await server.client.post("/detokenize", {"tokens": tokens}) for tokens in output]
-    cut = lambda texts: [text.rstrip("\N{REPLACEMENT CHARACTER}") for text in texts]  # which the last token may have begun
-    if any(cut(each) != cut(reply.json()["prompt"] for reply in replies) for each in texts):
+    expected = _without_half_characters(reply.json()["prompt"] for reply in replies)
+    if any(_without_half_characters(each) != expected for each in texts):
         raise UserError("The server's texts are not those of the engine, so that their speeds cannot be compared.")
     return _row(f"the server over its engine, {slots} streams", SHARE_BAR, timings["engine"], timings["server"], slots)
 
 
+def _without_half_characters(texts: Iterable[str]) -> list[str]:
+    """Returns the texts without the character that their last token may have begun."""
+    return [text.rstrip("\N{REPLACEMENT CHARACTER}") for text in texts]
+
+
 def compare_with_one_slot(engine: Engine, rounds: int) -> Json:
-    """Compares a lone stream in as many slots as the engine has with one in a single slot, without draft tokens."""
+    """Compares a lone stream in as many slots as the engine has with one in a single slot, without
+    draft tokens.
+    """
     single, all_slots = (
         Engine(engine.cfg, engine.params, dataclasses.replace(engine.config, slots=slots, speculate=False))
         for slots in (1, engine.config.slots)
@@ -140,7 +185,9 @@ def compare_with_one_slot(engine: Engine, rounds: int) -> Json:
 
 
 def compare_with_adapters(engine: Engine, rounds: int) -> Json:
-    """Compares as many streams as slots, each with an adapter of its own of rank ADAPTER_RANK, with as many without."""
+    """Compares as many streams as slots, each with an adapter of its own of rank ADAPTER_RANK, with
+    as many without.
+    """
     slots = engine.config.slots
     options = dataclasses.replace(engine.config, adapters=slots, adapter_rank=ADAPTER_RANK)
     adapted = Engine(engine.cfg, engine.params, options)
@@ -153,24 +200,33 @@ def compare_with_adapters(engine: Engine, rounds: int) -> Json:
 
 
 def compare_with_grammars(engine: Engine, tokenizer: Tokenizer, rounds: int) -> list[Json]:
-    """Compares streams that keep to a JSON schema with streams that keep to none: half of all slots, and a single one.
+    """Compares streams that keep to a JSON schema with streams that keep to none: half of all
+    slots, and a single one.
 
     The string of the schema is longer than the answers, so that each has NEW_TOKENS tokens.
     """
     text = {"type": "string", "minLength": 100 * NEW_TOKENS}
-    schema = {"type": "object", "properties": {"text": text}, "required": ["text"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"text": text},
+        "required": ["text"],
+        "additionalProperties": False,
+    }
     constraint = GrammarCompiler(tokenizer, engine.cfg.vocab, tokenizer.controls).compile(json_grammar(schema))
     rows = []
     for streams, name in ((engine.config.slots, "a schema for every second"), (1, "a schema")):
         plain = _greedy(streams)
-        constrained = [dataclasses.replace(each, constraint=constraint) if n % 2 == 0 else each for n, each in enumerate(plain)]
+        constrained = list(plain)
+        for place in range(0, len(plain), 2):
+            constrained[place] = dataclasses.replace(plain[place], constraint=constraint)
         name += f", {streams} stream{'s' * (streams > 1)}"
         rows.append(_compare(name, GRAMMAR_BAR, (engine, plain), (engine, constrained), rounds))
     return rows
 
 
 def _greedy(streams: int) -> list[Request]:
-    rng, sampling = random.Random(3), SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)
+    rng = random.Random(3)
+    sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)
     return [Request(tuple(_random_tokens(rng, PROMPT_TOKENS)), sampling) for _ in range(streams)]
 
 
@@ -178,22 +234,29 @@ Side = tuple[Engine, list[Request]]
 
 
 def _compare(name: str, bar: float, plain: Side, other: Side, rounds: int) -> Json:
-    """Compares how fast an engine answers its requests with how fast another answers as many, interleaved."""
+    """Compares how fast an engine answers its requests with how fast another answers as many,
+    interleaved.
+    """
     timings = measure({"plain": lambda: answer(*plain), "other": lambda: answer(*other)}, rounds=rounds)
     return _row(name, bar, timings["plain"], timings["other"], len(plain[1]))
 
 
 def _row(name: str, bar: float, peer: Timing, timing: Timing, streams: int) -> Json:
-    """`ratio`: the throughput over the peer's, and `met` whether it exceeds `bar`; None where noise hides it."""
-    over, tokens = ratio(peer, timing), streams * NEW_TOKENS
+    """`ratio`: the throughput over the peer's, and `met` whether it exceeds `bar`; None where noise
+    hides it.
+    """
+    over = ratio(peer, timing)
+    tokens = streams * NEW_TOKENS
     speeds = {"tokens_per_second": tokens / timing.median, "peer_tokens_per_second": tokens / peer.median}
     return over._asdict() | {"name": name, **speeds, "bar": bar, "met": over.exceeds(bar)}
 
 
 async def scored_per_second(server: Server, rounds: int) -> Json:
-    """Measures POST /v1/score: CANDIDATES answers of CANDIDATE_TOKENS tokens to a prompt that the prefix cache holds.
+    """Measures POST /v1/score: CANDIDATES answers of CANDIDATE_TOKENS tokens to a prompt that the
+    prefix cache holds.
 
-    A candidate counts as one. `ratio` is their number a second, with its interval. Raises UserError when the server refuses.
+    A candidate counts as one. `ratio` is their number a second, with its interval. Raises UserError
+    when the server refuses.
     """
     rng = random.Random(4)
     prompt = _random_tokens(rng, SCORED_PROMPT)
@@ -208,7 +271,11 @@ async def scored_per_second(server: Server, rounds: int) -> Json:
     rounds_seconds = tuple(seconds[1:])  # the first reads the prompt
     wanted = Timing((CANDIDATES / SCORE_BAR,) * rounds)
     over = ratio(wanted, Timing(rounds_seconds)).scaled(SCORE_BAR)
-    return over._asdict() | {"name": "candidates scored a second", "bar": SCORE_BAR, "met": over.exceeds(SCORE_BAR)}
+    return over._asdict() | {
+        "name": "candidates scored a second",
+        "bar": SCORE_BAR,
+        "met": over.exceeds(SCORE_BAR),
+    }
 
 
 def _mixed_request(rng: random.Random) -> Json:
@@ -226,7 +293,8 @@ async def saturated_throughput(server: Server, slots: int, count: int) -> tuple[
 async def latency_under_load(server: Server, load: float, peak_rate: float, seconds: float) -> Json:
     """Measures latency under Poisson arrivals at `load` times `peak_rate` requests a second.
 
-    TTFT and time per output token have a sample a request, inter-token latency one for each gap between events with text.
+    TTFT and time per output token have a sample a request, inter-token latency one for each gap
+    between events with text.
     """
     begin = clock()
     responses = await open_loop(server.client, _mixed_request, load * peak_rate, seconds, random.Random(0))
@@ -234,7 +302,7 @@ async def latency_under_load(server: Server, load: float, peak_rate: float, seco
     finished = [completion for completion in map(read_completion, responses) if completion.finished]
     samples = {
         "ttft": [each.ttft for each in finished],
-        "inter_token": [gap for each in finished for gap in each.gaps],
+        "inter_token": list(itertools.chain.from_iterable(each.gaps for each in finished)),
         "per_token": [each.time_per_output_token for each in finished if each.completion_tokens > 1],
     }
     document: Json = {
@@ -246,5 +314,9 @@ async def latency_under_load(server: Server, load: float, peak_rate: float, seco
     }
     for name, values in samples.items():
         share, highest = tail(values)
-        document[name] = {"p50": statistics.median(values or [math.nan]), "tail_percentile": share, "tail": highest}
+        document[name] = {
+            "p50": statistics.median(values or [math.nan]),
+            "tail_percentile": share,
+            "tail": highest,
+        }
     return document

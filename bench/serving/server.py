@@ -18,17 +18,28 @@ START_SECONDS = 300.0  # for a first start, compiling included
 
 
 class Server:
-    """Runs `python -m stages.serve` with `flags`, all its programs compiled when the block begins and gone when it ends.
+    """Runs `python -m stages.serve` with `flags`, all its programs compiled when the block begins
+    and gone when it ends.
 
-    `ready_seconds`: from its start until /health says that it is ready. Raises UserError, with the end of the server's
-    output, when it does not get so far.
+    `ready_seconds`: from its start until /health says that it is ready. Raises UserError, with the
+    end of the server's output, when it does not get so far.
     """
 
     def __init__(self, model: str, flags: Sequence[str] = ()) -> None:
         with socket.create_server((HOST, 0)) as probe:  # finds a free port
             self.port: int = probe.getsockname()[1]
-        self.client, self.ready_seconds = Client(self.port), 0.0
-        self.command = [sys.executable, "-m", "stages.serve", "--model", model, "--port", str(self.port), *flags]
+        self.client = Client(self.port)
+        self.ready_seconds = 0.0
+        self.command = [
+            sys.executable,
+            "-m",
+            "stages.serve",
+            "--model",
+            model,
+            "--port",
+            str(self.port),
+            *flags,
+        ]
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
 
     async def __aenter__(self) -> Self:
@@ -40,11 +51,13 @@ class Server:
                 if reply.status == 200:
                     self.ready_seconds = clock() - begin
                     return self
-                ended, late = self.process.poll(), clock() - begin > START_SECONDS
+                ended = self.process.poll()
+                late = clock() - begin > START_SECONDS
                 if late or ended is not None:
-                    why = (
-                        f"had not compiled its programs after {START_SECONDS:.0f} s" if ended is None else f"ended with {ended}"
-                    )
+                    if ended is None:
+                        why = f"had not compiled its programs after {START_SECONDS:.0f} s"
+                    else:
+                        why = f"ended with {ended}"
                     raise UserError(f"stages.serve {why}: {self.output()[-600:]}")
                 await asyncio.sleep(0.02)
         except BaseException:
@@ -77,4 +90,6 @@ class Server:
     def resident_bytes(self) -> int:
         """Returns the process's bytes of memory now; 0 where there is no /proc."""
         statm = Path(f"/proc/{self.process.pid}/statm")
-        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+        if statm.exists():
+            return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return 0

@@ -23,30 +23,39 @@ from engine.storage.digest import digest
 from engine.text.batch import Batch
 from engine.training.step import loss_and_gradient
 
-SLOTS, NEW = 8, 32  # of the server; tokens of each answer
-ROWS, TOKENS = 4, 256
-# Relative to the largest number of each array. In bfloat16 they are sums of many roundings, in another order on each platform.
+SLOTS = 8
+NEW = 32  # of the server; tokens of each answer
+ROWS = 4
+TOKENS = 256
+# Relative to the largest number of each array. In bfloat16 they are sums of many roundings, in
+# another order on each platform.
 TOLERANCES: dict[Literal["float32", "bfloat16"], float] = {"float32": 1e-4, "bfloat16": 3e-2}
 
 
 def model_state(cfg: ModelConfig, params: Any, batch: Batch) -> tuple[str, str]:
-    """Returns the mean nats of a batch as hex, which shows every bit, and the digest of the weights."""
+    """Returns the mean nats of a batch as hex, which shows every bit, and the digest of the
+    weights.
+    """
     return (float(score(cfg, params, batch)) / batch.tokens.size).hex(), digest(params)
 
 
 def serve_beside_others(cfg: ModelConfig, params: Any, capacity: int) -> tuple[int, bool]:
-    """Returns in how many of SLOTS slots a request beside others gets other tokens, or other bits of log-probabilities, than
-    alone; and whether that changed a weight. The engine is the server's, of `params` that are prepared for inference and
-    `capacity` tokens a slot."""
+    """Returns in how many of SLOTS slots a request beside others gets other tokens, or other bits
+    of log-probabilities, than alone; and whether that changed a weight. The engine is the server's,
+    of `params` that are prepared for inference and `capacity` tokens a slot.
+    """
     engine = Engine(cfg, params, EngineConfig(SLOTS, capacity, prefix_cache_bytes=10**7))
     prompts = random_prompts(cfg, SLOTS, capacity - NEW)
     others = [Request(tuple(each), SamplingParams(max_tokens=NEW, temperature=0.8, seed=5)) for each in prompts[1:]]
     request = Request(tuple(prompts[0]), SamplingParams(max_tokens=NEW, temperature=0.8, seed=9, logprobs=0))
 
     def answer(slot: int, beside: Sequence[Request]) -> tuple[Any, ...]:
-        """Returns the tokens and log-probabilities of the request, submitted at `slot` among the requests `beside`."""
+        """Returns the tokens and log-probabilities of the request, submitted at `slot` among the
+        requests `beside`.
+        """
         ids = [engine.submit(each) for each in (*beside[:slot], request, *beside[slot:])]
-        tokens, logprobs = [], []
+        tokens = []
+        logprobs = []
         while engine.busy:
             for event in engine.step():
                 if event.id == ids[slot]:
@@ -54,7 +63,8 @@ def serve_beside_others(cfg: ModelConfig, params: Any, capacity: int) -> tuple[i
                     logprobs += [each.logprob for each in event.logprobs]
         return tokens, logprobs
 
-    before, alone = digest(engine.params), answer(0, [])
+    before = digest(engine.params)
+    alone = answer(0, [])
     changed = sum(answer(slot, others) != alone for slot in range(SLOTS))
     return changed, digest(engine.params) != before
 
@@ -65,7 +75,9 @@ def random_prompts(cfg: ModelConfig, count: int, most: int) -> list[list[int]]:
 
 
 def logits_error(cfg: ModelConfig, params: Any, other: Any, batch: Batch) -> float:
-    """Returns the root mean square of `other`'s logits less those of `params`, as a share of the latter's spread."""
+    """Returns the root mean square of `other`'s logits less those of `params`, as a share of the
+    latter's spread.
+    """
     run = jax.jit(functools.partial(forward, cfg))
     first, second = (run(weights, batch.tokens[:2], batch.positions[:2])[0] for weights in (params, other))
     return float(jnp.sqrt(jnp.mean((first - second) ** 2)) / jnp.std(first))
@@ -84,20 +96,28 @@ class Check(NamedTuple):
 
 
 def measure_checks() -> Json:
-    """Runs every check on JAX's device beside the processor, prints the table, and returns the document."""
+    """Runs every check on JAX's device beside the processor, prints the table, and returns the
+    document.
+    """
     checks = list(all_checks())
     number = "{:.2g}".format
-    rows = [(check.name, number(check.difference), number(check.limit), "" if check.holds else "FAILS") for check in checks]
+    rows = []
+    for check in checks:
+        verdict = "" if check.holds else "FAILS"
+        rows.append((check.name, number(check.difference), number(check.limit), verdict))
     print_table(f"{device_name()} beside the processor", ("check", "apart", "at most", ""), rows)
     return {"checks": [check._asdict() | {"holds": check.holds} for check in checks]}
 
 
 def all_checks() -> Iterator[Check]:
-    """Yields every check, on JAX's device beside the processor; one that cannot run fails, with the reason as its name.
+    """Yields every check, on JAX's device beside the processor; one that cannot run fails, with the
+    reason as its name.
 
-    The two small models together have most of what a model can: q/k norm, shared key heads, heads tied and not.
+    The two small models together have most of what a model can: q/k norm, shared key heads, heads
+    tied and not.
     """
-    device, cpu = jax.devices()[0], jax.devices("cpu")[0]
+    device = jax.devices()[0]
+    cpu = jax.devices("cpu")[0]
     small = dataclasses.replace(preset("smollm2-135m"), layers=2, vocab=4096, context=1024)
     for name, plain in {"nano": preset("nano"), "two layers of smollm2": small}.items():
         params = random_model(name, plain).params
@@ -105,7 +125,10 @@ def all_checks() -> Iterator[Check]:
         for dtype in TOLERANCES:
             cfg = dataclasses.replace(plain, dtype=dtype)
             # Greedy tokens in float32, where no two logits are nearly alike.
-            inference = [check_greedy] if dtype == "float32" else [check_prefill, check_serving]
+            if dtype == "float32":
+                inference = [check_greedy]
+            else:
+                inference = [check_prefill, check_serving]
             # A GPU would multiply float32 with 10 bits (TF32); other types have no other precision.
             with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
                 for group in (check_training, *inference):
@@ -118,7 +141,9 @@ def all_checks() -> Iterator[Check]:
 
 
 def check_training(cfg: ModelConfig, params: Any, device: Any, cpu: Any) -> Iterator[Check]:
-    """Yields the checks of a batch's loss and its gradient on `device` beside `cpu`: one text a row, and packed."""
+    """Yields the checks of a batch's loss and its gradient on `device` beside `cpu`: one text a
+    row, and packed.
+    """
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, cfg.vocab, (ROWS, TOKENS + 1), dtype=np.int32)
     positions = np.tile(np.arange(TOKENS, dtype=np.int32), (ROWS, 1))
@@ -136,12 +161,22 @@ def check_prefill(cfg: ModelConfig, params: Any, device: Any, cpu: Any) -> Itera
     """Yields the check of the logits after prompts of many lengths, read into a cache."""
     tokens = np.random.default_rng(2).integers(0, cfg.vocab, (ROWS, 64), dtype=np.int32)
     lengths = np.linspace(5, 64, ROWS).astype(np.int32)
-    read = lambda params: prefill(cfg, prepare_params(cfg, params), tokens, lengths, make_cache(cfg, ROWS, 64))[0]
-    yield Check("prefill", _difference(on_device(device, read, params), on_device(cpu, read, params)), TOLERANCES[cfg.dtype])
+
+    def read(params: Any) -> Any:
+        logits, _ = prefill(cfg, prepare_params(cfg, params), tokens, lengths, make_cache(cfg, ROWS, 64))
+        return logits
+
+    yield Check(
+        "prefill",
+        _difference(on_device(device, read, params), on_device(cpu, read, params)),
+        TOLERANCES[cfg.dtype],
+    )
 
 
 def check_greedy(cfg: ModelConfig, params: Any, device: Any, cpu: Any) -> Iterator[Check]:
-    """Yields the check that greedy tokens of some prompts are the CPU's: the share of prompts in which they are not."""
+    """Yields the check that greedy tokens of some prompts are the CPU's: the share of prompts in
+    which they are not.
+    """
     prompts = random_prompts(cfg, ROWS, TOKENS - NEW)
 
     def answers(params: Any) -> list[list[int]]:
@@ -154,7 +189,9 @@ def check_greedy(cfg: ModelConfig, params: Any, device: Any, cpu: Any) -> Iterat
 
 
 def check_serving(cfg: ModelConfig, params: Any, device: Any, cpu: Any) -> Iterator[Check]:
-    """Yields the checks on JAX's device that a request is answered alike alone and beside others, and that the weights stay."""
+    """Yields the checks on JAX's device that a request is answered alike alone and beside others,
+    and that the weights stay.
+    """
     del device, cpu
     changed_answers, weights_moved = serve_beside_others(cfg, prepare_params(cfg, params), TOKENS)
     yield Check("slots in which others change an answer", changed_answers, 0)
@@ -168,6 +205,8 @@ def on_device(device: Any, f: Callable[[Any], Any], params: Any) -> Any:
 
 
 def _difference(actual: Any, expected: Any) -> float:
-    """Returns the largest difference, as a share of the largest expected number; 0 where both sides are 0."""
+    """Returns the largest difference, as a share of the largest expected number; 0 where both sides
+    are 0.
+    """
     largest = float(jnp.abs(expected).max())
     return float(np.abs(actual - expected).max()) / (largest or 1.0)

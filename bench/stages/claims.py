@@ -1,8 +1,8 @@
 """Judges common claims about training and inference by the numbers of a run.
 
-A claim is a function of the evidence that returns a verdict, the numbers that decide it in words, and these numbers. A verdict
-begins with true, false or partly, or with undecided where the interval of a ratio of times holds the threshold. It may differ
-on another machine.
+A claim is a function of the evidence that returns a verdict, the numbers that decide it in words,
+and these numbers. A verdict begins with true, false or partly, or with undecided where the interval
+of a ratio of times holds the threshold. It may differ on another machine.
 """
 
 import contextlib
@@ -17,19 +17,26 @@ from engine.format import in_words, money, percent, si, times
 
 TUNING_TOKENS = 1_000_000  # of a fine-tuning run
 SMALL_PART = 0.1  # share of the cost of pre-training that a fine-tuning run may have
-TOKENS_PER_PARAMETER = 20  # of a compute-optimal pre-training run (Hoffmann et al. 2022, 2203.15556, table 3)
-PROMPT, COMPLETION = 500, 250  # tokens of a request
+# of a compute-optimal pre-training run (Hoffmann et al. 2022, 2203.15556, table 3)
+TOKENS_PER_PARAMETER = 20
+PROMPT = 500
+COMPLETION = 250  # tokens of a request
 MANY = 10_000  # requests that cost as much as pre-training: then one of them costs next to nothing
-# By karpathy/nanochat, dev/LEADERBOARD.md: GPT-2 took 32 TPUs for 168 hours at 8 dollars in 2019. In 2026 its first run to a
-# model as able took so many operations, and 10,949 seconds of eight H100s, 24 dollars an hour by the README there.
-GPT2_USD, GPT2_FLOPS, H100S_USD = 32 * 168 * 8, 4.33e19, 10_949 / 3600 * 24
+# By karpathy/nanochat, dev/LEADERBOARD.md: GPT-2 took 32 TPUs for 168 hours at 8 dollars in 2019.
+# In 2026 its first run to a model as able took so many operations, and 10,949 seconds of eight
+# H100s, 24 dollars an hour by the README there.
+GPT2_USD = 32 * 168 * 8
+GPT2_FLOPS = 4.33e19
+H100S_USD = 10_949 / 3600 * 24
 
 Judgement = tuple[str, str, dict[str, Any]]  # verdict, numbers in words, numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """The numbers by which claims are judged. Its methods find a row by the beginning of its name, or raise KeyError."""
+    """The numbers by which claims are judged. Its methods find a row by the beginning of its name,
+    or raise KeyError.
+    """
 
     command: str  # that measures them
     rows: dict[str, dict[str, Any]]  # of the document, by name
@@ -38,7 +45,8 @@ class Evidence:
     price: float  # dollars an hour
     uncached_tokens: int  # before one without a KV cache
     bytes_per_weight: int  # in the rows that are not int8
-    changed_answers: int  # of a request in each slot: other tokens or bits of log-probabilities beside others than alone
+    # of a request in each slot: other tokens or bits of log-probabilities beside others than alone
+    changed_answers: int
     generated: int  # tokens between two evaluations
     before: tuple[str, str]  # the loss, as hex, and the digest of the weights
     after: tuple[str, str]
@@ -80,22 +88,39 @@ def claims(evidence: Evidence) -> list[dict[str, Any]]:
         with contextlib.suppress(KeyError):
             verdict, value, numbers = judgement(evidence)
             command = evidence.command + " --out FOLDER" * (judgement in OF_LEARNING)
-            judged.append({"claim": claim, "verdict": verdict, "value": value, "numbers": _plain(numbers), "command": command})
+            judged.append(
+                {
+                    "claim": claim,
+                    "verdict": verdict,
+                    "value": value,
+                    "numbers": _plain(numbers),
+                    "command": command,
+                }
+            )
     return judged
 
 
 def judge(ratio: Ratio, threshold: float, above: str, below: str) -> str:
-    """Returns the verdict `above` or `below` the threshold, or that this measurement does not decide between them."""
+    """Returns the verdict `above` or `below` the threshold, or that this measurement does not
+    decide between them.
+    """
     match ratio.exceeds(threshold):
         case None:
-            why = f"{ratio} may lie on either side of {threshold:g}" if ratio.low is not None else str(ratio)
+            if ratio.low is not None:
+                why = f"{ratio} may lie on either side of {threshold:g}"
+            else:
+                why = str(ratio)
             return f"undecided on this machine: {why}"
         case is_above:
-            return above if is_above else below
+            if is_above:
+                return above
+            return below
 
 
 def judge_gain(gains: dict[str, Ratio] | Ratio) -> str:
-    """Returns the verdict on a part of serving: on its gain, or on gains by numbers of slots, of which each counts."""
+    """Returns the verdict on a part of serving: on its gain, or on gains by numbers of slots, of
+    which each counts.
+    """
     if isinstance(gains, Ratio):
         little = judge(gains, 1.02, "partly: little for this model here", "false for this model here")
         return judge(gains, 1.25, "true", little)
@@ -104,12 +129,17 @@ def judge_gain(gains: dict[str, Ratio] | Ratio) -> str:
         return next(iter(verdicts.values()))
     undecided = [f"{verdict} (among {slots})" for slots, verdict in verdicts.items() if verdict.startswith("undecided")]
     by_slots = "; ".join(f"among {slots} {verdict}" for slots, verdict in verdicts.items())
-    return undecided[0] if undecided else f"partly: {by_slots}"
+    if undecided:
+        return undecided[0]
+    return f"partly: {by_slots}"
 
 
 def half(of: Evidence) -> Judgement:
     flops, time = _of_step(of, "pre-training")
-    verdict = "false: a third" if abs(flops - 1 / 3) < 0.02 else "partly: less than half"
+    if abs(flops - 1 / 3) < 0.02:
+        verdict = "false: a third"
+    else:
+        verdict = "partly: less than half"
     value = f"a forward pass is {percent(flops)} of a training step's operations and {time.format(percent)} of its time."
     return verdict, value, {"flops": flops, "time": time}
 
@@ -118,7 +148,8 @@ def half_of_backward(of: Evidence) -> Judgement:
     parts = of.row("pre-training")["flops_per_token"]
     flops = parts["forward"] / (parts["dx"] + parts["dw"])
     value = (
-        f"the forward pass takes {percent(flops)} of the backward pass's operations: one product forward, two back, for the "
+        f"the forward pass takes {percent(flops)} of the backward pass's operations: one product "
+        "forward, two back, for the "
         "input and for the weight."
     )
     return "true" if abs(flops - 0.5) < 0.02 else "partly", value, {"flops": flops}
@@ -127,7 +158,8 @@ def half_of_backward(of: Evidence) -> Judgement:
 def half_of_lora(of: Evidence) -> Judgement:
     flops, time = _of_step(of, "LoRA")
     value = (
-        f"a forward pass is {percent(flops)} of a LoRA step's operations and {time.format(percent)} of its time: nothing is "
+        f"a forward pass is {percent(flops)} of a LoRA step's operations and "
+        f"{time.format(percent)} of its time: nothing is "
         "computed for the weights of the base, but the gradient still passes through them."
     )
     return "true" if abs(flops - 0.5) < 0.03 else "partly", value, {"flops": flops, "time": time}
@@ -139,29 +171,42 @@ def _of_step(of: Evidence, step: str) -> tuple[float, Ratio]:
 
 def six(of: Evidence) -> Judgement:
     parts = of.row("pre-training")["flops_per_token"]
-    optimizer, back = parts["optimizer"] / parts["formula"], (parts["dx"] + parts["dw"]) / parts["forward"]
+    optimizer = parts["optimizer"] / parts["formula"]
+    back = (parts["dx"] + parts["dw"]) / parts["forward"]
     value = (
-        "6 N D, the usual estimate of training, is six operations for each of N weights and D tokens. The optimizer's add "
-        f"{100 * optimizer:.2f}% to those of both passes. Backward alone is {times(back)} forward: two for the gradient of the "
+        "6 N D, the usual estimate of training, is six operations for each of N weights and D "
+        "tokens. The optimizer's add "
+        f"{100 * optimizer:.2f}% to those of both passes. Backward alone is {times(back)} forward: "
+        "two for the gradient of the "
         "input, two for that of the weight."
     )
-    return "false" if optimizer < 0.02 and abs(back - 2) < 0.2 else "partly", value, {"optimizer": optimizer, "back": back}
+    return (
+        "false" if optimizer < 0.02 and abs(back - 2) < 0.2 else "partly",
+        value,
+        {"optimizer": optimizer, "back": back},
+    )
 
 
 def life(of: Evidence) -> Judgement:
     trained = of.pretraining
     served = trained * of.flops("pre-training") / of.flops("decode with 8 slots")
     value = (
-        f"pre-training on {in_words(trained)} tokens ({TOKENS_PER_PARAMETER} a parameter) takes as many operations as serving "
+        f"pre-training on {in_words(trained)} tokens ({TOKENS_PER_PARAMETER} a parameter) takes as "
+        "many operations as serving "
         f"{in_words(served)}; below that, training is most of them."
     )
-    return f"partly: after {in_words(served)} tokens served", value, {"trained_tokens": trained, "served_tokens": served}
+    return (
+        f"partly: after {in_words(served)} tokens served",
+        value,
+        {"trained_tokens": trained, "served_tokens": served},
+    )
 
 
 def lora_memory(of: Evidence) -> Judgement:
     left = of.row("LoRA")["peak_bytes"] / of.row("full fine-tuning")["peak_bytes"]
     value = (
-        f"a LoRA step peaks at {percent(left)} of full fine-tuning's memory: the gradients and the optimizer's numbers go, "
+        f"a LoRA step peaks at {percent(left)} of full fine-tuning's memory: the gradients and the "
+        "optimizer's numbers go, "
         "what each block keeps for the backward pass stays."
     )
     return "true" if left < 0.37 else "partly: less" if left < 0.9 else "false here", value, {"left": left}
@@ -170,28 +215,38 @@ def lora_memory(of: Evidence) -> Judgement:
 def lora_operations(of: Evidence) -> Judgement:
     share = of.flops("LoRA") / of.flops("full fine-tuning")
     value = (
-        f"a LoRA step takes {percent(share)} of full fine-tuning's operations: the products for the gradients of the base's "
+        f"a LoRA step takes {percent(share)} of full fine-tuning's operations: the products for "
+        "the gradients of the base's "
         "weights, a third of a step, are not computed."
     )
     return "true" if abs(share - 2 / 3) < 0.03 else "partly", value, {"flops": share}
 
 
 def updates(of: Evidence) -> Judgement:
-    full, lora = of.row("full fine-tuning")["flops_per_token"], of.row("LoRA")["flops_per_token"]
-    updating, left = full["optimizer"] / full["formula"], lora["formula"] / full["formula"]
+    full = of.row("full fine-tuning")["flops_per_token"]
+    lora = of.row("LoRA")["flops_per_token"]
+    updating = full["optimizer"] / full["formula"]
+    left = lora["formula"] / full["formula"]
     time = of.ratio("LoRA", "full fine-tuning")
     value = (
-        f"updating every weight adds {100 * updating:.2f}% to the operations of the passes forward and backward. A LoRA step "
-        f"updates only its adapter and takes {percent(left)} of the operations and {time.format(percent)} of the time: what "
+        f"updating every weight adds {100 * updating:.2f}% to the operations of the passes forward "
+        "and backward. A LoRA step "
+        f"updates only its adapter and takes {percent(left)} of the operations and "
+        f"{time.format(percent)} of the time: what "
         "costs are the passes through the model."
     )
-    return "false" if updating < 0.02 and left > 0.5 else "partly", value, {"updating": updating, "left": left, "time": time}
+    return (
+        "false" if updating < 0.02 and left > 0.5 else "partly",
+        value,
+        {"updating": updating, "left": left, "time": time},
+    )
 
 
 def last_layers(of: Evidence) -> Judgement:
     flops, time = _over_full(of, "last layer").values()
     value = (
-        f"the last layer alone takes {percent(flops)} of full fine-tuning's operations and {time.format(percent)} of its time, "
+        f"the last layer alone takes {percent(flops)} of full fine-tuning's operations and "
+        f"{time.format(percent)} of its time, "
         "for the forward pass goes through all of them."
     )
     return judge(time, 0.1, "false", "true"), value, {"flops": flops, "time": time}
@@ -204,16 +259,25 @@ def some_layers(of: Evidence) -> Judgement:
         f"{half} half frozen {percent(share['flops'])} of the operations, {share['time'].format(percent)} of the time"
         for half, share in halves.items()
     )
-    verdict = "false here" if bottom > 0.95 else "partly: it matters which" if top > 1.1 * bottom else "true"
+    if bottom > 0.95:
+        verdict = "false here"
+    elif top > 1.1 * bottom:
+        verdict = "partly: it matters which"
+    else:
+        verdict = "true"
     value = (
-        f"against full fine-tuning: {'; '.join(words)}. Below the lowest weight that trains no gradient is needed; above it, "
+        f"against full fine-tuning: {'; '.join(words)}. Below the lowest weight that trains no "
+        "gradient is needed; above it, "
         "every one is."
     )
     return verdict, value, halves
 
 
 def _over_full(of: Evidence, start: str) -> dict[str, Any]:
-    return {"flops": of.flops(start) / of.flops("full fine-tuning"), "time": of.ratio(start, "full fine-tuning")}
+    return {
+        "flops": of.flops(start) / of.flops("full fine-tuning"),
+        "time": of.ratio(start, "full fine-tuning"),
+    }
 
 
 def more_slots(of: Evidence) -> Judgement:
@@ -223,10 +287,14 @@ def more_slots(of: Evidence) -> Judgement:
 
 
 def generated_cheaper(of: Evidence) -> Judgement:
-    step, lone, time = of.row("pre-training"), of.row("decode alone"), of.ratio("decode alone", "pre-training")
+    step = of.row("pre-training")
+    lone = of.row("decode alone")
+    time = of.ratio("decode alone", "pre-training")
     value = (
-        f"decoding alone takes {of.seconds('decode alone')} a token and a training step {of.seconds('pre-training')}: "
-        f"{time.format(times)} the time for {times(lone['flop_ratio_to_forward'] / step['flop_ratio_to_forward'])} the "
+        f"decoding alone takes {of.seconds('decode alone')} a token and a training step "
+        f"{of.seconds('pre-training')}: "
+        f"{time.format(times)} the time for "
+        f"{times(lone['flop_ratio_to_forward'] / step['flop_ratio_to_forward'])} the "
         "operations. Training multiplies thousands of tokens by a weight at once, a lone stream one."
     )
     return judge(time, 1, "false for a lone request", "true here"), value, {"time": time}
@@ -240,7 +308,11 @@ def weights(of: Evidence) -> Judgement:
     defect = any(row["weights"] != "identical" for row in of.rows.values() if row["stage"] in ("inference", "decode"))
     words = "; ".join(f"{change}: {', '.join(rows)}" for change, rows in names.items() if rows)
     value = f"by a fingerprint (SHA-256) of each matrix of weights, before and after: {words}."
-    return "false here, which is a defect" if defect else "true", value, {change: len(rows) for change, rows in names.items()}
+    return (
+        "false here, which is a defect" if defect else "true",
+        value,
+        {change: len(rows) for change, rows in names.items()},
+    )
 
 
 def independent(of: Evidence) -> Judgement:
@@ -252,9 +324,13 @@ def independent(of: Evidence) -> Judgement:
 
 
 def learns(of: Evidence) -> Judgement:
-    (before, digest), (after, digest_after) = of.before, of.after
+    (before, digest) = of.before
+    (after, digest_after) = of.after
     same = of.before == of.after
-    nats = lambda bits: f"{float.fromhex(bits):.4f} ({bits})"
+
+    def nats(bits: str) -> str:
+        return f"{float.fromhex(bits):.4f} ({bits})"
+
     value = f"{of.generated:,} tokens were generated; the error on a text is {nats(before)} " + (
         f"and the fingerprint of the weights {digest[:12]}, before and after, to the last bit."
         if same
@@ -264,12 +340,15 @@ def learns(of: Evidence) -> Judgement:
 
 
 def readings(of: Evidence) -> Judgement:
-    learned, over = of.learning, Ratio(**of.learning["over"])
+    learned = of.learning
+    over = Ratio(**of.learning["over"])
     by_reading = dict(zip(learned["readings"], zip(learned["text"], learned["other"])))
     once, some, many = (by_reading[reading] for reading in (1, LEAST, MOST))
     value = (
-        f"a small model reads {in_words(learned['letters'])} letters 1, {LEAST} and {MOST} times. Its error on each of them "
-        f"falls: {once[0]:.2f}, {some[0]:.2f} and {many[0]:.2f}. On other pages of the same kind it is {once[1]:.2f}, "
+        f"a small model reads {in_words(learned['letters'])} letters 1, {LEAST} and {MOST} times. "
+        "Its error on each of them "
+        f"falls: {once[0]:.2f}, {some[0]:.2f} and {many[0]:.2f}. On other pages of the same kind "
+        f"it is {once[1]:.2f}, "
         f"{some[1]:.2f} and {many[1]:.2f}, from {LEAST} to {MOST} readings {over.format(times)}."
     )
     return judge(over, 1, "false: it learns it by heart", "true here"), value, {"over": over}
@@ -279,23 +358,39 @@ def moved(of: Evidence) -> Judgement:
     by = of.learning["moved"]
     before, once, many = (by[stage]["all weights"] for stage in ("pre-training", "1", str(MOST)))
     value = (
-        f"all weights taken as one arrow, pre-training on {in_words(of.learning['pretrained'])} letters moved its tip by "
-        f"{percent(before)} of its length; fine-tuning moved it by {percent(once)} when its text was read once, and by "
+        f"all weights taken as one arrow, pre-training on {in_words(of.learning['pretrained'])} "
+        "letters moved its tip by "
+        f"{percent(before)} of its length; fine-tuning moved it by {percent(once)} when its text "
+        "was read once, and by "
         f"{percent(many)} when it was read {MOST} times."
     )
-    verdict = "true" if many < before / 2 else "partly: if it reads its text once" if once < before / 2 else "false here"
+    if many < before / 2:
+        verdict = "true"
+    elif once < before / 2:
+        verdict = "partly: if it reads its text once"
+    else:
+        verdict = "false here"
     return verdict, value, {"pre_training": before, "once": once, "many": many}
 
 
 def costs(of: Evidence) -> Judgement:
-    cost = lambda start, tokens: of.usd(of.row(start)["seconds_per_token"] * tokens)
+
+    def cost(start: str, tokens: float) -> Any:
+        return of.usd(of.row(start)["seconds_per_token"] * tokens)
+
     trained = of.pretraining
-    training, tuning, token = cost("pre-training", trained), cost("LoRA", TUNING_TOKENS), of.ratio("LoRA", "pre-training")
-    share, served = token.scaled(TUNING_TOKENS / trained), training / (cost("decode with 8 slots", 1) or 1)
+    training = cost("pre-training", trained)
+    tuning = cost("LoRA", TUNING_TOKENS)
+    token = of.ratio("LoRA", "pre-training")
+    share = token.scaled(TUNING_TOKENS / trained)
+    served = training / (cost("decode with 8 slots", 1) or 1)
     value = (
-        f"pre-training on {in_words(trained)} tokens ({TOKENS_PER_PARAMETER} a parameter) {money(training)}, LoRA on "
-        f"{in_words(TUNING_TOKENS)} tokens {money(tuning)}, at {money(of.price)} an hour. A token of LoRA costs "
-        f"{token.format(percent)} of one of pre-training; the rest is the amount. Serving, eight at a time, has cost as much "
+        f"pre-training on {in_words(trained)} tokens ({TOKENS_PER_PARAMETER} a parameter) "
+        f"{money(training)}, LoRA on "
+        f"{in_words(TUNING_TOKENS)} tokens {money(tuning)}, at {money(of.price)} an hour. A token "
+        "of LoRA costs "
+        f"{token.format(percent)} of one of pre-training; the rest is the amount. Serving, eight "
+        "at a time, has cost as much "
         f"as training after {in_words(served)} tokens."
     )
     verdict = judge(share, SMALL_PART, "partly: not for so small a model", "true: the data are fewer")
@@ -305,30 +400,47 @@ def costs(of: Evidence) -> Judgement:
 
 def fortune(of: Evidence) -> Judgement:
     seconds = of.row("pre-training")["seconds_per_token"]
-    own, operation = of.usd(seconds * of.pretraining), seconds / of.flops("pre-training")
-    now, years = of.usd(operation * GPT2_FLOPS), operation * GPT2_FLOPS / (365 * 24 * 3600)
+    own = of.usd(seconds * of.pretraining)
+    operation = seconds / of.flops("pre-training")
+    now = of.usd(operation * GPT2_FLOPS)
+    years = operation * GPT2_FLOPS / (365 * 24 * 3600)
     value = (
-        f"GPT-2 cost about {money(round(GPT2_USD, -3))} in 2019. A model as able took {in_words(GPT2_FLOPS / 1e12)} trillion "
-        f"operations in 2026, ${H100S_USD:.0f} on eight rented H100s; all by nanochat's leaderboard. At what an "
-        f"operation of training costs on this machine they would be {money(now)}, and take {years:.3g} years. This model's own "
-        f"pre-training, on {TOKENS_PER_PARAMETER} tokens a parameter, is {money(own)}: the price goes with the size."
+        f"GPT-2 cost about {money(round(GPT2_USD, -3))} in 2019. A model as able took "
+        f"{in_words(GPT2_FLOPS / 1e12)} trillion "
+        f"operations in 2026, ${H100S_USD:.0f} on eight rented H100s; all by nanochat's "
+        "leaderboard. At what an "
+        f"operation of training costs on this machine they would be {money(now)}, and take "
+        f"{years:.3g} years. This model's own "
+        f"pre-training, on {TOKENS_PER_PARAMETER} tokens a parameter, is {money(own)}: the price "
+        "goes with the size."
     )
-    verdict = "false now" if now < SMALL_PART * GPT2_USD else "partly: less than then" if now < GPT2_USD else "true here"
+    if now < SMALL_PART * GPT2_USD:
+        verdict = "false now"
+    elif now < GPT2_USD:
+        verdict = "partly: less than then"
+    else:
+        verdict = "true here"
     return f"{verdict}, for a model like GPT-2", value, {"then_usd": GPT2_USD, "now_usd": now, "own_usd": own}
 
 
 def request_timing(reading: Timing, writing: Timing) -> Timing:
-    """Returns the seconds of a request in each round, of those of a token that is read and of one that is written."""
+    """Returns the seconds of a request in each round, of those of a token that is read and of one
+    that is written.
+    """
     return Timing(tuple(PROMPT * a + COMPLETION * b for a, b in zip(reading.seconds, writing.seconds)))
 
 
 def request(of: Evidence) -> Judgement:
-    reading, writing = of.row("chunked prefill"), of.row("decode with 8 slots")
+    reading = of.row("chunked prefill")
+    writing = of.row("decode with 8 slots")
     asked = request_timing(of.timing("chunked prefill"), of.timing("decode with 8 slots"))
-    requests, price = ratio(of.timing("pre-training").scaled(of.pretraining), asked), of.usd(asked.median)
+    requests = ratio(of.timing("pre-training").scaled(of.pretraining), asked)
+    price = of.usd(asked.median)
     value = (
-        f"{PROMPT} tokens are read in {si(PROMPT * reading['seconds_per_token'], 's')} and {COMPLETION} written in "
-        f"{si(COMPLETION * writing['seconds_per_token'], 's')}, eight requests at a time: {money(price)}. Pre-training on "
+        f"{PROMPT} tokens are read in {si(PROMPT * reading['seconds_per_token'], 's')} and "
+        f"{COMPLETION} written in "
+        f"{si(COMPLETION * writing['seconds_per_token'], 's')}, eight requests at a time: "
+        f"{money(price)}. Pre-training on "
         f"{in_words(of.pretraining)} tokens costs as much as {requests.format(in_words)} such requests."
     )
     return judge(requests, MANY, "true for one", "false here"), value, {"usd": price, "requests": requests}
@@ -342,7 +454,8 @@ def caching(of: Evidence) -> Judgement:
 def prefix_cache(of: Evidence) -> Judgement:
     return _of_gain(
         of.ratio("chunked prefill", "prefix-cache hit"),
-        f"a prompt's token takes {of.seconds('chunked prefill')} to prefill, and {of.seconds('prefix-cache hit')} to copy into "
+        f"a prompt's token takes {of.seconds('chunked prefill')} to prefill, and "
+        f"{of.seconds('prefix-cache hit')} to copy into "
         "its slot where a prompt that began alike was read before",
     )
 
@@ -361,11 +474,13 @@ def quantisation(of: Evidence) -> Judgement:
     gains: dict[str, Ratio] = {}
     words = []
     for slots in ("8", "32"):
-        wide, int8 = f"decode with {slots} slots", f"decode with {slots}, int8"
+        wide = f"decode with {slots} slots"
+        int8 = f"decode with {slots}, int8"
         with contextlib.suppress(KeyError):
             gains[slots] = of.ratio(wide, int8)
             words.append(
-                f"among {slots}, a token takes {of.seconds(wide)} with weights in {of.bytes_per_weight} bytes and "
+                f"among {slots}, a token takes {of.seconds(wide)} with weights in "
+                f"{of.bytes_per_weight} bytes and "
                 f"{of.seconds(int8)} in one: {gains[slots].format(times)}"
             )
     if not gains:
@@ -407,4 +522,6 @@ def _plain(numbers: Any) -> Any:
     """Returns the numbers as JSON has them, each ratio as an object of its own."""
     if isinstance(numbers, Ratio):
         return numbers._asdict()
-    return {name: _plain(value) for name, value in numbers.items()} if isinstance(numbers, dict) else numbers
+    if isinstance(numbers, dict):
+        return {name: _plain(value) for name, value in numbers.items()}
+    return numbers

@@ -1,12 +1,13 @@
 """Shows what learning does to a small model: a text that it reads again and again, and how far its weights move.
 
-Letters (bytes) are its tokens. It is trained from random weights on Python's reference, which is on every machine, and goes on
-with a few pages of this project's voice, which it reads READINGS times: that is what fine-tuning all weights is. Both are
-steps of one program.
+Letters (bytes) are its tokens. It is trained from random weights on Python's reference, which is on
+every machine, and goes on with a few pages of this project's voice, which it reads READINGS times:
+that is what fine-tuning all weights is. Both are steps of one program.
 """
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -26,12 +27,15 @@ from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import train_step
 
 READINGS = (1, 2, 4, 8, 16)
-ROWS, TOKENS = 8, 128  # of a step
+ROWS = 8
+TOKENS = 128  # of a step
 WINDOWS = 11 * ROWS  # of TOKENS letters, that the text has which is read again
-LEAST, MOST = 4, READINGS[-1]  # readings that are compared
+LEAST = 4
+MOST = READINGS[-1]  # readings that are compared
 STEPS = 300  # of pre-training: a tiny model, or one of fewer steps, learns nothing by heart
 OPTIMIZER = OptimizerConfig(learning_rate=2e-3)
-HALF_RATE = 0.51  # the progress at which the schedule has come down to half of the rate, with which the model goes on
+# the progress at which the schedule has come down to half of the rate, with which the model goes on
+HALF_RATE = 0.51
 KINDS = {
     "embedding": ("embed",),
     "attention": ("q", "k", "v", "out"),
@@ -42,28 +46,34 @@ KINDS = {
 
 
 def measure_learning(preset_name: str = "demo", steps: int = STEPS) -> Json:
-    """Trains the model and returns its errors, in nats a letter, after each of READINGS, and how far its weights moved.
+    """Trains the model and returns its errors, in nats a letter, after each of READINGS, and how
+    far its weights moved.
 
-    `text` and `other` are the errors on the text that is read, and on pages of the same voice that are not. `over`: the error
-    on the latter after MOST readings over that after LEAST, passage by passage. `moved`: the length of the change of all
-    weights of a kind, over their length afterwards, by pre-training and by each of READINGS.
+    `text` and `other` are the errors on the text that is read, and on pages of the same voice that
+    are not. `over`: the error on the latter after MOST readings over that after LEAST, passage by
+    passage. `moved`: the length of the change of all weights of a kind, over their length
+    afterwards, by pre-training and by each of READINGS.
     """
     cfg = dataclasses.replace(PRESETS[preset_name], vocab=256, context=TOKENS)
-    reference, other = _letters("\n".join(topics.values())), _letters(_voice("held_out"))
+    reference = _letters("\n".join(topics.values()))
+    other = _letters(_voice("held_out"))
     text = _letters(_voice("train"))[: WINDOWS * TOKENS + 1]
     tx = make_optimizer(OPTIMIZER)
     first = jax.jit(lambda key: init_params(cfg, key))(jax.random.key(0))
-    state, before = new_state(tx, first), _copy(first)
+    state = new_state(tx, first)
+    before = _copy(first)
     batches = TextBatches(reference, TOKENS, ROWS, seed=0)
     for step in range(steps):
         state, _ = train_step(cfg, tx, state, {}, batches.at(step), np.float32(step / steps))
     trained = _copy(state.trainable)
     moved = {"pre-training": _moved(before, trained)}
     errors: dict[int, tuple[Any, Any]] = {}
-    state, batches = new_state(tx, state.trainable), TextBatches(text, TOKENS, ROWS, seed=0)
+    state = new_state(tx, state.trainable)
+    batches = TextBatches(text, TOKENS, ROWS, seed=0)
     for step in range(MOST * WINDOWS // ROWS):
         state, _ = train_step(cfg, tx, state, {}, batches.at(step), np.float32(HALF_RATE))
-        if (reading := batches.order.epoch(step + 1)) in READINGS:
+        reading = batches.order.epoch(step + 1)
+        if reading in READINGS:
             errors[int(reading)] = _errors(cfg, state.trainable, text), _errors(cfg, state.trainable, other)
             moved[f"{reading:.0f}"] = _moved(trained, _copy(state.trainable))
     # The rule for rounds of times holds for pairs of any kind: here each passage is one.
@@ -83,7 +93,10 @@ def measure_learning(preset_name: str = "demo", steps: int = STEPS) -> Json:
 def _voice(name: str) -> str:
     """Returns the turns of a file of the voice as one text."""
     rows = [json.loads(line) for line in (VOICE / f"{name}.jsonl").read_text("utf-8").splitlines()]
-    return "\n\n".join(turn["content"] for row in rows for turn in row["messages"])
+    texts = []
+    for row in rows:
+        texts += [turn["content"] for turn in row["messages"]]
+    return "\n\n".join(texts)
 
 
 def _letters(text: str) -> np.ndarray:
@@ -106,12 +119,16 @@ def _copy(params: Any) -> dict[str, np.ndarray]:
     return {path: np.array(leaf) for path, leaf in array_paths(params).items()}
 
 
+def _length(arrays: Iterable[np.ndarray]) -> float:
+    return float(np.sqrt(sum(np.square(array).sum() for array in arrays)))
+
+
 def _moved(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict[str, float]:
-    length = lambda arrays: float(np.sqrt(sum(np.square(array).sum() for array in arrays)))
     moved = {}
     for kind, names in KINDS.items():
         paths = [path for path in after if path.rpartition("/")[2] in names]
         if paths:
-            moved[kind] = length(after[path] - before[path] for path in paths) / length(after[path] for path in paths)
-    every = length(after[path] - before[path] for path in after) / length(after.values())
+            distance = _length(after[path] - before[path] for path in paths)
+            moved[kind] = distance / _length(after[path] for path in paths)
+    every = _length(after[path] - before[path] for path in after) / _length(after.values())
     return {"all weights": every, **moved}

@@ -53,7 +53,8 @@ MAX_ROUNDS = 15
 AFTERWARDS = 12.0  # seconds for digests, invariants and ceilings
 FORWARD = "evaluation forward"  # the row of all ratios
 READING = "chunked prefill into a slot"  # the row that reads the prompt of a request
-CHECKPOINTED = "gradient checkpointing"  # the pre-training step with it, which is no row of the table
+# the pre-training step with it, which is no row of the table
+CHECKPOINTED = "gradient checkpointing"
 DRAWN = (  # the rows whose memory is drawn
     "pre-training step",
     "bottom half frozen",
@@ -85,12 +86,14 @@ def stage_table(
     pictures: bool,
     command: str,
 ) -> dict[str, Any]:
-    """Measures the table of the named model, else of a preset with random weights, in about `max_time` seconds in all.
+    """Measures the table of the named model, else of a preset with random weights, in about
+    `max_time` seconds in all.
 
-    Returns its document. `price`: dollars an hour. `max_time` includes compiling; rounds are added while they fit.
-    `fewest_rounds`: no more than a verdict needs. `pictures`: with the memory of each of DRAWN over time, what a block keeps
-    for its backward pass, and, unless there are `fewest_rounds`, what a small model learns. `command`: the one that measures
-    the claims again. Progress goes to stderr. Raises UserError for what does not fit or is not there.
+    Returns its document. `price`: dollars an hour. `max_time` includes compiling; rounds are added
+    while they fit. `fewest_rounds`: no more than a verdict needs. `pictures`: with the memory of
+    each of DRAWN over time, what a block keeps for its backward pass, and, unless there are
+    `fewest_rounds`, what a small model learns. `command`: the one that measures the claims again.
+    Progress goes to stderr. Raises UserError for what does not fit or is not there.
     """
     begin = clock()
     model = find_model(preset_name, model_name, lambda cfg: check_memory(cfg, batch, context))
@@ -111,17 +114,27 @@ def stage_table(
     started = clock()
     for call in calls.values():
         jax.block_until_ready(call())
-    seconds, left = clock() - started, max_time - AFTERWARDS - (clock() - begin)
-    rounds = MIN_ROUNDS if fewest_rounds else max(MIN_ROUNDS, min(MAX_ROUNDS, int(left / seconds)))
-    if (over := rounds * seconds - left) > 0:
+    seconds = clock() - started
+    left = max_time - AFTERWARDS - (clock() - begin)
+    if fewest_rounds:
+        rounds = MIN_ROUNDS
+    else:
+        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(left / seconds)))
+    over = rounds * seconds - left
+    if over > 0:
         progress(
-            f"This takes about {duration(over)} longer than --max-time {max_time:g}: the fewest rounds, {rounds}, take "
+            f"This takes about {duration(over)} longer than --max-time {max_time:g}: the fewest "
+            f"rounds, {rounds}, take "
             f"{duration(rounds * seconds)}; a smaller --batch or --context takes less"
         )
-    report = lambda done, total: progress(f"round {done} of {total}", replace=True)
+
+    def report(done: int, total: int) -> None:
+        progress(f"round {done} of {total}", replace=True)
+
     timings = measure(calls, rounds=rounds, warmups=0, report=report)
     # From here on seconds are those of a token.
-    timings = {name: timing.scaled(1 / (rows[name].tokens if name in rows else 1)) for name, timing in timings.items()}
+    for name in timings.keys() & rows.keys():
+        timings[name] = timings[name].scaled(1 / rows[name].tokens)
 
     progress("measuring the ceilings again: this machine's speed may have changed since, and the best counts ...")
     ceilings = best_ceilings(ceilings, measure_ceilings())
@@ -174,10 +187,13 @@ def stage_table(
 
 
 def _pictures(cfg: ModelConfig, params: Any, rows: dict[str, Row], batch: Batch) -> dict[str, Any]:
-    """Returns the memory of programs over time, none where the backend does not say, and what a block keeps for backward."""
+    """Returns the memory of programs over time, none where the backend does not say, and what a
+    block keeps for backward.
+    """
     progress("finding what a step holds over time, and what a block keeps ...")
     remat = training_row(dataclasses.replace(cfg, remat="block"), params, training_kinds(cfg)[0], batch)
-    drawn = {name: row for name in DRAWN if (row := {**rows, CHECKPOINTED: remat}.get(name))}
+    possible = {**rows, CHECKPOINTED: remat}
+    drawn = {name: possible[name] for name in DRAWN if name in possible}
     memory = {}
     try:
         memory = {name: memory_over_time(row.program).document() for name, row in drawn.items()}
@@ -191,7 +207,9 @@ def _pictures(cfg: ModelConfig, params: Any, rows: dict[str, Row], batch: Batch)
 
 
 def check_memory(cfg: ModelConfig, batch: int, context: int) -> None:
-    """Raises UserError, with the largest preset that would fit if one does, when the table does not fit the memory."""
+    """Raises UserError, with the largest preset that would fit if one does, when the table does not
+    fit the memory.
+    """
     limit = device_memory_bytes()
     presets = sorted(PRESETS.items(), key=lambda item: -count_params(item[1]).total)
     fitting = (f"--preset {name} fits" for name, other in presets if table_bytes(other, batch, context) <= limit)
@@ -205,7 +223,8 @@ def table_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
     states = sum(step.gradients + step.optimizer for step in steps)
     served = inference_memory(cfg, 32, context)
     working = max(step.total - step.params - step.optimizer for step in steps)
-    # Float32 weights, as much for frozen halves in the compute type, served copies in two bytes and one.
+    # Float32 weights, as much for frozen halves in the compute type, served copies in two bytes and
+    # one.
     return states + steps[0].params * 2 + 2 * served.params + served.cache * 2 + working
 
 
@@ -238,22 +257,36 @@ def row_document(
 ) -> dict[str, Any]:
     """Returns a row of the JSON document; operations, bytes and seconds are those of a token.
 
-    `digests`: `weight_digests` before the calls. `utilisation` is None where the ceiling could not be measured.
+    `digests`: `weight_digests` before the calls. `utilisation` is None where the ceiling could not
+    be measured.
     """
-    rates: dict[str, Any] = {rate: getattr(ceilings, rate) or math.nan for rate in RATES}  # one that is 0 is not known
+    # one that is 0 is not known
+    rates: dict[str, Any] = {rate: getattr(ceilings, rate) or math.nan for rate in RATES}
     ceilings = dataclasses.replace(ceilings, **rates)
     differ = [old != new for old, new in zip(digests, weight_digests(row))]
-    changed = "identical" if not any(differ) else "changed" if all(differ) else "partly"
+    if not any(differ):
+        changed = "identical"
+    elif all(differ):
+        changed = "changed"
+    else:
+        changed = "partly"
     timing = timings[row.name]
     times = ratio(timing, timings[forward.name])
-    seconds, flops = timing.median, row.formula.by_pass
-    per_token = lambda number: number / row.tokens
+    seconds = timing.median
+    flops = row.formula.by_pass
+
+    def per_token(number: Any) -> float:
+        return number / row.tokens
+
     relative = per_token(flops.total) / (forward.formula.total / forward.tokens)
     used = per_token(row.traffic) / seconds / (1e9 * ceilings.read_gbs)
     if row.utilisation_of == "MFU":
         used = per_token(flops.total) / seconds / ceilings.peak_flops(row.dtype)
     by_layer = [layer.by_pass for layer in row.layers]
-    asked = request_timing(timings[READING], timing).median if row.stage == "decode" else None
+    if row.stage == "decode":
+        asked = request_timing(timings[READING], timing).median
+    else:
+        asked = None
     counted = {
         "formula": flops.total,
         "walker": row.walker and row.walker.matmul,
@@ -264,11 +297,15 @@ def row_document(
         "dw": flops.dw,
         "optimizer": row.update,
     }
+    flops_per_token = dict.fromkeys(counted, None)
+    for name, number in counted.items():
+        if number is not None:
+            flops_per_token[name] = per_token(number)
     return {
         "name": row.name,
         "stage": row.stage,
         "weights": changed,
-        "flops_per_token": {name: None if number is None else per_token(number) for name, number in counted.items()},
+        "flops_per_token": flops_per_token,
         "counters_differ": row.counters_differ,
         "flop_ratio_to_forward": relative,
         "seconds_per_token": seconds,
@@ -291,8 +328,12 @@ def row_document(
 
 
 def bound_by(row: Row, seconds: float, ceilings: Ceilings) -> str:
-    """Returns what alone takes half of a token's `seconds` at this machine's best rates: memory, products, or neither."""
+    """Returns what alone takes half of a token's `seconds` at this machine's best rates: memory,
+    products, or neither.
+    """
     if row.traffic / row.tokens / (1e9 * ceilings.read_gbs) >= seconds / 2:
         return "memory"
     products = row.walker.matmul if row.walker else row.formula.total
-    return "products" if products / row.tokens / ceilings.peak_flops(row.dtype) >= seconds / 2 else "neither"
+    if products / row.tokens / ceilings.peak_flops(row.dtype) >= seconds / 2:
+        return "products"
+    return "neither"

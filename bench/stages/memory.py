@@ -1,8 +1,9 @@
 """Makes the memory of a compiled program over time: the bytes alive at each position of its schedule, by kind.
 
-XLA's own buffer assignment says where each value lies: values in one place of one allocation follow each other there. The
-scheduled program says when each is made and last read. Both are protocol buffers (`xla/service/hlo.proto`), also in a program
-from the compilation cache; field numbers below are those of that file. A loop's body runs once here.
+XLA's own buffer assignment says where each value lies: values in one place of one allocation follow
+each other there. The scheduled program says when each is made and last read. Both are protocol
+buffers (`xla/service/hlo.proto`), also in a program from the compilation cache; field numbers below
+are those of that file. A loop's body runs once here.
 """
 
 import bisect
@@ -21,7 +22,8 @@ from engine.errors import UserError
 
 POSITIONS = 400  # that a document has of a schedule, at most
 KINDS = ("parameters", "optimizer state", "KV cache", "gradients", "residuals", "temporaries")
-_BACKWARD, _OPTIMIZER = "transpose(jvp", "/optimizer/"
+_BACKWARD = "transpose(jvp"
+_OPTIMIZER = "/optimizer/"
 Index = tuple[int, ...]  # of an array in a value: () of an array alone, (0, 1) in a tuple of tuples
 
 
@@ -29,8 +31,9 @@ Index = tuple[int, ...]  # of an array in a value: () of an array alone, (0, 1) 
 class MemoryOverTime:
     """The memory of one call of a program, in bytes at each position of its schedule.
 
-    `backward` and `update` are the positions at which backward begins and at which all gradients exist; None where there is
-    no backward pass. `xla` is the peak by `memory_analysis()`, with the holes between the places of the heap.
+    `backward` and `update` are the positions at which backward begins and at which all gradients
+    exist; None where there is no backward pass. `xla` is the peak by `memory_analysis()`, with the
+    holes between the places of the heap.
     """
 
     bytes: dict[str, list[int]]  # by kind; each position's sum is what is alive
@@ -43,13 +46,20 @@ class MemoryOverTime:
         return [sum(column) for column in zip(*self.bytes.values())]
 
     def document(self) -> Json:
-        """Returns the bytes by kind at POSITIONS positions at most, the first of these in backward and in the update, and the
-        peak by XLA. Of equal stretches of the schedule, the position with most alive stands for each: peaks stay."""
+        """Returns the bytes by kind at POSITIONS positions at most, the first of these in backward
+        and in the update, and the peak by XLA. Of equal stretches of the schedule, the position
+        with most alive stands for each: peaks stay.
+        """
         alive = self.alive
         parts = min(len(alive), POSITIONS)
         cuts = [len(alive) * part // parts for part in range(parts + 1)]
         positions = [max(range(low, high), key=alive.__getitem__) for low, high in itertools.pairwise(cuts)]
-        place = lambda position: None if position is None else min(bisect.bisect_left(positions, position), parts - 1)
+
+        def place(position: int | None) -> int | None:
+            if position is None:
+                return None
+            return min(bisect.bisect_left(positions, position), parts - 1)
+
         return {
             "bytes": {kind: [column[position] for position in positions] for kind, column in self.bytes.items()},
             "backward": place(self.backward),
@@ -60,11 +70,11 @@ class MemoryOverTime:
 
 @dataclasses.dataclass(eq=False)
 class Buffer:
-    """A place in memory while it holds one value, or those that are written over one another: alive from position `start` to
-    `end`, both included.
+    """A place in memory while it holds one value, or those that are written over one another: alive
+    from position `start` to `end`, both included.
 
-    `argument`: the label of the argument in whose memory it lies. `origins`: of the first value, labels of the
-    arguments that it depends on, and 'loss' from the logits of a batch on.
+    `argument`: the label of the argument in whose memory it lies. `origins`: of the first value,
+    labels of the arguments that it depends on, and 'loss' from the logits of a batch on.
     """
 
     bytes: int
@@ -78,14 +88,18 @@ class Buffer:
 
 
 def memory_over_time(compiled: jax.stages.Compiled) -> MemoryOverTime:
-    """Returns the memory of a compiled program. Its phases and kinds are known by the scopes of `engine/training/step.py`.
+    """Returns the memory of a compiled program. Its phases and kinds are known by the scopes of
+    `engine/training/step.py`.
 
     Raises UserError when the backend does not say where its values lie.
     """
     buffers, positions = find_buffers(compiled)
     after_loss = [each for each in buffers if _BACKWARD in each.label and "loss" in each.origins]
     backward = min((each.start for each in after_loss), default=None)
-    update = max((each.start for each in after_loss), default=0) + 1 if after_loss else None
+    if after_loss:
+        update = max((each.start for each in after_loss), default=0) + 1
+    else:
+        update = None
     changes = {kind: [0] * (positions + 1) for kind in KINDS}
     for buffer in buffers:
         column = changes[kind_of(buffer, backward)]
@@ -99,14 +113,17 @@ def find_buffers(compiled: jax.stages.Compiled) -> tuple[list[Buffer], int]:
     """Returns the program's buffers, and how many positions its schedule has."""
     program = _Program(compiled)
     program.run(program.entry)
-    buffers = {buffer for results in program.results.values() for buffer in results.values() if buffer.start >= 0}
+    buffers: set[Buffer] = set()
+    for results in program.results.values():
+        buffers.update(buffer for buffer in results.values() if buffer.start >= 0)
     ordered = sorted(buffers, key=lambda buffer: (buffer.place, buffer.start))
     for buffer, after in itertools.pairwise(ordered):
         if buffer.place == after.place:
             buffer.end = min(buffer.end, after.start - 1)
     for buffer in ordered:
         if buffer.argument is not None:
-            buffer.start, buffer.end = 0, program.position - 1  # the caller's memory
+            buffer.start = 0
+            buffer.end = program.position - 1  # the caller's memory
     return ordered, program.position
 
 
@@ -114,7 +131,9 @@ Value = dict[Index, frozenset[Buffer]]  # the buffers that each array of a value
 
 
 class _Program:
-    """A scheduled program with its buffer assignment; `run` walks it and sets the spans, labels and origins of buffers."""
+    """A scheduled program with its buffer assignment; `run` walks it and sets the spans, labels and
+    origins of buffers.
+    """
 
     def __init__(self, compiled: jax.stages.Compiled) -> None:
         assignment = getattr(compiled.memory_analysis(), "serialized_buffer_assignment_proto", b"")
@@ -131,26 +150,35 @@ class _Program:
         sequences = [read_message(entry) for entry in read_message(module[7][0])[1]]
         self.schedule = {entry[1][0]: [*integers(read_message(entry[2][0]).get(1, []))] for entry in sequences}
         self.position = 0
-        self.results: dict[int, dict[Index, Buffer]] = defaultdict(dict)  # instruction -> index -> buffer
+        # instruction -> index -> buffer
+        self.results: dict[int, dict[Index, Buffer]] = defaultdict(dict)
         self._assign(read_message(assignment))
 
     def _assign(self, assignment: dict[int, list[Any]]) -> None:
-        """Reads a BufferAssignmentProto: values (1) with the places that define them, those that share a buffer (2), and
-        allocations (3)."""
+        """Reads a BufferAssignmentProto: values (1) with the places that define them, those that
+        share a buffer (2), and allocations (3).
+        """
         defined = {each.get(1, [0])[0]: _location(each[3][0]) for each in map(read_message, assignment[1])}
-        numbers, first = {location: number for number, location in defined.items()}, {number: number for number in defined}
+        numbers = {location: number for number, location in defined.items()}
+        first = {number: number for number in defined}
         for alias in map(read_message, assignment.get(2, [])):
-            number, other = alias.get(1, [0])[0], numbers[_location(alias[2][0])]
+            number = alias.get(1, [0])[0]
+            other = numbers[_location(alias[2][0])]
             if number < other:
                 first[other] = first[number]
         buffers: dict[int, Buffer] = {}
         entry = {self._number(n, 9): n for n in self.schedule[self.entry] if self._opcode(n) == "parameter"}
         for allocation in map(read_message, assignment[3]):
-            if any(allocation.get(field) for field in (3, 11, 12)):  # of one thread, of pointers, of constants
+            # of one thread, of pointers, of constants
+            if any(allocation.get(field) for field in (3, 11, 12)):
                 continue
-            argument = self._label(entry[allocation.get(6, [0])[0]]) if allocation.get(5) else None
+            if allocation.get(5):
+                argument = self._label(entry[allocation.get(6, [0])[0]])
+            else:
+                argument = None
             for assigned in map(read_message, allocation.get(9, [])):
-                place, number = (allocation.get(1, [0])[0], assigned.get(2, [0])[0]), assigned.get(1, [0])[0]
+                place = (allocation.get(1, [0])[0], assigned.get(2, [0])[0])
+                number = assigned.get(1, [0])[0]
                 instruction, index = defined[number]
                 self.results[instruction][index] = buffers.setdefault(
                     first[number], Buffer(assigned.get(3, [0])[0], place, argument)
@@ -163,16 +191,23 @@ class _Program:
         return self.instructions[instruction].get(field, [0])[0]
 
     def _label(self, instruction: int) -> str:
-        """Returns the scopes of the source that it comes from, such as `jit(train_step)/jvp(head)/dot_general`, or ''."""
+        """Returns the scopes of the source that it comes from, such as
+        `jit(train_step)/jvp(head)/dot_general`, or ''.
+        """
         metadata = self.instructions[instruction].get(7)
-        return read_message(metadata[0]).get(2, [b""])[0].decode() if metadata else ""
+        if metadata:
+            return read_message(metadata[0]).get(2, [b""])[0].decode()
+        return ""
 
     def run(self, computation: int, arguments: Sequence[Value] = ()) -> Value:
-        """Runs a computation's operations in their order, each at the next position, and returns its result's value."""
+        """Runs a computation's operations in their order, each at the next position, and returns
+        its result's value.
+        """
         values: dict[int, Value] = {}
         result: Value = {}
         for instruction in self.schedule[computation]:
-            fields, label = self.instructions[instruction], self._label(instruction)
+            fields = self.instructions[instruction]
+            label = self._label(instruction)
             inputs = [values[operand] for operand in integers(fields.get(36, []))]
             called = [*integers(fields.get(38, []))]
             match self._opcode(instruction):
@@ -181,7 +216,9 @@ class _Program:
                 case "bitcast" | "opt-barrier":
                     value = inputs[0]
                 case "tuple":
-                    value = {(place, *index): buffers for place, each in enumerate(inputs) for index, buffers in each.items()}
+                    value = {}
+                    for place, each in enumerate(inputs):
+                        value |= {(place, *index): buffers for index, buffers in each.items()}
                 case "get-tuple-element":
                     place = self._number(instruction, 13)
                     value = {index[1:]: buffers for index, buffers in inputs[0].items() if index[:1] == (place,)}
@@ -215,14 +252,21 @@ class _Program:
         for buffer in self.results[instruction].values():
             buffer.end = self.position
             if buffer.start < 0:
-                buffer.start, buffer.label, buffer.last_label, buffer.origins = self.position, label, label, origins
+                buffer.start = self.position
+                buffer.label = label
+                buffer.last_label = label
+                buffer.origins = origins
         return {index: frozenset({buffer}) for index, buffer in self.results[instruction].items()}
 
     def _read(self, values: list[Value], label: str) -> list[Buffer]:
         """Notes that the buffers of these values are read here, and returns them."""
-        buffers = [buffer for value in values for each in value.values() for buffer in each]
+        buffers: list[Buffer] = []
+        for value in values:
+            for each in value.values():
+                buffers += each
         for buffer in buffers:
-            buffer.end, buffer.last_label = self.position, label or buffer.last_label
+            buffer.end = self.position
+            buffer.last_label = label or buffer.last_label
         return buffers
 
 
@@ -270,14 +314,16 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     while True:
         byte = data[at]
         value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
+        at = at + 1
+        shift = shift + 7
         if byte < 128:
             return value, at
 
 
 def kind_of(buffer: Buffer, backward: int | None) -> str:
-    """Returns one of KINDS. A value made before `backward` and read after it is a residual; weights in another type, or with
-    the norm's gain in them, are parameters still."""
+    """Returns one of KINDS. A value made before `backward` and read after it is a residual; weights
+    in another type, or with the norm's gain in them, are parameters still.
+    """
     if buffer.argument is not None:
         return _argument_kind(buffer.argument)
     if _OPTIMIZER in buffer.label:

@@ -15,13 +15,23 @@ PAGE = Path(__file__).parent / "page"
 
 def print_stages(document: dict[str, Any]) -> None:
     """Prints the two tables and the claims."""
-    out, rows = console(), document["rows"]
+    out = console()
+    rows = document["rows"]
     counted = ("", "weights", "formula", "walker", "elementwise", "XLA", "of forward")
     print_table("Counted: operations a token, by three counters", counted, map(_counted, rows), left=2)
     for why in dict.fromkeys(row["counters_differ"] for row in rows if row["counters_differ"]):
         names = ", ".join(row["name"] for row in rows if row["counters_differ"] == why)
         out.print(f"[bold]{names}[/]: {why}")
-    measured = ("", "a token takes", "× forward", "peak", "predicted", "moved a token", "of ceiling", "bound by")
+    measured = (
+        "",
+        "a token takes",
+        "× forward",
+        "peak",
+        "predicted",
+        "moved a token",
+        "of ceiling",
+        "bound by",
+    )
     prices = ("$ a million", "$ a request")
     read, written = document["request_tokens"]
     price = money(document["price_per_hour"])
@@ -34,7 +44,8 @@ def print_stages(document: dict[str, Any]) -> None:
 
 def _counted(row: dict[str, Any]) -> list[str]:
     flops = row["flops_per_token"]
-    walker, elementwise = flops["walker"], flops["walker_elementwise"]
+    walker = flops["walker"]
+    elementwise = flops["walker_elementwise"]
     return [
         row["name"],
         row["weights"],
@@ -63,7 +74,9 @@ def _measured(row: dict[str, Any]) -> list[str]:
 
 
 def write_pictures(folder: Path, document: Json) -> None:
-    """Writes `folder`/stages.svg and passes.svg, each whole or not at all. They follow the reader's light or dark theme."""
+    """Writes `folder`/stages.svg and passes.svg, each whole or not at all. They follow the reader's
+    light or dark theme.
+    """
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGE),
         autoescape=True,

@@ -1,8 +1,9 @@
 """Finds what a block of the NumPy model keeps for its backward pass, and why.
 
-The reason is the comment of each field of the named tuples of engine/by_hand, the line is the one of the backward pass that
-reads it, shape and bytes are those of a run. What needs it is found by experiment: the backward pass reads NaN in its place,
-and each derivative that then is NaN needed it.
+The reason is the comment of each field of the named tuples of engine/by_hand, the line is the one
+of the backward pass that reads it, shape and bytes are those of a run. What needs it is found by
+experiment: the backward pass reads NaN in its place, and each derivative that then is NaN needed
+it.
 """
 
 import inspect
@@ -21,21 +22,28 @@ HALVES: dict[str, tuple[Any, Any, Any]] = {
     "attention": (block.AttentionResiduals, block.attention_with_residuals, block.attention_backward),
     "feed-forward": (block.SwigluResiduals, block.feed_forward_with_residuals, block.feed_forward_backward),
 }
-INPUT = "attention", "x"  # of the block, which gradient checkpointing keeps, and computes the rest again
-FROZEN = {"LoRA on q and v": LoraConfig(targets=("q", "v")), "LoRA on every matrix": LoraConfig(), "frozen": None}
+# of the block, which gradient checkpointing keeps, and computes the rest again
+INPUT = "attention", "x"
+FROZEN = {
+    "LoRA on q and v": LoraConfig(targets=("q", "v")),
+    "LoRA on every matrix": LoraConfig(),
+    "frozen": None,
+}
 _FIELD = re.compile(r"\s+(\w+): .*#\s*(\([^)]*\))\s+(\S.*)")
 
 
 def block_residuals(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Json:
-    """Returns what block 0 keeps for tokens (B, T) int: "rows", one for each array, and "kept", the bytes by way of training.
+    """Returns what block 0 keeps for tokens (B, T) int: "rows", one for each array, and "kept", the
+    bytes by way of training.
 
-    `needed_for`: "dx", and the weights whose derivatives need it. `kept_by`: the ways of training under which it is kept.
-    Under "frozen" and LoRA the block's own weights are frozen and a block below trains. Raises ValueError for a field
-    without a reason.
+    `needed_for`: "dx", and the weights whose derivatives need it. `kept_by`: the ways of training
+    under which it is kept. Under "frozen" and LoRA the block's own weights are frozen and a block
+    below trains. Raises ValueError for a field without a reason.
     """
     weights = to_numpy(params)
     rows = _run(cfg, weights, tokens)
-    for row, few in zip(rows, _run(cfg, weights, tokens[:1, :3])):  # NaN spreads as well from three tokens
+    # NaN spreads as well from three tokens
+    for row, few in zip(rows, _run(cfg, weights, tokens[:1, :3])):
         row["needed_for"] = few["needed_for"]
         row["kept_by"] = _ways(cfg, row)
     # The block's input is kept in every way.
@@ -44,17 +52,23 @@ def block_residuals(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Json:
 
 
 def field_reasons(source: str) -> dict[str, tuple[str, str]]:
-    """Returns name -> (shape in axis letters, reason) from a named tuple's source. Raises ValueError for a field without."""
+    """Returns name -> (shape in axis letters, reason) from a named tuple's source. Raises
+    ValueError for a field without.
+    """
     names = re.findall(r"^    (\w+): ", source, re.M)
-    found = {match[1]: (match[2], " ".join(match[3].split())) for line in source.splitlines() if (match := _FIELD.match(line))}
-    if unexplained := [name for name in names if name not in found]:
+    found = {}
+    for match in filter(None, map(_FIELD.match, source.splitlines())):
+        found[match[1]] = match[2], " ".join(match[3].split())
+    unexplained = [name for name in names if name not in found]
+    if unexplained:
         raise ValueError(f"{unexplained[0]} does not say its shape and which derivative needs it.")
     return found
 
 
 def _run(cfg: ModelConfig, weights: Any, tokens: np.ndarray) -> list[Json]:
     T = tokens.shape[1]
-    x, w = layers.lookup(weights["embed"], tokens), weights["blocks"]["0"]
+    x = layers.lookup(weights["embed"], tokens)
+    w = weights["blocks"]["0"]
     cos, sin = layers.rope_tables(cfg, np.arange(T)[None], x.dtype)
     tables = block.PositionTables(cos, sin, layers.causal_mask(None, T))
     rows = []
@@ -64,7 +78,8 @@ def _run(cfg: ModelConfig, weights: Any, tokens: np.ndarray) -> list[Json]:
         reading = inspect.getsource(backward).splitlines()
         x, residuals = forward(cfg, w, x, *with_tables)
         for name in kind._fields:
-            if (value := getattr(residuals, name)) is None:
+            value = getattr(residuals, name)
+            if value is None:
                 continue
             needed_for: list[str] = []
             if T <= 3:

@@ -1,6 +1,7 @@
 """The rows of the stage table: each one program, its expected cost, and how to run it once.
 
-Training runs forward and backward; evaluation, prefill, prefill into a server's slot and decoding run forward alone.
+Training runs forward and backward; evaluation, prefill, prefill into a server's slot and decoding
+run forward alone.
 """
 
 import dataclasses
@@ -75,7 +76,8 @@ class Row:
     peak_bytes: int | None  # that the compiled program needs, by XLA
     predicted_bytes: int  # the same, by formula
     traffic: int  # bytes that it must read and write
-    layers: Sequence[Flops] = ()  # of a training step: the formula of each block, and last of the head
+    # of a training step: the formula of each block, and last of the head
+    layers: Sequence[Flops] = ()
     program: Any = None  # compiled; None for NumPy
     walker: JaxprCost | None = None
     update: int = 0  # operations outside the gradient: clipping, the optimizer, the guard
@@ -98,27 +100,36 @@ class Row:
 
     @property
     def utilisation_of(self) -> str:
-        """Returns 'MBU' (share of bytes/s) for the stage `decode` and calls without products, else 'MFU' (share of FLOP/s)."""
-        return "MBU" if self.stage == "decode" or not self.formula.total else "MFU"
+        """Returns 'MBU' (share of bytes/s) for the stage `decode` and calls without products, else
+        'MFU' (share of FLOP/s).
+        """
+        if self.stage == "decode" or not self.formula.total:
+            return "MBU"
+        return "MFU"
 
 
 def compile_program(
     function: Any, static: tuple[Any, ...], *args: Any, calls: int = 1, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Compiles a jitted function for its arguments; returns the program, and the cost of `calls` as fields of a Row.
+    """Compiles a jitted function for its arguments; returns the program, and the cost of `calls` as
+    fields of a Row.
 
-    `static` are its first arguments; `options` are static too, of which `steps` are those of a loop.
+    `static` are its first arguments; `options` are static too, of which `steps` are those of a
+    loop.
     """
     lowered = function.lower(*static, *args, **options)
-    program, traced = lowered.compile(), functools.partial(function, *static, **options)
+    program = lowered.compile()
+    traced = functools.partial(function, *static, **options)
     return program, cost_of(lowered, program, traced, *args, calls=calls, steps=options.get("steps", 1))
 
 
 def cost_of(lowered: Any, program: Any, function: Any, *args: Any, calls: int = 1, steps: int = 1) -> dict[str, Any]:
-    """Returns the cost of `calls` of a program, compiled of `function`. XLA counts the body of a loop of `steps` once.
+    """Returns the cost of `calls` of a program, compiled of `function`. XLA counts the body of a
+    loop of `steps` once.
 
-    It counts the program as lowered, the same on every processor: a compiled one repeats work in fusions and converts types.
-    It sees nothing of a kernel: the walker's products of those are added.
+    It counts the program as lowered, the same on every processor: a compiled one repeats work in
+    fusions and converts types. It sees nothing of a kernel: the walker's products of those are
+    added.
     """
     walker = jaxpr_cost(function, *args) * calls
     xla = xla_flops(lowered) * calls * steps + walker.in_kernels
@@ -137,7 +148,9 @@ class TrainingKind:
 
 def training_kinds(cfg: ModelConfig) -> list[TrainingKind]:
     """Returns the ways of training that the table compares; half a model needs two layers."""
-    half, every, lora = cfg.layers // 2, all_trainable(cfg), lora_only(cfg, ADAPTER)
+    half = cfg.layers // 2
+    every = all_trainable(cfg)
+    lora = lora_only(cfg, ADAPTER)
     # The last block alone: no norm above it, no head.
     last = TrainablePaths(frozenset(path for path in every.weights if path.startswith(f"blocks/{cfg.layers - 1}/")))
     halves = {f"{end} half frozen": select_trainable(cfg, freeze=[f"{end}:{half}"])[0] for end in ("bottom", "top") if half}
@@ -160,8 +173,8 @@ def training_row(
 ) -> Row:
     """Compiles a step of `kind` on the batch; `params` are copied where they train.
 
-    Frozen matrices are stored in the compute type. In fine-tuning only the second half of each row counts in the loss, as
-    the completions of a conversation do.
+    Frozen matrices are stored in the compute type. In fine-tuning only the second half of each row
+    counts in the loss, as the completions of a conversation do.
     """
     B, T = batch.tokens.shape
     paths = kind.trainable_paths
@@ -186,11 +199,16 @@ def training_row(
     cost = cost_of(step.lowered, step.program, program, step.state, *step.arguments)
     walker = jaxpr_cost(functools.partial(loss_and_gradient, cfg, objective=objective), trainable, frozen, data)
     update = cost["walker"].elementwise - walker.elementwise
-    loss_chunk = LOSS_CHUNK if 4 * B * T * cfg.vocab > LOGITS_LIMIT else None
+    if 4 * B * T * cfg.vocab > LOGITS_LIMIT:
+        loss_chunk = LOSS_CHUNK
+    else:
+        loss_chunk = None
     layers = flops_by_layer(cfg, T, rows=B * T, attention=QUERY_BLOCK, trainable=paths, loss_chunk=loss_chunk)
 
     def weights() -> Any:
-        return merge(step.state.trainable, frozen) if paths.weights else (frozen, step.state.trainable)
+        if paths.weights:
+            return merge(step.state.trainable, frozen)
+        return (frozen, step.state.trainable)
 
     return Row(
         kind.name,
@@ -226,11 +244,15 @@ def evaluation_row(cfg: ModelConfig, params: Any, batch: Batch) -> Row:
 
 
 def prefill_row(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Row:
-    """Returns the row that prefills a batch of prompts, tokens (B, T) int32, CHUNK tokens at a time."""
+    """Returns the row that prefills a batch of prompts, tokens (B, T) int32, CHUNK tokens at a
+    time.
+    """
     B, T = tokens.shape
     T -= T % CHUNK
     pieces = [jnp.asarray(tokens[:, start : start + CHUNK]) for start in range(0, T, CHUNK)]
-    lengths, cache, chunks = jnp.full((B,), CHUNK, jnp.int32), make_cache(cfg, B, T), len(pieces)
+    lengths = jnp.full((B,), CHUNK, jnp.int32)
+    cache = make_cache(cfg, B, T)
+    chunks = len(pieces)
     program, cost = compile_program(prefill, (cfg,), params, pieces[0], lengths, cache, calls=chunks)
 
     def run() -> Any:
@@ -254,7 +276,8 @@ def prefill_row(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Row:
 
 
 def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[Row]:
-    """Yields the rows that prefill a prompt into one of a server's SLOTS, and copy it there from the prefix cache.
+    """Yields the rows that prefill a prompt into one of a server's SLOTS, and copy it there from
+    the prefix cache.
 
     tokens (T,) int32, T a multiple of 64.
     """
@@ -281,7 +304,10 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     prefill_program, cost = compile_program(
         prefill_chunk, (cfg,), params, cache, pieces[0], None, slot, starts[0], calls=chunks
     )
-    read = lambda cache, piece, slot, start: prefill_program(params, cache, piece, None, slot, start)[1]
+
+    def read(cache: Any, piece: Any, slot: Any, start: Any) -> Any:
+        return prefill_program(params, cache, piece, None, slot, start)[1]
+
     # A chunk attends to every place of its slot. The last layer ends with its keys and values.
     parts = prefill_flops(cfg, size, attention="full", cached=S - size).parts
     blocks = {name: PassFlops(part.forward // cfg.layers * (cfg.layers - 1)) for name, part in parts.items()}
@@ -318,17 +344,19 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
 
 
 def decode_row(cfg: ModelConfig, params: Any, requests: int, length: int, *, name: str, weights: str | None) -> Row:
-    """Returns the row that decodes STEPS tokens greedily for each of `requests`, after `length` cached tokens.
+    """Returns the row that decodes STEPS tokens greedily for each of `requests`, after `length`
+    cached tokens.
 
-    On a CPU a lone request has MIN_ROWS, as in the engine, here with a cache each. `weights`: the type of matrices if not the
-    config's.
+    On a CPU a lone request has MIN_ROWS, as in the engine, here with a cache each. `weights`: the
+    type of matrices if not the config's.
     """
     rows = max(requests, MIN_ROWS if ops().pads_lone_row else 1)
     empty = make_cache(cfg, rows, length + STEPS)
     # Random numbers in its places, as other requests leave them.
     cache = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape).astype(x.dtype), empty)
     sampling = jax.device_put(sampling_arrays(SamplingParams(temperature=0.0).per_row(rows)))
-    token, capacity = jnp.zeros((rows,), jnp.int32), cache.k[0].shape[2]
+    token = jnp.zeros((rows,), jnp.int32)
+    capacity = cache.k[0].shape[2]
     program, cost = compile_program(decode_steps, (cfg,), params, token, cache, sampling)
 
     def run() -> Any:
@@ -353,7 +381,9 @@ def decode_row(cfg: ModelConfig, params: Any, requests: int, length: int, *, nam
 
 
 def int16_activation_matrices(params: Any) -> set[str]:
-    """Returns the names of the Int8 matrices whose activations are 16 bits wide, multiplied as two int8 digits."""
+    """Returns the names of the Int8 matrices whose activations are 16 bits wide, multiplied as two
+    int8 digits.
+    """
     leaves = leaf_paths(params).items()
     return {path.rpartition("/")[2] for path, leaf in leaves if isinstance(leaf, Int8) and leaf.activations == "int16"}
 
@@ -372,7 +402,9 @@ def uncached_decode(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Any:
 
 
 def _predicted(cfg: ModelConfig, slots: int, length: int, *, calls: int = 1, **options: Any) -> dict[str, Any]:
-    """Returns the fields `predicted_bytes` and `traffic` of a Row; arguments as of `inference_memory`, for so many calls."""
+    """Returns the fields `predicted_bytes` and `traffic` of a Row; arguments as of
+    `inference_memory`, for so many calls.
+    """
     return {
         "predicted_bytes": inference_memory(cfg, slots, length, **options).total,
         "traffic": inference_bytes(cfg, slots, length, **options).total * calls,
@@ -380,7 +412,8 @@ def _predicted(cfg: ModelConfig, slots: int, length: int, *, calls: int = 1, **o
 
 
 def by_hand_rows(cfg: ModelConfig, params: Any, batch: Batch) -> list[Row]:
-    """Returns the rows of a batch: forward alone, to logits, and a training step: loss, every gradient, and AdamW.
+    """Returns the rows of a batch: forward alone, to logits, and a training step: loss, every
+    gradient, and AdamW.
 
     Attention is `full`.
     """
@@ -388,9 +421,11 @@ def by_hand_rows(cfg: ModelConfig, params: Any, batch: Batch) -> list[Row]:
     plain = dataclasses.replace(cfg, dtype="float32", remat="none")
     weights = to_numpy(params)
     tokens, targets, mask = (np.asarray(part) for part in (batch.tokens, batch.targets, batch.mask))
-    inference, training = inference_memory(plain, B, 0, tokens=T, every_logit=True), training_memory(plain, B, T)
+    inference = inference_memory(plain, B, 0, tokens=T, every_logit=True)
+    training = training_memory(plain, B, T)
     zeros = [tree_map(np.zeros_like, weights) for _ in range(2)]
-    trained, moments = weights, adamw.Moments(np.array(0, np.int32), *zeros)
+    trained = weights
+    moments = adamw.Moments(np.array(0, np.int32), *zeros)
     optimizer = adamw.AdamWConfig(learning_rate=1e-4)
 
     def step() -> float:
@@ -402,7 +437,14 @@ def by_hand_rows(cfg: ModelConfig, params: Any, batch: Batch) -> list[Row]:
     def row(name: str, run: Callable[[], Any], weights: Callable[[], Any], held: int, **cost: Any) -> Row:
         cost["formula"] *= B * T
         return Row(
-            f"by hand: {name}", "by hand", run, weights, tokens=B * T, peak_bytes=_peak(run, held), dtype="float32", **cost
+            f"by hand: {name}",
+            "by hand",
+            run,
+            weights,
+            tokens=B * T,
+            peak_bytes=_peak(run, held),
+            dtype="float32",
+            **cost,
         )
 
     return [

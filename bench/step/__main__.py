@@ -6,8 +6,8 @@
     python -m bench.step --of saving --preset nano        how long a save stops training, and how much its write slows it
     python -m bench.step --of recipes                     every experiment on the default training run, and what it gave
 
-A step is `train_step`: bfloat16 products, float32 weights, clipping, AdamW, and the guard against non-finite steps. Steps
-that are compared run interleaved. Models of --shapes read bytes.
+A step is `train_step`: bfloat16 products, float32 weights, clipping, AdamW, and the guard against
+non-finite steps. Steps that are compared run interleaved. Models of --shapes read bytes.
 """
 
 import csv
@@ -79,7 +79,8 @@ def measure_step(flags: StepFlags) -> Json:
     if flags.of == "saving":
         return ways.measure_saving(flags.preset, flags.interval, flags.batch, flags.context, flags.steps, flags.rounds)
     if flags.model:
-        model, tokens = load(flags.model), flags.batch * flags.context
+        model = load(flags.model)
+        tokens = flags.batch * flags.context
         steps = ways.finetuning_ways(model, flags.batch, flags.context, flags.rank)
         return {"shapes": [ways.measure_ways(model.name, steps, tokens, model.cfg.dtype, flags.rounds)]}
     documents = []
@@ -95,11 +96,13 @@ def measure_step(flags: StepFlags) -> Json:
 
 
 def show_experiments() -> Json:
-    """Prints what was tried on the default training run, what each change gave, and whether it was kept.
+    """Prints what was tried on the default training run, what each change gave, and whether it was
+    kept.
 
-    `to` is the recipe that was changed, layers x width. Runs of 180 s on a quiet machine are what counts; runs of equal steps,
-    half as long, compare changes that cost no time on a busy one, but mislead: 3 x 128 and a momentum of 0.9 were ahead in
-    them, and behind in whole runs. Two seeds of one recipe differ by up to 0.06.
+    `to` is the recipe that was changed, layers x width. Runs of 180 s on a quiet machine are what
+    counts; runs of equal steps, half as long, compare changes that cost no time on a busy one, but
+    mislead: 3 x 128 and a momentum of 0.9 were ahead in them, and behind in whole runs. Two seeds
+    of one recipe differ by up to 0.06.
     """
     with EXPERIMENTS.open(encoding="utf-8", newline="") as file:
         experiments = list(csv.DictReader(file))

@@ -1,6 +1,7 @@
 """Times the ways of one training step, interleaved with each other and with a square matmul, and a step beside a save.
 
-Ways: AdamW and Muon; all, the upper half, or LoRA (also over int8). Frozen matrices are stored in the compute type.
+Ways: AdamW and Muon; all, the upper half, or LoRA (also over int8). Frozen matrices are stored in
+the compute type.
 """
 
 import functools
@@ -64,14 +65,21 @@ def optimizer_ways(inputs: StepInputs) -> dict[str, Way]:
 
 
 def finetuning_ways(model: BenchModel, rows: int, tokens: int, rank: int) -> dict[str, Way]:
-    """Compiles steps of AdamW on `rows` sequences that train all weights, the upper half, and LoRA pairs: on q and v, on
-    all seven matrices, and on these over an int8 base."""
-    cfg, params = model.cfg, model.params
+    """Compiles steps of AdamW on `rows` sequences that train all weights, the upper half, and LoRA
+    pairs: on q and v, on all seven matrices, and on these over an int8 base.
+    """
+    cfg = model.cfg
+    params = model.params
     data = next_token_batch(tokens_for(model, rows, tokens + 1))._replace(segments=jnp.ones((rows, tokens), jnp.int32))
-    make = lambda trainable, frozen, paths, **options: make_way(cfg, trainable, frozen, data, paths, **options)
-    frozen, (upper, _) = cast_matrices(params, cfg.dtype), select_trainable(cfg, freeze=[f"bottom:{max(cfg.layers // 2, 1)}"])
-    queries, every = LoraConfig(rank, targets=("q", "v")), LoraConfig(rank)
-    pairs = lambda adapter: init_lora(cfg, jax.random.key(0), adapter)
+
+    def make(trainable: Any, frozen: Any, paths: TrainablePaths, **options: Any) -> Any:
+        return make_way(cfg, trainable, frozen, data, paths, **options)
+
+    frozen = cast_matrices(params, cfg.dtype)
+    (upper, _) = select_trainable(cfg, freeze=[f"bottom:{max(cfg.layers // 2, 1)}"])
+    queries = LoraConfig(rank, targets=("q", "v"))
+    every = LoraConfig(rank)
+    pairs = functools.partial(init_lora, cfg, jax.random.key(0))
     int8 = cast_matrices(quantize(params, "full"), cfg.dtype)
     return {
         "everything": make(cast_matrices(params, "float32"), {}, all_trainable(cfg)),
@@ -83,14 +91,19 @@ def finetuning_ways(model: BenchModel, rows: int, tokens: int, rank: int) -> dic
 
 
 def measure_ways(name: str, ways: Mapping[str, Way], tokens: int, dtype: str, rounds: int) -> Json:
-    """Times the steps, each of `tokens`, in turns with products in `dtype`; prints the table and returns it as JSON."""
+    """Times the steps, each of `tokens`, in turns with products in `dtype`; prints the table and
+    returns it as JSON.
+    """
     progress(f"measuring {name} ...")
     multiply, product_flops = square_product(dtype)
     timings = measure({"product": multiply} | {way: each.step for way, each in ways.items()}, rounds=rounds, warmups=2)
-    first, ceiling = next(iter(ways)), product_flops / timings["product"].median / 1e9
-    rows, lines = [], []
+    first = next(iter(ways))
+    ceiling = product_flops / timings["product"].median / 1e9
+    rows = []
+    lines = []
     for way, (step, flops) in ways.items():
-        seconds, over = timings[way].median, ratio(timings[way], timings[first])
+        seconds = timings[way].median
+        over = ratio(timings[way], timings[first])
         share = ratio(timings["product"].scaled(flops / product_flops), timings[way])
         trainable = sum(leaf.size for leaf in jax.tree.leaves(step.state.trainable))
         row = {
@@ -116,18 +129,25 @@ def measure_ways(name: str, ways: Mapping[str, Way], tokens: int, dtype: str, ro
                 str(share),
             ]
         )
-    print_table(f"{name}, {device_name()}; the matmul makes {ceiling:,.0f} GFLOP/s in {dtype}", COLUMNS.split("|"), lines)
+    print_table(
+        f"{name}, {device_name()}; the matmul makes {ceiling:,.0f} GFLOP/s in {dtype}",
+        COLUMNS.split("|"),
+        lines,
+    )
     print(describe_noise(timings))
     return {"shape": name, "dtype": dtype, "ceiling_gflops": ceiling, "rows": rows}
 
 
 def measure_saving(preset_name: str, interval: float, batch: int, context: int, steps: int, rounds: int) -> Json:
-    """Measures how long saving a checkpoint stops training, and how much its write slows the steps beside it; prints the table.
+    """Measures how long saving a checkpoint stops training, and how much its write slows the steps
+    beside it; prints the table.
 
-    A round trains steps alone, and steps while a checkpoint is written. Stopped: the seconds of `BackgroundSaver.save`. Slowed:
-    the steps beside the write, less as many steps alone. Shares are of the interval between two checkpoints.
+    A round trains steps alone, and steps while a checkpoint is written. Stopped: the seconds of
+    `BackgroundSaver.save`. Slowed: the steps beside the write, less as many steps alone. Shares are
+    of the interval between two checkpoints.
     """
-    cfg, tx = preset(preset_name), make_optimizer(OptimizerConfig(kind="adamw"))
+    cfg = preset(preset_name)
+    tx = make_optimizer(OptimizerConfig(kind="adamw"))
     state = jax.jit(lambda key: init_state(tx, init_params(cfg, key)))(jax.random.key(0))
     data = next_token_batch(jax.random.randint(jax.random.key(1), (batch, context + 1), 0, cfg.vocab))
     take_step = TrainingStep(cfg, tx, state, {}, data)
@@ -162,19 +182,27 @@ def measure_saving(preset_name: str, interval: float, batch: int, context: int, 
         saver.reserve(take_step.state.trainable, take_step.state.opt_state)
         step()
         saver.wait()
-        report = lambda done, total: progress(f"round {done} of {total}")
+
+        def report(done: int, total: int) -> None:
+            progress(f"round {done} of {total}")
+
         timings = measure({"alone": alone, "beside": beside}, rounds=rounds, warmups=0, report=report, seconds_of=float)
     times = list(zip(timings["alone"].seconds, timings["beside"].seconds, counts))
     slowed = [(beside - alone) * count for alone, beside, count in times]
-    rows = {"step": [alone for alone, *_ in times], "stopped": stopped, "slowed": slowed, "written after": written}
+    rows = {
+        "step": [alone for alone, *_ in times],
+        "stopped": stopped,
+        "slowed": slowed,
+        "written after": written,
+    }
     medians = {name: statistics.median(row) for name, row in rows.items()}
     shares = {name: medians[name] / interval for name in ("stopped", "slowed")}
     over = ratio(timings["beside"], timings["alone"])
-    print_table(
-        f"a state of {size / 1e9:.2f} GB",
-        ("", "seconds", f"of {interval:g} s"),
-        [(name, f"{value:.2f}", f"{shares[name]:.1%}" if name in shares else "") for name, value in medians.items()],
-    )
+    lines = []
+    for name, value in medians.items():
+        share = f"{shares[name]:.1%}" if name in shares else ""
+        lines.append((name, f"{value:.2f}", share))
+    print_table(f"a state of {size / 1e9:.2f} GB", ("", "seconds", f"of {interval:g} s"), lines)
     print(f"a step beside the write takes {over} of a step alone")
     return {
         "preset": preset_name,
