@@ -1,4 +1,5 @@
-"""The engine: pure functions and plain data. It prints nothing, parses nothing and owns no loop.
+"""The engine: pure functions and plain data. It reads no command line, prints nothing and ends no process; what must be said it
+raises as a UserError or warns of.
 
 The argument of the project, as folders:
 
@@ -8,6 +9,7 @@ The argument of the project, as folders:
     text/        bytes to batches
     storage/     what lies on disk
     counting/    what work costs, by formula and by measurement
+    planning/    what a step, a run or a served model will take, before it runs
 
 Axis letters, used in every einsum, shape comment and docstring:
 

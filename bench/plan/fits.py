@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.plan.formulas import Numbers, efficiency, serving
 from bench.plan.hardware import HERE, accelerators, numbers, read_calibration
 from engine.counting.accelerators import Accelerator
+from engine.planning.formulas import Numbers, efficiency, serving
 
 _TEXT = {"name", "group", "hardware", "precision", "method", "unclean", "source", "note"}
 LEVEL = 0.85  # of the left-out runs that an interval holds

@@ -1,4 +1,4 @@
-"""Writes the planner's page, whose sliders compute in the browser by the formulas of `formulas.py`.
+"""Writes the planner's page, whose sliders compute in the browser by the formulas of `engine.planning`.
 
 The formulas are written out as JavaScript, so that page and terminal compute by one source.
 """
@@ -11,11 +11,11 @@ from types import ModuleType
 from typing import Any
 
 from bench.cli import LOG_CHARTS, Json, write_page
-from bench.plan import formulas
 from bench.plan.fits import SLOTS, fit_serving
 from bench.plan.model import METHODS, job
 from bench.plan.plans import ADAPTER_BOUND, LAW, MEMORY, POWER, PRECISIONS
 from engine.model.config import ModelConfig
+from engine.planning import formulas
 
 HERE = Path(__file__).parent
 # What Python and JavaScript write alike, but for a condition.

@@ -13,7 +13,11 @@ from typing import Any, NamedTuple
 
 from bench.cli import print_table
 from bench.plan.fits import SLOTS, clean_runs, fit_serving
-from bench.plan.formulas import (
+from bench.plan.hardware import HERE
+from bench.plan.model import config_of_size, job
+from engine.errors import UserError
+from engine.format import duration, format_bytes, in_words, money, si, significant
+from engine.planning.formulas import (
     SHARE,
     Numbers,
     efficiency,
@@ -23,10 +27,6 @@ from bench.plan.formulas import (
     training,
     training_memory,
 )
-from bench.plan.hardware import HERE
-from bench.plan.model import config_of_size, job
-from engine.errors import UserError
-from engine.format import duration, format_bytes, in_words, money, si, significant
 
 # Of the watts in the table, what runs drew: OLMo-3 on H100, 624 and 649 of 700 (muxup.com/2025q4);
 # LLaMA on A100, 400 and a tenth for the building (2302.13971, table 15).

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from bench.cli import print_table
 from bench.plan.fits import clean_runs, fit_serving, predict_efficiency, predicted_rate, rows, utilisation
-from bench.plan.formulas import SHARE, UPDATE_BYTES, training_memory
 from bench.plan.model import config_of_size, job
 from bench.plan.plans import ADAPTER_BOUND, MEMORY
+from engine.planning.formulas import SHARE, UPDATE_BYTES, training_memory
 
 FLOPS_BOUND = 0.03
 

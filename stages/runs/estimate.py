@@ -76,6 +76,6 @@ def memory_estimate(plan: RunPlan, needed: int) -> str:
         f"about {format_bytes(needed)} of {limit}; {format_bytes(saved)} more of host memory, if free, to save beside training"
     )
     if jax.default_backend() == "cpu" and plan.mesh.devices == 1:
-        peak = max(needed + saved, plan.answering_bytes) + process_bytes(plan.cfg)
+        peak = max(needed + saved, plan.step.answering_bytes) + process_bytes(plan.cfg)
         phrase += f"; {format_count(peak)}B in all with Python and JAX"
     return phrase

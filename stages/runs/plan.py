@@ -1,18 +1,16 @@
-"""RunPlan: what a run trains, how, and for how long; its FLOPs and its memory follow from that alone, by formula."""
+"""RunPlan: what a run trains, how, and for how long; `engine.planning` predicts its steps from that."""
 
 import dataclasses
 import math
 from collections.abc import Collection
 from typing import Any, Literal
 
-from engine.counting.flops import train_flops
-from engine.counting.memory import TrainingMemory, dtype_bytes, training_memory
-from engine.counting.params import count_params
+from engine.counting.memory import TrainingMemory
 from engine.format import duration, quantity
 from engine.mesh.shape import ONE_DEVICE, MeshShape, divisors
 from engine.model.config import ModelConfig
-from engine.model.loss import loss_chunks
 from engine.model.trainable import TrainablePaths, all_trainable
+from engine.planning.step import StepPlan
 from engine.training.optimizer import OptimizerConfig
 from engine.training.step import LORA_COMPILER_OPTIONS
 
@@ -61,26 +59,30 @@ class RunPlan:
     blocks: Collection[str] = ()  # paths of matrices in blocks, of which two numbers in 32 weights train
 
     @property
+    def step(self) -> StepPlan:
+        return StepPlan(
+            self.cfg,
+            self.recipe.batch,
+            self.recipe.context,
+            optimizer=self.recipe.optimizer.kind,
+            microbatches=self.recipe.accumulate,
+            mesh=self.mesh,
+            trainable=self.trainable,
+            base=self.base,
+            blocks=self.blocks,
+        )
+
+    @property
     def step_flops(self) -> int:
-        """FLOPs of a step: 6N + 12LDT a token, less the products for gradients that no trainable parameter needs."""
-        flops = train_flops(self.cfg, self.recipe.context, attention="full", trainable=self.trainable)
-        return flops.total * self.step_tokens
+        return self.step.flops
 
     @property
     def step_tokens(self) -> int:
-        return self.recipe.batch * self.recipe.context
+        return self.step.tokens
 
     @property
     def memory(self) -> TrainingMemory:
-        """The predicted memory of a step on one device."""
-        return step_memory(self.cfg, self.recipe, self.mesh, self.trainable, self.base, self.blocks)
-
-    @property
-    def answering_bytes(self) -> int:
-        """The predicted memory of answering questions between two steps: of the state, and of the weights as served."""
-        memory = self.memory
-        served = dtype_bytes(self.cfg) * count_params(self.cfg).total  # an adapter is merged for it
-        return memory.params + memory.optimizer + served
+        return self.step.memory
 
     @property
     def compiler_options(self) -> dict[str, Any] | None:
@@ -124,52 +126,6 @@ class RunPlan:
         flops = self.step_flops / full.step_flops
         memory = self.memory.total / full.memory.total
         return f"FLOPs {flops:.0%}, memory {memory:.0%}, time {flops:.0%} of a step in which everything is trained"
-
-
-def step_memory(
-    cfg: ModelConfig,
-    recipe: Recipe,
-    mesh: MeshShape,
-    trainable: TrainablePaths | None,
-    base: Literal["float", "int8"],
-    blocks: Collection[str],
-) -> TrainingMemory:
-    """Predicts the memory of a step on one device: of its rows, its share of the weights, its heads and columns.
-
-    Matrices in `blocks` count about as a LoRA pair of rank width / 32.
-    """
-    own = {name: getattr(cfg, name) // mesh.tensor for name in ("vocab", "heads", "kv_heads", "ff")}
-    own_cfg = dataclasses.replace(cfg, **own)
-    rows = recipe.batch // recipe.accumulate // mesh.row_shards
-    counted = trainable
-    if trainable and blocks:
-        packed = trainable.weights.intersection(blocks)
-        counted = TrainablePaths(trainable.weights - packed, packed - {"embed", "head"}, cfg.width // 32)
-    memory = training_memory(
-        own_cfg,
-        rows,
-        recipe.context,
-        optimizer=recipe.optimizer.kind,
-        trainable=counted,
-        loss_chunks=loss_chunks(own_cfg, rows * recipe.context, _head_trains(cfg, trainable)),
-        microbatches=recipe.accumulate,
-        base=base,
-    )
-    # The model as loaded, in float32, which the report compares with; of a LoRA the pairs; of blocks what a step unpacks.
-    if trainable is not None:
-        is_shared = trainable.adapted or dtype_bytes(own_cfg) == 4
-        loaded = memory.gradients if is_shared else 4 * count_params(own_cfg).total
-        memory = dataclasses.replace(memory, params=memory.params + loaded)
-    shares = {
-        name: getattr(memory, name) // mesh.fsdp for name in ("params", "optimizer", "copies", "gradients", "accumulated")
-    }
-    if mesh.fsdp * mesh.tensor > 1:  # the whole head, gathered in float32, and its copy
-        shares["copies"] += (4 + dtype_bytes(own_cfg)) * cfg.width * cfg.vocab
-    return dataclasses.replace(memory, **shares)
-
-
-def _head_trains(cfg: ModelConfig, trainable: TrainablePaths | None) -> bool:
-    return trainable is None or cfg.head_path in trainable.weights
 
 
 def run_fraction(parts: int, steps: int | None, seconds: float | None) -> int | float:

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from engine.counting.accelerators import Accelerator
-from engine.counting.memory import train_bytes
 from engine.counting.xla import Collective, read_collectives, xla_peak
 from engine.device import start_jax
 from engine.errors import UserError
@@ -24,8 +23,9 @@ from engine.mesh.layout import global_batch, make_mesh, sharded_shapes
 from engine.mesh.shape import MeshShape
 from engine.model.config import ModelConfig
 from engine.model.transformer import init_params
+from engine.planning.step import EFFICIENCY
 from engine.text.batch import Batch
-from engine.training.optimizer import OptimizerConfig, make_optimizer, muon_flops
+from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state
 from stages.cli.console import Console
 from stages.runs.plan import Recipe, RunPlan
@@ -33,7 +33,6 @@ from stages.runs.stage import compile_step
 
 COMMAND = ("-m", __name__)  # of the process that compiles
 COMPILE_SECONDS = 900.0  # at most
-EFFICIENCY = 0.5  # of the peak, by products; whole published runs reach 0.2 to 0.6
 
 
 def plan_on_mesh(plan: RunPlan, device: Accelerator, console: Console) -> list[tuple[str, str]]:
@@ -54,7 +53,7 @@ def plan_on_mesh(plan: RunPlan, device: Accelerator, console: Console) -> list[t
     kinds = [f"{times[kind]:,} {kind} of {format_bytes(size)}" for kind, size in sizes.most_common()]
     sent = format_bytes(sum(collective.wire_bytes for collective in collectives))
     widened = "; bfloat16 counts as the 32 bits that a CPU sends, twice an accelerator's" * (plan.cfg.dtype == "bfloat16")
-    seconds = _predict_seconds(plan, device, collectives)
+    seconds = plan.step.seconds_on(device, collectives)
     least, most = si(max(seconds.values()), "s"), si(sum(seconds.values()), "s")
     parts = ", ".join(f"{name} {si(value, 's')}" for name, value in seconds.items())
     return [
@@ -69,22 +68,6 @@ def plan_on_mesh(plan: RunPlan, device: Accelerator, console: Console) -> list[t
             "a CPU's program: more temporaries than others, and all-reduces where they reduce-scatter",
         ),
     ]
-
-
-def _predict_seconds(plan: RunPlan, device: Accelerator, collectives: list[Collective]) -> dict[str, float]:
-    """Predicts the seconds of a step's products (remat's and Muon's too), memory traffic, and collectives."""
-    cfg, recipe, mesh = plan.cfg, plan.recipe, plan.mesh
-    flops = plan.step_flops / mesh.devices
-    if recipe.optimizer.kind == "muon":  # on whole matrices, dealt out: on a device that has the most of them
-        flops += muon_flops(cfg) / cfg.layers * math.ceil(cfg.layers / mesh.devices)
-    traffic = train_bytes(cfg, recipe.batch // recipe.accumulate // mesh.row_shards, recipe.context)
-    passes = recipe.accumulate * (traffic.weights + traffic.activations + traffic.logits) / mesh.tensor
-    update = (traffic.gradients + traffic.optimizer) / (mesh.fsdp * mesh.tensor)
-    return {
-        "products": flops / (1e12 * EFFICIENCY * device.bf16_tflops),
-        "memory": (passes + update) / (1e9 * device.memory_gbs),
-        "collectives": sum(map(device.send_seconds, collectives)),
-    }
 
 
 def _compile_in_subprocess(plan: RunPlan, console: Console) -> dict[str, Any]:

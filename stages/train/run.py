@@ -27,7 +27,7 @@ from engine.model.paths import unflatten
 from engine.model.shapes import leaf_shapes
 from engine.model.transformer import init_params
 from engine.text.batch import TextBatches
-from engine.training.optimizer import OptimizerConfig, make_optimizer, muon_flops
+from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import TrainState, init_state
 from stages.cli.console import Console
 from stages.runs.batch_steps import BatchSteps, MeshBatches, temporary_bytes
@@ -282,9 +282,7 @@ def predict_step_seconds(plan: RunPlan, best: Ceilings) -> float:
     """Predicts the seconds of a step's products (remat's and Muon's too), the optimizer's traffic,
     and the dispatch."""
     cfg = plan.cfg
-    flops = plan.step_flops
-    if plan.recipe.optimizer.kind == "muon":
-        flops += muon_flops(cfg)
+    flops = plan.step_flops + plan.step.update_flops
     products = flops / best.peak_flops(cfg.dtype) / expected_mfu(cfg.dtype)
     update = UPDATE_BYTES * count_params(cfg).total / (1e9 * best.update_gbs)
     return products + update + DISPATCH

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.cli import run_bench
-from bench.plan import formulas
 from bench.plan.__main__ import PlanFlags, answer, plan, write_pages
 from bench.plan.fits import clean_runs, device_numbers, predict_efficiency, rows
 from bench.plan.hardware import accelerators, find_hardware
@@ -30,6 +29,7 @@ from engine.counting.flops import prefill_flops, train_flops
 from engine.counting.params import count_params
 from engine.errors import UserError
 from engine.model.config import PRESETS
+from engine.planning import formulas
 
 CFG = PRESETS["llama-3.2-1b"]
 

@@ -115,9 +115,9 @@ def test_the_memory_in_all_holds_the_weights_that_answer_between_steps():
     lora = lora_only(cfg, LoraConfig(rank=8))
     plan = RunPlan("small", cfg, recipe("demo", 2048).resize(1, 128), 0, 5, None, trainable=lora, base="int8")
     served = 2 * count_params(cfg).total
-    assert plan.answering_bytes == plan.memory.params + plan.memory.optimizer + served
-    assert plan.answering_bytes > plan.memory.total + plan.memory.saved
-    in_all = format_count(plan.answering_bytes + estimate.process_bytes(cfg))
+    assert plan.step.answering_bytes == plan.memory.params + plan.memory.optimizer + served
+    assert plan.step.answering_bytes > plan.memory.total + plan.memory.saved
+    in_all = format_count(plan.step.answering_bytes + estimate.process_bytes(cfg))
     assert estimate.memory_estimate(plan, plan.memory.total).endswith(f"; {in_all}B in all with Python and JAX")
 
 

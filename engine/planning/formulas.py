@@ -1,7 +1,9 @@
-"""The planner's arithmetic, which `page.py` writes out as JavaScript, so that the browser computes the same.
+"""Plans training and serving on devices that need not be here: seconds, memory and device-hours, by formula.
 
-Arguments m are a model and a method of training it (`model.job`), d a device (`hardware.numbers`); all else is numbers in FLOP,
-bytes, seconds, tokens and dollars. Only what can be translated word for word: assignments, arithmetic, conditions and calls.
+Arguments m are a model and a method of training it, d a device; all else is numbers in FLOP, bytes,
+seconds, tokens and dollars. `bench.plan` makes both, and writes this file out as JavaScript, so
+that a browser computes the same. So it holds only what can be translated word for word:
+assignments, arithmetic, conditional expressions and calls.
 """
 
 from math import exp, floor, log10
@@ -10,19 +12,25 @@ from typing import Any
 Numbers = dict[str, float]
 
 SHARE = 0.9  # of a device's memory that a program gets
-STATE_BYTES = 16  # a trained parameter: weight and gradient in 16 bits, master weight and two moments in 32 (1910.02054)
+# a trained parameter: weight and gradient in 16 bits, master weight and two moments in 32
+# (1910.02054)
+STATE_BYTES = 16
 UPDATE_BYTES = 28  # that AdamW moves for a parameter: four numbers of 32 bits read, three written
 LOSS_ROWS = 1024  # of logits that exist at once
 
 
 def efficiency(d: Any, params: float, devices: float, recompute: float) -> float:
-    """Returns the share of the peak that a run uses over all its device-hours, by the regression of `fits.py`."""
+    """Returns the share of the peak that a run uses over all its device-hours, by the regression of
+    `fits.py`.
+    """
     on_one_node = d.node if devices <= 8 else 0
     return min(0.9, exp(d.base + on_one_node + d.size * log10(params / 1e10) + d.repeated * recompute))
 
 
 def training_memory(m: Any, devices: float, recompute: float) -> float:
-    """Returns the bytes on each of the devices, which share the state out, with one text a device at a time."""
+    """Returns the bytes on each of the devices, which share the state out, with one text a device
+    at a time.
+    """
     state = (m.frozen * m.frozen_bytes + m.trained * STATE_BYTES) / devices
     gathered = 4 * (m.frozen + m.trained) / m.layers if devices > 1 else 0
     kept = m.kept + 2 * m.width * m.layers if recompute else m.kept * m.layers
@@ -30,7 +38,8 @@ def training_memory(m: Any, devices: float, recompute: float) -> float:
 
 
 def training(m: Any, d: Any, tokens: float, devices: float, sampling: float) -> Numbers:
-    """Returns the middle of the answer for a run, which computes activations again when it does not fit otherwise.
+    """Returns the middle of the answer for a run, which computes activations again when it does not
+    fit otherwise.
 
     `sampling`: device-seconds to generate a token that is then trained on.
     """
@@ -62,11 +71,13 @@ def training(m: Any, d: Any, tokens: float, devices: float, sampling: float) -> 
 def serving(
     m: Any, d: Any, bits: float, kv_bits: float, devices: float, slots: float, prompt: float, answer: float, cached: float
 ) -> Numbers:
-    """Returns the middle of the answer for a replica of the devices, with as many requests at once as fit, at most `slots`.
+    """Returns the middle of the answer for a replica of the devices, with as many requests at once
+    as fit, at most `slots`.
 
-    A step reads the weights once and each request's keys and values, multiplies, and starts each layer's kernels: the
-    times add up. Prefill needs no head: the first token's logits are a step's. Requests are half through their answers, in a
-    cache of pages. `cached`: the share of a prompt that the prefix cache holds.
+    A step reads the weights once and each request's keys and values, multiplies, and starts each
+    layer's kernels: the times add up. Prefill needs no head: the first token's logits are a step's.
+    Requests are half through their answers, in a cache of pages. `cached`: the share of a prompt
+    that the prefix cache holds.
     """
     weights = m.params * bits / 8
     cache = 2 * m.layers * m.kv_width * kv_bits / 8
@@ -102,7 +113,8 @@ def serving(
 
 
 def longer_prompt(m: Any, d: Any, bits: float, kv_bits: float, extra: float, prompt: float, answer: float) -> Numbers:
-    """Returns the device-seconds that `extra` tokens before a prompt add to a request, computed each time or found cached.
+    """Returns the device-seconds that `extra` tokens before a prompt add to a request, computed
+    each time or found cached.
 
     Either way each generated token attends to them.
     """
@@ -115,5 +127,7 @@ def longer_prompt(m: Any, d: Any, bits: float, kv_bits: float, extra: float, pro
 
 
 def optimal(flops: float, a: float, b: float, alpha: float, beta: float) -> float:
-    """Returns the parameters of least loss a / N^alpha + b / D^beta with 6 N D = flops (2203.15556, equation 4)."""
+    """Returns the parameters of least loss a / N^alpha + b / D^beta with 6 N D = flops (2203.15556,
+    equation 4).
+    """
     return (alpha * a / (beta * b)) ** (1 / (alpha + beta)) * (flops / 6) ** (beta / (alpha + beta))

@@ -1,0 +1,125 @@
+"""StepPlan: predicts the operations of a training step, its memory on a device of a mesh, and its seconds there."""
+
+import dataclasses
+import math
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+from engine.counting.accelerators import Accelerator
+from engine.counting.flops import train_flops
+from engine.counting.memory import TrainingMemory, dtype_bytes, train_bytes, training_memory
+from engine.counting.params import count_params
+from engine.counting.xla import Collective
+from engine.mesh.shape import ONE_DEVICE, MeshShape
+from engine.model.config import ModelConfig
+from engine.model.loss import loss_chunks
+from engine.model.trainable import TrainablePaths
+from engine.training.optimizer import muon_flops
+
+EFFICIENCY = 0.5  # of an accelerator's peak, by products; whole published runs reach 0.2 to 0.6
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """A training step that has not run."""
+
+    cfg: ModelConfig
+    batch: int  # rows
+    context: int  # tokens a row
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    microbatches: int = 1  # parts that the batch is read in
+    mesh: MeshShape = ONE_DEVICE  # the devices that share it
+    trainable: TrainablePaths | None = None  # the parameters that train, None for all
+    base: Literal["float", "int8"] = "float"  # the type of the frozen matrices under an adapter
+    # paths of matrices in blocks, of which two numbers in 32 weights train
+    blocks: Collection[str] = ()
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.context
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the model: 6N + 12LDT a token, less the products for gradients that no trainable
+        parameter needs.
+        """
+        flops = train_flops(self.cfg, self.context, attention="full", trainable=self.trainable)
+        return flops.total * self.tokens
+
+    @property
+    def update_flops(self) -> int:
+        """FLOPs of the optimizer's products."""
+        if self.optimizer == "muon":
+            return muon_flops(self.cfg)
+        return 0
+
+    @property
+    def memory(self) -> TrainingMemory:
+        """Bytes on one device: of its rows, its share of the weights, its heads and columns.
+
+        Matrices in `blocks` count about as a LoRA pair of rank width / 32.
+        """
+        mesh = self.mesh
+        own = {name: getattr(self.cfg, name) // mesh.tensor for name in ("vocab", "heads", "kv_heads", "ff")}
+        cfg = dataclasses.replace(self.cfg, **own)
+        trainable = self.trainable
+        if trainable and self.blocks:
+            packed = trainable.weights.intersection(self.blocks)
+            trainable = TrainablePaths(trainable.weights - packed, packed - {"embed", "head"}, cfg.width // 32)
+        memory = training_memory(
+            cfg,
+            self._rows,
+            self.context,
+            optimizer=self.optimizer,
+            trainable=trainable,
+            loss_chunks=loss_chunks(cfg, self._rows * self.context, self._head_trains),
+            microbatches=self.microbatches,
+            base=self.base,
+        )
+        # The model as loaded, in float32, which the report compares with; of a LoRA the pairs; of
+        # blocks what a step unpacks.
+        if self.trainable is not None:
+            is_shared = self.trainable.adapted or dtype_bytes(cfg) == 4
+            loaded = memory.gradients if is_shared else 4 * count_params(cfg).total
+            memory = dataclasses.replace(memory, params=memory.params + loaded)
+        cut = ("params", "optimizer", "copies", "gradients", "accumulated")
+        shares = {name: getattr(memory, name) // mesh.fsdp for name in cut}
+        if mesh.fsdp * mesh.tensor > 1:  # the whole head, gathered in float32, and its copy
+            shares["copies"] += (4 + dtype_bytes(cfg)) * self.cfg.width * self.cfg.vocab
+        return dataclasses.replace(memory, **shares)
+
+    @property
+    def answering_bytes(self) -> int:
+        """Bytes to answer questions between two steps: of the state, and of the weights as served."""
+        memory = self.memory
+        served = dtype_bytes(self.cfg) * count_params(self.cfg).total  # an adapter is merged for it
+        return memory.params + memory.optimizer + served
+
+    def seconds_on(self, device: Accelerator, collectives: Sequence[Collective]) -> dict[str, float]:
+        """Predicts the seconds of a device's products (remat's and Muon's too), memory traffic, and
+        collectives.
+
+        `collectives`: of the compiled step.
+        """
+        flops = self.flops / self.mesh.devices
+        # Muon's products are on whole matrices, dealt out: here on a device that has the most of
+        # them.
+        layers = self.cfg.layers
+        flops += self.update_flops / layers * math.ceil(layers / self.mesh.devices)
+        traffic = train_bytes(self.cfg, self._rows, self.context)
+        passes = self.microbatches * (traffic.weights + traffic.activations + traffic.logits) / self.mesh.tensor
+        update = (traffic.gradients + traffic.optimizer) / (self.mesh.fsdp * self.mesh.tensor)
+        return {
+            "products": flops / (1e12 * EFFICIENCY * device.bf16_tflops),
+            "memory": (passes + update) / (1e9 * device.memory_gbs),
+            "collectives": sum(map(device.send_seconds, collectives)),
+        }
+
+    @property
+    def _rows(self) -> int:
+        """Rows of a device at once."""
+        return self.batch // self.microbatches // self.mesh.row_shards
+
+    @property
+    def _head_trains(self) -> bool:
+        return self.trainable is None or self.cfg.head_path in self.trainable.weights
