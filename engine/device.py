@@ -35,7 +35,7 @@ class Device:
 
     def __str__(self) -> str:
         if self.count > 1:
-            share = f"1 of {self.count}; --mesh fsdp={self.count} trains on all"
+            share = f"1 of {self.count}; a mesh of fsdp={self.count} trains on all"
         else:
             share = ""
         notes = ", ".join(note for note in (self.mesh or share, self.reason) if note)
@@ -224,9 +224,9 @@ def _reason_for_cpu() -> str:
 
 def _advice(choice: str) -> str:
     if os.environ.get("JAX_PLATFORMS"):
-        return f" JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} is set: unset it, or leave --device out."
+        return f" JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} is set: unset it, or ask for no device."
     if choice == "gpu" and not _has_nvidia_driver():
-        return " No NVIDIA driver was found either: leave --device out to compute on what there is."
+        return " No NVIDIA driver was found either: ask for no device to compute on what there is."
     return f" Install JAX's support for it: {_with_extra(choice)}."
 
 

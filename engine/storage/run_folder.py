@@ -39,7 +39,7 @@ def newest_run() -> tuple[Path, tuple[str, ...]]:
         names = [f"{newer} ({reason})" for newer, reason in passed.items()]
         more = f" and {len(names) - 2} more" * (len(names) > 2)
         if names:
-            why = f"; passed over {', '.join(names[:2])}{more}: --model takes any"
+            why = f"; passed over {', '.join(names[:2])}{more}: name one to use it"
         else:
             why = ", the newest run"
         return run, (f"using {run}{why}",)
@@ -48,8 +48,8 @@ def newest_run() -> tuple[Path, tuple[str, ...]]:
             return run, (f"using {run} ({reason}), as no other run is finished",)
     if passed:
         first = next(iter(passed))
-        raise UserError(f"No run in {ROOT}/ is finished. Finish {first}, or take it as it is with --model {first}.")
-    raise UserError(f"There is no trained model in {ROOT}/: run `python -m stages.train` first, or give --model FOLDER.")
+        raise UserError(f"No run in {ROOT}/ is finished. Finish {first}, or name it as the model to take it as it is.")
+    raise UserError(f"There is no trained model in {ROOT}/: run `python -m stages.train` first, or name a model by its folder.")
 
 
 def _reason_against(run: Path) -> str:
@@ -88,8 +88,7 @@ def verify(folder: Path) -> tuple[str, ...]:
             return ()
     raise UserError(
         f"The run {folder} is damaged: {'; '.join(damaged)}. Restore it from a copy, or train anew "
-        "with --overwrite; "
-        f"after a change of your own, remove {folder / manifest.NAME}."
+        f"in its place; after a change of your own, remove {folder / manifest.NAME}."
     )
 
 
@@ -97,7 +96,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return read_json_object(path, MAX_JSON_BYTES)
     except UserError as error:
-        raise UserError(f"{error} Restore it from a copy, or train anew with --overwrite.") from None
+        raise UserError(f"{error} Restore it from a copy, or train anew in its place.") from None
 
 
 def read_config(folder: Path) -> ModelConfig:

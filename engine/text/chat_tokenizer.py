@@ -61,7 +61,7 @@ class ChatTokenizer:
         probe = self.examples([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[0]
         answer = probe.tokens[probe.mask]
         if not len(answer):
-            raise UserError("The chat template writes nothing of what the assistant says: give another with --template.")
+            raise UserError("The chat template writes nothing of what the assistant says: give another template.")
         last = int(answer[-1])
         self.eot_ids = (last,) if last in tokenizer.controls else ()
 
@@ -156,7 +156,7 @@ class ChatTokenizer:
             raise UserError(
                 "The chat template begins the assistant's turn otherwise than it writes one that "
                 "is complete, so "
-                "training would not match the prompts of inference: give another with --template."
+                "training would not match the prompts of inference: give another template."
             )
         return text, turns, marks
 

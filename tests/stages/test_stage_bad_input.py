@@ -88,7 +88,7 @@ def test_no_network_offers_the_text_that_needs_none(tmp_path):
     nowhere = {"PIP_NO_INDEX": "1", "UV_OFFLINE": "1", "THRICE_CACHE": str(tmp_path / "cache")}
     result = command("train", "--out-dir", tmp_path / "run", env=nowhere)
     assert result.returncode == 2, result.stderr
-    assert b"--data python" in result.stderr
+    assert b"The text `python` needs none" in result.stderr
     assert b"Traceback" not in result.stderr
 
 

@@ -143,7 +143,7 @@ def test_rounding_that_costs_too_much_is_told(trained, tmp_path, monkeypatch, ca
             {},
             1e6,
             "'blk.1.ffn_down.weight' holds weights that are not finite",
-            "Another --dtype, or a Hugging Face folder, may hold it.",
+            "Another type of weights, or a Hugging Face folder, may hold it.",
         ),
     ],
 )
@@ -163,7 +163,7 @@ def test_what_could_not_be_loaded_is_not_written(fields, weight, sentence, remed
     assert [file.read_bytes() for file in out.parent.iterdir()] == [b"an earlier one"]
     if weight:
         error = failing(export.main, ["--model", trained, "--out", tmp_path / "folder", "--dtype", "float16"])
-        assert error.endswith("Another --dtype may hold it.\n")
+        assert error.endswith("Another type of weights may hold it.\n")
 
 
 def test_an_export_that_was_damaged_is_seen(trained, tmp_path):

@@ -252,13 +252,14 @@ def test_the_newest_finished_run_is_taken_when_none_is_named(trained, tmp_path, 
         return capsys.readouterr().err.splitlines()[0]
 
     passed = "runs/stopped (not finished), runs/broken (not finished) and 2 more"
-    assert note() == f"using runs/new; passed over {passed}: --model takes any"
+    assert note() == f"using runs/new; passed over {passed}: name one to use it"
     assert "using" not in note("--model", "runs/stopped")
     for name in ("broken", "stopped"):
         shutil.rmtree(f"runs/{name}")
     steps = toy["result"]["steps"]
     assert (
-        note() == f"using runs/new; passed over runs/short (only {steps} steps), runs/hand (trained by hand): --model takes any"
+        note()
+        == f"using runs/new; passed over runs/short (only {steps} steps), runs/hand (trained by hand): name one to use it"
     )
     shutil.move("runs/new", "new")
     assert note() == f"using runs/short (only {steps} steps), as no other run is finished"

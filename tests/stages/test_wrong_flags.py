@@ -32,7 +32,7 @@ FILES = {  # that the flags below name; one that ends in / is a folder
     "bad.gguf": b"PK\x03\x04 is another kind of file",
 }
 NO_MODEL = [
-    ("--model nowhere", "There is no model at nowhere; --model takes a run folder"),
+    ("--model nowhere", "There is no model at nowhere; a model is a run folder"),
     ("--model nothing", "holds no model that is known here"),
     ("--model peft", "peft holds no model that is known here"),
     ("--model short.txt", "holds no model that is known here"),

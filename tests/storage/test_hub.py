@@ -161,7 +161,9 @@ def test_a_model_is_fetched_once_and_then_read_without_the_hub(hub, monkeypatch)
 def test_a_fetch_that_was_cut_keeps_the_files_that_arrived(hub):
     hub.cut = "model-00002-of-00002.safetensors"
     assert f"Could not fetch {ID} from {hub.url}" in refusal(load_model, ID)
-    assert "only a model that --model names is fetched" in refusal(lambda: load_model(f"{ID}@{hub.commit}", adapted_by=ADAPTER))
+    assert "only a model that its user names is fetched" in refusal(
+        lambda: load_model(f"{ID}@{hub.commit}", adapted_by=ADAPTER)
+    )
     hub.cut = hub.broken = ""
     hub.asked.clear()
     model = load_model(ID)
@@ -205,7 +207,7 @@ def test_a_repository_without_weights_or_a_config(hub):
 
 def test_a_gguf_file_that_is_named_as_on_the_hub_is_said_how_to_fetch(hub, monkeypatch):
     command = f"`uv run hf download {ID} {{}} --local-dir .`"
-    fetch = command + ", and give --model {}."
+    fetch = command + ", and name {}."
     assert f"The hub's {ID} holds no .gguf file" in refusal(load_model, f"{ID}:Q4_K_M")
     (hub.folder / "sub").mkdir()
     for name in ("tiny-Q4_K_M.gguf", "tiny-Q4_K_S.gguf", "tiny.q8_0.gguf", "sub/tiny-Q4_K_M.gguf", "an odd \n name.gguf"):
@@ -216,7 +218,7 @@ def test_a_gguf_file_that_is_named_as_on_the_hub_is_said_how_to_fetch(hub, monke
         ("Q8_0", "tiny.q8_0.gguf"),
     ):
         said = refusal(load_model, f"{ID}:{name}")
-        assert said.startswith(f"{ID}:{name} names a file on the hub, and --model takes a .gguf that lies here. Fetch it by ")
+        assert said.startswith(f"{ID}:{name} names a file on the hub, and a .gguf is read where it lies here. Fetch it by ")
         assert fetch.format(file, file) in said
         assert "also holds" in said
         assert "odd" not in said
@@ -293,7 +295,7 @@ def test_an_adapter_of_a_hub_model_is_trained_and_then_loaded_without_the_hub(hu
     assert load_model("run").hub_id == ID
     assert not hub.asked
     shutil.rmtree(tmp_path / "cache")
-    assert f"fetch it once by --model {ID}@{hub.commit}" in refusal(load_model, "run")
+    assert f"fetch it once by naming {ID}@{hub.commit}" in refusal(load_model, "run")
     assert not hub.asked
 
 
