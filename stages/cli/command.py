@@ -142,7 +142,9 @@ def _flag_names(flags: Any) -> set[str]:
 
 
 def _explain_system_error(error: OSError) -> str:
-    name = f"{error.filename}: " if error.filename else ""
+    name = ""
+    if error.filename:
+        name = f"{error.filename}: "
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = ""
         with contextlib.suppress(OSError, TypeError, ValueError):
@@ -204,7 +206,8 @@ def outlive_terminal() -> None:
         # closed by `>&-`, and the next file that is opened would get its number
         if getattr(sys, name) is None:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
-            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+            mode = "w" if number else "r"
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors="backslashreplace")
     for name in ("stdout", "stderr"):

@@ -104,17 +104,20 @@ class Console(contextlib.AbstractContextManager["Console"]):
 
         def show() -> None:
             nonlocal open_line
-            line = duration(time.perf_counter() - begin) + progress
+            elapsed = duration(time.perf_counter() - begin) + progress
             if self.terminal:
-                self._draw(f"{label} ... {line}")
-            else:
-                print(line if open_line else f"{label} ... {line}", file=self.stream, flush=True)
-                open_line = False
+                self._draw(f"{label} ... {elapsed}")
+                return
+            if not open_line:
+                elapsed = f"{label} ... {elapsed}"
+            print(elapsed, file=self.stream, flush=True)
+            open_line = False
 
         def keep_showing() -> None:
             # nobody reads on, which the main thread will see
+            between = 1.0 if self.terminal else BETWEEN_TASK_LINES
             with contextlib.suppress(OSError, ValueError):
-                while not over.wait(1.0 if self.terminal else BETWEEN_TASK_LINES):
+                while not over.wait(between):
                     with self._lock:
                         if self._tasks[-1:] == [over] and not over.is_set():
                             show()
@@ -159,7 +162,8 @@ class Console(contextlib.AbstractContextManager["Console"]):
         """Shows the fields in the live line when a new one is due. An `important` line is always
         shown, and stays.
         """
-        if not (important or self._due(BETWEEN_FRAMES if self.terminal else BETWEEN_LINES)):
+        between = BETWEEN_FRAMES if self.terminal else BETWEEN_LINES
+        if not (important or self._due(between)):
             return
         self._last = time.perf_counter()
         if not self.terminal:

@@ -56,7 +56,8 @@ def in_range(allowed: Range) -> Callable[[str], Any]:
                 integer = float(text) if "e" in text.lower() else int(text)
                 if allowed.holds(integer):
                     return int(integer)
-        raise ValueError(f"wanted {'an integer' if allowed.integer else 'a number'}, {allowed}, got {text!r}")
+        kind = "an integer" if allowed.integer else "a number"
+        raise ValueError(f"wanted {kind}, {allowed}, got {text!r}")
 
     return parse
 
@@ -83,8 +84,9 @@ def model_names(text: str) -> str:
     names, as ORG/NAME.
     """
     for name in text.split(","):
-        for part in name.strip().split("/") if name.strip() else ():
-            plain_name(part)
+        if name.strip():
+            for part in name.strip().split("/"):
+                plain_name(part)
     return text
 
 
@@ -171,6 +173,12 @@ def parse_address(text: str) -> str:
     return text
 
 
+def _count_of_processes(text: str) -> int:
+    if text == "auto":
+        return 0
+    return integer(1)(text)
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshFlags:
     """Several devices of one host, or several processes, of which each is started with this same command."""
@@ -179,7 +187,7 @@ class MeshFlags:
     """`data=2,fsdp=4,tensor=2`: copies of the model, devices that share its weights, and that share products."""
     processes: Annotated[
         int | None,
-        parser(lambda text: 0 if text == "auto" else integer(1)(text), "N|auto"),
+        parser(_count_of_processes, "N|auto"),
         default("as SLURM, Open MPI 4, or 5 with mpi4py, or a TPU slice started"),
     ] = None
     """`auto` asks Kubernetes too (with JAX's k8s extra); for N give --process and --coordinator."""
@@ -292,5 +300,6 @@ def choose_sampling(
     ):
         new = {name: value for name, value in values.items() if value is not None and name not in fields}
         fields |= new
-        parts += [f"{', '.join(f'{name} {value:g}' for name, value in new.items())} {source}"] if new else []
+        if new:
+            parts.append(f"{', '.join(f'{name} {value:g}' for name, value in new.items())} {source}")
     return fields, "; ".join(parts)

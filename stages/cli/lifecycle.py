@@ -126,8 +126,11 @@ def end(code: int, sentence: str) -> None:
     except Exception:
         # another has said why before, which `_watch` is about to hear; or the service is gone
         time.sleep(TICK)
-    name = f"Process {group.process}: " if group.process else ""
-    _leave(code, "" if code > 128 else name + sentence)  # a signal's was printed before
+    if code > 128:
+        sentence = ""  # a signal's was printed before
+    elif group.process:
+        sentence = f"Process {group.process}: {sentence}"
+    _leave(code, sentence)
 
 
 def end_for_error(error: Exception) -> None:
@@ -158,7 +161,8 @@ def _watch(client: Any) -> None:
                 return  # this process has left the service
         else:
             if process != group.process:
-                _leave(code, f"Process {process} ended: {sentence}" if is_first() else "")
+                reason = f"Process {process} ended: {sentence}" if is_first() else ""
+                _leave(code, reason)
             return
 
 
@@ -169,7 +173,8 @@ def _leave(code: int, sentence: str) -> None:
     if not group.ending.acquire(blocking=False):
         time.sleep(60)  # another thread leaves
     with contextlib.suppress(OSError):
-        os.write(2, f"error: {sentence}\n".encode() if sentence else b"")
+        if sentence:
+            os.write(2, f"error: {sentence}\n".encode())
     if is_first() and group.client is not None:
         time.sleep(TICK)
     os._exit(code)
