@@ -31,7 +31,7 @@ def make_manifest(folder: Path, names: Iterable[str]) -> bytes:
         return render({name: entry.result() for name, entry in entries.items()})
 
 
-def write_checked(path: Path, encode: Callable[[], Iterable[np.ndarray]]) -> dict[str, Any]:
+def write_read_back(path: Path, encode: Callable[[], Iterable[np.ndarray]]) -> dict[str, Any]:
     """Writes a file to the disk, reads it back from there, and returns its entry in a manifest.
 
     `encode()` yields the contents, uint8, and is called twice. Raises OSError when other bytes come

@@ -50,7 +50,7 @@ class StreamRow(NamedTuple):
 
 # A run of all streams. It returns seconds of `prefill` and of `decode`, the tokens that were
 # `decoded` in those, the `tokens` of each stream, and perhaps the decoding `steps`.
-Call = Callable[[], Json]
+PeerCall = Callable[[], Json]
 ONE_STREAM = bar(1.0, 1.1, 1.1)
 FIRST_TOKEN = bar(1.0, 1.2, 1.2)
 ROWS = (
@@ -150,7 +150,7 @@ def measure_streams(
     return rows
 
 
-def _peer_call(peer: Peer, file: Path, **spec: Any) -> Call:
+def _peer_call(peer: Peer, file: Path, **spec: Any) -> PeerCall:
     """Returns a call of llama.cpp on a file. Raises UserError."""
     try:
         peer.ask(make="llama", spec={"file": str(file), "threads": cores(), **spec})
@@ -164,7 +164,7 @@ def _peer_call(peer: Peer, file: Path, **spec: Any) -> Call:
     return call
 
 
-def stream_call(cfg: Any, weights: Any, prompts: list[list[int]], new: int) -> Call:
+def stream_call(cfg: Any, weights: Any, prompts: list[list[int]], new: int) -> PeerCall:
     """Returns a call of `Engine` with a slot for each stream, and at least SLOTS, without draft
     tokens.
     """
@@ -205,7 +205,7 @@ def stream_call(cfg: Any, weights: Any, prompts: list[list[int]], new: int) -> C
     return call
 
 
-def chat_calls(cfg: Any, weights: Any, prompts: list[list[int]], new: int, ends: Collection[int]) -> dict[str, Call]:
+def chat_calls(cfg: Any, weights: Any, prompts: list[list[int]], new: int, ends: Collection[int]) -> dict[str, PeerCall]:
     """Returns the calls `plain` and `speculative`, which answer one prompt after another.
 
     Both have a slot for the stream and one for each draft token: with another number of slots the
@@ -236,7 +236,7 @@ def chat_calls(cfg: Any, weights: Any, prompts: list[list[int]], new: int, ends:
             "steps": engine.steps_decoded - before - len(prompts),
         }
 
-    calls: dict[str, Call] = {}
+    calls: dict[str, PeerCall] = {}
     for name in ("plain", "speculative"):
         engine = Engine(cfg, weights, EngineConfig(1 + DRAFT_ROWS, capacity, speculate=name != "plain"))
         engine.warm()
@@ -246,7 +246,7 @@ def chat_calls(cfg: Any, weights: Any, prompts: list[list[int]], new: int, ends:
 
 def measure_calls(
     name: str,
-    calls: Mapping[str, Call],
+    calls: Mapping[str, PeerCall],
     required: Mapping[str, float | None],
     rounds: int,
     *,

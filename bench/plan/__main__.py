@@ -23,7 +23,7 @@ import tyro
 from bench.cli import Json, run_bench
 from engine.errors import UserError
 
-Text = Annotated[str | None, tyro.conf.arg(metavar="NUMBER", help_behavior_hint="")]
+NumberText = Annotated[str | None, tyro.conf.arg(metavar="NUMBER", help_behavior_hint="")]
 Number = Annotated[float | None, tyro.conf.arg(metavar="NUMBER", help_behavior_hint="")]
 
 
@@ -31,9 +31,9 @@ Number = Annotated[float | None, tyro.conf.arg(metavar="NUMBER", help_behavior_h
 class PlanFlags:
     model: Annotated[str | None, tyro.conf.arg(help_behavior_hint="")] = None
     """A preset, a config.json or its folder, a .gguf file, or a run folder."""
-    params: Text = None
+    params: NumberText = None
     """Parameters of a Llama, such as 8B, in place of a model."""
-    tokens: Text = None
+    tokens: NumberText = None
     """Tokens to train on, such as 100B; with --extra, to tune on (default: 10M)."""
     method: str = "pretrain"
     """pretrain, full, freeze:K, lora:R, qlora:R, preference or rl: K blocks from the bottom, R the rank."""
@@ -43,7 +43,7 @@ class PlanFlags:
     """A name in engine/counting/accelerators.csv; here, once calibrated; or custom, with --peak, --bandwidth and --memory."""
     devices: int = 1
     """Devices of the run, or of one replica in serving."""
-    requests: Text = None
+    requests: NumberText = None
     """Requests a second to serve."""
     prompt: Annotated[str, tyro.conf.arg(metavar="NUMBER")] = "1000"
     """Tokens of a request's prompt."""
@@ -53,11 +53,11 @@ class PlanFlags:
     """Share of a prompt that the prefix cache holds, from 0 to below 1."""
     precision: Literal["bfloat16", "int8", "int4"] = "bfloat16"
     """Of the weights in serving; with int8, of the KV cache too."""
-    budget: Text = None
+    budget: NumberText = None
     """Dollars to spend."""
     days: Number = None
     """Days to train for."""
-    extra: Text = None
+    extra: NumberText = None
     """Tokens to put before each prompt, or into the weights."""
     peak: Number = None
     """TFLOP/s of a device's bfloat16 products."""

@@ -56,7 +56,7 @@ class Interval(NamedTuple):
         return interval((bound * factor for bound in self[:3]), unit, origin)
 
 
-class Answer(NamedTuple):
+class PlannedAnswer(NamedTuple):
     """What was asked, the quantities by name, what binds, and notes."""
 
     question: str
@@ -158,7 +158,7 @@ def amount(flag: str, text: str | None) -> float:
     return value
 
 
-def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices: int) -> Answer:
+def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices: int) -> PlannedAnswer:
     """Returns the answer for a model and method m on so many devices d."""
     sampling = 0.0
     if method == "rl":  # answers of three quarters of a text
@@ -196,7 +196,7 @@ def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices
     if d.name != HERE and not min(sizes) <= m.params <= max(sizes):
         notes.append("no run of a model of this size was published: its share of the peak is extrapolated, and may be far off")
     question = f"{method} of {name} on {in_words(tokens)} tokens, {devices} x {d.name}"
-    return Answer(question, lines, _binding(result, m, d, devices), tuple(notes))
+    return PlannedAnswer(question, lines, _binding(result, m, d, devices), tuple(notes))
 
 
 def holders(m: Any, d: Any) -> str:
@@ -225,7 +225,7 @@ def _binding(result: Numbers, m: Any, d: Any, devices: int) -> str:
 
 def plan_serving(
     name: str, m: Any, d: Any, devices: int, *, requests: float, lengths: Sequence[float], precision: str
-) -> Answer:
+) -> PlannedAnswer:
     """Returns the answer for so many requests a second, from replicas of `devices`. `lengths`: of
     prompt and answer, and the cached share of prompts. Raises UserError when one request does not
     fit.
@@ -276,10 +276,10 @@ def plan_serving(
     slowest = max(parts, key=loaded.__getitem__)
     question = f"{name} in {precision}: {requests:g} requests a second of {prompt:g} + {answer:g} tokens, {devices} x {d.name}"
     share = loaded[slowest] / loaded["token_seconds"]
-    return Answer(question, lines, f"{share:.0%} of the time goes into {parts[slowest]}")
+    return PlannedAnswer(question, lines, f"{share:.0%} of the time goes into {parts[slowest]}")
 
 
-def plan_budget(d: Any, devices: int, dollars: float | None, days: float) -> Answer:
+def plan_budget(d: Any, devices: int, dollars: float | None, days: float) -> PlannedAnswer:
     """Returns what dollars, or days, buy. Raises UserError without a price."""
     hours = 24 * days * devices
     spread = d.spread
@@ -307,7 +307,7 @@ def plan_budget(d: Any, devices: int, dollars: float | None, days: float) -> Ans
     m = job(config_of_size(min(max(params, 1e7), 1e14)), "pretrain", 4096)
     if training_memory(m, devices, 1) > SHARE * d.memory:
         notes = (f"The compute-optimal model does not fit on {devices} x {d.name}; {holders(m, d)}.",)
-    return Answer(f"{budget} on {devices} x {d.name}", lines, "", notes)
+    return PlannedAnswer(f"{budget} on {devices} x {d.name}", lines, "", notes)
 
 
 def _best(hours: float, d: Any, devices: int) -> tuple[float, float]:
@@ -330,7 +330,7 @@ def plan_break_even(
     precision: str,
     tuning: float,
     investments: dict[str, Interval],
-) -> Answer:
+) -> PlannedAnswer:
     """Returns the requests after which `extra` tokens before each prompt cost as much as each
     investment, in device-hours.
 
@@ -366,4 +366,4 @@ def plan_break_even(
     )
     rent = f" at ${price:.3g} an hour" if d.low else ""
     question = f"{extra:,.0f} tokens more in each prompt of {name}, or in its weights"
-    return Answer(f"{question} by tuning on {in_words(tuning)} tokens, on {d.name}{rent}", lines, "", (note,))
+    return PlannedAnswer(f"{question} by tuning on {in_words(tuning)} tokens, on {d.name}{rent}", lines, "", (note,))

@@ -32,7 +32,7 @@ from engine.by_hand.layers import (
 )
 from engine.model.config import ModelConfig
 
-Weights = dict[str, ndarray]  # of one block
+BlockWeights = dict[str, ndarray]  # of one block
 
 
 class PositionTables(NamedTuple):
@@ -71,7 +71,7 @@ class SwigluResiduals(NamedTuple):
     hidden: ndarray  # (B, T, F)  dweight of down, whose input it was
 
 
-def attention(cfg: ModelConfig, w: Weights, x: ndarray, tables: PositionTables) -> ndarray:
+def attention(cfg: ModelConfig, w: BlockWeights, x: ndarray, tables: PositionTables) -> ndarray:
     """Adds attention to the residual stream: x (B, T, D) -> (B, T, D)."""
     q, k, v = _rotate(cfg, w, _project_heads(cfg, w, rms_norm(x, w["attn_norm"], cfg.eps)), tables)
     mixed = weighted_values(attention_weights(q, k, tables.mask), v)
@@ -79,7 +79,7 @@ def attention(cfg: ModelConfig, w: Weights, x: ndarray, tables: PositionTables) 
 
 
 def attention_with_residuals(
-    cfg: ModelConfig, w: Weights, x: ndarray, tables: PositionTables
+    cfg: ModelConfig, w: BlockWeights, x: ndarray, tables: PositionTables
 ) -> tuple[ndarray, AttentionResiduals]:
     h = rms_norm(x, w["attn_norm"], cfg.eps)
     raw = _project_heads(cfg, w, h)
@@ -91,13 +91,13 @@ def attention_with_residuals(
 
 
 def attention_backward(
-    cfg: ModelConfig, w: Weights, residuals: AttentionResiduals, dy: ndarray, tables: PositionTables
-) -> tuple[ndarray, Weights]:
+    cfg: ModelConfig, w: BlockWeights, residuals: AttentionResiduals, dy: ndarray, tables: PositionTables
+) -> tuple[ndarray, BlockWeights]:
     """dy (B, T, D) -> dx (B, T, D), and the derivatives by this half's weights: the forward lines
     in reverse.
     """
     T = dy.shape[1]
-    d: Weights = {}
+    d: BlockWeights = {}
     dmixed, d["out"] = project_backward(dy, residuals.mixed, w["out"])
     dmixed = group_heads(dmixed.reshape(*dy.shape[:2], cfg.heads, cfg.head_dim), cfg.kv_heads)
     dweights, dv = weighted_values_backward(dmixed, residuals.weights, residuals.v)
@@ -121,13 +121,13 @@ def attention_backward(
     return dy + dx, d
 
 
-def feed_forward(cfg: ModelConfig, w: Weights, x: ndarray) -> ndarray:
+def feed_forward(cfg: ModelConfig, w: BlockWeights, x: ndarray) -> ndarray:
     """Adds the SwiGLU half to the residual stream: x (B, T, D) -> (B, T, D)."""
     h = rms_norm(x, w["mlp_norm"], cfg.eps)
     return x + project(swiglu(project(h, w["gate"]), project(h, w["up"])), w["down"])
 
 
-def feed_forward_with_residuals(cfg: ModelConfig, w: Weights, x: ndarray) -> tuple[ndarray, SwigluResiduals]:
+def feed_forward_with_residuals(cfg: ModelConfig, w: BlockWeights, x: ndarray) -> tuple[ndarray, SwigluResiduals]:
     h = rms_norm(x, w["mlp_norm"], cfg.eps)
     gate = project(h, w["gate"])
     up = project(h, w["up"])
@@ -135,9 +135,11 @@ def feed_forward_with_residuals(cfg: ModelConfig, w: Weights, x: ndarray) -> tup
     return x + project(hidden, w["down"]), SwigluResiduals(x, h, gate, up, hidden)
 
 
-def feed_forward_backward(cfg: ModelConfig, w: Weights, residuals: SwigluResiduals, dy: ndarray) -> tuple[ndarray, Weights]:
+def feed_forward_backward(
+    cfg: ModelConfig, w: BlockWeights, residuals: SwigluResiduals, dy: ndarray
+) -> tuple[ndarray, BlockWeights]:
     """dy (B, T, D) -> dx (B, T, D), and the derivatives by this half's weights."""
-    d: Weights = {}
+    d: BlockWeights = {}
     dhidden, d["down"] = project_backward(dy, residuals.hidden, w["down"])
     dgate, dup = swiglu_backward(dhidden, residuals.gate, residuals.up)
     dh, d["gate"] = project_backward(dgate, residuals.h, w["gate"])
@@ -152,7 +154,7 @@ def merge_heads(heads: ndarray) -> ndarray:
     return heads.reshape(*heads.shape[:2], -1)
 
 
-def _project_heads(cfg: ModelConfig, w: Weights, h: ndarray) -> tuple[ndarray, ...]:
+def _project_heads(cfg: ModelConfig, w: BlockWeights, h: ndarray) -> tuple[ndarray, ...]:
     """h (B, T, D) -> q (B, T, N, H), k and v (B, T, K, H)."""
     heads = []
     for name in "qkv":
@@ -163,7 +165,7 @@ def _project_heads(cfg: ModelConfig, w: Weights, h: ndarray) -> tuple[ndarray, .
     return tuple(heads)
 
 
-def _rotate(cfg: ModelConfig, w: Weights, heads: tuple[ndarray, ...], tables: PositionTables) -> list[ndarray]:
+def _rotate(cfg: ModelConfig, w: BlockWeights, heads: tuple[ndarray, ...], tables: PositionTables) -> list[ndarray]:
     """q (B, T, N, H), k and v (B, T, K, H) -> (B, K, G T, H) and (B, K, T, H): q and k normed and
     rotated.
     """

@@ -295,7 +295,7 @@ def write_files(building: Path, parts: dict[str, Pieces], record: bytes, adapted
             metadata = adapted.metadata
         name = f"{part}{own}.safetensors"
         encode = functools.partial(safetensors_writer.encode, pieces, pieces.values(), metadata)
-        entries[name] = manifest.write_checked(building / name, encode)
+        entries[name] = manifest.write_read_back(building / name, encode)
     gathered = processes.gather_strings(json.dumps(entries), SAVE_TOPIC)
     if not processes.is_first():
         return
@@ -305,7 +305,7 @@ def write_files(building: Path, parts: dict[str, Pieces], record: bytes, adapted
     for text in gathered:
         entries |= json.loads(text)
     for name, data in texts.items():
-        entries[name] = manifest.write_checked(building / name, functools.partial(_one_array, data))
+        entries[name] = manifest.write_read_back(building / name, functools.partial(_one_array, data))
     (building / manifest.NAME).write_bytes(manifest.render(entries))
 
 
