@@ -1,5 +1,6 @@
 """Reads fine-tuning data: conversations in any of the usual forms, plain text, and preferences between two answers."""
 
+import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,14 +105,18 @@ def read_conversations(source: Path | str) -> Conversations:
             problem = "is a folder, and one file is read: join its texts into a .txt, or its rows into a .jsonl"
         raise UserError(f"{path} {problem}; wanted {FORMS}, or one of {', '.join(SHIPPED)}.{did_you_mean(name, [*SHIPPED])}")
     if path.suffix.lower() in (".txt", ".md"):
-        return Conversations(name, lambda: iter([Text(decode_utf8(path.read_bytes(), path), str(path))]))
+        return Conversations(name, functools.partial(_read_whole, path))
     if path.suffix.lower() not in (".jsonl", ".json"):
         raise UserError(f"{path} is of a kind that cannot be read ({path.suffix or 'no suffix'}); wanted {FORMS}.")
     first = next(read_rows(path), None)
     if first is None:
         raise UserError(f"{path} is empty; wanted {FORMS}.")
     kind = _kind(*first)
-    return Conversations(name, lambda: _read(path, kind, first[1]), kind)
+    return Conversations(name, functools.partial(_read, path, kind, first[1]), kind)
+
+
+def _read_whole(path: Path) -> Iterator[Record]:
+    yield Text(decode_utf8(path.read_bytes(), path), str(path))
 
 
 def _read(path: Path, kind: str, first: str) -> Iterator[Record]:

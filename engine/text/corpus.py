@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -53,7 +54,12 @@ def read_corpus(path: Path) -> Corpus[Document]:
     empty path, for a file that is not text, and for a folder that holds none.
     """
     files, note = find_text_files(path)
-    return Corpus(str(path), lambda: (text for _, text in read_documents(path, files)), note=note)
+
+    def read() -> Iterator[Document]:
+        for _, document in read_documents(path, files):
+            yield document
+
+    return Corpus(str(path), read, note=note)
 
 
 def find_text_files(path: Path, max_bytes: int | None = None) -> tuple[list[Path], str]:
@@ -141,7 +147,7 @@ def is_text(file: Path, parts: int | None = None) -> bool:
     """
     try:
         with file.open(encoding="utf-8") as opened:
-            blocks = itertools.islice(iter(lambda: opened.read(PART), ""), parts)
+            blocks = itertools.islice(_parts(opened), parts)
             return not any("\0" in block and file.suffix.lower() not in TEXT_ENDINGS for block in blocks)
     except UnicodeDecodeError:
         return False
@@ -183,7 +189,13 @@ def without_copies(held_out: Corpus[Document], train: Corpus[Document]) -> Corpu
     if copies == known:
         raise UserError(f"{count} of {held_out.name} are in {train.name} too: nothing is held out. Give another text.")
     name = f"{held_out.name}, without {count} that are in the training text too"
-    return Corpus(name, lambda: (document for document in held_out if _digest_words(document) not in copies))
+
+    def read() -> Iterator[Document]:
+        for document in held_out:
+            if _digest_words(document) not in copies:
+                yield document
+
+    return Corpus(name, read)
 
 
 def _start(document: Document) -> str:
@@ -291,10 +303,18 @@ def read_documents(path: Path, files: Iterable[Path]) -> Iterator[tuple[Path, Do
         raise UserError(f"{path} is empty: it holds no text.")
 
 
+def _parts(opened: TextIO) -> Iterator[str]:
+    """Yields a file's text, PART characters at a time."""
+    part = opened.read(PART)
+    while part:
+        yield part
+        part = opened.read(PART)
+
+
 def _read_text(file: Path) -> Iterator[str]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as opened:
-            yield from iter(lambda: opened.read(PART), "")
+            yield from _parts(opened)
     except UnicodeDecodeError:
         decode_utf8(file.read_bytes(), file)  # says where
         raise

@@ -2,6 +2,8 @@
 
 import bisect
 import dataclasses
+import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -40,11 +42,15 @@ class Rating(NamedTuple):
     @property
     def value(self) -> float:
         """The weight of the answer's loss, negative for a bad one."""
-        return self.answer.weight if self.is_good else -self.answer.weight
+        if self.is_good:
+            return self.answer.weight
+        return -self.answer.weight
 
 
 class RatedPair(NamedTuple):
-    """A Rating, and its prompt with an answer to another one (`mismatch`): by these KTO estimates how far a model moved."""
+    """A Rating, and its prompt with an answer to another one (`mismatch`): by these KTO estimates
+    how far a model moved.
+    """
 
     answer: Example
     other: Example
@@ -57,7 +63,8 @@ class RatedPair(NamedTuple):
 
 
 def mismatch(ratings: Sequence[Rating], seq: int) -> list[RatedPair]:
-    """Pairs each answer with its prompt and the answer of the next row that has another prompt, or of the next row.
+    """Pairs each answer with its prompt and the answer of the next row that has another prompt, or
+    of the next row.
 
     That is cut to `seq` + 1 tokens.
     """
@@ -81,43 +88,53 @@ def mismatch(ratings: Sequence[Rating], seq: int) -> list[RatedPair]:
 
 @dataclasses.dataclass
 class Dataset:
-    """The rows of a data set that are used, with their examples; those truncated or dropped, each as (file:line, reason)."""
+    """The rows of a data set that are used, with their examples; those truncated or dropped, each
+    as (file:line, reason).
+    """
 
-    used: list[tuple[Record, list[Any]]] = dataclasses.field(default_factory=list)  # those truncated are among them
+    # those truncated are among them
+    used: list[tuple[Record, list[Any]]] = dataclasses.field(default_factory=list)
     truncated: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     dropped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     @property
     def examples(self) -> list[Any]:
-        return [example for _, examples in self.used for example in examples]
+        return list(itertools.chain.from_iterable(examples for _, examples in self.used))
 
     def describe(self) -> list[str]:
         """Returns lines for people: the counts, and for each reason the first row it was given for."""
-        used, dropped, cut = len(self.used), len(self.dropped), len(self.truncated)
+        used = len(self.used)
+        dropped = len(self.dropped)
+        cut = len(self.truncated)
         lines = [f"{used:,} of {quantity(used + dropped, 'row')} kept, {cut:,} of them truncated; {dropped:,} dropped"]
         for verb, rows in (("truncated", self.truncated), ("dropped", self.dropped)):
-            reasons, first = Counter(reason for _, reason in rows), {reason: where for where, reason in reversed(rows)}
+            reasons = Counter(reason for _, reason in rows)
+            first = {reason: where for where, reason in reversed(rows)}
             lines += [f"{count:,} {verb}: {reason} ({first[reason]} first)" for reason, count in reasons.items()]
         return lines
 
 
 def make_examples(rows: Iterable[Record], chat: ChatTokenizer, seq: int, report: OnProgress = None) -> Dataset:
-    """Makes an Example of each of the assistant's turns, and of each piece of a plain text, all of which is in the loss.
+    """Makes an Example of each of the assistant's turns, and of each piece of a plain text, all of
+    which is in the loss.
 
-    An example has at most seq + 1 tokens: seq inputs, and the target after each. The end of a longer conversation is cut off,
-    and a plain text is cut into pieces, from BOS to EOS. A conversation is dropped when no answer begins early enough or the
-    template refuses it. Raises UserError, with file:line, when the template fails, and when nothing is left.
+    An example has at most seq + 1 tokens: seq inputs, and the target after each. The end of a
+    longer conversation is cut off, and a plain text is cut into pieces, from BOS to EOS. A
+    conversation is dropped when no answer begins early enough or the template refuses it. Raises
+    UserError, with file:line, when the template fails, and when nothing is left.
     """
-    return _make_dataset(rows, seq, report, lambda row: _answers_or_pieces(row, chat, seq))
+    return _make_dataset(rows, seq, report, functools.partial(_answers_or_pieces, chat=chat, seq=seq))
 
 
 def make_whole_examples(rows: Iterable[Record], chat: ChatTokenizer, seq: int, report: OnProgress = None) -> Dataset:
     """Makes an Example of each conversation, all of which is in the loss; else as `make_examples`."""
-    return _make_dataset(rows, seq, report, lambda row: _whole_conversation_or_pieces(row, chat, seq))
+    return _make_dataset(rows, seq, report, functools.partial(_whole_conversation_or_pieces, chat=chat, seq=seq))
 
 
 def make_pairs(rows: Iterable[Record], chat: ChatTokenizer, seq: int, report: OnProgress = None) -> Dataset:
-    """Makes a Pair of each preference, of at most seq + 1 tokens an answer; a longer one is dropped, as in `make_examples`."""
+    """Makes a Pair of each preference, of at most seq + 1 tokens an answer; a longer one is
+    dropped, as in `make_examples`.
+    """
 
     def pair(row: Record) -> tuple[list[Pair], bool]:
         chosen, rejected = _preference(row, chat, seq)
@@ -127,14 +144,18 @@ def make_pairs(rows: Iterable[Record], chat: ChatTokenizer, seq: int, report: On
 
 
 def make_ratings(rows: Iterable[Record], chat: ChatTokenizer, seq: int, report: OnProgress = None) -> Dataset:
-    """Makes a Rating of each answer with a label, and two of a preference; a longer one is dropped, as in `make_pairs`."""
+    """Makes a Rating of each answer with a label, and two of a preference; a longer one is dropped,
+    as in `make_pairs`.
+    """
     return _make_dataset(rows, seq, report, lambda row: (_ratings(row, chat, seq), False))
 
 
 def _make_dataset(
     rows: Iterable[Record], seq: int, report: OnProgress, make_row: Callable[[Record], tuple[list[Any], bool]]
 ) -> Dataset:
-    """Returns the dataset of all that `make_row` makes: a row's examples, and whether its end was cut off."""
+    """Returns the dataset of all that `make_row` makes: a row's examples, and whether its end was
+    cut off.
+    """
     dataset = Dataset()
     rows = list(rows)
     for number, row in enumerate(rows, 1):
@@ -161,7 +182,10 @@ def _make_dataset(
 
 
 def _answers_or_pieces(row: Record, chat: ChatTokenizer, seq: int) -> tuple[list[Example], bool]:
-    examples = _pieces(row, chat, seq) if isinstance(row, Text) else _answers(row, chat)
+    if isinstance(row, Text):
+        examples = _pieces(row, chat, seq)
+    else:
+        examples = _answers(row, chat)
     return _fit(examples, row, seq)
 
 
@@ -184,8 +208,8 @@ def _pieces(row: Text, chat: ChatTokenizer, seq: int) -> list[Example]:
 def _answers(row: Conversation, chat: ChatTokenizer) -> list[Example]:
     if row.label is False:
         raise UserError(
-            "`label` is false, an answer not to give, which this objective would train: leave the row out, or train with "
-            "--objective preference --loss kto."
+            "`label` is false, an answer not to give, which this objective would train: leave the "
+            "row out, or train on ratings (KTO)."
         )
     for index, message in enumerate(row.messages):
         if message["role"] == "assistant" and not message["content"].strip() and index not in row.context:
@@ -194,9 +218,12 @@ def _answers(row: Conversation, chat: ChatTokenizer) -> list[Example]:
 
 
 def _fit(examples: Sequence[Example], row: Record, seq: int) -> tuple[list[Example], bool]:
-    """Cuts examples to seq + 1 tokens; returns those with a target left, and whether any target was cut off."""
+    """Cuts examples to seq + 1 tokens; returns those with a target left, and whether any target was
+    cut off.
+    """
     cut = [Example(each.tokens[: seq + 1], each.mask[: seq + 1], each.where, row.weight) for each in examples]
-    fitting = [example for example in cut if example.mask[1:].any()]  # a target with a token before it
+    # a target with a token before it
+    fitting = [example for example in cut if example.mask[1:].any()]
     if not fitting:
         raise InvalidConversation(f"its first {seq} tokens hold nothing to train on")
     return fitting, count_targets(fitting) < count_targets(examples)
@@ -242,9 +269,9 @@ def _ratings(row: Record, chat: ChatTokenizer, seq: int) -> list[Rating]:
 class PackedBatches:
     """Training batches of packed examples, by random access: `at(step)` needs no earlier step.
 
-    Rows are packed once (`pack_rows`), and each epoch shuffles them anew (`EpochOrder`). In a row each example is a segment
-    with positions from 0, so that it gets the loss it has alone. Where an example has a weight, all masks are float32 and hold
-    it.
+    Rows are packed once (`pack_rows`), and each epoch shuffles them anew (`EpochOrder`). In a row
+    each example is a segment with positions from 0, so that it gets the loss it has alone. Where an
+    example has a weight, all masks are float32 and hold it.
     """
 
     examples: Sequence[Example]
@@ -254,14 +281,20 @@ class PackedBatches:
     pack: bool = True
 
     def __post_init__(self) -> None:
-        self._mask_type = np.float32 if any(example.weight != 1 for example in self.examples) else bool  # of every batch
-        self._rows = pack_rows(self.examples, self.seq) if self.pack else [[at] for at in range(len(self.examples))]
+        # Of every batch.
+        self._mask_type = np.float32 if any(example.weight != 1 for example in self.examples) else bool
+        if self.pack:
+            self._rows = pack_rows(self.examples, self.seq)
+        else:
+            self._rows = [[at] for at in range(len(self.examples))]
         self.order = EpochOrder(len(self._rows), self.batch, self.seed)
 
     def describe(self) -> str:
         filled = sum(len(example.tokens) - 1 for example in self.examples) / (len(self._rows) * self.seq)
         rows = f"{quantity(len(self._rows), 'row')} of {self.seq} tokens, {filled:.1%} of them used"
-        return f"{quantity(len(self.examples), 'example')} in {rows}" if self.pack else f"off: {rows}"
+        if self.pack:
+            return f"{quantity(len(self.examples), 'example')} in {rows}"
+        return f"off: {rows}"
 
     def at(self, step: int, rows: slice = ALL) -> Batch:
         packed = [[self.examples[index] for index in self._rows[row]] for _, row in self.order.at(step, rows)]
@@ -278,13 +311,18 @@ def evaluation_batches(examples: Sequence[Example], seq: int, batch: int) -> Ite
 
 def example_rows(examples: Sequence[Example | None], seq: int) -> Batch:
     """Returns a batch (rows, seq) of an example a row, None a row of padding."""
-    return _batch([[example] if example else [] for example in examples], seq, pack=False)
+    rows: list[list[Example]] = []
+    for example in examples:
+        rows.append([example] if example else [])
+    return _batch(rows, seq, pack=False)
 
 
 def pack_rows(examples: Sequence[Example], seq: int) -> list[list[int]]:
-    """Packs examples into rows of `seq` tokens, as indices: the longest first, each into the row where it leaves least room.
+    """Packs examples into rows of `seq` tokens, as indices: the longest first, each into the row
+    where it leaves least room.
 
-    This is best-fit decreasing: at most 11/9 of the fewest rows possible (Johnson 1974), in practice a few percent more.
+    This is best-fit decreasing: at most 11/9 of the fewest rows possible (Johnson 1974), in
+    practice a few percent more.
     """
     sizes = [len(example.tokens) - 1 for example in examples]  # the last is only a target
     rows: list[list[int]] = []
@@ -298,7 +336,8 @@ def pack_rows(examples: Sequence[Example], seq: int) -> list[list[int]]:
             if not with_room[room]:
                 room_bits &= ~(1 << room)
         else:
-            room, row = seq, len(rows)
+            room = seq
+            row = len(rows)
             rows.append([])
         rows[row].append(index)
         left = room - sizes[index]
@@ -308,7 +347,9 @@ def pack_rows(examples: Sequence[Example], seq: int) -> list[list[int]]:
 
 
 def _batch(rows: Sequence[Sequence[Example]], seq: int, pack: bool = True, mask_type: type = bool) -> Batch:
-    """Lays each row's examples side by side. Padding behind them is segment 0, with mask False. A float mask has weights."""
+    """Lays each row's examples side by side. Padding behind them is segment 0, with mask False. A
+    float mask has weights.
+    """
     tokens, targets, positions, segments = np.zeros((4, len(rows), seq), np.int32)
     mask: np.ndarray = np.zeros((len(rows), seq), mask_type)
     for row, examples in enumerate(rows):
@@ -316,8 +357,10 @@ def _batch(rows: Sequence[Sequence[Example]], seq: int, pack: bool = True, mask_
         for number, example in enumerate(examples, 1):
             size = len(example.tokens) - 1
             place = row, slice(at, at + size)
-            tokens[place], targets[place] = example.tokens[:-1], example.tokens[1:]
+            tokens[place] = example.tokens[:-1]
+            targets[place] = example.tokens[1:]
             mask[place] = example.mask[1:] * example.weight
-            positions[place], segments[place] = np.arange(size), number
+            positions[place] = np.arange(size)
+            segments[place] = number
             at += size
     return Batch(tokens, targets, mask, positions, segments if pack else None)
