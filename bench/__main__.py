@@ -1,4 +1,4 @@
-"""Measures the stage table: the cost of each stage of a model's life on this machine, in operations, seconds, bytes, money.
+"""Measures the stage table: what each stage of a model's life costs here: operations, seconds, bytes, money.
 
     python -m bench                                one model, one run, about two minutes on two cores
     python -m bench --out report                   a minute more: report.html, with pictures, and two of them as files

@@ -1,4 +1,4 @@
-"""Compares two results row by row: the ratios that both measured, each with its interval, and whether one has moved.
+"""Compares two results row by row: the ratios that both measured, their intervals, and whether one has moved.
 
     python -m bench.step --out before    measures, and keeps the document as before/step.json; --out for any measurement
     python -m bench compare before/step.json after/step.json

@@ -1,4 +1,4 @@
-"""Measures answers from documents against fine-tuning on them: facts recalled, and the cost of a thousand questions.
+"""Measures answers from documents against fine-tuning on them: facts recalled, cost of a thousand questions.
 
     python -m bench.documents                       SmolLM2-135M-Instruct, about ten minutes on two cores
     python -m bench.documents --steps 2 --facts 2   a look at it

@@ -1,4 +1,4 @@
-"""Describes the machine of a measurement: what it is, what it reaches before and after, and what others took of it meanwhile.
+"""Describes the machine of a measurement: what it is, reaches before and after, and what others took of it.
 
 Two machines may share one name: of one cloud's "AMD EPYC" the products of two days differed by a factor of two. So a document
 that is kept holds the processor's model numbers, which tell its generation and its microcode, and the rates that it reached.

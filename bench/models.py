@@ -1,4 +1,4 @@
-"""Makes or loads the model to measure, and tokens to measure it with; makes training steps of a given shape."""
+"""Makes or loads the model to measure, tokens to measure it with, and training steps of a given shape."""
 
 import dataclasses
 from collections.abc import Callable, Iterable

@@ -1,4 +1,4 @@
-"""Starts JAX: sets the device, the compilation cache, quiet logs, and glibc, which must keep the memory that XLA frees.
+"""Starts JAX: sets the device, the compilation cache, quiet logs, and glibc, which must keep freed memory.
 
 XLA on the CPU allocates hundreds of megabytes for each step, which glibc by default returns to the
 kernel at its end: a quarter of a training step was page faults (`python -m bench.step --allocator

@@ -1,4 +1,4 @@
-"""Writes and verifies manifests: the size and SHA-256 of every file below a folder, to find damage before a file is used."""
+"""Writes and verifies manifests: the size and SHA-256 of each file below a folder, to find damage."""
 
 import concurrent.futures
 import errno

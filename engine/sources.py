@@ -1,4 +1,4 @@
-"""Tells whether the engine's sources were edited since a command began: a stored program must be of those that it imported."""
+"""Tells whether the engine's sources were edited since a command began, whose programs may be stored."""
 
 import os
 

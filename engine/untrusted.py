@@ -1,4 +1,4 @@
-"""Reads untrusted files and their fields: checks sizes before anything is allocated, and quotes values briefly in errors."""
+"""Reads untrusted files and their fields: checks sizes before allocating, and quotes values briefly."""
 
 import json
 import re

@@ -1,1 +1,1 @@
-"""One model, three lives, on one page: trained, fine-tuned three ways, and asked, with its weights, memory and cost in each."""
+"""One model, three lives, on one page: trained, fine-tuned three ways, and asked, with the cost of each."""

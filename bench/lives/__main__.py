@@ -1,4 +1,4 @@
-"""Records the three lives of one model, and writes them as a page to watch: it is trained, fine-tuned three ways, and asked.
+"""Records the three lives of one model as a page to watch: it is trained, fine-tuned three ways, and asked.
 
     python -m bench.lives                            the demo on Shakespeare: lives/lives.html, in four minutes on two cores
     python -m bench.lives --preset nano --out page   another architecture, in another folder

@@ -1,4 +1,4 @@
-"""Records a model's lives: runs the stages as processes, asks the trained model, and measures a step of each life."""
+"""Records a model's lives: runs the stages as processes, asks the trained model, measures a step of each."""
 
 import dataclasses
 import functools

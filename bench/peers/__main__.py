@@ -1,4 +1,4 @@
-"""Measures training beside PyTorch and serving beside llama.cpp, each pair in one run; compares objectives with TRL's.
+"""Measures training beside PyTorch, serving beside llama.cpp, each pair in one run, objectives beside TRL's.
 
     python -m bench.peers                                 training, with the peer of this Python
     python -m bench.peers --peer-python peers/bin/python  peers that live in an environment of their own

@@ -1,4 +1,4 @@
-"""Trains one model by each objective, ours and TRL's, on the same tokens in the same order, and compares the losses."""
+"""Trains one model by each objective, ours and TRL's, on the same tokens in order; compares the losses."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Trains a transformer of our shape in plain PyTorch, the peer in training; written as one would without this project.
+"""Trains a transformer of our shape in plain PyTorch, the peer in training, as one would without us.
 
 Weights, tokens and optimizer settings are ours: both sides report the same losses, step after step.
 """

@@ -1,4 +1,4 @@
-"""Trains a model by the losses of TRL's own trainers, the peer in what an objective is; model and tokens are ours."""
+"""Trains a model by the losses of TRL's own trainers, the peer in objectives; model and tokens are ours."""
 
 import json
 import tempfile

@@ -1,1 +1,1 @@
-"""The planner: what a training run, a fine-tune or a served model will take, with the error of each answer."""
+"""The planner: what a training run, a tuning or a served model will take, with the error of each answer."""

@@ -1,4 +1,4 @@
-"""Answers before money is spent: will it fit, how long, how much, and with which error; without JAX, in under a second.
+"""Answers before money is spent: will it fit, how long, how much, and with which error; without JAX.
 
     python -m bench.plan --model llama-3.2-1b --tokens 100B --hardware h100 --devices 8
     python -m bench.plan --model llama-3.2-1b --tokens 10M --method lora:16 --hardware rtx-4090

@@ -1,4 +1,4 @@
-"""The devices of a plan: a known accelerator, one that flags describe, or this machine, which is measured in 30 seconds."""
+"""The devices of a plan: a known accelerator, one that flags describe, or this machine as measured."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The model of a plan, a preset, config.json, GGUF file, run folder, or number of parameters; and what a method costs."""
+"""The model of a plan: a preset, a file, a run folder or a number of parameters; and what a method costs."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Replays what was published: what the planner says of each run without that run, or without its makers' runs."""
+"""Replays what was published: what the planner says of each run without it, or without its makers' runs."""
 
 import math
 import statistics

@@ -1,4 +1,4 @@
-"""Sends requests by an asyncio client light enough to run beside the server it measures, and reads completions.
+"""Sends requests by an asyncio client light enough to run beside the server it measures; reads completions.
 
 It reads what this server sends: heads, and bodies with a length or in chunks. JSON is parsed once a
 response is whole: parsing every token's as it came took a core of two from the server. With h11 a

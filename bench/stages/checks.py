@@ -1,4 +1,4 @@
-"""Checks that requests do not affect one another or a weight, that a device computes what a CPU does, and what int8 costs."""
+"""Checks that requests affect neither each other nor a weight, that devices agree, and what int8 costs."""
 
 import dataclasses
 import functools

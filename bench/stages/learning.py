@@ -1,4 +1,4 @@
-"""Shows what learning does to a small model: a text that it reads again and again, and how far its weights move.
+"""Shows what learning does to a small model: a text that it reads again and again, how far its weights move.
 
 Letters (bytes) are its tokens. It is trained from random weights on Python's reference, which is on
 every machine, and goes on with a few pages of this project's voice, which it reads READINGS times:

@@ -1,4 +1,4 @@
-"""Measures the stage table of `python -m bench`: compiles every row of one model and times them interleaved."""
+"""Measures the stage table of `python -m bench`: compiles every row of one model, times them interleaved."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Makes the memory of a compiled program over time: the bytes alive at each position of its schedule, by kind.
+"""Makes the memory of a compiled program over time: bytes alive at each position of its schedule, by kind.
 
 XLA's own buffer assignment says where each value lies: values in one place of one allocation follow
 each other there. The scheduled program says when each is made and last read. Both are protocol

@@ -1,4 +1,4 @@
-"""Times the ways of one training step, interleaved with each other and with a square matmul, and a step beside a save.
+"""Times the ways of one training step, interleaved with a square matmul, and a step beside a save.
 
 Ways: AdamW and Muon; all, the upper half, or LoRA (also over int8). Frozen matrices are stored in
 the compute type.

@@ -1,4 +1,4 @@
-"""AdamW: from a gradient to new weights (Kingma & Ba 2014, algorithm 1; Loshchilov & Hutter 2017, algorithm 2)."""
+"""AdamW: from a gradient to new weights (Kingma & Ba 2014, alg. 1; Loshchilov & Hutter 2017, alg. 2)."""
 
 from typing import NamedTuple
 

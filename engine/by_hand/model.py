@@ -1,4 +1,4 @@
-"""The whole model: tokens to logits, to the loss, and back to a gradient for every weight; and greedy generation."""
+"""The whole model: tokens to logits, to the loss, back to every weight's gradient; and greedy generation."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Accelerators by name: what `accelerators.csv` says of each, with its source, one a line and one number a column.
+"""Accelerators by name: what `accelerators.csv` says of each, with its source; one accelerator a line.
 
 Columns: `*_tflops` 1e12 operations a second; `memory_gb` 1e9 bytes; `memory_gbs`, `node_gbs` and
 `network_gbs` 1e9 bytes a second, the last two one way, inside a node of `node` devices and beyond;

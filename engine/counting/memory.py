@@ -1,4 +1,4 @@
-"""Memory by formula: the peak bytes of a training step and of a served model, and the bytes that a step moves.
+"""Memory by formula: peak bytes of a training step and of a served model, and the bytes that a step moves.
 
 Weights, gradients, optimizer state and the KV cache are exact. Residuals are an estimate, for the
 compiler decides which values to keep: the terms follow XLA on a CPU, with elementwise work in

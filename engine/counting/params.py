@@ -1,4 +1,4 @@
-"""Counts the parameters of a model: all, those that multiply each token, and those that train, from its config alone."""
+"""Counts the parameters of a model: all, those that multiply each token, and those that train."""
 
 import dataclasses
 import math

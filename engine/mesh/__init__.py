@@ -1,1 +1,1 @@
-"""A mesh of devices, and the processes that share one. All of it works without a mesh and with one process."""
+"""A mesh of devices, and the processes that share one. All of it works without a mesh and in one process."""

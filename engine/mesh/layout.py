@@ -1,4 +1,4 @@
-"""Lays weights, moments, batches and caches out over the mesh of `jax.set_mesh`, and pins arrays inside a program.
+"""Lays weights, moments, batches and caches out over the mesh of `jax.set_mesh`; pins arrays in programs.
 
     with jax.set_mesh(make_mesh(parse_mesh("data=2,fsdp=4"))):
         state = init_sharded(begin)                  # begin() -> TrainState; each device makes its own part

@@ -1,4 +1,4 @@
-"""Several processes that train one model: which of them this is, and what they agree on, through JAX's key-value store.
+"""Several processes that train one model: which one this is, and what they agree on, by JAX's store.
 
 A command joins them, and fills `group`; with one process all functions answer at once. This file
 loads without JAX.

@@ -1,4 +1,4 @@
-"""The axes of a mesh of devices and their sizes: read from `data=2,fsdp=4`, and compared with a model. Needs no JAX."""
+"""The axes of a mesh of devices and their sizes, as `data=2,fsdp=4`, compared with a model. Needs no JAX."""
 
 import math
 from typing import NamedTuple

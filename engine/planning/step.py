@@ -1,4 +1,4 @@
-"""StepPlan: predicts the operations of a training step, its memory on a device of a mesh, and its seconds there."""
+"""StepPlan: predicts a training step's operations, its memory on a device of a mesh, its seconds there."""
 
 import dataclasses
 import math

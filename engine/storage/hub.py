@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub, ORG/NAME or ORG/NAME@REVISION: fetches one into the hub's cache, and names what lies there.
+"""Models on the Hugging Face hub, ORG/NAME or ORG/NAME@REVISION: fetches one, and names what is cached.
 
 huggingface_hub caches, resumes, checks and shows progress, and reads HF_TOKEN, HF_HUB_OFFLINE,
 HF_ENDPOINT and HF_HOME. It is imported only when a model is fetched.

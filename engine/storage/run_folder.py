@@ -1,4 +1,4 @@
-"""A run folder's files: finds the newest finished run, reads its JSON files, and checks them by their manifest.
+"""A run folder's files: finds the newest finished run, reads its JSON files, checks them by their manifest.
 
 runs/NAME/config.json      the architecture
           run.json         how it was trained, and at last the result

@@ -1,4 +1,4 @@
-"""From bytes to batches: tokenizer, corpus, token files; conversations, chat templates, packing; the order of training data."""
+"""From bytes to batches: tokenizer, corpus, conversations, templates, packing; the order of training data."""
 
 from collections.abc import Callable
 

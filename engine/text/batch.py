@@ -1,4 +1,4 @@
-"""Batches of training and evaluation: their order, a function of (seed, epoch), and the windows of one long text."""
+"""Batches of training and evaluation: their order, by (seed, epoch), and the windows of one long text."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Tokenizes conversations by a chat template, with a loss mask of the assistant's tokens; users' text stays plain text."""
+"""Tokenizes conversations by a template, with a mask of the assistant's tokens; users' text stays text."""
 
 import collections
 import itertools

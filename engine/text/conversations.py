@@ -1,4 +1,4 @@
-"""Reads fine-tuning data: conversations in any of the usual forms, plain text, and preferences between two answers."""
+"""Reads fine-tuning data: conversations in the usual forms, plain text, and preferences of two answers."""
 
 import functools
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""Reads documents of text files, JSON and parquet; holds documents out; encodes a text once into the cache."""
+"""Reads documents of text files, JSON and parquet; holds some out; encodes a text once, into the cache."""
 
 import collections
 import dataclasses

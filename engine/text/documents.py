@@ -1,4 +1,4 @@
-"""Answers from documents: passages of texts, found by SQLite's full-text search for a question, are put into the prompt."""
+"""Answers from documents: passages of texts, found by SQLite's full-text search, are put into the prompt."""
 
 import dataclasses
 import hashlib

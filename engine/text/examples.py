@@ -1,4 +1,4 @@
-"""Tokenizes the rows of a dataset into training examples, counts what was cut or dropped, and packs them into batches."""
+"""Makes training examples of the rows of a dataset, counts what was cut or dropped, packs them in batches."""
 
 import bisect
 import dataclasses

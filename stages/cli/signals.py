@@ -1,4 +1,4 @@
-"""Handles Ctrl-C, SIGTERM and a closed terminal: finishes a step that must be saved, and else ends the process at once.
+"""Handles Ctrl-C, SIGTERM and a closed terminal: finishes a step that must be saved, else ends the process.
 
 Python runs a signal's handler only when the main thread comes back from a library, where compiling
 or a long step can keep it for minutes. So a second thread reads the signals from Python's wake-up
