@@ -42,7 +42,12 @@ def rows(name: str) -> tuple[Any, ...]:
     with (Path(__file__).parent / "published" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
         columns, *table = csv.reader(file)
     row: Any = dataclasses.make_dataclass("Row", columns, eq=False)  # equal to itself alone
-    read = lambda column, text: text if column in _TEXT else float(text or 0)
+
+    def read(column: str, text: str) -> str | float:
+        if column in _TEXT:
+            return text
+        return float(text or 0)
+
     return tuple(row(*map(read, columns, texts)) for texts in table)
 
 

@@ -105,6 +105,12 @@ def job(cfg: ModelConfig, method: str, context: int, step_tokens: float = 0) -> 
     kept = 4 * (cfg.width + query + key + cfg.ff)
     if trained > frozen / 4:
         kept += 2 * (2 * cfg.width + cfg.ff)
+    flops_per_token = flops.total
+    if reference:
+        flops_per_token += flops.forward
+        frozen += count.total
+    if not step_tokens:
+        step_tokens = PRETRAINING_STEP if name == "pretrain" else TUNING_STEP
     return SimpleNamespace(
         params=count.total,
         matmul=count.matmul,
@@ -115,9 +121,9 @@ def job(cfg: ModelConfig, method: str, context: int, step_tokens: float = 0) -> 
         vocab=cfg.vocab,
         context=context,
         kept=kept,
-        flops=flops.total + (flops.forward if reference else 0),
+        flops=flops_per_token,
         trained=trained,
-        frozen=frozen + (count.total if reference else 0),
+        frozen=frozen,
         frozen_bytes=0.5625 if name == "qlora" else 2,
-        step_tokens=step_tokens or (PRETRAINING_STEP if name == "pretrain" else TUNING_STEP),
+        step_tokens=step_tokens,
     )

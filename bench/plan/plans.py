@@ -71,8 +71,10 @@ class PlannedAnswer(NamedTuple):
     def print(self) -> None:
         """Prints the quantities as a table, then what binds, and the notes."""
         print_table(self.question, ("", "", "", ""), cells(self.document()), left=4)
-        for text in ([f"what binds: {self.binding}"] if self.binding else []) + [*self.notes]:
-            print(text)
+        if self.binding:
+            print(f"what binds: {self.binding}")
+        for note in self.notes:
+            print(note)
 
 
 def cells(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -338,7 +340,11 @@ def plan_break_even(
     Costs are in device-hours where the device has no price. `tuning`: tokens that are tuned on.
     """
     prompt, answer, _ = lengths
-    price, unit = (math.sqrt(d.low * d.high), "dollars") if d.low else (1.0, "hours")
+    price = 1.0
+    unit = "hours"
+    if d.low:
+        price = math.sqrt(d.low * d.high)
+        unit = "dollars"
     each = longer_prompt(m, d, *PRECISIONS[precision], extra, prompt, answer)
     fit = fit_serving()
     lines = {method: hours.scaled(price, unit, hours.origin) for method, hours in investments.items()}

@@ -152,7 +152,7 @@ def half_of_backward(of: Evidence) -> Judgement:
         "forward, two back, for the "
         "input and for the weight."
     )
-    return "true" if abs(flops - 0.5) < 0.02 else "partly", value, {"flops": flops}
+    return _true_if(abs(flops - 0.5) < 0.02), value, {"flops": flops}
 
 
 def half_of_lora(of: Evidence) -> Judgement:
@@ -162,7 +162,7 @@ def half_of_lora(of: Evidence) -> Judgement:
         f"{time.format(percent)} of its time: nothing is "
         "computed for the weights of the base, but the gradient still passes through them."
     )
-    return "true" if abs(flops - 0.5) < 0.03 else "partly", value, {"flops": flops, "time": time}
+    return _true_if(abs(flops - 0.5) < 0.03), value, {"flops": flops, "time": time}
 
 
 def _of_step(of: Evidence, step: str) -> tuple[float, Ratio]:
@@ -219,7 +219,7 @@ def lora_operations(of: Evidence) -> Judgement:
         "the gradients of the base's "
         "weights, a third of a step, are not computed."
     )
-    return "true" if abs(share - 2 / 3) < 0.03 else "partly", value, {"flops": share}
+    return _true_if(abs(share - 2 / 3) < 0.03), value, {"flops": share}
 
 
 def updates(of: Evidence) -> Judgement:
@@ -371,6 +371,12 @@ def moved(of: Evidence) -> Judgement:
     else:
         verdict = "false here"
     return verdict, value, {"pre_training": before, "once": once, "many": many}
+
+
+def _true_if(holds: bool) -> str:
+    if holds:
+        return "true"
+    return "partly"
 
 
 def costs(of: Evidence) -> Judgement:

@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from engine.errors import UserError
-from engine.mesh.rules import cache_specs, fitting_spec, leaf_specs
+from engine.mesh.rules import cache_specs, fitting_spec, leaf_specs, tensor_alone
 from engine.mesh.shape import AXES, ROWS, MeshShape, check_mesh, parse_mesh
 from engine.model.config import ModelConfig
 
@@ -338,8 +338,7 @@ def map_whole_matrices(f: Callable[[Array], Array], tree: Any) -> Any:
     results: dict[int, Array] = {}
     for kind in dict.fromkeys(kinds):
         places = [place for place, other in enumerate(kinds) if other == kind]
-        tensor_alone = [name if name == "tensor" else None for name in kind[1]]
-        between = [P(None, *kind[1]), P("fsdp", *tensor_alone), P(order[:2])]
+        between = [P(None, *kind[1]), P("fsdp", *tensor_alone(kind[1])), P(order[:2])]
         stack = jnp.stack([leaves[place] for place in places])
         stack = jnp.pad(stack, ((0, -len(places) % mesh.size), (0, 0), (0, 0)))
         for spec in between:

@@ -49,7 +49,15 @@ def tensor_axes(path: str) -> tuple[str | None, ...]:
     `fsdp`: `tensor`, or none.
     """
     spec = leaf_spec(path, (1, 1), dict.fromkeys(AXES, 1))
-    return tuple("tensor" if axis == "tensor" else None for axis in spec)
+    return tensor_alone(spec)
+
+
+def tensor_alone(spec: P) -> tuple[str | None, ...]:
+    """Returns the axes of a spec with `tensor` where it cuts, and no other."""
+    axes: list[str | None] = []
+    for axis in spec:
+        axes.append("tensor" if axis == "tensor" else None)
+    return tuple(axes)
 
 
 def fitting_spec(spec: P, shape: tuple[int, ...], sizes: Any) -> P:
