@@ -248,12 +248,12 @@ def test_the_engine_beside_a_server_has_a_prefix_cache_as_that_has(monkeypatch):
 def test_the_engine_beside_a_server_has_blocks_where_that_has(monkeypatch):
     cfg, reads = tiny_config(), []
 
-    def load(name, *, blocks, **_):
-        reads.append(blocks)
+    def load(name, *, keep_blocks, **_):
+        reads.append(keep_blocks)
         return SimpleNamespace(cfg=cfg, params=lively_params(cfg), tokenizer=byte_tokenizer())
 
     monkeypatch.setattr(measure, "load", load)
     monkeypatch.setattr("engine.inference.backend.computes_in_c", lambda: True)
     for weights in ("int8", "file", "q4"):
         measure.make_engine("sea", weights, 2, cfg.context)
-    assert reads == [None, {}, {}]
+    assert reads == [False, True, True]
