@@ -155,8 +155,12 @@ class LoraConfig:
     @property
     def adapted_matrices(self) -> tuple[str, ...]:
         """The names of MATRICES that are adapted, in that order; `all` is every one, `o` is `out`."""
-        names = {"out" if name == "o" else name for name in self.targets}
-        return tuple(name for name in MATRICES if name in names or "all" in names)
+        names = set(self.targets)
+        if "o" in names:
+            names.add("out")
+        if "all" in names:
+            return MATRICES
+        return tuple(name for name in MATRICES if name in names)
 
     def __str__(self) -> str:
         return f"rank={self.rank},alpha={repr(self.alpha).removesuffix('.0')},targets={','.join(self.targets)}"
@@ -169,7 +173,8 @@ class LoraConfig:
         pairs = [part.partition("=") for part in re.split(r",(?=\w*=)", text.replace(" ", "").strip(",")) if part]
         fields = {name: value for name, _, value in pairs}
         try:
-            rank, targets = int(fields.pop("rank", "8")), fields.pop("targets", "all").split(",")
+            rank = int(fields.pop("rank", "8"))
+            targets = fields.pop("targets", "all").split(",")
             alpha = float(fields.pop("alpha", 2 * rank))
         except ValueError:
             fields = {"": text}
