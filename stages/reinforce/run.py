@@ -11,54 +11,35 @@ import jax
 import numpy as np
 from jax.stages import Compiled
 
-from engine.counting.flops import forward_flops, prefill_flops
-from engine.counting.memory import inference_memory
 from engine.device import Device, make_room
 from engine.errors import UserError
-from engine.format import duration, format_count, quantity
+from engine.format import duration
 from engine.inference.decode import prepare_params
 from engine.inference.engine import complete
 from engine.inference.request import Completion, SamplingParams
-from engine.model.config import ModelConfig
 from engine.model.paths import merge
 from engine.model.transformer import Params
 from engine.storage.digest import digest
 from engine.storage.model_loader import model_name
 from engine.text.batch import EpochOrder
 from engine.text.examples import example_rows
-from engine.training.optimizer import OptimizerConfig
-from engine.training.reinforce import PolicyBatch, group_advantages, grpo
-from engine.training.step import Objective, TrainState
+from engine.training.reinforce import PolicyBatch, group_advantages
+from engine.training.step import TrainState
 from stages.cli.console import Console, ReportProgress
-from stages.reinforce.flags import ReinforceFlags, RolloutFlags
-from stages.reinforce.rollouts import Prompt, Prompts, Rollout, prompt_tokens, prompts_for, rollout_batch, score_batch
+from stages.reinforce.flags import ReinforceFlags
+from stages.reinforce.plan import ReinforcePlan, plan_reinforcement, reinforce_rows
+from stages.reinforce.rollouts import Prompt, Rollout, prompt_tokens, rollout_batch, score_batch
 from stages.runs.answers import compare
 from stages.runs.batch_steps import temporary_bytes
-from stages.runs.estimate import memory_estimate, require_room
 from stages.runs.folder import clear_run, default_folder
-from stages.runs.model_stage import (
-    OpenedModel,
-    PreparedModel,
-    Rows,
-    choose_trainable,
-    load_weights,
-    model_rows,
-    open_model,
-)
+from stages.runs.model_stage import PreparedModel, Rows, load_weights
 from stages.runs.options import RunOptions
-from stages.runs.plan import Recipe, RunPlan
-from stages.runs.rewards import Rewards
 from stages.runs.run import execute
 from stages.runs.stage import Finished, LoopState, RunReport, StepResult, compile_step
 from stages.runs.text_data import Evaluator
 
-SECONDS = 120.0  # of a run when nobody asks for a length
-LEAST_ROUNDS = 20  # that such a run makes however long they take
-TOKENS = 48  # of a completion, where the context has room for them
-MULTIPLE = 32  # tokens that a row's length is rounded up to
 EVALUATED = 32  # held-out completions sampled before and after training, at least
 SHOWN_PROMPTS = 3
-MICROBATCH_TOKENS = 1024  # more hold more logits and are no faster
 TOLERATED_BITS = 0.3  # a byte that completions may be worse under the model before training
 ALIKE_ROUNDS = 8  # in a row in which the completions of no prompt differ in reward end a run
 TOTALS = ("inference_seconds", "training_seconds", "answer_tokens")  # of a round and, in a checkpoint, of all rounds
@@ -70,207 +51,26 @@ def run(flags: ReinforceFlags, device: Device) -> int:
     options = RunOptions(
         **dataclasses.asdict(flags.folder), stage="reinforce", device=device, folder=folder, dry_run=flags.dry_run
     )
-    return execute(options, lambda console: plan_reinforcement(flags, options, console))
+    return execute(options, lambda console: plan_reinforcement(flags, options, console), prepare_reinforcement)
 
 
-# The plan
-
-
-@dataclasses.dataclass(frozen=True)
-class RoundConfig:
-    """What a round does, beside what its RunPlan says."""
-
-    prompts: int
-    group: int  # completions of each prompt
-    temperature: float
-    longest: int  # tokens of the longest prompt
-    max_tokens: int  # of a completion
-    updates: int  # optimizer steps on the completions
-    clip: float
-    kl: float  # the weight of the divergence from the model before training
-    fluency: float  # the weight of a second reward, the negative bits per byte by that model
-
-    @property
-    def capacity(self) -> int:
-        """Tokens of a prompt with its completion, at most."""
-        return self.longest + self.max_tokens
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReinforcePlan:
-    """What a reinforcement learning will do: the opened model, the task with its prompts, and a
-    round."""
-
-    plan: RunPlan
-    opened: OpenedModel
-    prompts: Prompts
-    rewards: Rewards
-    round: RoundConfig
-    metadata: dict[str, Any]  # of run.json, but for what the weights tell
-    matches: Rows  # what each rule of --train and --freeze matched
-    memory: int  # bytes of a round
-    objective: Objective
-
-    def rows(self, console: Console) -> Rows:
-        return reinforce_rows(self)
-
-    def print_example(self, console: Console) -> None:
-        """Prints nothing: the first completions are sampled later."""
-
-    def prepare(self, console: Console) -> "PreparedReinforcement":
-        weights = load_weights(self.opened, self.plan)
-        return PreparedReinforcement(
-            plan=self.plan,
-            metadata={**weights.metadata, **self.metadata},
-            advice="--learning-rate",
-            tokenizer=self.opened.tokenizer,
-            stop_token_ids=self.opened.stop_token_ids,
-            sampling=self.opened.model.sampling,
-            trainable=weights.trainable,
-            frozen=weights.frozen,
-            frozen_as_loaded=weights.frozen_as_loaded,
-            objective=self.objective,
-            opened=self.opened,
-            params=weights.params,
-            reinforce=self,
-        )
-
-
-def plan_reinforcement(flags: ReinforceFlags, options: RunOptions, console: Console) -> ReinforcePlan:
-    """Plans a reinforcement learning, of which only this reads the flags. Raises UserError for what
-    does not fit together."""
-    rollout = flags.rollout
-    update = flags.update
-    rewards = Rewards(rollout.task, rollout.reward_timeout, "mend it, or give a longer --reward-timeout")
-    prompts = prompts_for(rewards.names, rollout.data, flags.seed)
-    opened = open_model(flags.model, flags.trainable, options.folder, console)
-    cfg = opened.model.cfg
-    longest = max(len(prompt_tokens(opened.chat, prompt)) for prompt in (*prompts.train, *prompts.held_out))
-    config = RoundConfig(
-        prompts=rollout.prompts,
-        group=rollout.group,
-        temperature=rollout.temperature,
-        longest=longest,
-        max_tokens=choose_max_tokens(rollout, cfg, longest),
-        updates=update.updates,
-        clip=update.clip,
-        kl=update.kl,
-        fluency=update.fluency,
+def prepare_reinforcement(planned: ReinforcePlan, console: Console) -> "PreparedReinforcement":
+    weights = load_weights(planned.opened, planned.plan)
+    return PreparedReinforcement(
+        plan=planned.plan,
+        metadata={**weights.metadata, **planned.metadata},
+        advice="--learning-rate",
+        tokenizer=planned.opened.tokenizer,
+        stop_token_ids=planned.opened.stop_token_ids,
+        sampling=planned.opened.model.sampling,
+        trainable=weights.trainable,
+        frozen=weights.frozen,
+        frozen_as_loaded=weights.frozen_as_loaded,
+        objective=planned.objective,
+        opened=planned.opened,
+        params=weights.params,
+        reinforce=planned,
     )
-    paths, matches = choose_trainable(cfg, opened.lora, flags.trainable.train, flags.trainable.freeze)
-    seconds = flags.length.max_time
-    least_rounds = 0
-    if not flags.length.max_time and not flags.length.rounds:
-        seconds = SECONDS
-        least_rounds = LEAST_ROUNDS
-    rate = update.learning_rate
-    if rate is None:
-        rate = 5e-4 if opened.lora else 2e-5
-    plan = RunPlan(
-        name=opened.model.name,
-        cfg=cfg,
-        recipe=round_recipe(config, rate),
-        seed=flags.seed,
-        steps=flags.length.rounds,
-        seconds=seconds,
-        trainable=paths,
-        base=flags.trainable.base,
-        step_name="round",
-        least_steps=least_rounds,
-        blocks=opened.blocks,
-    )
-    # A step, beside the weights that sample and their cache.
-    inference = inference_memory(cfg, plan.recipe.batch, config.capacity)
-    memory = plan.memory.total + inference.params + inference.cache
-    remedy = "give fewer --prompts, a smaller --group, fewer --max-tokens, or a smaller model."
-    require_room(plan, memory, "A round would need about", remedy)
-    metadata = {
-        "learns": flags.trainable.describe(opened.lora),
-        "text": {"data": f"{rewards.name} on {prompts.name}", "digest": f"{rewards.name} {prompts.digest}"},
-        "rollout": dataclasses.asdict(rollout) | {"data": str(rollout.data or "")},
-        "update": dataclasses.asdict(update),
-    }
-    return ReinforcePlan(
-        plan=plan,
-        opened=opened,
-        prompts=prompts,
-        rewards=rewards,
-        round=config,
-        metadata=metadata,
-        matches=matches,
-        memory=memory,
-        objective=grpo(config.clip, config.kl),
-    )
-
-
-def choose_max_tokens(rollout: RolloutFlags, cfg: ModelConfig, longest: int) -> int:
-    """Returns the tokens of a completion, at most. Raises UserError where the longest prompt leaves
-    no room for them."""
-    room = cfg.context - longest
-    if room >= (rollout.max_tokens or 1):
-        return rollout.max_tokens or min(TOKENS, room)
-    advice = "a lower --max-tokens or shorter prompts" if room > 0 else "shorter prompts"
-    raise UserError(
-        f"The longest prompt has {longest:,} tokens, which leaves {max(0, room):,} of the model's context of "
-        f"{cfg.context:,} for an answer; give {advice}."
-    )
-
-
-def round_recipe(config: RoundConfig, learning_rate: float) -> Recipe:
-    # The rate falls in the second half, without which the reward falls again: a round's gradient is
-    # mostly noise.
-    optimizer = OptimizerConfig(learning_rate=learning_rate, schedule="wsd", warmup=0, decay=0.5, beta2=0.99, weight_decay=0)
-    rows = config.prompts * config.group
-    seq = -(-(config.capacity - 1) // MULTIPLE) * MULTIPLE
-    microbatches = 1
-    while rows % microbatches or rows // microbatches * seq > max(MICROBATCH_TOKENS, seq):
-        microbatches += 1
-    return Recipe(tokenizer="the model's", context=seq, batch=rows, optimizer=optimizer, accumulate=microbatches)
-
-
-def reinforce_rows(planned: ReinforcePlan, trained_numbers: int = 0) -> Rows:
-    """Returns the banner's rows. `trained_numbers`: see `model_rows`."""
-    plan = planned.plan
-    config = planned.round
-    prompts = planned.prompts
-    rewards = planned.rewards
-    inference, training = round_flops(plan, config)
-    return [
-        *model_rows(planned.opened, plan, trained_numbers),
-        *planned.matches,
-        ("task", f"{rewards.name} ({rewards.describe()})"),
-        ("prompts", f"{len(prompts.train):,} of {prompts.name}; {len(prompts.held_out):,} held out"),
-        ("template", planned.opened.chat.template_name),
-        (
-            "a round",
-            f"{config.prompts} prompts, {config.group} completions each, of at most {config.max_tokens} tokens, "
-            f"at temperature {config.temperature:g}",
-        ),
-        ("inference", f"samples them: up to {format_count(inference)}FLOPs, forward only"),
-        (
-            "training",
-            f"{quantity(config.updates, 'step')} on them: up to {format_count(training)}FLOPs; "
-            f"clip {config.clip:g}, KL {config.kl:g}, fluency {config.fluency:g}, "
-            f"adamw {plan.recipe.optimizer.learning_rate:g}",
-        ),
-        ("memory", memory_estimate(plan, planned.memory)),
-        ("length", plan.length()),
-    ]
-
-
-def round_flops(plan: RunPlan, config: RoundConfig) -> tuple[int, int]:
-    """Returns the most FLOPs of inference and of training in a round: those of the longest
-    completions."""
-    cfg = plan.cfg
-    new = config.max_tokens
-    prefill = prefill_flops(cfg, config.longest, attention="causal").total
-    decode = (new - 1) * forward_flops(cfg, config.longest + new // 2, attention="full").total
-    passes = (config.updates > 1) + 1  # that give log-probabilities
-    scoring = passes * plan.step_tokens * forward_flops(cfg, plan.recipe.context, attention="full").total
-    return plan.recipe.batch * (prefill + decode), config.updates * plan.step_flops + scoring
-
-
-# What it begins with, and its rounds
 
 
 class Sampled(NamedTuple):

@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # a run that nobody watches or records, or that is new, does 
     from stages.runs.watch.recorder import Recorder
 
 
-def execute(options: RunOptions, make_plan: Callable[[Console], Plan]) -> int:
+def execute[P: Plan](options: RunOptions, make_plan: Callable[[Console], P], prepare: Callable[[P, Console], Prepared]) -> int:
     """Carries out a run, or resumes the one in the folder. Returns 0, or 128 + the signal that
     stopped it."""
     refuse_options(options)
@@ -71,7 +71,7 @@ def execute(options: RunOptions, make_plan: Callable[[Console], Plan]) -> int:
             recorder = stack.enter_context(open_recorder(options.record, tensorboard, options.watch, console))
         processes.refuse_unshared(options.folder)
         with processes.process_0_first():
-            prepared = make_plan(console).prepare(console)
+            prepared = prepare(make_plan(console), console)
         if mesh:
             stack.enter_context(jax.set_mesh(mesh))
         prepared = prepared.placed()  # under its name, so that what was loaded is not held beside it

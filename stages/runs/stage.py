@@ -1,7 +1,8 @@
 """The four values of a run: Plan -> Prepared -> Steps -> RunReport; and LoopState, its progress.
 
-The first three have a method that gives the next. A stage writes a class for each of Plan, Prepared
-and Steps. `runs/run.py` carries a run from one to the next, and `runs/loop.py` takes the steps.
+A stage writes a class for each of Plan, Prepared and Steps, and what gives the next: a function that
+prepares the Plan, and two methods of Prepared, which begin the Steps and report. `runs/run.py`
+carries a run from one to the next, and `runs/loop.py` takes the steps.
 """
 
 import dataclasses
@@ -116,9 +117,6 @@ class Plan(Protocol):
 
     def print_example(self, console: Console) -> None:
         """Prints an example of the data below the banner, if the stage has any."""
-
-    def prepare(self, console: Console) -> "Prepared":
-        """Makes what the run begins with. Raises UserError when memory is too small."""
 
 
 class StepResult(NamedTuple):

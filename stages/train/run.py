@@ -88,7 +88,7 @@ def run(flags: TrainFlags, device: Device) -> int:
         dry_run=flags.dry_run,
         mesh=flags.mesh.shape(),
     )
-    return execute(options, lambda console: plan_training(flags, options, console))
+    return execute(options, lambda console: plan_training(flags, options, console), prepare_training)
 
 
 def chosen_recipe(flags: TrainFlags, backend: str, mesh: MeshShape, resumed_batch: int | None = None) -> Recipe:
@@ -151,28 +151,6 @@ class TrainingPlan:
 
     def print_example(self, console: Console) -> None:
         """Prints nothing: a text is as it is."""
-
-    def prepare(self, console: Console) -> "PreparedTraining":
-        """Raises UserError when weights, gradients and optimizer state alone do not fit; weights
-        begin random."""
-        plan = self.plan
-        bytes_each = 16 if plan.recipe.optimizer.kind == "adamw" else 12
-        least = count_params(plan.cfg).total * bytes_each // (plan.mesh.fsdp * plan.mesh.tensor)
-        needs = f"Training {plan.name} needs at least"
-        require_room(plan, least, needs, "choose a smaller preset.", " for weights, gradients and optimizer")
-        optimizer = make_optimizer(plan.recipe.optimizer)
-        # One object, for JAX traces it only once.
-        begin = jax.jit(lambda: init_state(optimizer, init_params(plan.cfg, jax.random.key(plan.seed))))
-        return PreparedTraining(
-            plan=plan,
-            metadata=self.metadata,
-            advice="--learning-rate or --matrix-learning-rate, warm up longer with --warmup, or try --dtype float32",
-            tokenizer=self.data.tokenizer,
-            stop_token_ids=(self.data.tokenizer.eos_id,),
-            frozen={},
-            training=self,
-            begin=begin,
-        )
 
 
 def plan_training(flags: TrainFlags, options: RunOptions, console: Console) -> TrainingPlan:
@@ -289,6 +267,29 @@ def predict_step_seconds(plan: RunPlan, best: Ceilings) -> float:
 
 
 # What it begins with, and its steps
+
+
+def prepare_training(planned: TrainingPlan, console: Console) -> "PreparedTraining":
+    """Raises UserError when weights, gradients and optimizer state alone do not fit; weights
+    begin random."""
+    plan = planned.plan
+    bytes_each = 16 if plan.recipe.optimizer.kind == "adamw" else 12
+    least = count_params(plan.cfg).total * bytes_each // (plan.mesh.fsdp * plan.mesh.tensor)
+    needs = f"Training {plan.name} needs at least"
+    require_room(plan, least, needs, "choose a smaller preset.", " for weights, gradients and optimizer")
+    optimizer = make_optimizer(plan.recipe.optimizer)
+    # One object, for JAX traces it only once.
+    begin = jax.jit(lambda: init_state(optimizer, init_params(plan.cfg, jax.random.key(plan.seed))))
+    return PreparedTraining(
+        plan=plan,
+        metadata=planned.metadata,
+        advice="--learning-rate or --matrix-learning-rate, warm up longer with --warmup, or try --dtype float32",
+        tokenizer=planned.data.tokenizer,
+        stop_token_ids=(planned.data.tokenizer.eos_id,),
+        frozen={},
+        training=planned,
+        begin=begin,
+    )
 
 
 class Compiling(NamedTuple):

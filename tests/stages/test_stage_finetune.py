@@ -37,6 +37,7 @@ from stages import chat, evaluate, export, generate
 from stages.cli.console import Console
 from stages.finetune import __main__ as finetune
 from stages.finetune import general_examples
+from stages.finetune import plan as finetune_plan
 from stages.finetune import run as finetune_run
 from stages.runs import estimate
 from stages.runs.conversation_data import digest_examples, held_out_evaluator, prepare_conversations
@@ -492,8 +493,8 @@ def test_a_run_ends_when_it_no_longer_gets_better_and_keeps_its_best(trained, ch
 
 def test_a_run_without_a_length_makes_the_least_steps_whatever_they_take(trained, chats, tmp_path, monkeypatch, capsys):
     """And a time that is given ends it before; both are said at the start."""
-    monkeypatch.setattr(finetune_run, "SECONDS", 1e-9)
-    monkeypatch.setattr(finetune_run, "LEAST_STEPS", 7)
+    monkeypatch.setattr(finetune_plan, "SECONDS", 1e-9)
+    monkeypatch.setattr(finetune_plan, "LEAST_STEPS", 7)
     options = args(trained, chats, tmp_path / "least", "--lora", LORA)
     at = options.index("--steps")
     del options[at : at + 2]
@@ -666,10 +667,10 @@ def test_the_devices_of_a_mesh_share_the_held_out_set():
 
 def test_a_run_without_a_length_reads_its_data_three_times():
     """Few steps need no time; of many, three minutes may end the run before, but not under 100 steps."""
-    assert finetune_run.choose_length(7.5) == (22, None, 0)
-    assert finetune_run.choose_length(0.1) == (1, None, 0)
-    assert finetune_run.choose_length(33) == (99, None, 0)
-    assert finetune_run.choose_length(1000) == (3000, 180.0, 100)
+    assert finetune_plan.choose_length(7.5) == (22, None, 0)
+    assert finetune_plan.choose_length(0.1) == (1, None, 0)
+    assert finetune_plan.choose_length(33) == (99, None, 0)
+    assert finetune_plan.choose_length(1000) == (3000, 180.0, 100)
 
 
 def test_general_answers_are_mixed_in_and_saved_with_the_run(trained, chats, tmp_path, monkeypatch, capsys, failing):
@@ -694,7 +695,7 @@ def test_general_answers_are_mixed_in_and_saved_with_the_run(trained, chats, tmp
     assert "another number of general questions mixed in (2 there, None now)" in error
     assert finetune.main([*options, "--steps", "2", "--no-mix", "--out-dir", str(tmp_path / "alone")]) == 0
     assert "mixed in" not in capsys.readouterr().out
-    monkeypatch.setattr(finetune_run, "MOST_STEPS_TO_MIX", 1)
+    monkeypatch.setattr(finetune_plan, "MOST_STEPS_TO_MIX", 1)
     assert finetune.main([*options, "--steps", "2", "--out-dir", str(tmp_path / "large")]) == 0
     assert "mixed in" not in capsys.readouterr().out
     assert calls == ["asked"]

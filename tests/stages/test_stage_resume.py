@@ -37,7 +37,7 @@ from engine.training.step import init_state
 from stages import evaluate
 from stages.cli.console import Console
 from stages.finetune.flags import FinetuneFlags
-from stages.finetune.run import plan_tuning
+from stages.finetune.run import plan_tuning, prepare_tuning
 from stages.runs import loop, model_stage
 from stages.runs.batch_steps import BatchSteps
 from stages.runs.folder import JsonLines, updating
@@ -47,7 +47,7 @@ from stages.runs.run import run_metadata
 from stages.runs.stage import LoopState
 from stages.train import __main__ as train
 from stages.train.flags import TrainFlags
-from stages.train.run import PreparedTraining, plan_training
+from stages.train.run import PreparedTraining, plan_training, prepare_training
 
 
 def state_digest(folder: Path) -> str:
@@ -365,9 +365,10 @@ def test_no_flag_changes_unnoticed(stage, text, trained, tmp_path, monkeypatch):
     values = OTHER | {"data": str(other), "validation": other if stage == "train" else str(other), "template": template}
     if stage == "train":
         kind, words, make = TrainFlags, tiny(text, tmp_path, "--steps", 20), plan_training
+        prepare: Any = prepare_training
     else:
         words = ["--model", trained, "--context", 40, "--steps", 20, "--general", text, "--data", chats]
-        kind, make = FinetuneFlags, plan_tuning
+        kind, make, prepare = FinetuneFlags, plan_tuning, prepare_tuning
         model, chat = load_model(str(trained), dtype=None), functools.cache(ChatTokenizer)
         monkeypatch.setattr(model_stage, "load_model", lambda *_, on_config, **__: on_config(model.cfg) or model)
         monkeypatch.setattr(model_stage, "ChatTokenizer", chat)
@@ -376,7 +377,7 @@ def test_no_flag_changes_unnoticed(stage, text, trained, tmp_path, monkeypatch):
     def described(flags: Any) -> Any:
         options = RunOptions(stage=stage, device=Device("cpu", "a chip", 1, "here"), folder=tmp_path, dry_run=True)
         console = Console(io.StringIO())
-        prepared = make(flags, options, console).prepare(console)
+        prepared = prepare(make(flags, options, console), console)
         return run_metadata(options, prepared.plan, prepared.metadata), prepared.plan.cfg
 
     before, unnoticed = described(flags), []

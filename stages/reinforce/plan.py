@@ -1,0 +1,203 @@
+"""The plan of a reinforcement learning: by flags, task and the model's architecture, what a round does and takes."""
+
+import dataclasses
+from typing import Any
+
+from engine.counting.flops import forward_flops, prefill_flops
+from engine.counting.memory import inference_memory
+from engine.errors import UserError
+from engine.format import format_count, quantity
+from engine.model.config import ModelConfig
+from engine.training.optimizer import OptimizerConfig
+from engine.training.reinforce import grpo
+from engine.training.step import Objective
+from stages.cli.console import Console
+from stages.reinforce.flags import ReinforceFlags, RolloutFlags
+from stages.reinforce.rollouts import Prompts, prompt_tokens, prompts_for
+from stages.runs.estimate import memory_estimate, require_room
+from stages.runs.model_stage import OpenedModel, Rows, choose_trainable, model_rows, open_model
+from stages.runs.options import RunOptions
+from stages.runs.plan import Recipe, RunPlan
+from stages.runs.rewards import Rewards
+
+SECONDS = 120.0  # of a run when nobody asks for a length
+LEAST_ROUNDS = 20  # that such a run makes however long they take
+TOKENS = 48  # of a completion, where the context has room for them
+MULTIPLE = 32  # tokens that a row's length is rounded up to
+MICROBATCH_TOKENS = 1024  # more hold more logits and are no faster
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundConfig:
+    """What a round does, beside what its RunPlan says."""
+
+    prompts: int
+    group: int  # completions of each prompt
+    temperature: float
+    longest: int  # tokens of the longest prompt
+    max_tokens: int  # of a completion
+    updates: int  # optimizer steps on the completions
+    clip: float
+    kl: float  # the weight of the divergence from the model before training
+    fluency: float  # the weight of a second reward, the negative bits per byte by that model
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a prompt with its completion, at most."""
+        return self.longest + self.max_tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReinforcePlan:
+    """What a reinforcement learning will do: the opened model, the task with its prompts, and a
+    round."""
+
+    plan: RunPlan
+    opened: OpenedModel
+    prompts: Prompts
+    rewards: Rewards
+    round: RoundConfig
+    metadata: dict[str, Any]  # of run.json, but for what the weights tell
+    matches: Rows  # what each rule of --train and --freeze matched
+    memory: int  # bytes of a round
+    objective: Objective
+
+    def rows(self, console: Console) -> Rows:
+        return reinforce_rows(self)
+
+    def print_example(self, console: Console) -> None:
+        """Prints nothing: the first completions are sampled later."""
+
+
+def plan_reinforcement(flags: ReinforceFlags, options: RunOptions, console: Console) -> ReinforcePlan:
+    """Plans a reinforcement learning, of which only this reads the flags. Raises UserError for what
+    does not fit together."""
+    rollout = flags.rollout
+    update = flags.update
+    rewards = Rewards(rollout.task, rollout.reward_timeout, "mend it, or give a longer --reward-timeout")
+    prompts = prompts_for(rewards.names, rollout.data, flags.seed)
+    opened = open_model(flags.model, flags.trainable, options.folder, console)
+    cfg = opened.model.cfg
+    longest = max(len(prompt_tokens(opened.chat, prompt)) for prompt in (*prompts.train, *prompts.held_out))
+    config = RoundConfig(
+        prompts=rollout.prompts,
+        group=rollout.group,
+        temperature=rollout.temperature,
+        longest=longest,
+        max_tokens=choose_max_tokens(rollout, cfg, longest),
+        updates=update.updates,
+        clip=update.clip,
+        kl=update.kl,
+        fluency=update.fluency,
+    )
+    paths, matches = choose_trainable(cfg, opened.lora, flags.trainable.train, flags.trainable.freeze)
+    seconds = flags.length.max_time
+    least_rounds = 0
+    if not flags.length.max_time and not flags.length.rounds:
+        seconds = SECONDS
+        least_rounds = LEAST_ROUNDS
+    rate = update.learning_rate
+    if rate is None:
+        rate = 5e-4 if opened.lora else 2e-5
+    plan = RunPlan(
+        name=opened.model.name,
+        cfg=cfg,
+        recipe=round_recipe(config, rate),
+        seed=flags.seed,
+        steps=flags.length.rounds,
+        seconds=seconds,
+        trainable=paths,
+        base=flags.trainable.base,
+        step_name="round",
+        least_steps=least_rounds,
+        blocks=opened.blocks,
+    )
+    # A step, beside the weights that sample and their cache.
+    inference = inference_memory(cfg, plan.recipe.batch, config.capacity)
+    memory = plan.memory.total + inference.params + inference.cache
+    remedy = "give fewer --prompts, a smaller --group, fewer --max-tokens, or a smaller model."
+    require_room(plan, memory, "A round would need about", remedy)
+    metadata = {
+        "learns": flags.trainable.describe(opened.lora),
+        "text": {"data": f"{rewards.name} on {prompts.name}", "digest": f"{rewards.name} {prompts.digest}"},
+        "rollout": dataclasses.asdict(rollout) | {"data": str(rollout.data or "")},
+        "update": dataclasses.asdict(update),
+    }
+    return ReinforcePlan(
+        plan=plan,
+        opened=opened,
+        prompts=prompts,
+        rewards=rewards,
+        round=config,
+        metadata=metadata,
+        matches=matches,
+        memory=memory,
+        objective=grpo(config.clip, config.kl),
+    )
+
+
+def choose_max_tokens(rollout: RolloutFlags, cfg: ModelConfig, longest: int) -> int:
+    """Returns the tokens of a completion, at most. Raises UserError where the longest prompt leaves
+    no room for them."""
+    room = cfg.context - longest
+    if room >= (rollout.max_tokens or 1):
+        return rollout.max_tokens or min(TOKENS, room)
+    advice = "a lower --max-tokens or shorter prompts" if room > 0 else "shorter prompts"
+    raise UserError(
+        f"The longest prompt has {longest:,} tokens, which leaves {max(0, room):,} of the model's context of "
+        f"{cfg.context:,} for an answer; give {advice}."
+    )
+
+
+def round_recipe(config: RoundConfig, learning_rate: float) -> Recipe:
+    # The rate falls in the second half, without which the reward falls again: a round's gradient is
+    # mostly noise.
+    optimizer = OptimizerConfig(learning_rate=learning_rate, schedule="wsd", warmup=0, decay=0.5, beta2=0.99, weight_decay=0)
+    rows = config.prompts * config.group
+    seq = -(-(config.capacity - 1) // MULTIPLE) * MULTIPLE
+    microbatches = 1
+    while rows % microbatches or rows // microbatches * seq > max(MICROBATCH_TOKENS, seq):
+        microbatches += 1
+    return Recipe(tokenizer="the model's", context=seq, batch=rows, optimizer=optimizer, accumulate=microbatches)
+
+
+def reinforce_rows(planned: ReinforcePlan, trained_numbers: int = 0) -> Rows:
+    """Returns the banner's rows. `trained_numbers`: see `model_rows`."""
+    plan = planned.plan
+    config = planned.round
+    prompts = planned.prompts
+    rewards = planned.rewards
+    inference, training = round_flops(plan, config)
+    return [
+        *model_rows(planned.opened, plan, trained_numbers),
+        *planned.matches,
+        ("task", f"{rewards.name} ({rewards.describe()})"),
+        ("prompts", f"{len(prompts.train):,} of {prompts.name}; {len(prompts.held_out):,} held out"),
+        ("template", planned.opened.chat.template_name),
+        (
+            "a round",
+            f"{config.prompts} prompts, {config.group} completions each, of at most {config.max_tokens} tokens, "
+            f"at temperature {config.temperature:g}",
+        ),
+        ("inference", f"samples them: up to {format_count(inference)}FLOPs, forward only"),
+        (
+            "training",
+            f"{quantity(config.updates, 'step')} on them: up to {format_count(training)}FLOPs; "
+            f"clip {config.clip:g}, KL {config.kl:g}, fluency {config.fluency:g}, "
+            f"adamw {plan.recipe.optimizer.learning_rate:g}",
+        ),
+        ("memory", memory_estimate(plan, planned.memory)),
+        ("length", plan.length()),
+    ]
+
+
+def round_flops(plan: RunPlan, config: RoundConfig) -> tuple[int, int]:
+    """Returns the most FLOPs of inference and of training in a round: those of the longest
+    completions."""
+    cfg = plan.cfg
+    new = config.max_tokens
+    prefill = prefill_flops(cfg, config.longest, attention="causal").total
+    decode = (new - 1) * forward_flops(cfg, config.longest + new // 2, attention="full").total
+    passes = (config.updates > 1) + 1  # that give log-probabilities
+    scoring = passes * plan.step_tokens * forward_flops(cfg, plan.recipe.context, attention="full").total
+    return plan.recipe.batch * (prefill + decode), config.updates * plan.step_flops + scoring
