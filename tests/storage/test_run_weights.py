@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,17 @@ def test_a_block_whose_scale_is_not_finite_is_refused(runs, arrays, path, value)
         name = path.removeprefix("packed/")
         assert f"{name} has a block whose scale or minimum is not a finite number" in sentence
     write_step(runs["packed"], arrays["packed"])
+
+
+def test_an_adapter_of_an_earlier_version_is_refused(runs, arrays):
+    """It had pairs by path, and no file that PEFT reads."""
+    run = runs["adapter"]
+    pairs = {"blocks/0/q/a": np.ones((32, 3), np.float32), "blocks/0/q/b": np.ones((3, 24), np.float32)}
+    shutil.rmtree(run / "checkpoints" / "7")
+    checkpoint.write(run, 7, {"params": pairs, "optimizer": {}}, {"step": 7, "seconds": 1.0}, keep=9)
+    sentence = refusal(load_model, str(run))
+    assert re.search(r"checkpoints/7 has no adapter_config\.json .* of an earlier version .* Train the adapter anew", sentence)
+    write_step(run, arrays["adapter"])
 
 
 def test_an_earlier_versions_run_does_not_tell_which_blocks_trained(runs, arrays, tmp_path):
