@@ -14,7 +14,7 @@ from engine.mesh.shape import ONE_DEVICE, MeshShape
 from engine.model.config import ModelConfig
 from engine.model.loss import loss_chunks
 from engine.model.trainable import TrainablePaths
-from engine.training.optimizer import muon_flops
+from engine.training.optimizer import Kind, optimizer_flops
 
 EFFICIENCY = 0.5  # of an accelerator's peak, by products; whole published runs reach 0.2 to 0.6
 
@@ -26,7 +26,7 @@ class StepPlan:
     cfg: ModelConfig
     batch: int  # rows
     context: int  # tokens a row
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Kind = "adamw"
     microbatches: int = 1  # parts that the batch is read in
     mesh: MeshShape = ONE_DEVICE  # the devices that share it
     trainable: TrainablePaths | None = None  # the parameters that train, None for all
@@ -49,9 +49,7 @@ class StepPlan:
     @property
     def update_flops(self) -> int:
         """FLOPs of the optimizer's products."""
-        if self.optimizer == "muon":
-            return muon_flops(self.cfg)
-        return 0
+        return optimizer_flops(self.cfg, self.optimizer)
 
     @property
     def memory(self) -> TrainingMemory:

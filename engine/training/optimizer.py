@@ -26,6 +26,7 @@ from engine.model.ops import transpose
 from engine.model.paths import map_paths
 from engine.model.weights.lora import LoRA
 
+Kind = Literal["adamw", "muon"]
 Schedule = Callable[[Array], Array]
 
 # The leaves that Muon updates; no adapter, of which only the product is a matrix. Decay pulls it to
@@ -49,7 +50,7 @@ MOST = {
 class OptimizerConfig:
     """The optimizer's settings. Raises UserError for a value out of range."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
+    kind: Kind = "adamw"
     learning_rate: float = 1e-3  # AdamW's
     matrix_learning_rate: float = 0.02  # Muon's, per unit of spectral norm
     # By which AdamW's is multiplied: a row of the embedding has a gradient only where its token is
@@ -257,6 +258,13 @@ def _inverse_root(gram: Array, square: Array, unit: Array) -> Array:
         by = _polynomial(step, gram, dot32(gram, gram))
         root = jnp.dot(root, by)
     return root
+
+
+def optimizer_flops(cfg: ModelConfig, kind: Kind) -> int:
+    """Returns the FLOPs of an optimizer's products in **a step**, beside which its sums are few: AdamW has none."""
+    if kind == "muon":
+        return muon_flops(cfg)
+    return 0
 
 
 def muon_flops(cfg: ModelConfig) -> int:

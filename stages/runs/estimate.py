@@ -26,12 +26,14 @@ LAYER_BYTES = 8_000_000  # of a layer's programs, and of compiling them
 
 
 def process_bytes(cfg: ModelConfig) -> int:
-    """Returns the host memory beside the arrays: 0.4 to 0.7 GB were seen with 2 to 8 layers, 1 GB with 30."""
+    """Returns the host memory beside the arrays: 0.4 to 0.7 GB were seen with 2 to 8 layers, 1 GB
+    with 30."""
     return PROCESS_BYTES + LAYER_BYTES * cfg.layers
 
 
 def memory_limit(plan: RunPlan) -> int:
-    """Returns the bytes for a step on a device: an accelerator's, or its share of the host's less what the processes take."""
+    """Returns the bytes for a step on a device: an accelerator's, or its share of the host's less
+    what the processes take."""
     if jax.default_backend() != "cpu":
         return device_memory_bytes()
     count = processes.process_count() // processes.machine_count()
@@ -62,7 +64,8 @@ def find_ceilings(console: Console) -> Ceilings:
 
 
 def mesh_ceilings(ceilings: Ceilings, mesh: MeshShape) -> Ceilings:
-    """Returns what all devices of a mesh reach together, of one's `ceilings`; a machine's CPUs share its cores."""
+    """Returns what all devices of a mesh reach together, of one's `ceilings`; a machine's CPUs
+    share its cores."""
     count = mesh.devices if jax.default_backend() != "cpu" else processes.machine_count()
     return dataclasses.replace(ceilings, **{rate: count * getattr(ceilings, rate) for rate in RATES})
 

@@ -28,7 +28,8 @@ class Recipe:
     remat: bool = False
 
     def resize(self, batch: int, context: int, devices: int = 1) -> "Recipe":
-        """Returns it with another batch and context, in parts of at most as many tokens (of each of `devices`) as before.
+        """Returns it with another batch and context, in parts of at most as many tokens (of each of
+        `devices`) as before.
 
         One part stays one.
         """

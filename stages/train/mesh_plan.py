@@ -36,30 +36,19 @@ COMPILE_SECONDS = 900.0  # at most
 
 
 def plan_on_mesh(plan: RunPlan, device: Accelerator, console: Console) -> list[tuple[str, str]]:
-    """Returns rows: bytes a device, collectives and seconds of a step. Raises UserError when it does not compile."""
-    mesh, compiled = plan.mesh, _compile_in_subprocess(plan, console)
+    """Returns rows: bytes a device, collectives and seconds of a step. Raises UserError when it
+    does not compile."""
+    mesh = plan.mesh
+    compiled = _compile_in_subprocess(plan, console)
     collectives = [Collective(kind, size, tuple(group), times) for kind, size, group, times in compiled["collectives"]]
-    held, limit = compiled["state"] + compiled["temporaries"], 1e9 * device.memory_gb
-    memory = f"a device: {format_bytes(compiled['state'])} of state, {format_bytes(compiled['temporaries'])} of temporaries; "
-    memory += f"{device.name} has {format_bytes(limit)}"
-    if held > limit:
-        enough = mesh._replace(fsdp=mesh.fsdp * 2 ** math.ceil(math.log2(held / limit)))
-        accumulate = " or more --accumulate" * (plan.recipe.accumulate * mesh.row_shards < plan.recipe.batch)
-        memory += f"  ** too little: about {enough}{accumulate}{' or --remat' * (plan.cfg.remat == 'none')} would fit **"
-    times, sizes = Counter[str](), Counter[str]()
-    for collective in collectives:
-        times[collective.kind] += collective.times
-        sizes[collective.kind] += collective.times * collective.bytes
-    kinds = [f"{times[kind]:,} {kind} of {format_bytes(size)}" for kind, size in sizes.most_common()]
-    sent = format_bytes(sum(collective.wire_bytes for collective in collectives))
-    widened = "; bfloat16 counts as the 32 bits that a CPU sends, twice an accelerator's" * (plan.cfg.dtype == "bfloat16")
     seconds = plan.step.seconds_on(device, collectives)
-    least, most = si(max(seconds.values()), "s"), si(sum(seconds.values()), "s")
+    least = si(max(seconds.values()), "s")
+    most = si(sum(seconds.values()), "s")
     parts = ", ".join(f"{name} {si(value, 's')}" for name, value in seconds.items())
     return [
         ("mesh", f"{mesh}: compiled for {mesh.devices} virtual devices in {duration(compiled['seconds'])}, not run"),
-        ("holds", memory),
-        ("sends", f"a device: {sent} a step, in {', '.join(kinds) or 'nothing'}{widened}"),
+        ("holds", _describe_memory(plan, device, compiled["state"], compiled["temporaries"])),
+        ("sends", _describe_collectives(plan, collectives)),
         ("takes", f"a step: {least} if all of this overlaps, {most} if nothing does: {parts}"),
         (
             "assumed",
@@ -70,8 +59,39 @@ def plan_on_mesh(plan: RunPlan, device: Accelerator, console: Console) -> list[t
     ]
 
 
+def _describe_memory(plan: RunPlan, device: Accelerator, state: int, temporaries: int) -> str:
+    limit = 1e9 * device.memory_gb
+    phrase = f"a device: {format_bytes(state)} of state, {format_bytes(temporaries)} of temporaries; "
+    phrase += f"{device.name} has {format_bytes(limit)}"
+    held = state + temporaries
+    if held <= limit:
+        return phrase
+    enough = plan.mesh._replace(fsdp=plan.mesh.fsdp * 2 ** math.ceil(math.log2(held / limit)))
+    remedies = f"about {enough}"
+    if plan.recipe.accumulate * plan.mesh.row_shards < plan.recipe.batch:
+        remedies += " or more --accumulate"
+    if plan.cfg.remat == "none":
+        remedies += " or --remat"
+    return f"{phrase}  ** too little: {remedies} would fit **"
+
+
+def _describe_collectives(plan: RunPlan, collectives: list[Collective]) -> str:
+    times = Counter[str]()
+    sizes = Counter[str]()
+    for collective in collectives:
+        times[collective.kind] += collective.times
+        sizes[collective.kind] += collective.times * collective.bytes
+    kinds = [f"{times[kind]:,} {kind} of {format_bytes(size)}" for kind, size in sizes.most_common()]
+    sent = format_bytes(sum(collective.wire_bytes for collective in collectives))
+    phrase = f"a device: {sent} a step, in {', '.join(kinds) or 'nothing'}"
+    if plan.cfg.dtype == "bfloat16":
+        phrase += "; bfloat16 counts as the 32 bits that a CPU sends, twice an accelerator's"
+    return phrase
+
+
 def _compile_in_subprocess(plan: RunPlan, console: Console) -> dict[str, Any]:
-    cfg, mesh = plan.cfg.to_json() | {"scan": True}, plan.mesh  # compiles one layer
+    mesh = plan.mesh
+    cfg = plan.cfg.to_json() | {"scan": True}  # compiles one layer
     request = json.dumps((cfg, dataclasses.asdict(plan.recipe), mesh)).encode()
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={mesh.devices}"
     with console.task(f"compiling for {mesh.devices} virtual devices", always=True):
@@ -101,14 +121,17 @@ def _end_after(parent: int) -> None:
 
 
 def compile_for_parent() -> None:
-    begin, parent = time.monotonic(), os.getppid()
+    begin = time.monotonic()
+    parent = os.getppid()
     threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
     fields, recipe, mesh = json.load(sys.stdin)
-    cfg, optimizer = ModelConfig.from_json(fields), OptimizerConfig(**recipe["optimizer"])
+    cfg = ModelConfig.from_json(fields)
+    optimizer = OptimizerConfig(**recipe["optimizer"])
     plan = RunPlan("", cfg, Recipe(**recipe | {"optimizer": optimizer}), 0, None, None)
     start_jax("cpu")
     shape = plan.recipe.batch, plan.recipe.context
-    tokens, counts = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    tokens = np.zeros(shape, np.int32)
+    counts = np.zeros(shape, bool)
     with jax.set_mesh(make_mesh(MeshShape(*mesh))):
         state = sharded_shapes(lambda: init_state(make_optimizer(optimizer), init_params(cfg, jax.random.key(0))))
         program = compile_step(plan, state, {}, global_batch(Batch(tokens, tokens, counts, tokens)))

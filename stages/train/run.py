@@ -273,8 +273,7 @@ def prepare_training(planned: TrainingPlan, console: Console) -> "PreparedTraini
     """Raises UserError when weights, gradients and optimizer state alone do not fit; weights
     begin random."""
     plan = planned.plan
-    bytes_each = 16 if plan.recipe.optimizer.kind == "adamw" else 12
-    least = count_params(plan.cfg).total * bytes_each // (plan.mesh.fsdp * plan.mesh.tensor)
+    least = plan.memory.params + plan.memory.gradients + plan.memory.optimizer
     needs = f"Training {plan.name} needs at least"
     require_room(plan, least, needs, "choose a smaller preset.", " for weights, gradients and optimizer")
     optimizer = make_optimizer(plan.recipe.optimizer)
