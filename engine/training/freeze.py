@@ -31,9 +31,7 @@ def select_trainable(
         trainable = set().union(*(matches[rule] for rule in train))
     trainable = trainable.difference(*(matches[rule] for rule in freeze))
     if not trainable:
-        raise UserError(
-            f"Nothing is left to train: {' '.join(freeze)} names all that would be trained. Freeze less of it."
-        )
+        raise UserError(f"Nothing is left to train: {' '.join(freeze)} names all that would be trained. Freeze less of it.")
     return TrainablePaths(frozenset(trainable)), matches
 
 

@@ -277,9 +277,10 @@ def muon_flops(cfg: ModelConfig) -> int:
     total = 0
     for shape in cfg.matrices.values():
         short, long = sorted(shape)
+        pair = 4 * short * short * long  # the Gram matrix, and a product with the matrix
+        square = 2 * short**3
         if long < NEARLY_SQUARE * short:
-            times, squares = 4, 4
+            total += 4 * pair + 4 * square
         else:
-            times, squares = 1, 9
-        total += times * 4 * short * short * long + squares * 2 * short**3
+            total += pair + 9 * square
     return cfg.layers * total

@@ -155,7 +155,9 @@ class AnswerMetrics:
         answers = [messages[-1]["content"] for messages in references]
         room = 16 + max(len(chat.tokenizer.encode(answer)) for answer in answers)
         completions = _complete(cfg, params, chat, prompts, room, stop_token_ids, report)
-        texts = [chat.tokenizer.decode(end.tokens).strip() if end else "" for end in completions]
+        texts = []
+        for end in completions:
+            texts.append(chat.tokenizer.decode(end.tokens).strip() if end else "")
         questions = [prompt[-1]["content"] for prompt in prompts]
         scores = {}
         for task, rewards in self._rewards.items():

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -151,7 +152,8 @@ def make_tokenizer(spec: str, source: Source, console: Console) -> Tokenizer:
 
     def train(building: Path) -> None:
         with console.task(f"learning a vocabulary of {int(vocab):,} from {source.name}", always=True):
-            train_bpe((part for document in _beginning(source) for part in document()), int(vocab)).save(building)
+            parts = itertools.chain.from_iterable(document() for document in _beginning(source))
+            train_bpe(parts, int(vocab)).save(building)
         if _digest_beginning(spec, source) != digest:
             raise UserError(
                 f"{source.name} was changed while it was read, so its tokenizer was not kept. Run the command again."

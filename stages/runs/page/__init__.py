@@ -22,10 +22,13 @@ def whole_page(path: Path, found: Callable[[str, str], None] = lambda tag, text:
     """
 
     def inside(match: re.Match[str]) -> str:
-        tag = "style" if match[1] else "script"
+        tag = "script"
+        if match[1]:
+            tag = "style"
         name = match[1] or match[2]
         text = "\n" + (path.parent / name).read_text("utf-8")
-        text = text if "vendor/" in name else INDENT.sub("", text)
+        if "vendor/" not in name:
+            text = INDENT.sub("", text)
         found(tag, text)
         return f"<{tag}>{text}</{tag}>"
 

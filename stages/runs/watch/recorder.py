@@ -45,8 +45,10 @@ from stages.cli.console import Console
 from stages.runs.folder import JsonLines, replace_nonfinite
 from stages.runs.stage import Prepared
 
-SAMPLE, SAMPLE_TEXT = 48, 120  # tokens and characters of a sample at most
-FIRST, PARTS = 4, 16
+SAMPLE = 48  # tokens of a sample at most
+SAMPLE_TEXT = 120  # characters of it at most
+FIRST = 4  # steps that have a frame each
+PARTS = 16  # of the run, at whose ends frames are due
 PIXELS = 12_000  # of a frame at most, unless there are more tensors
 PIXELS_OF_TENSOR = 20  # less for each tensor, whose numbers in a frame take as much room
 ROBUST = 0.99  # the share of a tensor's pixels that are within its limit
