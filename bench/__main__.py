@@ -75,7 +75,11 @@ def measure(flags: StageTableFlags) -> Json:
     from bench.stages.measure import stage_table
     from bench.stages.report import print_stages
 
-    changed = [name for name in ("batch", "context", "price") if getattr(flags, name) != getattr(StageTableFlags, name)]
+    changed = [
+        name
+        for name in ("batch", "context", "price")
+        if getattr(flags, name) != getattr(StageTableFlags, name)
+    ]
     changed.insert(0, "model" if flags.model else "preset")
     asked = [f"--{name} {shlex.quote(str(getattr(flags, name)))}" for name in changed]
     document = stage_table(
@@ -141,5 +145,7 @@ def measurements() -> dict[str, str]:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["compare"]:
-        sys.exit(run_bench("bench compare", compare.__doc__, compare.CompareFlags, compare.compare, sys.argv[2:]))
+        sys.exit(
+            run_bench("bench compare", compare.__doc__, compare.CompareFlags, compare.compare, sys.argv[2:])
+        )
     sys.exit(run_bench("bench", __doc__, StageTableFlags, measure, write_pages=write_report))

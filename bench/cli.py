@@ -91,7 +91,9 @@ def run_bench[Flags](
             if name not in UNTIMED and not getattr(options, "list", False):
                 beside["load"] = busy_cores()
                 if beside["load"] > cores() / 4:
-                    print(f"others use {beside['load']:.1f} of {cores()} cores: trust ratios alone", flush=True)
+                    print(
+                        f"others use {beside['load']:.1f} of {cores()} cores: trust ratios alone", flush=True
+                    )
                 if options.out:
                     watch = Watch()
             result = measure(options)
@@ -169,7 +171,9 @@ def run_module(command: Sequence[str], report: Callable[[], None] = lambda: None
         interval = PIPED_REPORT_SECONDS
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output,
-        subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment) as process,
+        subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
+        ) as process,
     ):
         try:
             while process.returncode is None:
@@ -200,7 +204,8 @@ def circumstances(command: Sequence[str], flags: Any) -> Json:
         "commit": commit_of_sources(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "load": os.getloadavg()[0],
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("jax", "jaxlib", "numpy")},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("jax", "jaxlib", "numpy")},
         "command": f"python {program} {shlex.join(command[1:])}".strip(),
         "flags": dataclasses.asdict(flags),
     }
@@ -214,7 +219,9 @@ def commit_of_sources() -> str | None:
         return None
     git = ["git", "-C", str(ROOT)]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         status = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", *WRITTEN]
         changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout.strip()
         if changed:
@@ -257,7 +264,9 @@ def _with_common(flags: type[Any], name: str) -> type[Any]:
     more: list[tuple[str, Any, Any]] = [("json", Annotated[bool, off, about], False)]
     if "out" not in hints:
         stem = name.replace(" ", ".").rpartition(".")[2]
-        file = f"A folder for {stem}.json" + f", or {stem}-OF.json where --of is another" * ("of" in hints) + "."
+        file = (
+            f"A folder for {stem}.json" + f", or {stem}-OF.json where --of is another" * ("of" in hints) + "."
+        )
         more.append(
             (
                 "out",
@@ -274,7 +283,9 @@ def parse_shape(flag: str, text: str) -> Shape:
     """
     parts = text.split("x")
     if len(parts) != 4 or not all(part.isdigit() and int(part) > 0 for part in parts) or int(parts[1]) % 64:
-        raise UserError(f"{flag} is LAYERSxWIDTHxTOKENSxBATCH with a width in 64s, such as 6x384x256x16, not {text!r}.")
+        raise UserError(
+            f"{flag} is LAYERSxWIDTHxTOKENSxBATCH with a width in 64s, such as 6x384x256x16, not {text!r}."
+        )
     return Shape(*map(int, parts))
 
 
@@ -289,7 +300,9 @@ def progress(text: str, replace: bool = False) -> None:
     `replace`.
     """
     terminal = sys.stderr.isatty()
-    print("\x1b[2K" * terminal + text, end="\r" if replace and terminal else "\n", file=sys.stderr, flush=True)
+    print(
+        "\x1b[2K" * terminal + text, end="\r" if replace and terminal else "\n", file=sys.stderr, flush=True
+    )
 
 
 def console() -> Any:

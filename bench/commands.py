@@ -95,7 +95,9 @@ def training(folder: Path, data: str, max_time: str) -> tuple[list[Measurement],
         Measurement("peak memory of training", result["peak_rss_bytes"] / 1e9, "GB", 2),
         Measurement("--help", statistics.median(_help_seconds() for _ in range(5)), "s", 0.3),
         Measurement("command to first token", first, "s", 0.7),
-        Measurement("recompiles while generating", float(recompiles[1]) if recompiles else float("inf"), "", 0),
+        Measurement(
+            "recompiles while generating", float(recompiles[1]) if recompiles else float("inf"), "", 0
+        ),
         *_predictions(printed),
     ], printed
 
@@ -135,7 +137,10 @@ def resuming(folder: Path, data: str) -> tuple[list[Measurement], list[str]]:
         "adamw",
     ]
     command += ["--steps", "1000", "--log-every", "1"]
-    seconds = [_until_step(command, folder / "run", stop) for stop in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL)]
+    seconds = [
+        _until_step(command, folder / "run", stop)
+        for stop in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL)
+    ]
     return [Measurement("command to first resumed step", seconds[-1], "s", 10)], []
 
 
@@ -151,7 +156,10 @@ def _until_step(command: list[str], folder: Path, stop: signal.Signals) -> float
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         while not (log.exists() and '"loss"' in log.read_text()):
             if process.poll() is not None:
-                raise UserError(f"python -m {' '.join(command)} ended with {process.returncode}:\n{process.communicate()[1]}")
+                raise UserError(
+                    f"python -m {' '.join(command)} ended with "
+                    f"{process.returncode}:\n{process.communicate()[1]}"
+                )
             time.sleep(0.01)
         seconds = time.perf_counter() - begin
         process.send_signal(stop)

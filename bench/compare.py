@@ -46,16 +46,29 @@ def compare(flags: CompareFlags) -> Json:
     documents = [read_result(path) for path in (flags.before, flags.after)]
     machines = [{name: document["machine"].get(name) for name in MACHINE} for document in documents]
     if machines[0] != machines[1] and not flags.any_machine:
-        differ = ", ".join(f"{name} {a} and {b}" for name, a, b in zip(MACHINE, *map(dict.values, machines)) if a != b)
-        raise UserError(f"{flags.before} and {flags.after} are of different machines: {differ}. Give --any-machine.")
+        differ = ", ".join(
+            f"{name} {a} and {b}" for name, a, b in zip(MACHINE, *map(dict.values, machines)) if a != b
+        )
+        raise UserError(
+            f"{flags.before} and {flags.after} are of different machines: {differ}. Give --any-machine."
+        )
     measured = [{"model": document.get("model"), **document.get("flags", {})} for document in documents]
-    others = [name for name in measured[0] | measured[1] if name not in SAID and measured[0].get(name) != measured[1].get(name)]
+    others = [
+        name
+        for name in measured[0] | measured[1]
+        if name not in SAID and measured[0].get(name) != measured[1].get(name)
+    ]
     if others and not flags.any_flags:
-        raise UserError(f"{flags.before} and {flags.after} were measured with another {join_words(others)}. Give --any-flags.")
+        raise UserError(
+            f"{flags.before} and {flags.after} were measured with another {join_words(others)}. "
+            "Give --any-flags."
+        )
     before, after = (dict(find_ratios(document)) for document in documents)
     for path, ratios in ((flags.before, before), (flags.after, after)):
         if not ratios:
-            raise UserError(f"{path} keeps no ratios of single rounds, by which results are compared: measure it again.")
+            raise UserError(
+                f"{path} keeps no ratios of single rounds, by which results are compared: measure it again."
+            )
     rows = [compare_ratios(name, before[name], after[name]) for name in before if name in after]
     alone = [name for name in (*before, *after) if (name in before) != (name in after)]
     if alone:
@@ -76,7 +89,10 @@ def read_result(path: Path) -> Json:
 
     document = read_json_object(path)
     if not isinstance(document.get("machine"), dict) or "date" not in document:
-        raise UserError(f"{path} is no result: python -m bench, or a measurement that it lists, writes one with --out FOLDER.")
+        raise UserError(
+            f"{path} is no result: python -m bench, or a measurement that it lists, writes one "
+            "with --out FOLDER."
+        )
     return document
 
 

@@ -102,11 +102,15 @@ def tune(folder: Path, facts: list[Json], flags: DocumentsFlags) -> tuple[Path, 
     ]
     words += ["--validation", str(folder / "asked.jsonl"), "--steps", str(flags.steps)]
     run_module([*words, "--out-dir", str(folder / "run")])
-    metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    metrics = [
+        json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
+    ]
     return folder / "run", max(row["seconds"] for row in metrics if "seconds" in row)
 
 
-def ask(flags: DocumentsFlags, facts: list[Json], documents_folder: Path, run: Path) -> tuple[list[Json], Ratio]:
+def ask(
+    flags: DocumentsFlags, facts: list[Json], documents_folder: Path, run: Path
+) -> tuple[list[Json], Ratio]:
     """Asks every question in each way: returns a row a way, and the time of documents over that of
     the fine-tuned model.
     """
@@ -142,7 +146,9 @@ def ask(flags: DocumentsFlags, facts: list[Json], documents_folder: Path, run: P
             prompts.append(prompt)
         sampling = SamplingParams(MAX_TOKENS, temperature=0.0, stop_token_ids={*model.eos_ids, *chat.eot_ids})
         requests = [Request(tuple(prompt), sampling) for prompt in prompts]
-        calls[way] = lambda engine=engine, requests=requests: [answer(engine, [request])[0] for request in requests]
+        calls[way] = lambda engine=engine, requests=requests: [
+            answer(engine, [request])[0] for request in requests
+        ]
         texts = [model.tokenizer.decode(tokens) for tokens in calls[way]()]
         answers = [
             {"question": fact["asked"], "answer": text, "right": fact["answer"].lower() in text.lower()}

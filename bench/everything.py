@@ -2,11 +2,13 @@
 
     python -m bench.everything --out bench/results/zen4 --peer-python peers/bin/python    about two quiet hours
 
-A document of this commit and these versions that is there already is kept. READMEs and their pictures are written last.
+A document of this commit and these versions that is there already is kept. READMEs and their
+pictures are written last.
 
-A process is a few hundredths faster or slower than the next of the same program, in all of its rounds. So each round of a ratio
-to a peer, or of a training step, is of a process of its own: of nine rounds of one process, where processes differ by 2%, every
-third says of two equal programs that they differ, of nine processes one in twenty-five (tests/bench/test_timing.py).
+A process is a few hundredths faster or slower than the next of the same program, in all of its
+rounds. So each round of a ratio to a peer, or of a training step, is of a process of its own: of
+nine rounds of one process, where processes differ by 2%, every third says of two equal programs
+that they differ, of nine processes one in twenty-five (tests/bench/test_timing.py).
 """
 
 import dataclasses
@@ -43,7 +45,11 @@ MEASUREMENTS = (
     Measurement("documents", ("bench.documents",)),  # before `bench`, which repeats its claim
     Measurement("bench", ("bench",)),
     Measurement("step", ("bench.step", *ONE_ROUND), PROCESSES),
-    Measurement("step-finetuning", ("bench.step", "--of", "finetuning", "--shapes", "8x768x256x1", *ONE_ROUND), PROCESSES),
+    Measurement(
+        "step-finetuning",
+        ("bench.step", "--of", "finetuning", "--shapes", "8x768x256x1", *ONE_ROUND),
+        PROCESSES,
+    ),
     Measurement("step-saving", ("bench.step", "--of", "saving")),
     Measurement("peers", ("bench.peers", *ONE_ROUND), PROCESSES, has_peer=True),
     Measurement("peers-serving", ("bench.peers", "--of", "serving", *ONE_ROUND), PROCESSES, has_peer=True),
@@ -52,7 +58,10 @@ MEASUREMENTS = (
     Measurement("commands", ("bench.commands",)),
     Measurement("commands-resuming", ("bench.commands", "--of", "resuming")),
 )
-LAST = ("tests/transcript.py", "tests/readmes.py")  # what the README's commands print, and READMEs with their pictures
+LAST = (
+    "tests/transcript.py",
+    "tests/readmes.py",
+)  # what the README's commands print, and READMEs with their pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +83,10 @@ def measure_everything(flags: EverythingFlags) -> Json:
     """
     about = circumstances(["bench.everything"], flags)
     if not about["commit"] or about["commit"].endswith("-dirty"):
-        raise UserError("The sources are not those of a commit, which all documents name: commit or stash what has changed.")
+        raise UserError(
+            "The sources are not those of a commit, which all documents name: commit or stash what "
+            "has changed."
+        )
     names = [measurement.name for measurement in MEASUREMENTS]
     unknown = [name for name in flags.only if name not in names]
     if unknown:
@@ -93,7 +105,9 @@ def measure_everything(flags: EverythingFlags) -> Json:
             progress(f"failed: {error}")
             failed.append(measurement.name)
     if failed:
-        raise UserError(f"{', '.join(failed)} failed, for the reasons above; the same command goes on with them.")
+        raise UserError(
+            f"{', '.join(failed)} failed, for the reasons above; the same command goes on with them."
+        )
     if not flags.only:
         for script in LAST:
             progress(f"writing: python {script}")
@@ -112,7 +126,9 @@ def is_current(path: Path, about: Json) -> bool:
 
 
 def measure_document(measurement: Measurement, path: Path, peer_python: Path | None) -> None:
-    """Measures a document by its processes, one after the other, and writes it. Raises UserError when one fails."""
+    """Measures a document by its processes, one after the other, and writes it. Raises UserError
+    when one fails.
+    """
     words = [*measurement.words, "--json"]
     if measurement.has_peer and peer_python:
         words += ["--peer-python", str(peer_python)]
@@ -133,7 +149,9 @@ def _run(words: Sequence[str], folder: Path) -> Json:
     if words[0] == "bench":  # takes the claim of the documents beside it, and writes its page there
         words = [*words, "--out", str(folder)]
     command = [sys.executable, "-m", *words]
-    result = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False)
+    result = subprocess.run(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False
+    )
     if result.returncode not in (0, 1) or not result.stdout.strip():
         raise UserError(f"python -m {' '.join(words)} ended with {result.returncode}.")
     return json.loads(result.stdout)
@@ -142,7 +160,8 @@ def _run(words: Sequence[str], folder: Path) -> Json:
 def pool(documents: Sequence[Any]) -> Any:
     """Returns one document of several of the same measurement.
 
-    A ratio is of the rounds of all, with its interval and verdict; another number is the median, and anything else the first's.
+    A ratio is of the rounds of all, with its interval and verdict; another number is the median,
+    and anything else the first's.
     """
     from bench.timing import Ratio, median_ratio
 

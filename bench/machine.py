@@ -1,7 +1,8 @@
 """Describes the machine of a measurement: what it is, reaches before and after, and what others took of it.
 
-Two machines may share one name: of one cloud's "AMD EPYC" the products of two days differed by a factor of two. So a document
-that is kept holds the processor's model numbers, which tell its generation and its microcode, and the rates that it reached.
+Two machines may share one name: of one cloud's "AMD EPYC" the products of two days differed by a
+factor of two. So a document that is kept holds the processor's model numbers, which tell its
+generation and its microcode, and the rates that it reached.
 """
 
 import dataclasses
@@ -14,8 +15,10 @@ from engine.device import CoreTime, core_time, cores, processor
 Json = dict[str, Any]  # a JSON object
 
 FAMILIES = ("AVX2", "AVX-512", "AMX")  # of processors, which have bars of their own
-INSTRUCTIONS = "avx2 avx512f avx512_vnni avx512_bf16 amx_int8 amx_bf16 asimddp i8mm bf16"  # that XLA or a kernel of ours uses
-MODEL_NUMBERS = ("vendor_id", "cpu family", "model", "stepping", "microcode")  # as /proc/cpuinfo calls them
+# that XLA or a kernel of ours uses
+INSTRUCTIONS = "avx2 avx512f avx512_vnni avx512_bf16 amx_int8 amx_bf16 asimddp i8mm bf16"
+# as /proc/cpuinfo calls them
+MODEL_NUMBERS = ("vendor_id", "cpu family", "model", "stepping", "microcode")
 
 
 def family() -> str:
@@ -32,7 +35,9 @@ def bar(*by_family: float | None) -> float | None:
 
 
 def describe_machine() -> Json:
-    """Returns the processor's name, model numbers ({} where the system has none) and instructions; cores and memory."""
+    """Returns the processor's name, model numbers ({} where the system has none) and instructions;
+    cores and memory.
+    """
     name, instructions = processor()
     return {
         "processor": name,
@@ -64,8 +69,9 @@ class Watch:
         self.start = core_time()
 
     def finish(self) -> Json:
-        """Returns `reached_before` and `reached_after`, each None where they cannot be measured apart, and `taken_by_others`, a
-        share of the cores' time, None where the system does not count it. Takes five seconds.
+        """Returns `reached_before` and `reached_after`, each None where they cannot be measured
+        apart, and `taken_by_others`, a share of the cores' time, None where the system does not
+        count it. Takes five seconds.
         """
         taken = share_of_others(self.start, core_time())
         return {"reached_before": self.before, "reached_after": _measure_rates(), "taken_by_others": taken}

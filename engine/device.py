@@ -42,7 +42,9 @@ class Device:
         return f"{self.backend.upper()}: {self.name} ({notes})"
 
 
-def start_jax(choice: str = "auto", *, one_arena: bool = True, connect: Callable[[], None] | None = None) -> Device:
+def start_jax(
+    choice: str = "auto", *, one_arena: bool = True, connect: Callable[[], None] | None = None
+) -> Device:
     """Imports and starts JAX on the wanted device. Raises UserError when `choice` names one that is
     not there.
 
@@ -96,7 +98,9 @@ def start_jax(choice: str = "auto", *, one_arena: bool = True, connect: Callable
             cause = ""
         raise UserError(f"JAX cannot start{wanted}{cause}.") from error
     if choice not in ("auto", backend):
-        raise UserError(f"There is no {choice.upper()} that JAX can use here, only {backend.upper()}.{_advice(choice)}")
+        raise UserError(
+            f"There is no {choice.upper()} that JAX can use here, only {backend.upper()}.{_advice(choice)}"
+        )
     if backend != "cpu":
         return Device(
             backend,

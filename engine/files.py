@@ -61,7 +61,9 @@ def cache_folder(name: str, room: int = 2**20) -> Path:
             variable = "THRICE_CACHE"
         else:
             variable = "THRICE_CACHE or XDG_CACHE_HOME"
-        warn_of_cache(variable, root, f"is not used ({untrusted})" if untrusted else f"cannot be written ({problem})")
+        warn_of_cache(
+            variable, root, f"is not used ({untrusted})" if untrusted else f"cannot be written ({problem})"
+        )
         root = _temporary_cache(root, room, links=not untrusted)
         os.environ["THRICE_CACHE"] = str(root)
         with contextlib.suppress(OSError):
@@ -170,7 +172,9 @@ def read_limited(path: Path, limit: int) -> bytes:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > limit:
-                raise UserError(f"{path} has {size:,} bytes; {limit:,} are the most that is read of such a file.")
+                raise UserError(
+                    f"{path} has {size:,} bytes; {limit:,} are the most that is read of such a file."
+                )
             return file.read(size)  # `limit` would be allocated at once
     except FileNotFoundError:
         raise UserError(f"There is no {path}.") from None

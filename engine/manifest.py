@@ -109,7 +109,9 @@ def verify(folder: Path, skip: str | None = None, *, extra: bool = True) -> list
         return [line for line in pool.map(fault, sorted(names)) if line]
 
 
-def build_once(folder: Path, build: Callable[[Path], None], damage: Callable[[Path], list[str]] = verify) -> None:
+def build_once(
+    folder: Path, build: Callable[[Path], None], damage: Callable[[Path], list[str]] = verify
+) -> None:
     """Makes a folder of the cache by build(empty folder), unless it is there and `damage`, by
     default its manifest, finds none.
 
@@ -123,7 +125,10 @@ def build_once(folder: Path, build: Callable[[Path], None], damage: Callable[[Pa
             build(building)
             lines = damage(building)
             if lines:
-                raise UserError(f"The files made for {folder} are not as they should be, so they were not kept: {lines[0]}.")
+                raise UserError(
+                    f"The files made for {folder} are not as they should be, so they were not "
+                    f"kept: {lines[0]}."
+                )
     except OSError:
         if damage(folder):
             raise

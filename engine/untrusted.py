@@ -52,11 +52,18 @@ class Fields(NamedTuple):
         """Returns a note that names the fields which are not known, if any, and do not match the
         pattern `harmless`.
         """
-        unknown = [self.prefix + name for name in self.values if name not in known and not re.fullmatch(harmless, name)]
+        unknown = [
+            self.prefix + name
+            for name in self.values
+            if name not in known and not re.fullmatch(harmless, name)
+        ]
         if not unknown:
             return ()
         more = f" and {len(unknown) - MAX_NAMED} more" * (len(unknown) > MAX_NAMED)
-        return (f"{self.path}: fields that are not known here are ignored: {', '.join(map(quote, unknown[:MAX_NAMED]))}{more}",)
+        return (
+            f"{self.path}: fields that are not known here are ignored: "
+            f"{', '.join(map(quote, unknown[:MAX_NAMED]))}{more}",
+        )
 
     def number[T: (int, float)](self, name: str, kind: type[T], default: T | None = None) -> T:
         """Returns a number field. Raises UserError for one that is missing (or null) without a
@@ -68,7 +75,9 @@ class Fields(NamedTuple):
         if value is None:
             raise UserError(f"{self.path} does not say {self.prefix}{name}.")
         if type(value) not in (int, kind) or not 0 <= value < 2**40:
-            raise UserError(f"{self.path}: {self.prefix}{name} should be one number of ordinary size, not {quote(value)}.")
+            raise UserError(
+                f"{self.path}: {self.prefix}{name} should be one number of ordinary size, not {quote(value)}."
+            )
         return kind(value)
 
     def flag(self, name: str) -> bool:
@@ -109,7 +118,9 @@ def read_at(path: Path, offset: int, count: int) -> np.ndarray:
 
 
 def truncation_error(path: Path, missing: int) -> UserError:
-    return UserError(f"{path} ends {missing:,} bytes too soon: it was not copied or downloaded whole. Fetch it again.")
+    return UserError(
+        f"{path} ends {missing:,} bytes too soon: it was not copied or downloaded whole. Fetch it again."
+    )
 
 
 def check_adjacent(path: Path, name: str, offset: int, end: int) -> None:

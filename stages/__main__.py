@@ -20,7 +20,9 @@ def stages() -> dict[str, str]:
     }
     order = ("train", "finetune", "reinforce", "evaluate", "generate", "chat", "serve", "export", "by_hand")
     names = sorted(files, key=lambda name: (order.index(name) if name in order else len(order), name))
-    docs = {name: ast.get_docstring(ast.parse(files[name].read_text(encoding="utf-8"))) or "" for name in names}
+    docs = {
+        name: ast.get_docstring(ast.parse(files[name].read_text(encoding="utf-8"))) or "" for name in names
+    }
     return {name: doc.splitlines()[0] for name, doc in docs.items()}
 
 

@@ -81,7 +81,9 @@ def train(flags: ByHandFlags) -> None:
         raise UserError(f"{flags.out} is there already; give another --out.")
     with Console() as console:
         text = prepare_text(flags.data, None, "bytes", console)
-        cfg = dataclasses.replace(preset("tiny"), vocab=text.tokenizer.vocab, context=flags.context, dtype="float32")
+        cfg = dataclasses.replace(
+            preset("tiny"), vocab=text.tokenizer.vocab, context=flags.context, dtype="float32"
+        )
         batches = TextBatches(text.train.tokens, flags.context, flags.batch, flags.seed)
         numbers = count_params(cfg).total
         tokens = flags.batch * flags.context
@@ -89,7 +91,9 @@ def train(flags: ByHandFlags) -> None:
         # The peak of a step: weights and moments, old and new, gradient, logits three times.
         memory = residuals + 4 * (7 * numbers + 3 * tokens * cfg.vocab)
         detail = f", of which {format_bytes(residuals)} are kept by the forward pass for the backward pass"
-        require_memory(memory, "A step by hand needs about", "give a smaller --batch or --context.", detail=detail)
+        require_memory(
+            memory, "A step by hand needs about", "give a smaller --batch or --context.", detail=detail
+        )
         console.print_rows(
             [
                 ("device", f"NumPy {np.__version__}, float32"),
@@ -111,14 +115,19 @@ def train(flags: ByHandFlags) -> None:
                 loss, gradient = by_hand.loss_and_gradient(cfg, params, *batches.at(step))
                 norm = adamw.global_norm(gradient)
                 if not (math.isfinite(loss) and math.isfinite(norm)):
-                    raise UserError(f"The loss or gradient of step {step + 1:,} is not a number: lower --learning-rate.")
+                    raise UserError(
+                        f"The loss or gradient of step {step + 1:,} is not a number: lower --learning-rate."
+                    )
                 factor = float(schedule(jnp.float32(step / flags.steps)))
                 params, moments = adamw.step(optimizer, params, gradient, moments, factor)
             losses.append(loss)
             if (step + 1) % flags.log_every == 0 or step + 1 == flags.steps:
                 mean = sum(losses) / len(losses)
                 losses = []
-                console.print(f"step {step + 1:,}/{flags.steps:,}  loss {mean:.4f}  lr {factor:.0%}  gradient {norm:.2f}")
+                console.print(
+                    f"step {step + 1:,}/{flags.steps:,}  loss {mean:.4f}  lr {factor:.0%}  "
+                    f"gradient {norm:.2f}"
+                )
 
         nats = lambda cfg, params, batch: by_hand.loss(cfg, params, *batch) * int(batch.mask.sum())
         bits = quick_evaluator(cfg, text.validation, text.tokenizer, nats).evaluate(params)
@@ -130,7 +139,8 @@ def train(flags: ByHandFlags) -> None:
                 ("validation", f"{bits:.4f} bits per byte (quick) on {text.validation_name}"),
                 (
                     "sample",
-                    f"the first {len(prompt)} tokens are {text.validation_name}'s, each after that the most probable",
+                    f"the first {len(prompt)} tokens are {text.validation_name}'s, each after that "
+                    "the most probable",
                 ),
             ]
         )
@@ -142,7 +152,9 @@ def train(flags: ByHandFlags) -> None:
             with atomic_folder(flags.out) as building:
                 tokenizer = ModelTokenizer(text.tokenizer, (text.tokenizer.eos_id,), {})
                 save_folder(building, cfg, params, tokenizer, dtype="float32")
-            console.print_rows([("saved", str(flags.out)), ("next", command_line("generate", "--model", flags.out))])
+            console.print_rows(
+                [("saved", str(flags.out)), ("next", command_line("generate", "--model", flags.out))]
+            )
 
 
 main = functools.partial(run_command, "by_hand", __doc__, ByHandFlags, train)

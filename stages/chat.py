@@ -64,7 +64,9 @@ class ChatFlags:
     """The model, its adapters, the system message, and how tokens are sampled."""
 
     model: ModelFlag = None
-    adapter: Annotated[tuple[Annotated[Path, parser(path, "FOLDER")], ...], default("none", metavar="FOLDER ...")] = ()
+    adapter: Annotated[
+        tuple[Annotated[Path, parser(path, "FOLDER")], ...], default("none", metavar="FOLDER ...")
+    ] = ()
     """LoRA adapters that were trained on this model; several add up."""
     system: Annotated[str | None, parser(str, "TEXT"), default("the template's")] = None
     """The system message: how the model is to answer."""
@@ -102,10 +104,14 @@ def chat(flags: ChatFlags) -> int:
     notes.print_notes(*model.notes, *adapter_notes)
     params = prepare_params(model.cfg, params)
     model = dataclasses.replace(model, params=None)  # weights once
-    tokenizer = ChatTokenizer(model.tokenizer, template, now=datetime.datetime.now().isoformat(timespec="seconds"))
+    tokenizer = ChatTokenizer(
+        model.tokenizer, template, now=datetime.datetime.now().isoformat(timespec="seconds")
+    )
     fields, source = choose_sampling(model.sampling, flags.sampling.overrides, DEFAULT_SAMPLING, notes)
     sampling = SamplingParams(flags.sampling.max_tokens, seed=flags.sampling.seed, **fields)
-    session = ChatSession(model.cfg, params, tokenizer, model.eos_ids, sampling, flags.system or "", documents)
+    session = ChatSession(
+        model.cfg, params, tokenizer, model.eos_ids, sampling, flags.system or "", documents
+    )
     if documents:
         notes.print_notes(documents.note)
     if chatty:
@@ -178,7 +184,9 @@ def _typed_lines(notes: Console) -> Iterator[str]:
         import readline  # gives input() editing and history
 
         if os.environ.get("TERM", "dumb") != "dumb":
-            readline.parse_and_bind("set enable-bracketed-paste on")  # a paste is one message; Python turns it off
+            readline.parse_and_bind(
+                "set enable-bracketed-paste on"
+            )  # a paste is one message; Python turns it off
     begun = ""
     while True:
         prompt = "... " if begun else "> "
@@ -250,10 +258,13 @@ class ChatSession:
         if name == "/system":
             self.system = text.strip()
             return f"system: {self.system or 'what the template says, if anything'}"
-        raise UserError(f"There is no command {name}; there are /clear, /system TEXT and /quit. Begin a message with //.")
+        raise UserError(
+            f"There is no command {name}; there are /clear, /system TEXT and /quit. Begin a message with //."
+        )
 
     def prompt(self, message: str) -> "tuple[list[int], list[Passage]]":
-        """Returns the tokens of the conversation up to a message, and the passages of documents in it.
+        """Returns the tokens of the conversation up to a message, and the passages of documents in
+        it.
 
         Raises UserError when no room is left to answer.
         """
@@ -278,7 +289,8 @@ class ChatSession:
         raise UserError(f"The conversation has {len(prompt):,} {holds}: /clear begins a new one.")
 
     def reply(self, message: str, notes: Console, chatty: bool = False) -> None:
-        """Prints the completion as it comes, and on `notes` why it ended early, or its cost; adds the turn.
+        """Prints the completion as it comes, and on `notes` why it ended early, or its cost; adds
+        the turn.
 
         A first Ctrl-C ends the completion, a second one the command. Raises UserError as `prompt`,
         before anything is printed.
@@ -354,7 +366,8 @@ class ChatSession:
         return f"{read}; {answer.tokens:,} written, the first after {duration(answer.first_seconds)}{speed}"
 
     def warm(self) -> None:
-        with contextlib.suppress(UserError):  # the system message fills the context: each turn says so
+        # the system message fills the context: each turn says so
+        with contextlib.suppress(UserError):
             for _ in self._generate(self.prompt("a")[0], SamplingParams(max_tokens=2)):
                 pass
 

@@ -31,7 +31,18 @@ from engine.mesh import processes
 from stages.cli import signals
 from stages.cli.command import leave, run_command
 from stages.cli.console import Console, ReportProgress
-from stages.cli.flags import COUNT, DeviceFlag, MeshFlags, MetricFlag, ModelFlag, VerboseFlag, default, integer, one_of, parser
+from stages.cli.flags import (
+    COUNT,
+    DeviceFlag,
+    MeshFlags,
+    MetricFlag,
+    ModelFlag,
+    VerboseFlag,
+    default,
+    integer,
+    one_of,
+    parser,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,13 +68,17 @@ class EvaluateFlags:
     data: Annotated[str | None, parser(str, "TEXT"), default("what the run was validated on")] = None
     """A text (a name, whose held-out part is meant, a file or a folder), or conversations as `finetune` takes them."""
     metric: MetricFlag = ()
-    context: Annotated[int | None, parser(integer(2), "N"), default("the model's context, at most 1,024")] = None
+    context: Annotated[int | None, parser(integer(2), "N"), default("the model's context, at most 1,024")] = (
+        None
+    )
     """Tokens a window."""
     stride: Annotated[int | None, COUNT, default("half the window")] = None
     """Tokens between windows of a text: each token is predicted from at least context - stride before it."""
     batch: Annotated[int | None, COUNT, default("as many as fit in memory")] = None
     """Windows of a text scored together, on each device that shares the rows."""
-    weights: Annotated[str | None, one_of("bfloat16", "float32", "int8", "q4", "file"), default("as loaded")] = None
+    weights: Annotated[
+        str | None, one_of("bfloat16", "float32", "int8", "q4", "file"), default("as loaded")
+    ] = None
     """The type of the weights' matrices, as `serve` stores them, on one device alone. `q4`, `file`: see there."""
     mesh: MeshFlags
     device: DeviceFlag = "auto"
@@ -99,7 +114,9 @@ def evaluate(flags: EvaluateFlags) -> None:
     if shape and flags.weights:
         raise UserError("--weights is for one device; leave --mesh out.")
     if flags.metric and (shape or flags.weights):
-        raise UserError("--metric is for the weights as loaded, on one device; leave --mesh and --weights out.")
+        raise UserError(
+            "--metric is for the weights as loaded, on one device; leave --mesh and --weights out."
+        )
     metrics = AnswerMetrics(flags.metric)
     mesh = None
     if shape:
@@ -113,10 +130,14 @@ def evaluate(flags: EvaluateFlags) -> None:
                 check_text_name(flags.data, [*SHIPPED])
         with processes.process_0_first(), console.task("loading"), host_memory(mesh is not None):
             keep_blocks = flags.weights in ("file", "q4")
-            model = load_model(flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh), keep_blocks=keep_blocks)
+            model = load_model(
+                flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh), keep_blocks=keep_blocks
+            )
         console.print_notes(*model.notes)
         if processes.process_count() > 1:
-            options = {f"--{name}": str(getattr(flags, name)) for name in ("data", "context", "stride", "batch")}
+            options = {
+                f"--{name}": str(getattr(flags, name)) for name in ("data", "context", "stride", "batch")
+            }
             processes.refuse_differences(options | {"--mesh": str(shape), "model": digest(model.params)})
         model = dataclasses.replace(model, params=layout.place(model.params))
         if flags.weights:  # as `stages.serve --weights` stores them
@@ -186,7 +207,9 @@ def evaluate_text(
     seq = min(context or min(cfg.context, WINDOW), max(2, len(text.tokens) - 1))
     stride = stride or max(1, seq // 2)
     if stride > seq:
-        raise UserError(f"--stride {stride:,} would leave tokens out: it is at most the window of {seq:,} tokens.")
+        raise UserError(
+            f"--stride {stride:,} would leave tokens out: it is at most the window of {seq:,} tokens."
+        )
     batch = batch or text_data.rows_in_memory(cfg, seq)
     window = f"{seq:,} tokens"
     if seq > cfg.context:
@@ -259,7 +282,9 @@ def evaluate_conversations(
         given = _held_out_conversations(model, record, chat, seq, is_whole, console)
         if not context:
             _refuse_other_split(model, record, given)
-    console.print_rows([("data", given.name), *(("", note) for note in given.notes), ("template", chat.template_name)])
+    console.print_rows(
+        [("data", given.name), *(("", note) for note in given.notes), ("template", chat.template_name)]
+    )
     processes.refuse_differences({"data": given.digest})
     begin = time.perf_counter()
     with console.task("evaluating", always=True) as report:
@@ -293,7 +318,12 @@ def _given_conversations(data: "Conversations", chat: "ChatTokenizer", seq: int)
 
 
 def _held_out_conversations(
-    model: "LoadedModel", record: dict[str, Any], chat: "ChatTokenizer", seq: int, is_whole: bool, console: Console
+    model: "LoadedModel",
+    record: dict[str, Any],
+    chat: "ChatTokenizer",
+    seq: int,
+    is_whole: bool,
+    console: Console,
 ) -> ConversationSet:
     from stages.runs.conversation_data import prepare_conversations
 
@@ -301,9 +331,13 @@ def _held_out_conversations(
     objective = record["objective"]
     if objective == "preference" and record.get("loss") == "kto":
         objective = "kto"
-    split = prepare_conversations(text["data"], text["validation"], objective, seq, record["seed"], chat, console, is_whole)
+    split = prepare_conversations(
+        text["data"], text["validation"], objective, seq, record["seed"], chat, console, is_whole
+    )
     notes = [note for note in (split.overlap,) if note]
-    return ConversationSet(split.held_out_name, notes, split.held_out, split.references, split.held_out_digest)
+    return ConversationSet(
+        split.held_out_name, notes, split.held_out, split.references, split.held_out_digest
+    )
 
 
 def _refuse_other_split(model: "LoadedModel", record: dict[str, Any], held_out: ConversationSet) -> None:
@@ -313,17 +347,22 @@ def _refuse_other_split(model: "LoadedModel", record: dict[str, Any], held_out: 
     if text.get("validation_digest") in (None, held_out.digest):
         return
     raise UserError(
-        f"{held_out.name} is not what {model.name} was validated on: {text['data']} or the way it is split has changed since, "
+        f"{held_out.name} is not what {model.name} was validated on: {text['data']} or the way it "
+        "is split has changed since, "
         "and it may have been trained on. Give conversations that it was not trained on with --data."
     )
 
 
-def _pair_logprobs(model: "LoadedModel", pairs: Sequence[Any], seq: int, report: ReportProgress) -> "np.ndarray":
+def _pair_logprobs(
+    model: "LoadedModel", pairs: Sequence[Any], seq: int, report: ReportProgress
+) -> "np.ndarray":
     from engine.mesh import layout
     from stages.runs.conversation_data import reference_logprobs
     from stages.runs.text_data import EVALUATION_ROWS
 
-    return reference_logprobs(model.cfg, model.params, pairs, seq, EVALUATION_ROWS * layout.row_shards(), report)
+    return reference_logprobs(
+        model.cfg, model.params, pairs, seq, EVALUATION_ROWS * layout.row_shards(), report
+    )
 
 
 def _score_ratings(model: "LoadedModel", pairs: Sequence[Any], seq: int, report: ReportProgress) -> Rows:
@@ -348,7 +387,9 @@ def _score_pairs(model: "LoadedModel", pairs: Sequence[Any], seq: int, report: R
     ]
 
 
-def _score_answers(model: "LoadedModel", examples: Sequence[Any], seq: int, is_whole: bool, report: ReportProgress) -> Rows:
+def _score_answers(
+    model: "LoadedModel", examples: Sequence[Any], seq: int, is_whole: bool, report: ReportProgress
+) -> Rows:
     from engine.training.step import NEXT_TOKEN
     from stages.runs.conversation_data import held_out_evaluator
 

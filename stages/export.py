@@ -110,9 +110,14 @@ def export(flags: ExportFlags) -> int:
     out = flags.out
     to_gguf = flags.out.suffix == ".gguf"
     if flags.adapter and (to_gguf or flags.dtype):
-        raise UserError("--adapter writes a folder in PEFT's layout, in float32: it goes with neither a .gguf nor --dtype.")
+        raise UserError(
+            "--adapter writes a folder in PEFT's layout, in float32: it goes with neither a .gguf "
+            "nor --dtype."
+        )
     if flags.dtype in BLOCKS and not to_gguf:
-        raise UserError(f"--dtype {flags.dtype} is of GGUF: give an --out that ends in .gguf, or another type.")
+        raise UserError(
+            f"--dtype {flags.dtype} is of GGUF: give an --out that ends in .gguf, or another type."
+        )
     if flags.base_name and not flags.adapter:
         raise UserError("--base-name names the base of an adapter: it goes with --adapter.")
     _check_free(out, to_gguf, flags.overwrite)
@@ -121,7 +126,9 @@ def export(flags: ExportFlags) -> int:
             model = load_model(flags.model, dtype="float32", report=report, keep_blocks=True)
         if out.resolve() in (path.resolve() for path in model.bases):
             adapted = model.run or model.checkpoint
-            raise UserError(f"{out} is the base that {adapted} adapts, which would be replaced. Give another --out.")
+            raise UserError(
+                f"{out} is the base that {adapted} adapts, which would be replaced. Give another --out."
+            )
         console.print_notes(*model.notes)
         sampling, _ = choose_sampling(model.sampling, {}, {}, console, penalties=True)
         model = dataclasses.replace(model, sampling=sampling)
@@ -161,15 +168,23 @@ def export(flags: ExportFlags) -> int:
                 source = evaluation_source(text if text in TEXTS else "python", console)
             else:
                 source = None
-        console.print_rows([*rows, ("file", describe_kinds(model.kinds, model.params)), ("writes", f"{out}, {dtype}")])
+        console.print_rows(
+            [*rows, ("file", describe_kinds(model.kinds, model.params)), ("writes", f"{out}, {dtype}")]
+        )
         note = _write(out, model, dtype, base_name, console)
         console.print_notes(note)
         files = [out] if to_gguf else out.iterdir()
-        console.print_rows([("written", f"{out}, {format_bytes(sum(file.stat().st_size for file in files))}")])
+        console.print_rows(
+            [("written", f"{out}, {format_bytes(sum(file.stat().st_size for file in files))}")]
+        )
         if not flags.check:
             return 0
         with console.task("checking", always=True):
-            rows, faults = compare(model, out, dtype, source) if isinstance(source, Corpus) else compare_adapter(model, out)
+            rows, faults = (
+                compare(model, out, dtype, source)
+                if isinstance(source, Corpus)
+                else compare_adapter(model, out)
+            )
         console.print_rows(rows)
         for fault in faults:
             console.print(f"DIFFERS: {fault}", style="red")
@@ -187,7 +202,8 @@ def _base_name(model: "LoadedModel", base: str, base_name: str | None) -> str:
 
     if model.merged:
         raise UserError(
-            f"{model.merged[0]} is trained whole or a DoRA, and only LoRA is written here: export the model merged."
+            f"{model.merged[0]} is trained whole or a DoRA, and only LoRA is written here: export "
+            "the model merged."
         )
     adapter_leaves(model.params)  # says so if there are none
     if base_name is None and model.hub_id:
@@ -258,7 +274,9 @@ def _write(out: Path, model: "LoadedModel", dtype: str, base_name: str, console:
     with atomic_folder(out) as building:
         if base_name:
             with console.task("writing", always=True):
-                save_adapter(building, cfg, params, base=digest(without_adapters(params)), base_name=base_name)
+                save_adapter(
+                    building, cfg, params, base=digest(without_adapters(params)), base_name=base_name
+                )
                 tokenizer.save(building)
             return ""
         written = ModelTokenizer(tokenizer, model.eos_ids, dict(model.sampling))
@@ -335,7 +353,8 @@ def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[Documen
     rows += [
         (
             "logits",
-            f"differ by at most {difference:.1e} of the largest from the model's, with its weights rounded as here",
+            f"differ by at most {difference:.1e} of the largest from the model's, with its weights "
+            "rounded as here",
         ),
         (
             "loss",
@@ -347,7 +366,9 @@ def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[Documen
     faults = ["the logits"] if difference > TOLERANCE else []
     most = MAX_LOSS_OF_4_BITS if dtype in BLOCKS[1:] else MAX_LOSS
     if not after - before <= most:
-        faults.append(f"the loss in bits per byte: {after - before:.4f}, and {most} is the most that rounding may cost")
+        faults.append(
+            f"the loss in bits per byte: {after - before:.4f}, and {most} is the most that rounding may cost"
+        )
     return rows, faults
 
 
@@ -373,8 +394,12 @@ def compare_adapter(model: "LoadedModel", out: Path) -> Comparison:
 
 
 def _tokenizer_faults(ours: "Tokenizer", theirs: "Tokenizer") -> list[str]:
-    faults = [f"the tokens of {text!r}" for text in CHECK_TEXTS if [*ours.encode(text)] != [*theirs.encode(text)]]
-    return faults + ["the chat template"] * (ours.config.get("chat_template") != theirs.config.get("chat_template"))
+    faults = [
+        f"the tokens of {text!r}" for text in CHECK_TEXTS if [*ours.encode(text)] != [*theirs.encode(text)]
+    ]
+    return faults + ["the chat template"] * (
+        ours.config.get("chat_template") != theirs.config.get("chat_template")
+    )
 
 
 main = functools.partial(run_command, "export", __doc__, ExportFlags, export)

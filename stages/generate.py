@@ -99,8 +99,12 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
         params = prepare_params(model.cfg, model.params, mesh is None)
     params = layout.place(params)
     model = dataclasses.replace(model, params=None)  # weights once
-    fields, source = choose_sampling(model.sampling, flags.sampling.overrides, {"temperature": TEMPERATURE}, notes)
-    sampling = SamplingParams(flags.sampling.max_tokens, seed=flags.sampling.seed, stop_token_ids=model.eos_ids, **fields)
+    fields, source = choose_sampling(
+        model.sampling, flags.sampling.overrides, {"temperature": TEMPERATURE}, notes
+    )
+    sampling = SamplingParams(
+        flags.sampling.max_tokens, seed=flags.sampling.seed, stop_token_ids=model.eos_ids, **fields
+    )
     before = digest(params) if flags.verbose else ""
     settings = [("file", describe_kinds(model.kinds, params)), ("sampling", source)]
     if before:

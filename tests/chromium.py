@@ -9,7 +9,9 @@ import pytest
 
 
 def chromium(folder: Path) -> Iterator[Any]:
-    """Yields a browser that fetches nothing of its own, and keeps what it keeps in `folder`; skips the test without one."""
+    """Yields a browser that fetches nothing of its own, and keeps what it keeps in `folder`; skips
+    the test without one.
+    """
     from selenium.webdriver import Chrome, ChromeOptions
     from selenium.webdriver.chrome.service import Service
 

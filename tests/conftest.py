@@ -31,12 +31,16 @@ _folders: list[str] = []
 def pytest_configure(config: pytest.Config) -> None:
     """Sets the cache folders, before JAX is imported; whatever a test starts inherits them.
 
-    Compiled programs lie beside pytest's own notes on the last run: a second run compiles nothing. They are loaded as
-    code, so they lie in the checkout and not in a folder that other users may write. So does bytecode, where Python is told
-    to leave none beside its sources: else each process that a test starts compiles JAX's.
+    Compiled programs lie beside pytest's own notes on the last run: a second run compiles nothing.
+    They are loaded as code, so they lie in the checkout and not in a folder that other users may
+    write. So does bytecode, where Python is told to leave none beside its sources: else each
+    process that a test starts compiles JAX's.
     """
-    gc.set_threshold(300_000)  # tracing makes many objects and little garbage: see stages/cli/command.py
-    os.environ.pop("UV", None)  # commands say `uv run` when started by it; the tests are to read the same either way
+    # tracing makes many objects and little garbage: see stages/cli/command.py
+    gc.set_threshold(300_000)
+    os.environ.pop(
+        "UV", None
+    )  # commands say `uv run` when started by it; the tests are to read the same either way
     notes = getattr(config, "cache", None)  # there are none under `-p no:cacheprovider`
 
     def folder(name: str) -> str:
@@ -53,12 +57,15 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     if "THRICE_CACHE" not in os.environ:  # xdist's workers inherit the first process's
         os.environ["THRICE_CACHE"] = cache = _fresh("thrice-tests-")
-        for name in ("hardware", "native"):  # this machine's speed and its library in C are found again too
+        # this machine's speed and its library in C are found again too
+        for name in ("hardware", "native"):
             os.symlink(folder(name), f"{cache}/{name}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begins with the files that take longest: a worker gets whole files, and none is to be left alone with one at the end."""
+    """Begins with the files that take longest: a worker gets whole files, and none is to be left
+    alone with one at the end.
+    """
     items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
 
 
@@ -98,7 +105,9 @@ def chrome(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser(chrome):
-    """The browser as it started: with an empty page, at its first size, and nothing of other files in its log."""
+    """The browser as it started: with an empty page, at its first size, and nothing of other files
+    in its log.
+    """
     chrome.get("about:blank")
     chrome.set_window_size(1200, 800)
     chrome.get_log("browser")

@@ -19,6 +19,8 @@ def build(folder: Path) -> Path:
 
 
 def arm(below: Path | str, at: int, error: int = 0, once: bool = False, log: Path | str = "") -> None:
-    """At change `at` below a folder, ends this process if `error` is 0, else refuses it, `once` or from there on."""
+    """At change `at` below a folder, ends this process if `error` is 0, else refuses it, `once` or
+    from there on.
+    """
     library = ctypes.CDLL(os.environ["FAULTS"])
     library.fault_arm(f"{below}/".encode(), ctypes.c_long(at), error, int(once), str(log).encode())

@@ -1,7 +1,8 @@
 """Ends a run of tests within ten seconds of SIGINT, with all that it started, also where the run began in the background.
 
-A shell that is no terminal's has its background jobs ignore SIGINT, Python then installs no handler for it, and what they start
-inherits that. And `kill -INT` reaches one process, where Ctrl-C reaches xdist's workers and the servers of their tests too.
+A shell that is no terminal's has its background jobs ignore SIGINT, Python then installs no handler
+for it, and what they start inherits that. And `kill -INT` reaches one process, where Ctrl-C reaches
+xdist's workers and the servers of their tests too.
 """
 
 import contextlib
@@ -13,10 +14,13 @@ from pathlib import Path
 
 import pytest
 
-POLITE = 5.0  # seconds in which the workers may end by themselves, and their fixtures end what they started
+# seconds in which the workers may end by themselves, and their fixtures end what they started
+POLITE = 5.0
 LEFT = 2.0  # seconds more for this process, once they are killed
 
-_started: set[tuple[int, str]] = set()  # what this process had started when it was interrupted: numbers and start times
+_started: set[tuple[int, str]] = (
+    set()
+)  # what this process had started when it was interrupted: numbers and start times
 
 
 def pytest_configure() -> None:
@@ -37,7 +41,9 @@ def pytest_unconfigure() -> None:
 
 
 def _end() -> None:
-    """Kills what is left. A worker in a long call of C hears no signal, and xdist would wait for it a quarter of a minute."""
+    """Kills what is left. A worker in a long call of C hears no signal, and xdist would wait for it
+    a quarter of a minute.
+    """
     time.sleep(POLITE)
     _started.update(_descendants())
     _signal_started(signal.SIGKILL)
@@ -46,7 +52,9 @@ def _end() -> None:
 
 
 def _signal_started(number: int) -> None:
-    """Sends a signal to each process of `_started` that still runs, and not to another that got its number since."""
+    """Sends a signal to each process of `_started` that still runs, and not to another that got its
+    number since.
+    """
     for pid, start_time in _started:
         if _status(pid)[1] == start_time:
             with contextlib.suppress(ProcessLookupError):
@@ -54,7 +62,9 @@ def _signal_started(number: int) -> None:
 
 
 def _descendants() -> set[tuple[int, str]]:
-    """Returns the number and start time of each process that this one or one of its own started; none without /proc."""
+    """Returns the number and start time of each process that this one or one of its own started;
+    none without /proc.
+    """
     processes = {int(folder.name): _status(int(folder.name)) for folder in Path("/proc").glob("[0-9]*")}
     family = {os.getpid()}
     grows = True
@@ -66,7 +76,9 @@ def _descendants() -> set[tuple[int, str]]:
 
 
 def _status(pid: int) -> tuple[int, str]:
-    """Returns the parent and the start time of a process (fields 4 and 22 of stat in proc(5)); (0, "") when it is gone."""
+    """Returns the parent and the start time of a process (fields 4 and 22 of stat in proc(5)); (0,
+    "") when it is gone.
+    """
     try:
         # The command's name before them may hold spaces.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

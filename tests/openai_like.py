@@ -11,7 +11,9 @@ from bench.serving.client import completion_request, read_completion, send
 
 @contextlib.asynccontextmanager
 async def fake_server(respond, *, delay=0.0):
-    """The port of a server that answers `respond(method, path, headers, body) -> (status, JSON or text of events)`."""
+    """The port of a server that answers `respond(method, path, headers, body) -> (status, JSON or
+    text of events)`.
+    """
 
     async def serve(reader, writer):
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -19,7 +21,10 @@ async def fake_server(respond, *, delay=0.0):
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
                 first, *lines = head.split("\r\n")
                 method, path, _ = first.split(" ")
-                headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
+                headers = {
+                    name.lower(): value.strip()
+                    for name, _, value in (line.partition(":") for line in lines if line)
+                }
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
                 await asyncio.sleep(delay)
                 status, content = respond(method, path, headers, body)
@@ -38,7 +43,9 @@ async def fake_server(respond, *, delay=0.0):
 
 
 def fake_completion(text, body, logprobs=None):
-    """A completion or a chat of one token a letter, whole or as the events of a stream, as `body` asks."""
+    """A completion or a chat of one token a letter, whole or as the events of a stream, as `body`
+    asks.
+    """
     usage = {"prompt_tokens": 3, "completion_tokens": len(text), "total_tokens": 3 + len(text)}
     chat = "messages" in body
 
@@ -53,7 +60,10 @@ def fake_completion(text, body, logprobs=None):
     if not body.get("stream"):
         return 200, {"choices": [choice(text, True, "length")], "usage": usage}
     pieces = [choice(letter, False, None) for letter in text] + [choice("", False, "length")]
-    events = [json.dumps({"choices": [piece]}) for piece in pieces] + [json.dumps({"choices": [], "usage": usage}), "[DONE]"]
+    events = [json.dumps({"choices": [piece]}) for piece in pieces] + [
+        json.dumps({"choices": [], "usage": usage}),
+        "[DONE]",
+    ]
     return 200, "".join(f"data: {event}\n\n" for event in events)
 
 

@@ -1,6 +1,7 @@
 """Makes the README's pictures that need a browser, light and dark: `uv run --with pillow python tests/pictures.py`.
 
-With names of pictures behind it, such as `chat memory`, only those. `python tests/readmes.py` makes the others.
+With names of pictures behind it, such as `chat memory`, only those. `python tests/readmes.py` makes
+the others.
 """
 
 import base64
@@ -20,7 +21,10 @@ QUESTION = "Why is the sea salty? Answer in one short sentence."
 
 
 def set_scheme(chrome, scheme: str) -> None:
-    features = [{"name": "prefers-color-scheme", "value": scheme}, {"name": "prefers-reduced-motion", "value": "reduce"}]
+    features = [
+        {"name": "prefers-color-scheme", "value": scheme},
+        {"name": "prefers-reduced-motion", "value": "reduce"},
+    ]
     chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
 
@@ -32,9 +36,21 @@ def save(chrome, name: str) -> None:
 
 
 def chat(chrome, _: Path) -> None:
-    """Asks the default model a question on the server's page, and takes its picture when the answer is there."""
+    """Asks the default model a question on the server's page, and takes its picture when the answer
+    is there.
+    """
     chrome.set_window_size(1000, 700)
-    words = [sys.executable, "-m", "stages.serve", "--model", "smollm2-135m-instruct", "--port", "0", "--slots", "2"]
+    words = [
+        sys.executable,
+        "-m",
+        "stages.serve",
+        "--model",
+        "smollm2-135m-instruct",
+        "--port",
+        "0",
+        "--slots",
+        "2",
+    ]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
         output = ""
         while "Ctrl-C" not in output:
@@ -57,7 +73,12 @@ def memory(chrome, folder: Path) -> None:
     save(chrome, "memory")
 
 
-LIVES = (("1", "", 16), ("2", "Half frozen", 8), ("2", "LoRA", 8), ("3", "", 8))  # key, way to fine-tune, frames
+LIVES = (
+    ("1", "", 16),
+    ("2", "Half frozen", 8),
+    ("2", "LoRA", 8),
+    ("3", "", 8),
+)  # key, way to fine-tune, frames
 
 SCRUB = """const scrub = document.getElementById('scrub');
 scrub.value = scrub.max * arguments[0];
@@ -83,10 +104,18 @@ def lives(chrome, folder: Path) -> None:
             for number in range(count):
                 chrome.execute_script(SCRUB, number / (count - 1))
                 shot = chrome.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})
-                images.append(Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB").resize((800, 470)))
+                images.append(
+                    Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB").resize((800, 470))
+                )
         path = PICTURES / f"lives-{scheme}.webp"
         images[0].save(
-            path, save_all=True, append_images=images[1:], duration=20_000 // len(images), loop=0, quality=60, method=6
+            path,
+            save_all=True,
+            append_images=images[1:],
+            duration=20_000 // len(images),
+            loop=0,
+            quality=60,
+            method=6,
         )
 
 

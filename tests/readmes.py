@@ -1,7 +1,7 @@
 """Writes what READMEs take from elsewhere: the tree of each room, tables of results, pictures. `python tests/readmes.py`.
 
-A block stands between `<!-- NAME of SOURCE -->` and `<!-- end -->`. NAME is one of BLOCKS; SOURCE is a result in RESULTS, or
-what the block is computed from.
+A block stands between `<!-- NAME of SOURCE -->` and `<!-- end -->`. NAME is one of BLOCKS; SOURCE
+is a result in RESULTS, or what the block is computed from.
 """
 
 import ast
@@ -39,10 +39,15 @@ READMES = [ROOT / "README.md", *(ROOT / room / "README.md" for room in ROOMS)]
 TREE = re.compile(r"```tree\n.*?```\n", re.DOTALL)
 BLOCK = re.compile(r"(<!-- (\S+) of (\S+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 COLUMN = 26
-# Rows of the stage table, by name, and as the first table of the README calls them: their passes, and the weights that change.
+# Rows of the stage table, by name, and as the first table of the README calls them: their passes,
+# and the weights that change.
 SUMMARY = {
     "pre-training step": ("training", "forward and backward", "all"),
-    "LoRA rank 8 on q and v": ("fine-tuning with LoRA", "forward, and backward to the adapters", "the adapters"),
+    "LoRA rank 8 on q and v": (
+        "fine-tuning with LoRA",
+        "forward, and backward to the adapters",
+        "the adapters",
+    ),
     "evaluation forward": ("inference", "forward", "none"),
 }
 EXCERPT = (
@@ -56,7 +61,10 @@ EXCERPT = (
     "decode with 32 slots",
 )
 CHAT = "ordinary_speculative"  # the row that the README shows
-PRINTED, SAMPLED = ("predicted", "validation", "trained"), 3  # lines of a training run and of its sample that the README shows
+PRINTED, SAMPLED = (
+    ("predicted", "validation", "trained"),
+    3,
+)  # lines of a training run and of its sample that the README shows
 TUNED = {  # and of the commands after it
     "stages.finetune": ("held out", "forgotten", "kept", "trained"),
     "stages.evaluate": ("nats per token",),
@@ -102,19 +110,27 @@ def written(readme: Path) -> str:
 
 def sh_commands(readme: Path) -> list[list[str]]:
     """Lists what follows `python` in each line of a README's sh blocks."""
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", readme.read_text(), re.S) for line in block.splitlines()]
+    lines = [
+        line
+        for block in re.findall(r"```sh\n(.*?)```", readme.read_text(), re.S)
+        for line in block.splitlines()
+    ]
     words = [shlex.split(line, comments=True) for line in lines if " python " in line]
     return [line[line.index("python") + 1 :] for line in words]
 
 
 def tree(room: Path) -> str:
-    """Returns a line for each file in Python or C of a room: its name and what it opens with. A room in it has its own."""
+    """Returns a line for each file in Python or C of a room: its name and what it opens with. A
+    room in it has its own.
+    """
     return "```tree\n" + "".join(f"{line}\n" for line in _lines(room, room, 0)) + "```\n"
 
 
 def _lines(folder: Path, room: Path, depth: int) -> Iterator[str]:
     inner = [path for path in folder.iterdir() if path.is_dir() and any(path.rglob("*.py"))]
-    for path in sorted([*folder.glob("*.py"), *folder.glob("*.[ch]"), *inner], key=lambda path: (path.is_dir(), path.name)):
+    for path in sorted(
+        [*folder.glob("*.py"), *folder.glob("*.[ch]"), *inner], key=lambda path: (path.is_dir(), path.name)
+    ):
         if path.name in ("__init__.py", "__pycache__", "conftest.py"):
             continue
         start = f"{'  ' * depth}{path.name}{'/' * path.is_dir()}"
@@ -147,12 +163,18 @@ def table(header: str, rows: Iterable[Iterable[str]], words: Collection[int] = (
 
 
 def conditions(document: Document, rounds: int | None = None) -> list[str]:
-    """Returns a sentence on the machine, the day and the state in which a document was measured, in so many rounds at least."""
+    """Returns a sentence on the machine, the day and the state in which a document was measured, in
+    so many rounds at least.
+    """
     machine, load = document["machine"], document["load"]
-    kind = next((words for flag, words in INSTRUCTIONS.items() if flag in machine["instructions"].split()), "")
+    kind = next(
+        (words for flag, words in INSTRUCTIONS.items() if flag in machine["instructions"].split()), ""
+    )
     medians = f", medians of {rounds} interleaved rounds or more" if rounds else ""
     medians += ", with `--quick`" * document["flags"].get("quick", False)
-    lines = [f"{machine['cores']} cores of an {machine['processor']}{kind}, {document['date'][:10]}{medians}."]
+    lines = [
+        f"{machine['cores']} cores of an {machine['processor']}{kind}, {document['date'][:10]}{medians}."
+    ]
     if load > machine["cores"] / 4:
         lines.append(f"Others used {min(load, machine['cores']):.1f} of them: trust the ratios alone.")
     return ["", *lines]
@@ -178,7 +200,9 @@ def held(met: bool | None, bar: str) -> str:
 def summary(document: Document) -> list[str]:
     rows = {row["name"]: row for row in document["rows"]}
     cells = [(*words, *_ratios(rows[name])) for name, words in SUMMARY.items()]
-    alone, full = (f"{rows[name]['time_ratio_to_forward']:.0f}" for name in ("decode alone", "decode with 32 slots"))
+    alone, full = (
+        f"{rows[name]['time_ratio_to_forward']:.0f}" for name in ("decode alone", "decode with 32 slots")
+    )
     return [
         *table("|passes|weights that change|operations|time", cells, (0, 1, 2)),
         "",
@@ -191,7 +215,11 @@ def stages(document: Document) -> list[str]:
     """Returns the stage table."""
     cells = []
     for row in document["rows"]:
-        cost = si(row["seconds_per_token"], "s"), si(row["peak_bytes"], "B"), money(row["usd_per_million_tokens"])
+        cost = (
+            si(row["seconds_per_token"], "s"),
+            si(row["peak_bytes"], "B"),
+            money(row["usd_per_million_tokens"]),
+        )
         cells.append([row["name"], row["weights"], *_ratios(row), *cost])
     model = document["model"]
     about = (
@@ -199,7 +227,11 @@ def stages(document: Document) -> list[str]:
         f"{model['batch']} x {model['context']} tokens"
     )
     lines = table("|weights|operations|time|time a token|peak|$ a million tokens", cells, (0, 1))
-    return [*lines, *conditions(document, document["rounds"]), f"{about}, {money(document['price_per_hour'])} an hour."]
+    return [
+        *lines,
+        *conditions(document, document["rounds"]),
+        f"{about}, {money(document['price_per_hour'])} an hour.",
+    ]
 
 
 def counters(document: Document) -> list[str]:
@@ -222,7 +254,10 @@ def _ratios(row: Document) -> tuple[str, str]:
 def claims(document: Document) -> list[str]:
     """Returns every claim with its verdict and the figures that decide it."""
     sentence = lambda words: words[0].upper() + words[1:]
-    return [f"- **{each['claim']}** {sentence(each['verdict'])}. {sentence(each['value'])}" for each in document["claims"]]
+    return [
+        f"- **{each['claim']}** {sentence(each['verdict'])}. {sentence(each['value'])}"
+        for each in document["claims"]
+    ]
 
 
 def verdicts(document: Document) -> list[str]:
@@ -244,7 +279,8 @@ def verdicts(document: Document) -> list[str]:
     without = " and ".join(times(claim["numbers"]["off_over_on"]["ratio"]) for claim in (cache, batch))
     saved = {part: percent(1 - share["flops"]) for part, share in layers["numbers"].items()}
     return [
-        f"- “Inference is half the computation”: {verdict(half)}; it is {percent(half['numbers']['flops'])} of training's.",
+        f"- “Inference is half the computation”: {verdict(half)}; it is "
+        f"{percent(half['numbers']['flops'])} of training's.",
         f"- “Fine-tuning is cheaper”: {verdict(layers)}; "
         f"freezing the bottom half saves {saved['bottom']} of operations, the top {saved['top']}.",
         f"- “The model improves as you use it”: {verdict(learns)}; "
@@ -259,7 +295,9 @@ def printed(document: Document) -> list[str]:
     """Returns what the default training run printed of its prediction, its sample and its result."""
     lines = [line.strip() for line in document["printed"]]
     shown = [next(line for line in reversed(lines) if line.split()[:1] == [word]) for word in PRINTED]
-    sample = [line for line in lines[lines.index("what it writes") + 1 :] if line.startswith("| ") and line != "|"][:SAMPLED]
+    sample = [
+        line for line in lines[lines.index("what it writes") + 1 :] if line.startswith("| ") and line != "|"
+    ][:SAMPLED]
     return ["```", "$ stages.train", "...", shown[0], *sample, *shown[1:], "```"]
 
 
@@ -269,7 +307,10 @@ def tuned(document: Document) -> list[str]:
     for command, words in TUNED.items():
         lines = document["printed"][command]
         shown.append(f"$ {command}")
-        shown += (next(re.split(r" of what| \(", line)[0] for line in lines if line.startswith(word)) for word in words)
+        shown += (
+            next(re.split(r" of what| \(", line)[0] for line in lines if line.startswith(word))
+            for word in words
+        )
     return ["```", *shown, "```"]
 
 
@@ -282,21 +323,37 @@ def answered(document: Document) -> list[str]:
 
 def commands(document: Document) -> list[str]:
     cells = [
-        (row["name"], f"{row['value']:.3g} {row['unit']}".strip(), held(row["met"], f"at most {row['bar']:g}"))
+        (
+            row["name"],
+            f"{row['value']:.3g} {row['unit']}".strip(),
+            held(row["met"], f"at most {row['bar']:g}"),
+        )
         for row in document["rows"]
     ]
     return [*table("|measured|held to", cells), *conditions(document)]
 
 
 def step(document: Document) -> list[str]:
-    """Returns the ways of a step: its speed, over the first way, and as a share of this machine's fastest product."""
+    """Returns the ways of a step: its speed, over the first way, and as a share of this machine's
+    fastest product.
+    """
     cells, rounds = [], 0
     for shape in document["shapes"]:
         for place, row in enumerate(shape["rows"]):
             name = f"{shape['shape']}, {row['name']}"
             over, rounds = "" if place == 0 else ratio(row["over_first"]), row["of_matmul"]["rounds"]
-            cells.append([name, f"{row['tokens_per_second']:,.0f}", f"{row['gflops']:,.0f}", over, ratio(row["of_matmul"])])
-    header = "layers x width x tokens x batch|tokens/s|GFLOP/s|time over the first|share of the fastest product"
+            cells.append(
+                [
+                    name,
+                    f"{row['tokens_per_second']:,.0f}",
+                    f"{row['gflops']:,.0f}",
+                    over,
+                    ratio(row["of_matmul"]),
+                ]
+            )
+    header = (
+        "layers x width x tokens x batch|tokens/s|GFLOP/s|time over the first|share of the fastest product"
+    )
     return [*table(header, cells), *conditions(document, rounds)]
 
 
@@ -351,16 +408,27 @@ def plan(_: Document) -> list[str]:
 
 
 def tries(_: Document) -> list[str]:
-    """Returns what each way to fine-tune the default preset came to, at the best of the learning rates that were tried."""
+    """Returns what each way to fine-tune the default preset came to, at the best of the learning
+    rates that were tried.
+    """
     best: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
     with (RESULTS / "zen4" / "finetuning-tries.csv").open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["model"].startswith("the default") and row["tokens"] == "122880"]
+        rows = [
+            row
+            for row in csv.DictReader(file)
+            if row["model"].startswith("the default") and row["tokens"] == "122880"
+        ]
     for row in sorted(rows, key=lambda row: int(row["batch"])):
-        way = best.setdefault((row["trained"] + f", rank {row['rank']}" * bool(row["rank"]), row["batch"]), {})
+        way = best.setdefault(
+            (row["trained"] + f", rank {row['rank']}" * bool(row["rank"]), row["batch"]), {}
+        )
         data = row["data"], row["seed"]
         way[data] = min(way.get(data, math.inf), float(row["bits_per_byte"]))
     columns = [(data, seed) for data in ("voice", "python") for seed in "01"]
-    cells = [(*way, *(f"{bits[data]:.3f}" if data in bits else "" for data in columns)) for way, bits in best.items()]
+    cells = [
+        (*way, *(f"{bits[data]:.3f}" if data in bits else "" for data in columns))
+        for way, bits in best.items()
+    ]
     return table("trained|batch|`voice`, seed 0|seed 1|Python's source, seed 0|seed 1", cells)
 
 
@@ -372,7 +440,9 @@ def rewarded(_: Document) -> list[str]:
     cells = []
     for variant, rows in by_variant:
         first, second = sorted(rows, key=operator.itemgetter("seed"))
-        cells.append((variant or "as it is", first["held_out_reward"], second["held_out_reward"], first["note"]))
+        cells.append(
+            (variant or "as it is", first["held_out_reward"], second["held_out_reward"], first["note"])
+        )
     return table("|seed 0|seed 1|", cells, (0, 3))
 
 
@@ -392,7 +462,9 @@ def trains(document: Document) -> list[str]:
 
 
 def _promises(document: Document, kinds: str) -> list[str]:
-    """Returns a row for each trial of a promise that has figures, and one for all the others of a promise."""
+    """Returns a row for each trial of a promise that has figures, and one for all the others of a
+    promise.
+    """
     rows = [row for row in document["rows"] if row["promise"][0] in kinds]
     cells = []
     for row in rows:
@@ -401,11 +473,15 @@ def _promises(document: Document, kinds: str) -> list[str]:
         if figures:
             on = row["date"] + "*" * (row["commit"] is None)
             cells.append((row["promise"], figures + ": **not kept**" * (not row["kept"]), over, on))
-    for name, others in itertools.groupby((row for row in rows if not row["figures"]), operator.itemgetter("promise")):
+    for name, others in itertools.groupby(
+        (row for row in rows if not row["figures"]), operator.itemgetter("promise")
+    ):
         kept = [row["kept"] for row in others]
         cells.append((name, f"{sum(kept)} of {len(kept)} cases", "", rows[-1]["date"]))
     order = [*PROMISES]
-    cells = [(name, PROMISES[name], *rest) for name, *rest in sorted(cells, key=lambda cell: order.index(cell[0]))]
+    cells = [
+        (name, PROMISES[name], *rest) for name, *rest in sorted(cells, key=lambda cell: order.index(cell[0]))
+    ]
     return table("|promise|measured|tried with|on", cells, range(5))
 
 

@@ -1,9 +1,10 @@
 """Runs the real engine on a device made of lists, under a schedule that a seed draws: arrivals, cancellations, programs that
 come late, adapters that come and go. What a request gets must be what it gets alone.
 
-A key/value of the fake device is a number made of its token, its adapter, its position and all keys/values before it in the
-slot, so that one that is missing, stale or in another's place changes every token that follows; a token of `POISON` makes it
-NaN, which spoils all texts that see it. An adapter is a number.
+A key/value of the fake device is a number made of its token, its adapter, its position and all
+keys/values before it in the slot, so that one that is missing, stale or in another's place changes
+every token that follows; a token of `POISON` makes it NaN, which spoils all texts that see it. An
+adapter is a number.
 """
 
 import collections
@@ -29,7 +30,9 @@ POISON = VOCAB - 1
 CFG = ModelConfig(VOCAB, 8, 1, 1, 8, CAPACITY)
 EMPTY, NAN = 0, -1
 MOST_STEPS = 600  # of a schedule after its last arrival
-TOP: Any = np.zeros((STEPS, 8 + DRAFT_ROWS, min(MAX_LOGPROBS, VOCAB)), np.float32)  # nobody looks at the most probable tokens
+TOP: Any = np.zeros(
+    (STEPS, 8 + DRAFT_ROWS, min(MAX_LOGPROBS, VOCAB)), np.float32
+)  # nobody looks at the most probable tokens
 
 WARMED: dict[Any, Any] = {}
 
@@ -43,8 +46,9 @@ def key_value(token: int, position: int, before: list[int], adapter: int) -> int
 def next_token(
     token: int, position: int, seen: list[int], request: SamplingParams, counts: list[int], allowed: int = -1
 ) -> int:
-    """Returns what is sampled after a token, a bit of `allowed`: most often by it alone, so that texts repeat and drafts are
-    right."""
+    """Returns what is sampled after a token, a bit of `allowed`: most often by it alone, so that
+    texts repeat and drafts are right.
+    """
     drawn = hash((*seen[: position + 1], request.seed, position)) % 40
     if request.adjusts_logits:
         drawn = hash((drawn, tuple(counts))) % 40
@@ -119,7 +123,9 @@ class FakeRunner:
 
     def write(self, chunk: Any, slot: int, start: int, count: int) -> None:
         assert start + count <= self.positions
-        self.cache[slot][start : start + count] = [NAN if np.isnan(x) else int(x) for x in chunk[0, 0, :count]]
+        self.cache[slot][start : start + count] = [
+            NAN if np.isnan(x) else int(x) for x in chunk[0, 0, :count]
+        ]
 
     def read(self, slot: int, start: int, size: int) -> Any:
         assert start + size <= self.positions
@@ -146,9 +152,16 @@ class FakeRunner:
     def decode(
         self, token: Any, rows: Any, sampling: Any, masks: Any, steps: int, logprobs: bool, adapters: Any
     ) -> SampledTokens:
-        sampled = SampledTokens({}, {}, {}, TOP, TOP)  # dictionaries by step and row, which are faster than arrays
+        sampled = SampledTokens(
+            {}, {}, {}, TOP, TOP
+        )  # dictionaries by step and row, which are faster than arrays
         current, own, positions = token.tolist(), rows.slot.tolist(), rows.position.tolist()
-        R, slots, allowed, masked = len(current), self.config.slots, masks.allowed[:, 0].tolist(), masks.steps.tolist()
+        R, slots, allowed, masked = (
+            len(current),
+            self.config.slots,
+            masks.allowed[:, 0].tolist(),
+            masks.steps.tolist(),
+        )
         assert self.in_c or own == [min(row, slots - 1) for row in range(R)]
         targets: list[list[int]] = [[] for _ in range(R)]
         for source, target in zip(rows.source.tolist(), rows.target.tolist()):
@@ -158,12 +171,15 @@ class FakeRunner:
         for step in range(steps):
             for first, row in active:
                 if (position := first + step) < self.positions:
-                    value = key_value(current[row], position, self.cache[own[row]], self.stacks[adapters[row]])
+                    value = key_value(
+                        current[row], position, self.cache[own[row]], self.stacks[adapters[row]]
+                    )
                     for target in targets[row]:
                         self.cache[target][position] = value
             for first, row in active:
                 position, text, counts = first + step, self.cache[own[row]], self.counts[own[row]]
-                # Without the kernel what lies behind in a segment is multiplied by 0, and NaN stays NaN.
+                # Without the kernel what lies behind in a segment is multiplied by 0, and NaN stays
+                # NaN.
                 reached = position + 1 if self.in_c else self._end(position + 1)
                 mask = allowed[row] % 2**VOCAB if masked[row] > step else -1
                 current[row] = next_token(current[row], position, text, sampling[row], counts, mask)
@@ -180,7 +196,13 @@ class FakeEngine(Engine):
     step = vars(Engine)["_step"]
 
     def warm(self, *_: Any) -> None:
-        key = self.config.tail, self.config.adapters > 0, self.prefix_cache.limit > 0, self.runner.in_c, self.rows
+        key = (
+            self.config.tail,
+            self.config.adapters > 0,
+            self.prefix_cache.limit > 0,
+            self.runner.in_c,
+            self.rows,
+        )
         if key not in WARMED:
             super().warm()
             WARMED[key] = self.used_slots, self.runner.cache[0], self.tails_are_exact, self.few_rows
@@ -243,7 +265,9 @@ def draw_request(rng: random.Random) -> Request:
 
 
 def make_engine(rng: random.Random) -> Engine:
-    """Makes an engine on a fake device, its options drawn; its programs for longer texts may come later."""
+    """Makes an engine on a fake device, its options drawn; its programs for longer texts may come
+    later.
+    """
     slots, chunk_bytes = rng.randint(1, 5), 2 * CFG.layers * CHUNK * 4
     config = EngineConfig(
         slots,
@@ -285,7 +309,9 @@ def simulate(seed: int) -> None:
             id = rng.choice([*ids])
             if engine.cancel(id):
                 cancelled.add(id)
-        if config.adapters and rng.random() < 0.2:  # one goes, and one of few numbers comes, which has been there before
+        if (
+            config.adapters and rng.random() < 0.2
+        ):  # one goes, and one of few numbers comes, which has been there before
             if adapters and rng.random() < 0.7:
                 adapters.pop(rng.randrange(len(adapters)))
             if index := engine.free_adapter_index([adapter.index for adapter in adapters]):
@@ -303,7 +329,9 @@ def simulate(seed: int) -> None:
         clock += 1
     for id, request in ids.items():
         if id not in cancelled:
-            assert (output.get(id, []), reasons.get(id)) == alone(request), f"request {id} is not what it is alone"
+            assert (output.get(id, []), reasons.get(id)) == alone(request), (
+                f"request {id} is not what it is alone"
+            )
 
 
 def check_slots(engine: Engine) -> None:

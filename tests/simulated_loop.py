@@ -1,6 +1,7 @@
 """An event loop for asyncio without files and threads, whose clock goes on at once to when something is due.
 
-asyncio's own loop in Python, which asks the system for files that are ready at each turn, takes longer than what it runs here.
+asyncio's own loop in Python, which asks the system for files that are ready at each turn, takes
+longer than what it runs here.
 """
 
 import asyncio
@@ -21,7 +22,9 @@ class Handle:
 
     __slots__ = ("arguments", "callback", "context")
 
-    def __init__(self, callback: Callable[..., Any], arguments: tuple[Any, ...], context: contextvars.Context | None) -> None:
+    def __init__(
+        self, callback: Callable[..., Any], arguments: tuple[Any, ...], context: contextvars.Context | None
+    ) -> None:
         self.callback: Any = callback
         self.arguments, self.context = arguments, context
 
@@ -57,19 +60,27 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
     call_soon_threadsafe = call_soon
 
     def call_at(self, when: float, callback: Callable[..., Any], *arguments: Any, context: Any = None) -> Any:
-        heapq.heappush(self._timers, (when, next(self._numbers), handle := Handle(callback, arguments, context)))
+        heapq.heappush(
+            self._timers, (when, next(self._numbers), handle := Handle(callback, arguments, context))
+        )
         return handle
 
-    def call_later(self, delay: float, callback: Callable[..., Any], *arguments: Any, context: Any = None) -> Any:
+    def call_later(
+        self, delay: float, callback: Callable[..., Any], *arguments: Any, context: Any = None
+    ) -> Any:
         return self.call_at(self.now + delay, callback, *arguments, context=context)
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         raise AssertionError(context)
 
     def run(self, main: Coroutine[Any, Any, Any]) -> None:
-        """Runs a coroutine to its end. Raises what it raises, and AssertionError when everybody waits for somebody else."""
+        """Runs a coroutine to its end. Raises what it raises, and AssertionError when everybody
+        waits for somebody else.
+        """
         hooks = sys.get_asyncgen_hooks()
-        sys.set_asyncgen_hooks(finalizer=lambda generator: self.call_soon(lambda: self.create_task(generator.aclose())))
+        sys.set_asyncgen_hooks(
+            finalizer=lambda generator: self.call_soon(lambda: self.create_task(generator.aclose()))
+        )
         _set_running_loop(self)
         try:
             task = self.create_task(main)

@@ -1,9 +1,10 @@
 """Runs the real server, from its guard to its writers, on the fake device of `simulated.py` and a clock that waits for nobody.
 
-A seed draws clients that come, ask again as they are told or at once, read slowly or nothing, and leave; what they ask for,
-completions with grammars and adapters or scores; adapters that come and go; and a full disk behind the log, which is all that
-a server writes once it is ready. The routes, admission, generations, the engine's thread, the scheduler and its sequences are
-the real ones. The thread's ticks are one more task of the event loop, so that a schedule is a function of its seed.
+A seed draws clients that come, ask again as they are told or at once, read slowly or nothing, and
+leave; what they ask for, completions with grammars and adapters or scores; adapters that come and
+go; and a full disk behind the log, which is all that a server writes once it is ready. The routes,
+admission, generations, the engine's thread, the scheduler and its sequences are the real ones. The
+thread's ticks are one more task of the event loop, so that a schedule is a function of its seed.
 """
 
 import asyncio
@@ -18,7 +19,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from simulated import NAN, VOCAB, FakeConstraint, alone, check_slots, draw_request, key_value, logprob_of, make_engine
+from simulated import (
+    NAN,
+    VOCAB,
+    FakeConstraint,
+    alone,
+    check_slots,
+    draw_request,
+    key_value,
+    logprob_of,
+    make_engine,
+)
 from simulated_loop import SimulatedLoop
 
 from engine.inference.request import Adapter, SamplingParams
@@ -58,9 +69,14 @@ class SimulatedState(ServerState):
     """The state of a server whose tokens are letters."""
 
     def __init__(self, engine: Any, queue: int) -> None:
-        tokenizer: Any = SimpleNamespace(controls={}, bytes_of=LETTERS.get, stream=lambda: Detokenizer(LETTERS))
+        tokenizer: Any = SimpleNamespace(
+            controls={}, bytes_of=LETTERS.get, stream=lambda: Detokenizer(LETTERS)
+        )
         self.name, self.names = "base", ["base"]
-        self.engine, self.admission = engine_thread.EngineThread(engine), Admission(engine.config.slots, queue)
+        self.engine, self.admission = (
+            engine_thread.EngineThread(engine),
+            Admission(engine.config.slots, queue),
+        )
         self.tokenizer: Any = SimpleNamespace(
             tokenizer=tokenizer, tool_format=None, compile=compile_grammar, encode=encode_texts
         )
@@ -205,20 +221,28 @@ class Schedule:
         rng, engine = self.rng, self.thread.engine
         while not self.ended:
             is_idle = not engine.busy and self.thread._work.empty()
-            while not (changes := engine.config.adapters and rng.random() < 0.2) and is_idle and self.loop.is_free(0.25):
+            while (
+                not (changes := engine.config.adapters and rng.random() < 0.2)
+                and is_idle
+                and self.loop.is_free(0.25)
+            ):
                 self.loop.now += 0.25  # a tick that nobody would see
             assert self.loop.now < MOST_SECONDS, "a request is never finished"
             if changes:
                 self.thread._work.put(self.change_adapters)
             self.thread.tick()
             check_slots(engine)
-            assert self.state.admission.reserved <= self.state.admission.limit, "more are let in than there are places"
+            assert self.state.admission.reserved <= self.state.admission.limit, (
+                "more are let in than there are places"
+            )
             wanted = sum(len(each._unfinished) for each in self.live)
             assert engine.waiting + engine.running <= wanted, "the engine answers somebody who is gone"
             await self.loop.sleep(rng.uniform(0.005, 0.05) if engine.busy else 0.25)
 
     def change_adapters(self) -> None:
-        """One goes, and one of few numbers comes: as in AdapterTable, behind every request that has looked its adapter up."""
+        """One goes, and one of few numbers comes: as in AdapterTable, behind every request that has
+        looked its adapter up.
+        """
         rng, engine, live = self.rng, self.thread.engine, self.state.adapters.adapters
         if live and rng.random() < 0.7:
             del live[rng.choice([*live])]
@@ -249,7 +273,9 @@ class Schedule:
             assert found == wanted, f"an answer is not what it is alone: {found} for {wanted}"
 
     async def send(self, ask: Ask, content: bytes, tries: int) -> tuple[int, dict[bytes, bytes], bytes, bool]:
-        """Sends a request. Returns the status, headers and body of its reply, and whether the client read it to its end."""
+        """Sends a request. Returns the status, headers and body of its reply, and whether the
+        client read it to its end.
+        """
         parts, status, headers, is_whole, is_stuck = list[bytes](), 0, {}, False, False
         sent, leaves, rng, reserved = iter([content]), self.loop.now + ask.leaves, self.rng, list[Any]()
         names = {"host": "localhost", "content-type": "application/json", "content-length": str(len(content))}
@@ -311,7 +337,11 @@ class Schedule:
             return [each["token_logprobs"] for each in json.loads(content)["data"]]
         if not ask.is_stream:
             return [(each["text"], each["finish_reason"]) for each in json.loads(content)["choices"]]
-        *events, last = [line.removeprefix("data: ") for line in content.decode().split("\n\n") if line.startswith("data: ")]
+        *events, last = [
+            line.removeprefix("data: ")
+            for line in content.decode().split("\n\n")
+            if line.startswith("data: ")
+        ]
         assert last == "[DONE]"
         texts, reasons = [""] * ask.body["n"], [None] * ask.body["n"]
         for event in events:

@@ -20,7 +20,9 @@ libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout")), libc.fflush(None)
 
 @pytest.mark.parametrize("arenas", ["one", "many"])
 def test_threads_share_a_heap_only_where_that_is_asked_for(arenas):
-    result = subprocess.run([sys.executable, "-c", HEAPS, arenas], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", HEAPS, arenas], capture_output=True, text=True, check=False
+    )
     if result.returncode == 3:
         pytest.skip("this system has no glibc")
     assert result.returncode == 0, result.stderr

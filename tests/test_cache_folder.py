@@ -112,7 +112,9 @@ def test_a_full_disk_and_what_lies_on_it(variables, tmp_path, monkeypatch):
         (building / "b").write_text("d")
     assert [(place / "a" / "b").read_text() for place in (folder, tmp_path / "assets")] == ["d", "c"]
     with pytest.warns(UserWarning, match="cannot be written"):
-        assert cache_folder("assets", room=2**62) == folder, "where no disk has room, what is there can be read"
+        assert cache_folder("assets", room=2**62) == folder, (
+            "where no disk has room, what is there can be read"
+        )
 
 
 def test_a_folder_of_compiled_programs_that_others_can_write_is_not_used(variables, monkeypatch, tmp_path):
@@ -123,14 +125,18 @@ def test_a_folder_of_compiled_programs_that_others_can_write_is_not_used(variabl
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     try:
         jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
-        with pytest.warns(UserWarning, match=r"compiled is not used \(others can write.*set JAX_COMPILATION_CACHE_DIR to"):
+        with pytest.warns(
+            UserWarning, match=r"compiled is not used \(others can write.*set JAX_COMPILATION_CACHE_DIR to"
+        ):
             device.start_jax()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache" / "compiled")
     finally:
         jax.config.update("jax_compilation_cache_dir", folder)
 
 
-def test_a_cache_that_others_can_write_where_no_other_can_be_made_stops_nothing(variables, monkeypatch, tmp_path):
+def test_a_cache_that_others_can_write_where_no_other_can_be_made_stops_nothing(
+    variables, monkeypatch, tmp_path
+):
     variables(THRICE_CACHE=str(tmp_path / "cache"))
     (cache_folder("native") / "planted").touch()
     (tmp_path / "cache").chmod(0o777)
@@ -157,7 +163,9 @@ def test_a_compiled_program_cut_short_is_written_again(tmp_path):
     before, limit = jax.config.jax_compilation_cache_dir, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def start() -> dict[str, int]:
-        """Compiles a program as a new process would, and returns the size of each entry of the cache."""
+        """Compiles a program as a new process would, and returns the size of each entry of the
+        cache.
+        """
         compilation_cache.reset_cache()
         assert int(jax.jit(lambda x: x + 1).lower(1).compile()(1)) == 2
         return {entry.name: entry.stat().st_size for entry in tmp_path.iterdir()}
@@ -217,7 +225,9 @@ def test_what_is_no_file_in_the_place_of_a_compiled_program_is_replaced(tmp_path
             compilation_cache.reset_cache()
             jax.clear_caches()
             assert int(program(1)) == 4
-            assert [path.is_file() and path.stat().st_size > 1000 for path in tmp_path.iterdir()] == [True], kind
+            assert [path.is_file() and path.stat().st_size > 1000 for path in tmp_path.iterdir()] == [True], (
+                kind
+            )
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
         compilation_cache.reset_cache()
@@ -225,7 +235,9 @@ def test_what_is_no_file_in_the_place_of_a_compiled_program_is_replaced(tmp_path
 
 @pytest.mark.parametrize("kind", ["file", *NO_FILES])
 @pytest.mark.parametrize("part", ["", "manifest.json", "data"])
-def test_what_is_no_folder_or_no_file_in_the_place_of_cached_ones_is_replaced(tmp_path, no_waiting, kind, part):
+def test_what_is_no_folder_or_no_file_in_the_place_of_cached_ones_is_replaced(
+    tmp_path, no_waiting, kind, part
+):
     """So it is with tokens, tokenizers and assets."""
     folder = tmp_path / "cached"
 
@@ -244,7 +256,9 @@ def test_what_is_no_folder_or_no_file_in_the_place_of_cached_ones_is_replaced(tm
 
 @pytest.mark.parametrize("way", ["writable", "owned", "damaged"])
 def test_no_bytecode_is_read_from_the_cache_nor_written_there(monkeypatch, tmp_path, way):
-    """Python checks neither who wrote bytecode nor what is in it: planted code runs, and a bit that is flipped may crash it."""
+    """Python checks neither who wrote bytecode nor what is in it: planted code runs, and a bit that
+    is flipped may crash it.
+    """
     planted, ran = tmp_path / "planted.py", tmp_path / "ran"
     planted.write_text(f"open({str(ran)!r}, 'w').close()\n")
     cache = tmp_path / "cache"
@@ -253,7 +267,9 @@ def test_no_bytecode_is_read_from_the_cache_nor_written_there(monkeypatch, tmp_p
     for package in ("engine", "stages"):
         for source in (ROOT / package).rglob("*.py"):
             compiled = importlib.util.cache_from_source(source)
-            py_compile.compile(str(planted), compiled, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+            py_compile.compile(
+                str(planted), compiled, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
+            )
             if way == "damaged":
                 Path(compiled).write_bytes(Path(compiled).read_bytes()[:16] + bytes(16))
     cache.chmod(0o700)

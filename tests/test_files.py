@@ -12,7 +12,15 @@ import pytest
 
 from engine import files
 from engine.errors import UserError
-from engine.files import UNFINISHED, atomic_file, atomic_folder, folder_lock, open_regular, remove_unfinished, write_json
+from engine.files import (
+    UNFINISHED,
+    atomic_file,
+    atomic_folder,
+    folder_lock,
+    open_regular,
+    remove_unfinished,
+    write_json,
+)
 
 WRITER = """
 import sys, time
@@ -32,7 +40,9 @@ def unfinished(folder: Path) -> list[str]:
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_live_ones_is_not(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", WRITER, tmp_path], stdout=subprocess.PIPE, text=True) as writer:
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, tmp_path], stdout=subprocess.PIPE, text=True
+    ) as writer:
         assert writer.stdout.readline() == "writes\n"
         write_json(tmp_path / "other", 1)
         with atomic_folder(tmp_path / "folder") as building:
@@ -44,7 +54,9 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_live_ones_is_not
 
 
 def test_a_writer_that_begins_while_another_removes_is_left_alone(tmp_path, monkeypatch):
-    """What was found without a lock is removed under one: a writer that locks it in between would write into nothing."""
+    """What was found without a lock is removed under one: a writer that locks it in between would
+    write into nothing.
+    """
     leftover, discard, seen = tmp_path / f".folder.01234567{UNFINISHED}", files.discard, []
 
     def look(temporary: Path, path: Path) -> None:
@@ -71,7 +83,9 @@ def test_a_folder_that_was_about_to_be_replaced_is_put_back(tmp_path):
     assert not leftover.exists()
 
 
-def test_a_folder_that_another_thread_replaces_while_a_signal_discards_the_new_one_stays(tmp_path, monkeypatch):
+def test_a_folder_that_another_thread_replaces_while_a_signal_discards_the_new_one_stays(
+    tmp_path, monkeypatch
+):
     target, remove = tmp_path / "a", shutil.rmtree
     with atomic_folder(target) as building:
         (building / "old").touch()

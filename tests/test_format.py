@@ -36,7 +36,12 @@ def test_quantities_read_well():
     ]
     assert si(21_340_160, "FLOP") == f"21.3{narrow}MFLOP"
     assert si(0, "") == "0"
-    assert [in_words(x) for x in (640, 13.5e6, 1.92e9, 5e15)] == ["640", "13.5 million", "1.92 billion", "5,000 trillion"]
+    assert [in_words(x) for x in (640, 13.5e6, 1.92e9, 5e15)] == [
+        "640",
+        "13.5 million",
+        "1.92 billion",
+        "5,000 trillion",
+    ]
     assert [money(x) for x in (0.01153, 2.3, 1240.4, 0.0)] == ["$0.0115", "$2.30", "$1,240", "$0"]
     assert [times(x) for x in (3, 19.49, 0.333)] == ["3.00×", "19.5×", "0.33×"]
     assert [significant(x) for x in (9.999, 0.09999, 123.4, 99.95)] == ["10.0", "0.100", "123", "100"]

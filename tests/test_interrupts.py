@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-# A server that ignores SIGINT, as whatever a background job starts does; then a call of C, which no handler interrupts.
+# A server that ignores SIGINT, as whatever a background job starts does; then a call of C, which no
+# handler interrupts.
 WAITS = """
 import ctypes, os, subprocess, sys
 from pathlib import Path
@@ -25,11 +26,25 @@ PATIENCE = 300  # seconds: without the handler it would be fifteen minutes
 
 
 @pytest.mark.parametrize(
-    ("workers", "wait"), [(1, "ctypes.PyDLL(None).sleep(900)"), (0, "__import__('time').sleep(900)")], ids=["worker", "alone"]
+    ("workers", "wait"),
+    [(1, "ctypes.PyDLL(None).sleep(900)"), (0, "__import__('time').sleep(900)")],
+    ids=["worker", "alone"],
 )
 def test_a_run_in_the_background_ends_with_all_it_started(workers, wait, tmp_path):
     (tmp_path / "test_waits.py").write_text(WAITS.replace("WAIT", wait))
-    options = ["-q", "-c", os.devnull, "--rootdir", tmp_path, "-p", "no:cacheprovider", "-p", "interrupts", "-n", workers]
+    options = [
+        "-q",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        tmp_path,
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "interrupts",
+        "-n",
+        workers,
+    ]
     words = [sys.executable, "-c", IGNORES_SIGINT, sys.executable, "-m", "pytest", *options, "test_waits.py"]
     env = os.environ | {
         "PYTHONPATH": str(Path(__file__).parent),
@@ -37,7 +52,9 @@ def test_a_run_in_the_background_ends_with_all_it_started(workers, wait, tmp_pat
         "PYTEST_PLUGINS": "xdist",
     }
     started: list[int] = []
-    with subprocess.Popen([*map(str, words)], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+    with subprocess.Popen(
+        [*map(str, words)], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as run:
         try:
             until(lambda: (tmp_path / "waiting").exists() or run.poll() is not None)
             started += [int(number) for number in (tmp_path / "waiting").read_text().split()]

@@ -14,7 +14,9 @@ from engine.program_cache import stored
 
 @pytest.fixture
 def traced(monkeypatch, tmp_path):
-    """A function of (x, others) jitted anew, as in another process, by `start(key)`; the list grows with each trace."""
+    """A function of (x, others) jitted anew, as in another process, by `start(key)`; the list grows
+    with each trace.
+    """
     monkeypatch.setattr(sources, "at_start", sources.read_stamps())
     program_cache._versions.cache_clear()  # noqa: SLF001  as in another process
     computes_in_c()  # builds the kernels in C, if need be, in the cache of all tests

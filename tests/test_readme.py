@@ -21,9 +21,12 @@ from bench.stages.report import write_pictures
 
 COMPARED = ROOT / "tests" / "bench" / "kept" / "step.json"  # of a small step, as `--out` keeps it
 READMES = [
-    path for path in sorted(ROOT.rglob("README.md")) if not re.search(r"/(\.|vendor/)", str(path.relative_to(ROOT.parent)))
+    path
+    for path in sorted(ROOT.rglob("README.md"))
+    if not re.search(r"/(\.|vendor/)", str(path.relative_to(ROOT.parent)))
 ]
-# Flags that are added so that a command takes seconds. A command that is not named here is run as it stands.
+# Flags that are added so that a command takes seconds. A command that is not named here is run as
+# it stands.
 SHORT = {
     "stages.train": ["--max-time", "1s", "--context", "64", "--batch", "4", "--tokenizer", "bpe:300"],
     "bench.step": ["--shapes", "1x64x64x2", "--rounds", "6"],
@@ -33,7 +36,8 @@ SHORT = {
     "stages.chat": ["--max-tokens", "8"],
     "stages.by_hand": ["--steps", "2"],
 }
-# Commands of minutes, those that need what a test does not install, and those that are another one here.
+# Commands of minutes, those that need what a test does not install, and those that are another one
+# here.
 LONG = {"bench", "bench.commands", "bench.documents", "bench.lives", "bench.peers", "bench.serving"}
 ALIKE = {
     "stages.serve",
@@ -50,7 +54,9 @@ STANDS_IN["voice-preferences"] = "preferences.jsonl"
 
 
 def commands(readme: Path) -> list[list[str]]:
-    """Lists what follows `python` in each line of a README's sh blocks, and in code spans that begin with it or `uv run`."""
+    """Lists what follows `python` in each line of a README's sh blocks, and in code spans that
+    begin with it or `uv run`.
+    """
     spans = re.findall(r"`(?:uv run (?:--extra \w+ )?)?python (-m [^`]*)`", readme.read_text())
     return sh_commands(readme) + [shlex.split(span) for span in spans]
 
@@ -74,7 +80,9 @@ def short(command: tuple[str, ...], text: Path) -> list[str]:
     name, words = command[1], [STANDS_IN.get(word, word) for word in command]
     if {"--list", "recipes"} & {*words}:
         return words
-    if name == "bench.everything":  # of a clean checkout, which this need not be: tests/bench/test_everything.py makes one
+    if (
+        name == "bench.everything"
+    ):  # of a clean checkout, which this need not be: tests/bench/test_everything.py makes one
         return [*words[:2], "--help"]
     if "compare" in words:
         return [str(COMPARED) if word in ("A", "B") else word for word in words]
@@ -93,19 +101,26 @@ def short(command: tuple[str, ...], text: Path) -> list[str]:
         words += ["--data", str(text)]
     if command[-2:] == ("--data", "voice"):
         words += ["--out-dir", "runs/smollm2-135m-instruct-voice"]
-    return words + ["--base-name", "HuggingFaceTB/SmolLM2-135M-Instruct"] * (command[-2:] == ("--adapter", "--check"))
+    return words + ["--base-name", "HuggingFaceTB/SmolLM2-135M-Instruct"] * (
+        command[-2:] == ("--adapter", "--check")
+    )
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     """A folder with a text, with preferences, and with the run of 20 steps."""
     folder = tmp_path_factory.mktemp("readme")
-    lines = (f"The {i * 7919 % 1000}th line of a small text, which says {i * 31 % 97} things.\n" for i in range(1500))
+    lines = (
+        f"The {i * 7919 % 1000}th line of a small text, which says {i * 31 % 97} things.\n"
+        for i in range(1500)
+    )
     (folder / "text.txt").write_text("".join(lines))
     rows = ({"prompt": f"Line {i}?", "chosen": f"It says {i}.", "rejected": "No."} for i in range(20))
     (folder / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = next(command for command in EVERY if "runs/short" in command and "stages.train" in command)
-    subprocess.run([sys.executable, *short(command, folder / "text.txt")], cwd=folder, env=ENVIRONMENT, check=True)
+    subprocess.run(
+        [sys.executable, *short(command, folder / "text.txt")], cwd=folder, env=ENVIRONMENT, check=True
+    )
     return folder
 
 
@@ -115,7 +130,9 @@ BY_DAY = [command for command in EVERY if not is_long(command)]
 @pytest.mark.parametrize("command", BY_DAY, ids=lambda command: " ".join(command[1:]))
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_each_command_runs(command, here, monkeypatch, capfd):
-    """In their order: a command may read what one before it wrote. A server alone has a process of its own."""
+    """In their order: a command may read what one before it wrote. A server alone has a process of
+    its own.
+    """
     words = short(command, here / "text.txt")
     if command[1] == "stages.serve":
         serve(words, here)
@@ -134,7 +151,9 @@ def test_each_command_runs(command, here, monkeypatch, capfd):
         with pytest.raises(SystemExit) as left:
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     finally:
-        signal.signal(signal.SIGPIPE, before)  # `python -m stages` has it end the process, once nobody reads on
+        signal.signal(
+            signal.SIGPIPE, before
+        )  # `python -m stages` has it end the process, once nobody reads on
     printed = capfd.readouterr()
     assert not left.value.code, f"{words}\n{printed.out[-2000:]}\n{printed.err[-2000:]}"
     assert printed.out or (here / words[-1]).exists()
@@ -147,14 +166,24 @@ TESTED = sorted({words for readme in READMES for words in PYTEST.findall(readme.
 @pytest.mark.night
 @pytest.mark.parametrize("words", TESTED)
 def test_each_command_of_tests_finds_some(words):
-    command = [sys.executable, "-m", "pytest", *shlex.split(words), "--collect-only", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *shlex.split(words),
+        "--collect-only",
+        "-p",
+        "no:cacheprovider",
+    ]
     run = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-2000:]
 
 
 @pytest.mark.night
 def test_damaged_model_files_are_tried_at_length_as_is_said():
-    (words,) = re.findall(r"`python (tests/storage/hostile.py) SEED COUNT`", (ROOT / "tests/promises/README.md").read_text())
+    (words,) = re.findall(
+        r"`python (tests/storage/hostile.py) SEED COUNT`", (ROOT / "tests/promises/README.md").read_text()
+    )
     subprocess.run([sys.executable, words, "1", "3"], cwd=ROOT, env=ENVIRONMENT, check=True)
 
 
@@ -166,10 +195,17 @@ def test_each_command_runs_as_it_is_typed(command, here):
     if command[1] == "stages.serve":
         serve(words, here)
         return
-    if command[1] == "bench.commands":  # its programs are compiled anew, as their first start is measured
+    # its programs are compiled anew, as their first start is measured
+    if command[1] == "bench.commands":
         env = env | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     run = subprocess.run(
-        [sys.executable, *words], cwd=here, env=env, input="Hello\n", capture_output=True, text=True, check=False
+        [sys.executable, *words],
+        cwd=here,
+        env=env,
+        input="Hello\n",
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if command[1] == "bench.peers" and "is not installed" in run.stderr:
         pytest.skip(run.stderr)
@@ -205,8 +241,15 @@ def test_the_readme_is_short_and_names_the_test_command_that_ci_runs():
 
 
 def sentences(readme: Path) -> list[str]:
-    """Lists the sentences of a README, without code blocks, tables, headings, the addresses of links, and what is generated."""
-    text = re.sub(r"```.*?```|<!-- \S+ of .*?<!-- end -->|<[^>]+>|^[|#].*?$", "\n\n", readme.read_text(), flags=re.S | re.M)
+    """Lists the sentences of a README, without code blocks, tables, headings, the addresses of
+    links, and what is generated.
+    """
+    text = re.sub(
+        r"```.*?```|<!-- \S+ of .*?<!-- end -->|<[^>]+>|^[|#].*?$",
+        "\n\n",
+        readme.read_text(),
+        flags=re.S | re.M,
+    )
     text = re.sub(r"`[^`]*`", lambda code: re.sub(r"[\s.]", "_", code[0]), re.sub(r"\]\([^)]*\)", "]", text))
     parts = re.split(r"\n\s*\n|\n(?=\s*(?:- |\d+\. ))", text)
     return [each for part in parts for each in re.split(r"(?<=[.!?:])[\"”*)]*\s+", " ".join(part.split()))]
@@ -214,7 +257,9 @@ def sentences(readme: Path) -> list[str]:
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_sentence_has_more_than_thirty_words(readme):
-    long = [each for each in sentences(readme) if sum(bool(re.search(r"\w", word)) for word in each.split()) > 30]
+    long = [
+        each for each in sentences(readme) if sum(bool(re.search(r"\w", word)) for word in each.split()) > 30
+    ]
     assert not long
 
 
@@ -241,7 +286,9 @@ def test_headings_and_lines_of_trees_are_whole():
     for readme in READMES:
         text = readme.read_text()
         assert not re.findall(r"^.*\S.*[^#]## .*", text, re.M), f"{readme}: a heading stands inside a line"
-        for line in (line for tree in re.findall(r"```tree\n(.*?)```", text, re.S) for line in tree.splitlines()):
+        for line in (
+            line for tree in re.findall(r"```tree\n(.*?)```", text, re.S) for line in tree.splitlines()
+        ):
             # A folder that is no package has no docstring.
             assert line.endswith((".", "/")), f"{readme}: a docstring's first line is no sentence: {line}"
 
@@ -262,7 +309,9 @@ def test_the_command_of_each_cluster_file_can_be_typed(name, devices):
 
     text = (ROOT / "stages" / "cluster" / name).read_text()
     line = re.search(r"-m stages\.train (.*(?:\n +--.*)*)", text)[1].replace("$JOB_COMPLETION_INDEX", "1")
-    flags = tyro.cli(TrainFlags, args=shlex.split(line), config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+    flags = tyro.cli(
+        TrainFlags, args=shlex.split(line), config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    )
     shape = parse_mesh(flags.mesh.mesh)
     recipe = chosen_recipe(flags, "gpu", shape)
     check_mesh(shape, preset(flags.preset), recipe.batch, recipe.accumulate)

@@ -26,9 +26,21 @@ def test_a_run_ends_where_a_test_does_not_and_where_a_worker_dies(tmp_path):
     """By default pytest-xdist sends the finished file to a new worker, and waits for its tests for ever."""
     (tmp_path / "test_a.py").write_text("def test(): pass\n")
     (tmp_path / "test_b.py").write_text(PLANTED)
-    command = [sys.executable, "-m", "pytest", "-c", TESTS.parent / "pyproject.toml", "-p", "no:cacheprovider", "-p", "workers"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-c",
+        TESTS.parent / "pyproject.toml",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "workers",
+    ]
     environment = os.environ | {"PYTHONPATH": str(TESTS)}
-    run = subprocess.run([*command, "-n", "1", tmp_path], capture_output=True, text=True, check=False, env=environment)
+    run = subprocess.run(
+        [*command, "-n", "1", tmp_path], capture_output=True, text=True, check=False, env=environment
+    )
     assert run.returncode == 1
     assert "test_b.py::test_without_end - Failed: Timeout" in run.stdout
     assert "crashed while running 'test_b.py::test_abort'" in run.stdout.replace(f"{tmp_path}/", "")

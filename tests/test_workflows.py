@@ -45,7 +45,9 @@ def test_a_workflow_may_only_read_and_ends(name):
             assert re.fullmatch(r"actions/[a-z-]+@v\d+", action)
 
 
-@pytest.mark.parametrize(("asked", "code"), [([], 0), (["training"], 0), ([], 1)], ids=["all", "one part", "all fail"])
+@pytest.mark.parametrize(
+    ("asked", "code"), [([], 0), (["training"], 0), ([], 1)], ids=["all", "one part", "all fail"]
+)
 def test_the_night_runs_each_part_and_says_whether_one_failed(asked, code, tmp_path):
     """A part that fails keeps none of the others from running."""
     program = tmp_path / "uv"

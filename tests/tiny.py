@@ -1,7 +1,7 @@
 """One tiny model for all tests, whose sizes all differ: B 2, T 7, N 6, K 3, H 4, D 20, F 28, V 41, L 2.
 
-No two axes that could be swapped have one size, so a transposed one cannot hide. JAX is imported late: `conftest.py`
-first says where compiled programs go.
+No two axes that could be swapped have one size, so a transposed one cannot hide. JAX is imported
+late: `conftest.py` first says where compiled programs go.
 """
 
 from typing import Any
@@ -30,22 +30,36 @@ def trainable_paths(cfg: Any, *, train: str = "all", freeze: str | None = None) 
 
 def tiny_config(**changes: Any) -> Any:
     """Returns the tiny model's config in float32, with `changes`."""
-    sizes = {"vocab": 41, "width": 20, "layers": 2, "heads": 6, "kv_heads": 3, "head_dim": 4, "ff": 28, "context": 150}
+    sizes = {
+        "vocab": 41,
+        "width": 20,
+        "layers": 2,
+        "heads": 6,
+        "kv_heads": 3,
+        "head_dim": 4,
+        "ff": 28,
+        "context": 150,
+    }
     return ModelConfig(**{**sizes, "qk_norm": True, "dtype": "float32", **changes})
 
 
-# The family's members, and all that is said about a block once so and once otherwise: Qwen3's, Llama 3's with its stretched
-# rotation, Qwen2's with as many key heads as query heads, and one with a single key head and no option at all.
+# The family's members, and all that is said about a block once so and once otherwise: Qwen3's,
+# Llama 3's with its stretched rotation, Qwen2's with as many key heads as query heads, and one with
+# a single key head and no option at all.
 FAMILY = {
     "qwen3": tiny_config(),
-    "llama3": tiny_config(qk_norm=False, tied=True, rope_theta=100.0, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 64)),
+    "llama3": tiny_config(
+        qk_norm=False, tied=True, rope_theta=100.0, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 64)
+    ),
     "qwen2": tiny_config(qk_norm=False, tied=True, qkv_bias=True, kv_heads=6, eps=1e-2),
     "plain": tiny_config(qk_norm=False, kv_heads=1, layers=3),
 }
 
 
 def lively_params(cfg: Any, seed: int = 0) -> dict[str, Any]:
-    """Returns weights of which none is 0 or 1: as `init_params` makes it a block is the identity and would hide a fault."""
+    """Returns weights of which none is 0 or 1: as `init_params` makes it a block is the identity
+    and would hide a fault.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -74,7 +88,9 @@ def positions_of(*shape: int) -> Any:
 
 
 def text_batch(seed: int, rows: int, T: int, mask: Any = None, segments: Any = None) -> Any:
-    """Returns a Batch of random texts, each with the token that follows it; all targets count unless `mask` says otherwise."""
+    """Returns a Batch of random texts, each with the token that follows it; all targets count
+    unless `mask` says otherwise.
+    """
     from engine.text.batch import Batch
 
     tokens = tokens_of(seed, rows, T + 1)
@@ -95,7 +111,9 @@ def assert_near(actual: Any, expected: Any, tolerance: float) -> None:
 
     for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert np.shape(ours) == np.shape(theirs)
-        np.testing.assert_allclose(np.asarray(ours, float), theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
+        np.testing.assert_allclose(
+            np.asarray(ours, float), theirs, rtol=0, atol=tolerance * np.abs(theirs).max()
+        )
 
 
 def equations(jaxpr: Any) -> Any:
@@ -119,7 +137,9 @@ def sampling_of(rows: int, **fields: Any) -> Any:
     return jax.device_put(sampling_arrays(SamplingParams(**fields).per_row(rows)))
 
 
-def request_of(prompt: Any, max_tokens: int, namespace: str = "", constraint: Any = None, **fields: Any) -> Any:
+def request_of(
+    prompt: Any, max_tokens: int, namespace: str = "", constraint: Any = None, **fields: Any
+) -> Any:
     """Returns a Request with these sampling parameters."""
     from engine.inference.request import Request, SamplingParams
 

@@ -1,6 +1,7 @@
 """Follows the README from a model to its server, and keeps what it prints: `python tests/transcript.py FOLDER`, ten minutes.
 
-Writes FOLDER/transcript.json: the lines of each command, by its name, and the server's answer to the README's curl.
+Writes FOLDER/transcript.json: the lines of each command, by its name, and the server's answer to
+the README's curl.
 """
 
 import dataclasses
@@ -22,7 +23,9 @@ BODY = re.compile(r"-d '(.*)'")  # of a README's curl
 
 
 def follow(folder: Path, model: str = "smollm2-135m-instruct") -> dict[str, object]:
-    """Runs the README's commands that name the model, in a folder; returns what they printed, and the server's answer."""
+    """Runs the README's commands that name the model, in a folder; returns what they printed, and
+    the server's answer.
+    """
     printed: dict[str, list[str]] = {}
     answer = None
     for words in sh_commands(READMES[0]):
@@ -30,7 +33,12 @@ def follow(folder: Path, model: str = "smollm2-135m-instruct") -> dict[str, obje
             continue
         print("python", *words, file=sys.stderr)
         with subprocess.Popen(
-            [sys.executable, *words], cwd=folder, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, *words],
+            cwd=folder,
+            env=ENVIRONMENT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         ) as process:
             if words[1] != "stages.serve":
                 output, _ = process.communicate("Why do sailors sing?\n" if words[1] == "stages.chat" else "")

@@ -1,7 +1,8 @@
 """Keeps each process that runs tests within its memory and its memory maps, and prints both at the end of the run.
 
-Compiled programs stay mapped, each in about five places. Linux allows a process 65,530 (`vm.max_map_count`), and past that LLVM
-aborts it: between two files they are dropped where they are many.
+Compiled programs stay mapped, each in about five places. Linux allows a process 65,530
+(`vm.max_map_count`), and past that LLVM aborts it: between two files they are dropped where they
+are many.
 """
 
 import resource
@@ -13,7 +14,8 @@ import pytest
 MANY = 15_000  # maps; about 2 GB of memory
 
 _most = {"maps": 0}
-_workers: dict[str, dict[str, int]] = {}  # what each worker used, at the end; nothing of one that died
+# what each worker used, at the end; nothing of one that died
+_workers: dict[str, dict[str, int]] = {}
 
 
 @pytest.hookimpl(trylast=True)  # after the file's fixtures are gone
@@ -34,7 +36,9 @@ def _count_maps() -> int:
 
 
 def _usage() -> dict[str, int]:
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (
+        1024 if sys.platform == "darwin" else 1
+    )
     return _most | {"kilobytes": kilobytes}
 
 
@@ -52,5 +56,9 @@ def pytest_testnodedown(node, error) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for name, usage in sorted((_workers or {"this process": _usage()}).items()):
-        figures = f"at most {usage['kilobytes'] / 1e6:.1f} GB of memory and {usage['maps']:,} memory maps" if usage else "died"
+        figures = (
+            f"at most {usage['kilobytes'] / 1e6:.1f} GB of memory and {usage['maps']:,} memory maps"
+            if usage
+            else "died"
+        )
         terminalreporter.write_line(f"{name}: {figures}")

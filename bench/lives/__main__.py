@@ -93,9 +93,13 @@ def print_summary(document: Json) -> None:
         )
         for row in document["cost"]
     ]
-    print_table(f"A model of {document['params']:,} parameters", ("", "operations", "time", "peak", "passes"), rows)
+    print_table(
+        f"A model of {document['params']:,} parameters", ("", "operations", "time", "peak", "passes"), rows
+    )
     answer = document["answer"]
-    print(f"{answer['changed']:,} of {answer['of']:,} weights changed in answering {answer['asked']} requests.")
+    print(
+        f"{answer['changed']:,} of {answer['of']:,} weights changed in answering {answer['asked']} requests."
+    )
     print(f"SHA-256 before {answer['before']}\n        after  {answer['after']}")
 
 

@@ -122,10 +122,14 @@ def read_life(recording: Path) -> Json:
     """
     events = _events(recording)
     begin, steps, validation, frames, end = (
-        [event for event in events if event["event"] == kind] for kind in ("begin", "step", "validation", "frame", "end")
+        [event for event in events if event["event"] == kind]
+        for kind in ("begin", "step", "validation", "frame", "end")
     )
     if not (begin and frames and end):
-        raise UserError(f"{recording} does not hold a run from its beginning to its end: start the run anew, with --record.")
+        raise UserError(
+            f"{recording} does not hold a run from its beginning to its end: start the run anew, "
+            "with --record."
+        )
     return {"begin": begin[0], "steps": steps, "validation": validation, "frames": frames, "end": end[-1]}
 
 
@@ -159,7 +163,9 @@ def answer_requests(model: LoadedModel, prompt: str) -> Json:
     (alone,) = answer(engine, [first])
     asked = {"alone": [first], "together": requests[:SLOTS]}
     lengths = {"alone": len(alone), "together": sum(map(len, answers[:SLOTS]))}
-    timings = measure({name: functools.partial(answer, engine, each) for name, each in asked.items()}, rounds=MIN_ROUNDS)
+    timings = measure(
+        {name: functools.partial(answer, engine, each) for name, each in asked.items()}, rounds=MIN_ROUNDS
+    )
     independent = answer(engine, [first, second]) + answer(engine, [edited])
     changed = sum(
         int((np.asarray(leaf).view(np.uint32) != before[path].view(np.uint32)).sum())
@@ -177,7 +183,9 @@ def answer_requests(model: LoadedModel, prompt: str) -> Json:
         "seconds": seconds,
         "token_seconds": {name: timing.median / lengths[name] for name, timing in timings.items()},
         "tokens": sum(map(len, answers)),
-        "answers": [{"prompt": text, "text": tokenizer.decode(tokens)} for text, tokens in zip(prompts, answers)],
+        "answers": [
+            {"prompt": text, "text": tokenizer.decode(tokens)} for text, tokens in zip(prompts, answers)
+        ],
         "independent": [
             {"prompt": text, "text": tokenizer.decode(tokens), "edited": text == INDEPENDENT[2]}
             for text, tokens in zip(INDEPENDENT, independent)
@@ -202,7 +210,9 @@ def measure_costs(model: LoadedModel, folder: Path, quick: bool) -> tuple[list[J
     batch = next_token_batch(tokens_for(BenchModel(model.name, cfg, model.params, model.tokenizer), B, T + 1))
     kinds = {kind.name: kind for kind in training_kinds(cfg)}
     rows: dict[str, Row] = {
-        life: training_row(cfg, model.params, kinds[name], batch, OptimizerConfig(**recipes[life]["optimizer"]))
+        life: training_row(
+            cfg, model.params, kinds[name], batch, OptimizerConfig(**recipes[life]["optimizer"])
+        )
         for life, (name, _) in ROWS.items()
     }
     programs = {life: row.program for life, row in rows.items()}
@@ -211,7 +221,10 @@ def measure_costs(model: LoadedModel, folder: Path, quick: bool) -> tuple[list[J
     rows["answer"] = forward = evaluation_row(cfg, served, batch)
     passes = {life: words for life, (_, words) in ROWS.items()} | {"answer": "forward"}
     if recipes["train"]["optimizer"]["kind"] == "muon":
-        passes["train"] += f"; the update, called Muon, takes {muon_flops(cfg) / forward.formula.total:.1f} forward passes more"
+        passes["train"] += (
+            f"; the update, called Muon, takes {muon_flops(cfg) / forward.formula.total:.1f} "
+            "forward passes more"
+        )
     timings = measure({life: row.run for life, row in rows.items()}, rounds=MIN_ROUNDS if quick else ROUNDS)
     costs = []
     for life, row in rows.items():

@@ -58,7 +58,9 @@ def compare_losses(peer: Peer, folder: Path) -> list[Json]:
     """
     model = random_model("random", CONFIG)
     tokenizer = byte_tokenizer()
-    huggingface.save_folder(folder, CONFIG, model.params, ModelTokenizer(tokenizer, (tokenizer.eos_id,), {}), dtype="float32")
+    huggingface.save_folder(
+        folder, CONFIG, model.params, ModelTokenizer(tokenizer, (tokenizer.eos_id,), {}), dtype="float32"
+    )
     rows = []
     for objective in ("answers", *LOSSES):
         progress(f"training by {objective}")
@@ -98,7 +100,9 @@ def _pairs(step: int, objective: str) -> list[Pair] | list[RatedPair]:
     answers of one length, by which both are the same.
     """
     tokenizer = byte_tokenizer()
-    records = [record for record in read_conversations("voice-preferences") if isinstance(record, Conversation)]
+    records = [
+        record for record in read_conversations("voice-preferences") if isinstance(record, Conversation)
+    ]
     pairs = []
     alike = objective == "orpo"
     for row in range(ROWS):
@@ -136,10 +140,15 @@ def _peer_rows(objective: str, pairs: Sequence[Any]) -> list[Json]:
         return [whole(chosen) for chosen, _ in pairs]
     if objective == "kto":
         fields = "prompt_ids", "completion_ids", "KL_completion_ids", "label"
-        return [dict(zip(fields, (prompt(own), answer(own), answer(other), is_good))) for own, other, is_good in pairs]
+        return [
+            dict(zip(fields, (prompt(own), answer(own), answer(other), is_good)))
+            for own, other, is_good in pairs
+        ]
     if objective == "dpo":
         names = "prompt_ids", "chosen_ids", "rejected_ids"
-        return [dict(zip(names, (prompt(chosen), answer(chosen), answer(rejected)))) for chosen, rejected in pairs]
+        return [
+            dict(zip(names, (prompt(chosen), answer(chosen), answer(rejected)))) for chosen, rejected in pairs
+        ]
     rows = []
     for chosen, rejected in pairs:
         parts = {
@@ -174,7 +183,9 @@ def _train(objective: str, params: Json, steps: Sequence[Sequence[Any]]) -> tupl
         else:
             batch = preference_batch(pairs, range(ROWS), TOKENS, np.zeros((ROWS, 2)))
             batch = batch._replace(reference=pair_logprobs(CONFIG, params, batch))
-            inputs = batch._asdict() | answer_logprobs(CONFIG, state.trainable, batch, head_trains=False)._asdict()
+            inputs = (
+                batch._asdict() | answer_logprobs(CONFIG, state.trainable, batch, head_trains=False)._asdict()
+            )
         state, metrics = train_step(CONFIG, tx, state, {}, batch, jnp.float32(PROGRESS), 1, loss)
         losses.append(float(metrics.loss))
     names = ("chosen", "rejected", "chosen_mean", "rejected_mean", "reference", "value")

@@ -80,7 +80,9 @@ class Peer:
 
 
 @contextlib.contextmanager
-def start_peer(python: Path | None, script: str, needs: str = "torch", packages: str = "torch numpy") -> Iterator[Peer | None]:
+def start_peer(
+    python: Path | None, script: str, needs: str = "torch", packages: str = "torch numpy"
+) -> Iterator[Peer | None]:
     """Starts a peer script in `python` (None: this one). Yields None, and says so, where its
     library is missing.
 
@@ -92,17 +94,22 @@ def start_peer(python: Path | None, script: str, needs: str = "torch", packages:
         peer = Peer(python or Path(sys.executable), script)
     except OSError as error:
         raise UserError(
-            f"--peer-python {python} cannot be run ({error.strerror}); give the python of an environment that has {needs}."
+            f"--peer-python {python} cannot be run ({error.strerror}); give the python of an "
+            f"environment that has {needs}."
         ) from None
     with contextlib.closing(peer):
         try:
             hello = peer.read()
         except PeerError as error:
-            raise UserError(f"{python or sys.executable} does not answer as a Python would: {error}") from None
+            raise UserError(
+                f"{python or sys.executable} does not answer as a Python would: {error}"
+            ) from None
         missing = hello.get("missing")
         if missing:
             if missing == needs and python:
-                raise UserError(f"--peer-python {python} has no {needs} ({hello['why']}); make one that has: {make_venv}")
+                raise UserError(
+                    f"--peer-python {python} has no {needs} ({hello['why']}); make one that has: {make_venv}"
+                )
             remedy = f"{make_venv}, and --peer-python peers/bin/python"
             if python:
                 remedy = f"{python} -m {INSTALL} {missing}"

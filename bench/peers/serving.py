@@ -96,7 +96,9 @@ def measure_streams(
     chosen = set(names) or {row.name for row in ROWS if row.quick or not quick} | PROMPTS.keys()
     unknown = chosen.difference((row.name for row in ROWS), PROMPTS)
     if unknown:
-        raise UserError(f"Serving has no row {min(unknown)}: take {', '.join([*(row.name for row in ROWS), *PROMPTS])}.")
+        raise UserError(
+            f"Serving has no row {min(unknown)}: take {', '.join([*(row.name for row in ROWS), *PROMPTS])}."
+        )
     if not 2 <= new <= MAX_NEW_TOKENS:
         raise UserError(f"--new must lie between 2 and {MAX_NEW_TOKENS}, not {new}.")
     location = locate(model_name)
@@ -168,14 +170,18 @@ def stream_call(cfg: Any, weights: Any, prompts: list[list[int]], new: int) -> P
     """Returns a call of `Engine` with a slot for each stream, and at least SLOTS, without draft
     tokens.
     """
-    engine = Engine(cfg, weights, EngineConfig(max(SLOTS, len(prompts)), len(prompts[0]) + ROOM, speculate=False))
+    engine = Engine(
+        cfg, weights, EngineConfig(max(SLOTS, len(prompts)), len(prompts[0]) + ROOM, speculate=False)
+    )
     engine.warm()
 
     def call() -> Json:
         # The first streams decode while later prompts are prefilled, and go on past `new`: decoding
         # is timed with all streams at work, as the peer's is.
         sampling = SamplingParams(max_tokens=ROOM, temperature=0.0)
-        output: dict[int, list[int]] = {engine.submit(Request(tuple(prompt), sampling)): [] for prompt in prompts}
+        output: dict[int, list[int]] = {
+            engine.submit(Request(tuple(prompt), sampling)): [] for prompt in prompts
+        }
 
         def count() -> int:
             return sum(map(len, output.values()))
@@ -185,7 +191,9 @@ def stream_call(cfg: Any, weights: Any, prompts: list[list[int]], new: int) -> P
                 for event in engine.step():
                     output[event.id] += event.tokens
                     if event.finish_reason:
-                        raise ValueError(f"a stream ended ({event.finish_reason}) after {len(output[event.id])} tokens")
+                        raise ValueError(
+                            f"a stream ended ({event.finish_reason}) after {len(output[event.id])} tokens"
+                        )
 
         begin = clock()
         step_until(1)
@@ -205,7 +213,9 @@ def stream_call(cfg: Any, weights: Any, prompts: list[list[int]], new: int) -> P
     return call
 
 
-def chat_calls(cfg: Any, weights: Any, prompts: list[list[int]], new: int, ends: Collection[int]) -> dict[str, PeerCall]:
+def chat_calls(
+    cfg: Any, weights: Any, prompts: list[list[int]], new: int, ends: Collection[int]
+) -> dict[str, PeerCall]:
     """Returns the calls `plain` and `speculative`, which answer one prompt after another.
 
     Both have a slot for the stream and one for each draft token: with another number of slots the

@@ -89,7 +89,9 @@ def make(spec: dict[str, Any]) -> Run:
         {"params": decayed, "weight_decay": spec["weight_decay"]},
         {"params": undecayed, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=spec["learning_rate"], betas=(spec["beta1"], spec["beta2"]), fused=True)
+    optimizer = torch.optim.AdamW(
+        groups, lr=spec["learning_rate"], betas=(spec["beta1"], spec["beta2"]), fused=True
+    )
     loss_of = torch.compile(model) if spec["compile"] else model
 
     def step() -> dict[str, Any]:

@@ -24,7 +24,9 @@ OURS = "ours"
 OVER_TORCH = {"bfloat16": bar(None, 1.15, 1.3), "float32": bar(1.0, 1.0, 1.0)}
 
 
-def measure_training(shape: Shape, dtype: Literal["bfloat16", "float32"], rounds: int, peer: Peer, folder: Path) -> list[Json]:
+def measure_training(
+    shape: Shape, dtype: Literal["bfloat16", "float32"], rounds: int, peer: Peer, folder: Path
+) -> list[Json]:
     """Prints and returns a row each for torch compiled and eager, `same` if its loss is ours; says
     why one cannot run.
 
@@ -33,7 +35,9 @@ def measure_training(shape: Shape, dtype: Literal["bfloat16", "float32"], rounds
     """
     inputs = make_step_inputs(shape, dtype)
     file = folder / "training.npz"
-    weights: dict[str, Any] = {f"params/{path}": np.asarray(leaf) for path, leaf in leaf_paths(inputs.params).items()}
+    weights: dict[str, Any] = {
+        f"params/{path}": np.asarray(leaf) for path, leaf in leaf_paths(inputs.params).items()
+    }
     np.savez(file, **weights, tokens=inputs.batch.tokens, targets=inputs.batch.targets)
     optimizer = OptimizerConfig()
     spec = {
@@ -68,7 +72,9 @@ def measure_training(shape: Shape, dtype: Literal["bfloat16", "float32"], rounds
         except PeerError as error:
             if peer.process.poll() is not None:
                 raise UserError(f"{name}, {dtype}: {error}") from None
-            print_absent(f"{name}, {dtype}", str(error), "a C++ compiler, such as g++, which torch.compile calls")
+            print_absent(
+                f"{name}, {dtype}", str(error), "a C++ compiler, such as g++, which torch.compile calls"
+            )
     timings = measure(calls, rounds=rounds, report=report)
     ours = timings[OURS].median
     tokens = shape.batch * shape.tokens

@@ -27,7 +27,9 @@ def make(spec: dict[str, Any]) -> Run:
     # tokens.
     words = models.WordLevel({"a": 0, "b": 1, "<pad>": 2, "</s>": 3, "<unk>": 4}, unk_token="<unk>")
     (inner := Tokenizer(words)).pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
     pair = {"prompt": "a", "chosen": "b", "rejected": "a"}
     answer = {"prompt": "a", "completion": "b"}
     beta = {"beta": spec["beta"]}

@@ -105,7 +105,11 @@ def check_flags(flags: PlanFlags) -> None:
         raise UserError(f"--cached is a share from 0 to below 1, such as 0.8, not {flags.cached:g}.")
     if flags.model and flags.params:
         raise UserError("--model and --params name two models; give one of them.")
-    asked = [f"--{name}" for name in ("requests", "budget", "days", "extra", "validate", "calibrate") if getattr(flags, name)]
+    asked = [
+        f"--{name}"
+        for name in ("requests", "budget", "days", "extra", "validate", "calibrate")
+        if getattr(flags, name)
+    ]
     if len(asked) > 1:
         raise UserError(f"{' and '.join(asked)} are different questions; ask one at a time.")
     if flags.method != "pretrain" and asked:
@@ -113,7 +117,10 @@ def check_flags(flags: PlanFlags) -> None:
     if (flags.budget or flags.days) and (flags.model or flags.params):
         raise UserError("--budget and --days choose the model: leave --model and --params out.")
     if flags.out and (flags.validate or flags.calibrate):
-        raise UserError("--out writes the page of a question, with all validation on it; --validate and --calibrate ask none.")
+        raise UserError(
+            "--out writes the page of a question, with all validation on it; --validate and "
+            "--calibrate ask none."
+        )
 
 
 def answer(flags: PlanFlags) -> Json:
@@ -140,17 +147,23 @@ def answer(flags: PlanFlags) -> Json:
     d = device_numbers(device)
     lengths = (read("prompt"), read("answer"), flags.cached)
     about_model = not (flags.budget or flags.days)
-    name, cfg = read_model(flags.model or (None if about_model or flags.params else "llama-3.2-1b"), optional("params"))
+    name, cfg = read_model(
+        flags.model or (None if about_model or flags.params else "llama-3.2-1b"), optional("params")
+    )
     longest = sum(lengths[:2]) + (read("extra") if flags.extra else 0)
     if (flags.requests or flags.extra) and longest > cfg.context:
-        raise UserError(f"Prompt and answer take {longest:,.0f} tokens; {name} has a context of {cfg.context:,}.")
+        raise UserError(
+            f"Prompt and answer take {longest:,.0f} tokens; {name} has a context of {cfg.context:,}."
+        )
     context = flags.context or min(4096, cfg.context)
     make = functools.partial(job, cfg, context=context)
     m = make(flags.method)
     if not about_model:
         result = plan_budget(d, flags.devices, optional("budget"), flags.days or 0)
     elif flags.requests:
-        result = plan_serving(name, m, d, flags.devices, requests=read("requests"), lengths=lengths, precision=flags.precision)
+        result = plan_serving(
+            name, m, d, flags.devices, requests=read("requests"), lengths=lengths, precision=flags.precision
+        )
     elif flags.extra:
         tuning = optional("tokens") or 1e7
         tokens = {"lora:16": tuning, "full": tuning, "pretrain": 20.0 * m.params}

@@ -30,7 +30,9 @@ SLOPE_PENALTY = 0.3
 CHIP_PENALTY = 0.5  # the fewer runs a chip has, the nearer it stays to all
 SLOTS = 512  # requests at once, at most: what engines take by default
 # What is tried: shares of the peak and of the bandwidth, and seconds to start a layer's kernels.
-_TRIED = list(itertools.product(np.arange(0.40, 0.86, 0.05), np.arange(0.6, 0.96, 0.05), np.arange(0, 1.3e-4, 1e-5)))
+_TRIED = list(
+    itertools.product(np.arange(0.40, 0.86, 0.05), np.arange(0.6, 0.96, 0.05), np.arange(0, 1.3e-4, 1e-5))
+)
 USES = ("compute_use", "bandwidth_use", "layer_seconds")
 
 
@@ -99,7 +101,9 @@ def predict_efficiency(hardware: str, runs: Sequence[Any] | None = None, year: f
     weights, left_out = _fit(runs)
     count = lambda table: sum(chip(row.hardware) == own for row in table)
     base = weights["base"] + weights.get(own, 0.0)
-    newest = max((run.year for run in runs if chip(run.hardware) == own), default=max(run.year for run in runs))
+    newest = max(
+        (run.year for run in runs if chip(run.hardware) == own), default=max(run.year for run in runs)
+    )
     base += weights["drift"] * _drift(year or newest)
     spread = spread_of(left_out)
     origin = f"{len(runs)} published runs, {count(runs)} of them on {own}"
@@ -107,7 +111,9 @@ def predict_efficiency(hardware: str, runs: Sequence[Any] | None = None, year: f
         weights, _ = _fit(rows("training_benchmarks"))
         steady = _efficiency(weights["base"], weights, 0, "")
         known = [run for run in runs if chip(run.hardware) in weights]
-        below = np.array([math.log(utilisation(run) / steady.of(run)) - weights[chip(run.hardware)] for run in known])
+        below = np.array(
+            [math.log(utilisation(run) / steady.of(run)) - weights[chip(run.hardware)] for run in known]
+        )
         base = weights["base"] + weights[own] + float(np.median(below))
         spread = spread_of(below - np.median(below))
         measured = count(rows("training_benchmarks"))
@@ -163,7 +169,9 @@ def efficiency_of(name: str) -> Efficiency:
         return predict_efficiency(name)
     low, middle, high = read_calibration()["shares"]
     spread = max(math.log(high / middle), math.log(middle / low), 0.05)
-    return Efficiency(math.log(middle), 0, 0, 0, spread, "training steps measured on this machine, slowest to fastest")
+    return Efficiency(
+        math.log(middle), 0, 0, 0, spread, "training steps measured on this machine, slowest to fastest"
+    )
 
 
 class Fit(NamedTuple):
@@ -178,7 +186,9 @@ class Fit(NamedTuple):
 def _errors() -> Any:
     """(settings that are tried, published rates): logarithms of predicted over measured."""
     uses = dict(zip(USES, np.array(_TRIED).T))
-    return np.array([np.log(predicted_rate(row, uses) / row.tokens_per_second) for row in rows("serving_runs")]).T
+    return np.array(
+        [np.log(predicted_rate(row, uses) / row.tokens_per_second) for row in rows("serving_runs")]
+    ).T
 
 
 def predicted_rate(row: Any, uses: dict[str, Any]) -> Any:
@@ -189,7 +199,9 @@ def predicted_rate(row: Any, uses: dict[str, Any]) -> Any:
     m = SimpleNamespace(**vars(row), query_width=row.width)
     slots = row.batch or SLOTS
     cached = row.batch == 1  # a lone stream was timed without its prompt
-    return serving(m, d, row.weight_bits, row.kv_bits, row.devices, slots, row.prompt, row.answer, cached)["tokens"]
+    return serving(m, d, row.weight_bits, row.kv_bits, row.devices, slots, row.prompt, row.answer, cached)[
+        "tokens"
+    ]
 
 
 def fit_serving(without: int | None = None) -> Fit:

@@ -77,10 +77,15 @@ def read_calibration() -> dict[str, Any]:
     """
     file = _calibration_file()
     if not file.exists():
-        raise UserError("This machine was not measured yet: python -m bench.plan --calibrate does, in about 30 s.")
+        raise UserError(
+            "This machine was not measured yet: python -m bench.plan --calibrate does, in about 30 s."
+        )
     try:
         saved = json.loads(read_limited(file, MAX_BYTES))
-        if Accelerator(**saved["device"]).bf16_tflops > 0 and len([math.log(share) for share in saved["shares"]]) == 3:
+        if (
+            Accelerator(**saved["device"]).bf16_tflops > 0
+            and len([math.log(share) for share in saved["shares"]]) == 3
+        ):
             return saved
         raise ValueError
     except (OSError, ValueError, TypeError, KeyError, RecursionError):

@@ -25,7 +25,9 @@ def read_model(model: str | None, params: float | None) -> tuple[str, ModelConfi
     if params is not None:
         return f"a Llama of {in_words(params)} parameters", config_of_size(params)
     if model is None:
-        raise UserError("Say which model: --model NAME, config.json, FILE.gguf or a run folder; or --params 8e9.")
+        raise UserError(
+            "Say which model: --model NAME, config.json, FILE.gguf or a run folder; or --params 8e9."
+        )
     if model.removesuffix("-instruct") in PRESETS:
         return model, preset(model.removesuffix("-instruct"))
     path = Path(model).expanduser()
@@ -46,7 +48,9 @@ def read_model(model: str | None, params: float | None) -> tuple[str, ModelConfi
     from engine.untrusted import read_json_object
 
     fields = read_json_object(path)
-    return path.resolve().parent.name, ModelConfig.from_json(fields) if "vocab" in fields else config_from_json(fields, path)
+    return path.resolve().parent.name, ModelConfig.from_json(
+        fields
+    ) if "vocab" in fields else config_from_json(fields, path)
 
 
 def config_of_size(params: float) -> ModelConfig:
@@ -79,9 +83,12 @@ def job(cfg: ModelConfig, method: str, context: int, step_tokens: float = 0) -> 
         raise UserError(f"--context {context} is beyond the {cfg.context} tokens of the model.")
     name, _, number = method.partition(":")
     takes_number = name in ("freeze", "lora", "qlora")
-    if name not in {known.partition(":")[0] for known in METHODS} or (number and not (takes_number and number.isdigit())):
+    if name not in {known.partition(":")[0] for known in METHODS} or (
+        number and not (takes_number and number.isdigit())
+    ):
         raise UserError(
-            f"--method is {', '.join(METHODS)}, with numbers for K and R, not {method!r}.{did_you_mean(name, METHODS)}"
+            f"--method is {', '.join(METHODS)}, with numbers for K and R, not "
+            f"{method!r}.{did_you_mean(name, METHODS)}"
         )
     trainable = all_trainable(cfg)
     if name == "freeze":
@@ -90,7 +97,10 @@ def job(cfg: ModelConfig, method: str, context: int, step_tokens: float = 0) -> 
         trainable = lora_only(cfg, LoraConfig(rank=int(number or 16)))
         least = min(map(min, cfg.matrices.values()))
         if trainable.rank > least:
-            raise UserError(f"The rank of --method {method} must be at most {least}, the least side of this model's matrices.")
+            raise UserError(
+                f"The rank of --method {method} must be at most {least}, the least side of this "
+                "model's matrices."
+            )
     count = count_params(cfg)
     trained = count_trainable(cfg, trainable)
     frozen = count.total

@@ -43,7 +43,8 @@ def sliders(models: dict[str, ModelConfig], devices: dict[str, Any], state: Json
     methods = [method.replace(":K", "").replace(":R", ":16") for method in METHODS]
     return {
         "models": {
-            name: {method: vars(job(cfg, method, min(4096, cfg.context))) for method in methods} for name, cfg in models.items()
+            name: {method: vars(job(cfg, method, min(4096, cfg.context))) for method in methods}
+            for name, cfg in models.items()
         },
         "contexts": {name: cfg.context for name, cfg in models.items()},
         "hardware": {name: vars(device) for name, device in devices.items()},
@@ -63,7 +64,9 @@ def write_plan(source: Path, _: Json) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "formulas.js"
         script.write_text(javascript(formulas), encoding="utf-8")
-        return write_page(source, "plan.html", HERE / "plan.html", HERE / "plan.css", *LOG_CHARTS, script, HERE / "plan.js")
+        return write_page(
+            source, "plan.html", HERE / "plan.html", HERE / "plan.css", *LOG_CHARTS, script, HERE / "plan.js"
+        )
 
 
 def javascript(module: ModuleType) -> str:

@@ -164,7 +164,9 @@ def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices
     """Returns the answer for a model and method m on so many devices d."""
     sampling = 0.0
     if method == "rl":  # answers of three quarters of a text
-        sampling = devices / serving(m, d, 16, 16, devices, SLOTS, m.context / 4, 3 * m.context / 4, 0)["tokens"]
+        sampling = (
+            devices / serving(m, d, 16, 16, devices, SLOTS, m.context / 4, 3 * m.context / 4, 0)["tokens"]
+        )
     result = training(m, d, tokens, devices, sampling)
     spread = d.spread
     origin = d.origin
@@ -174,7 +176,9 @@ def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices
     middle = result["device_hours"]
     share = result["efficiency"]
     # No run is faster than the peak.
-    hours = Interval(middle * max(share, math.exp(-spread)), middle, middle * math.exp(spread), "hours", origin)
+    hours = Interval(
+        middle * max(share, math.exp(-spread)), middle, middle * math.exp(spread), "hours", origin
+    )
     shares = (share * math.exp(-d.spread), share, min(1, share * math.exp(d.spread)))
     lines = {
         "FLOPs": around(result["flops"], 0, "FLOP", "counted: every product, and causal attention"),
@@ -186,7 +190,8 @@ def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices
             result["needed"],
             MEMORY[1] * result["needed"],
             "bytes",
-            f"of {format_bytes(d.memory)}: by formula, from recomputing all activations to as few as fit, and 10%",
+            f"of {format_bytes(d.memory)}: by formula, from recomputing all activations to as few "
+            "as fit, and 10%",
         ),
         **costs(hours, d),
     }
@@ -196,7 +201,10 @@ def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices
         notes = []
     sizes = [run.params for run in clean_runs()]
     if d.name != HERE and not min(sizes) <= m.params <= max(sizes):
-        notes.append("no run of a model of this size was published: its share of the peak is extrapolated, and may be far off")
+        notes.append(
+            "no run of a model of this size was published: its share of the peak is extrapolated, "
+            "and may be far off"
+        )
     question = f"{method} of {name} on {in_words(tokens)} tokens, {devices} x {d.name}"
     return PlannedAnswer(question, lines, _binding(result, m, d, devices), tuple(notes))
 
@@ -214,7 +222,9 @@ def _binding(result: Numbers, m: Any, d: Any, devices: int) -> str:
     does.
     """
     if result["needed"] > SHARE * d.memory:
-        needed = f"{format_bytes(result['needed'])} on each of {devices}, {format_bytes(SHARE * d.memory)} free"
+        needed = (
+            f"{format_bytes(result['needed'])} on each of {devices}, {format_bytes(SHARE * d.memory)} free"
+        )
         return f"memory, for it does not fit: {needed}; {holders(m, d)}"
     words = {
         "products": "matrix products: compute",
@@ -258,7 +268,9 @@ def plan_serving(
     at_once = f"at this load: {loaded['batch']:g} at once"
     lines = {
         "can serve at most": rate,
-        "answer tokens at most": around(most["tokens"], fit.spread, "a second", f"of a replica at its most; {fit.origin}"),
+        "answer tokens at most": around(
+            most["tokens"], fit.spread, "a second", f"of a replica at its most; {fit.origin}"
+        ),
         "replicas": interval(replicas, "replicas", "for the requests asked for"),
         "first token": around(loaded["first_token"], fit.spread, "seconds", "without waiting in a queue"),
         "between tokens": around(loaded["token_seconds"], fit.spread, "seconds", at_once),
@@ -266,7 +278,9 @@ def plan_serving(
     }
     for label, line in costs(lines["replicas"].scaled(devices, "hours", ""), d).items():
         lines[f"{label} a day"] = line.scaled(24, line.unit, line.origin)
-        each = line.scaled(1e6 / (3600 * requests * answer), line.unit, "all replicas, over the tokens asked for")
+        each = line.scaled(
+            1e6 / (3600 * requests * answer), line.unit, "all replicas, over the tokens asked for"
+        )
         lines[f"{label} a million answer tokens"] = each
     parts = {
         "prefilling": "prefill, by compute",
@@ -289,20 +303,30 @@ def plan_budget(d: Any, devices: int, dollars: float | None, days: float) -> Pla
     budget = f"{days:g} days"
     if dollars is not None:
         if not d.low:
-            raise UserError(f"No price of {d.name} was found in a source: give --price DOLLARS an hour, or --days.")
+            raise UserError(
+                f"No price of {d.name} was found in a source: give --price DOLLARS an hour, or --days."
+            )
         hours = dollars / math.sqrt(d.low * d.high)
         spread = spread + math.log(d.high / d.low) / 2
         origin = f"{origin}; ${d.low:g} to ${d.high:g} an hour"
         budget = money(dollars)
-    (low, least), (flops, params), (high, most) = (_best(hours * math.exp(sign * spread), d, devices) for sign in (-1, 0, 1))
+    (low, least), (flops, params), (high, most) = (
+        _best(hours * math.exp(sign * spread), d, devices) for sign in (-1, 0, 1)
+    )
     rule = [math.sqrt(each / 6 / RULE) for each in (low, flops, high)]
     laws = "Besiroglu 2024 to Hoffmann 2022"
     lines = {
-        "device-hours": around(hours, 0, "hours", "the budget, at the middle of the price" if dollars else "the days"),
+        "device-hours": around(
+            hours, 0, "hours", "the budget, at the middle of the price" if dollars else "the days"
+        ),
         "wall time": around(3600 * hours / devices, 0, "seconds", "device-hours over the devices"),
         "FLOPs": Interval(low, flops, high, "FLOP", origin),
-        "compute-optimal parameters": Interval(min(least, rule[0]), params, max(most, rule[2]), "parameters", laws),
-        "compute-optimal tokens": Interval(low / 6 / least, flops / 6 / params, high / 6 / most, "tokens", "FLOPs / 6 N"),
+        "compute-optimal parameters": Interval(
+            min(least, rule[0]), params, max(most, rule[2]), "parameters", laws
+        ),
+        "compute-optimal tokens": Interval(
+            low / 6 / least, flops / 6 / params, high / 6 / most, "tokens", "FLOPs / 6 N"
+        ),
         "at 20 tokens a parameter": interval(rule, "parameters", "Hoffmann 2022, methods 1 and 2"),
     }
     notes: tuple[str, ...] = ()
@@ -357,9 +381,13 @@ def plan_break_even(
                 lines[method].middle / cost.middle,
                 lines[method].high / cost.low,
             )
-            lines[f"{method} pays after, {words}"] = interval(bounds, "requests", "what it costs over that of a request")
+            lines[f"{method} pays after, {words}"] = interval(
+                bounds, "requests", "what it costs over that of a request"
+            )
     method = next(iter(investments))
-    computed, cached = (lines[f"{method} pays after, {words} a prefix cache"] for words in ("without", "with"))
+    computed, cached = (
+        lines[f"{method} pays after, {words} a prefix cache"] for words in ("without", "with")
+    )
     note = (
         f"Both cost the same at {in_words(computed.middle)} requests ({in_words(cached.middle)} "
         "cached). By the bounds: "
@@ -372,4 +400,6 @@ def plan_break_even(
     )
     rent = f" at ${price:.3g} an hour" if d.low else ""
     question = f"{extra:,.0f} tokens more in each prompt of {name}, or in its weights"
-    return PlannedAnswer(f"{question} by tuning on {in_words(tuning)} tokens, on {d.name}{rent}", lines, "", (note,))
+    return PlannedAnswer(
+        f"{question} by tuning on {in_words(tuning)} tokens, on {d.name}{rent}", lines, "", (note,)
+    )

@@ -28,19 +28,26 @@ class Replay(NamedTuple):
 def replay(run: Any, others: Sequence[Any]) -> Replay:
     fit = predict_efficiency(run.hardware, others, run.year)
     ratio = utilisation(run) / fit.of(run)
-    return Replay(run.name, ratio - 1, abs(math.log(ratio)) <= fit.spread, run.unclean or run.note or "no reason found")
+    return Replay(
+        run.name, ratio - 1, abs(math.log(ratio)) <= fit.spread, run.unclean or run.note or "no reason found"
+    )
 
 
 def left_out(together: Callable[[Any, Any], bool]) -> list[Replay]:
     """Predicts each clean run from all clean runs that are not left out `together` with it."""
-    return [replay(run, [other for other in clean_runs() if not together(run, other)]) for run in clean_runs()]
+    return [
+        replay(run, [other for other in clean_runs() if not together(run, other)]) for run in clean_runs()
+    ]
 
 
 def flops_errors() -> Iterator[Replay]:
     """Counts the FLOPs of each run that reports them, as its source says that it counts."""
     for run in rows("training_runs"):
         if run.reported_flops and run.flops_per_param:
-            counted = run.flops_per_param * (run.params - run.lookup) + run.attention * run.layers * run.width * run.context
+            counted = (
+                run.flops_per_param * (run.params - run.lookup)
+                + run.attention * run.layers * run.width * run.context
+            )
             error = run.tokens * counted / run.reported_flops - 1
             yield Replay(run.name, error, abs(error) <= FLOPS_BOUND, run.note)
 
@@ -64,8 +71,13 @@ def adapter_errors() -> Iterator[Replay]:
     for row in table:
         other = full[row.name]
         if other is not row:
-            error = _token_seconds(row) / _token_seconds(other) * row.tokens_per_second / other.tokens_per_second - 1
-            yield Replay(f"time of {row.method} for {row.name}", error, abs(error) <= ADAPTER_BOUND, other.note)
+            error = (
+                _token_seconds(row) / _token_seconds(other) * row.tokens_per_second / other.tokens_per_second
+                - 1
+            )
+            yield Replay(
+                f"time of {row.method} for {row.name}", error, abs(error) <= ADAPTER_BOUND, other.note
+            )
 
 
 def memory_errors() -> Iterator[Replay]:
@@ -85,7 +97,9 @@ def memory_errors() -> Iterator[Replay]:
 
 def _token_seconds(row: Any) -> float:
     m = job(config_of_size(row.params), row.method, int(row.context), row.step_tokens)
-    return m.flops / (0.45e12 * row.tflops) + m.trained * UPDATE_BYTES / m.step_tokens / (1e9 * row.memory_gbs)
+    return m.flops / (0.45e12 * row.tflops) + m.trained * UPDATE_BYTES / m.step_tokens / (
+        1e9 * row.memory_gbs
+    )
 
 
 def figures(replays: Sequence[Replay]) -> dict[str, float]:
@@ -107,7 +121,9 @@ def validation() -> dict[str, Any]:
     parts = {
         "FLOPs, as the source counts": [*flops_errors()],
         "device-hours, each run left out": left_out(lambda run, other: run is other),
-        "device-hours, all runs of its makers left out": left_out(lambda run, other: run.group == other.group),
+        "device-hours, all runs of its makers left out": left_out(
+            lambda run, other: run.group == other.group
+        ),
         "tokens a second of serving, each left out": [*serving_errors()],
         "time of LoRA over that of full fine-tuning": [*adapter_errors()],
         "peak memory of LoRA and QLoRA": [*memory_errors()],
@@ -123,7 +139,10 @@ def validation() -> dict[str, Any]:
 
 def cells(document: dict[str, Any]) -> list[tuple[str, ...]]:
     """Returns the error figures as a table."""
-    return [(name, f"{row['rows']}", f"{row['median']:.1%}", f"{row['inside']:.0%}") for name, row in document["table"].items()]
+    return [
+        (name, f"{row['rows']}", f"{row['median']:.1%}", f"{row['inside']:.0%}")
+        for name, row in document["table"].items()
+    ]
 
 
 def show(document: dict[str, Any]) -> None:

@@ -77,9 +77,14 @@ async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
             "ready_met": ready < READY_SECONDS,
         }
         progress(f"  ready after {ready:.1f} s; beside its engine without a server, {rounds} rounds in turns")
-        engine, tokenizer = await asyncio.to_thread(measure.make_engine, model, flags.weights, slots, entry["max_model_len"])
+        engine, tokenizer = await asyncio.to_thread(
+            measure.make_engine, model, flags.weights, slots, entry["max_model_len"]
+        )
         row = await measure.compare_with_engine(server, engine, rounds)
-        progress("  streams that keep to a JSON schema, or have an adapter each, beside streams without; idle slots")
+        progress(
+            "  streams that keep to a JSON schema, or have an adapter each, beside streams "
+            "without; idle slots"
+        )
         kept = await asyncio.to_thread(measure.compare_with_grammars, engine, tokenizer, rounds)
         others = (measure.compare_with_adapters, measure.compare_with_one_slot)
         document["rows"] = [
@@ -92,7 +97,8 @@ async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
         peak, tokens = await measure.saturated_throughput(server, slots, slots * (4 if quick else 8))
         document["saturated"] = {"requests_per_second": peak, "tokens_per_second": tokens}
         document["under_load"] = [
-            await measure.latency_under_load(server, load, peak, 12.0 if quick else 40.0) for load in (0.5, 0.8)
+            await measure.latency_under_load(server, load, peak, 12.0 if quick else 40.0)
+            for load in (0.5, 0.8)
         ]
         document["resident_bytes"] = server.resident_bytes()
     return document
@@ -103,7 +109,10 @@ def print_tables(document: Json) -> None:
     from bench.timing import UNMET, Ratio  # imports JAX
 
     print(BARS_HOLD)
-    print(f"{document['model']}, {document['weights']} weights, {document['slots']} slots, on {document['device']}")
+    print(
+        f"{document['model']}, {document['weights']} weights, {document['slots']} slots, on "
+        f"{document['device']}"
+    )
     print(
         f"ready after {document['ready_seconds']:.1f} s, at most "
         f"{document['ready_bar']:g}{UNMET[document['ready_met']]}; "
@@ -120,7 +129,8 @@ def print_tables(document: Json) -> None:
     print(f"/v1/score: {scored} candidates a second, at least {row['bar']:g}{UNMET[row['met']]}\n")
     rate, made = document["saturated"].values()
     print_table(
-        f"Latency in an open loop (Poisson arrivals); saturated at {rate:.1f} requests/s of the mix, {made:.0f} tokens/s",
+        f"Latency in an open loop (Poisson arrivals); saturated at {rate:.1f} requests/s of the "
+        f"mix, {made:.0f} tokens/s",
         ("load", "tokens/s", "TTFT p50", "inter-token latency p50", "time per output token p50", "answered"),
         [(*latencies(row), f"{row['answered']} of {row['requests']}") for row in document["under_load"]],
     )

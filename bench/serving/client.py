@@ -133,7 +133,9 @@ class Client:
                 head = await reader.readuntil(b"\r\n\r\n")
             first, *lines = head[:-4].decode("latin-1").split("\r\n")
             response.status = int(first.removeprefix("HTTP/1.1 ")[:3])
-            response.headers = {name.lower(): value.strip() for name, value in (line.split(":", 1) for line in lines)}
+            response.headers = {
+                name.lower(): value.strip() for name, value in (line.split(":", 1) for line in lines)
+            }
             if not data.startswith(b"HEAD "):
                 await self._receive_body(response, reader)
         except BaseException:
@@ -178,7 +180,9 @@ def completion_request(prompt: str | list[int], max_tokens: int, **fields: Any) 
 
 
 async def send(client: Client, body: Json, **options: Any) -> Response:
-    return await client.post("/v1/chat/completions" if "messages" in body else "/v1/completions", body, **options)
+    return await client.post(
+        "/v1/chat/completions" if "messages" in body else "/v1/completions", body, **options
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +242,11 @@ def read_completion(response: Response) -> Completion:
             message = choice.get("delta", choice.get("message", {}))
             text = choice.get("text") or message.get("content")
             values = choice.get("logprobs") or {}
-            logprobs += [entry["logprob"] for entry in values.get("content") or ()] or values.get("token_logprobs") or ()
+            logprobs += (
+                [entry["logprob"] for entry in values.get("content") or ()]
+                or values.get("token_logprobs")
+                or ()
+            )
             finish_reason = choice.get("finish_reason") or finish_reason
             if text:
                 full_text += text

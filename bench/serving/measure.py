@@ -144,7 +144,9 @@ async def compare_with_engine(server: Server, engine: Engine, rounds: int) -> Js
     loop = asyncio.get_running_loop()
     slots = engine.config.slots
     prompts = [_random_tokens(rng, PROMPT_TOKENS) for _ in range(slots)]
-    requests = [Request(tuple(each), SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)) for each in prompts]
+    requests = [
+        Request(tuple(each), SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)) for each in prompts
+    ]
     texts: set[tuple[str, ...]] = set()
     output: list[list[int]] = []
 
@@ -157,12 +159,18 @@ async def compare_with_engine(server: Server, engine: Engine, rounds: int) -> Js
         output[:] = answer(engine, requests)
 
     # In a thread, for the connections to the server live in this one.
-    timings = await asyncio.to_thread(lambda: measure({"engine": run_engine, "server": run_server}, rounds=rounds))
+    timings = await asyncio.to_thread(
+        lambda: measure({"engine": run_engine, "server": run_server}, rounds=rounds)
+    )
     replies = [await server.client.post("/detokenize", {"tokens": tokens}) for tokens in output]
     expected = _without_half_characters(reply.json()["prompt"] for reply in replies)
     if any(_without_half_characters(each) != expected for each in texts):
-        raise UserError("The server's texts are not those of the engine, so that their speeds cannot be compared.")
-    return _row(f"the server over its engine, {slots} streams", SHARE_BAR, timings["engine"], timings["server"], slots)
+        raise UserError(
+            "The server's texts are not those of the engine, so that their speeds cannot be compared."
+        )
+    return _row(
+        f"the server over its engine, {slots} streams", SHARE_BAR, timings["engine"], timings["server"], slots
+    )
 
 
 def _without_half_characters(texts: Iterable[str]) -> list[str]:
@@ -196,7 +204,9 @@ def compare_with_adapters(engine: Engine, rounds: int) -> Json:
         adapted.runner.put_adapter(index, adapted.random_adapter())
     plain = _greedy(slots)
     named = [dataclasses.replace(each, adapter=Adapter(str(n), n)) for n, each in enumerate(plain, 1)]
-    return _compare(f"an adapter each, {slots} streams", ADAPTER_BAR, (engine, plain), (adapted, named), rounds)
+    return _compare(
+        f"an adapter each, {slots} streams", ADAPTER_BAR, (engine, plain), (adapted, named), rounds
+    )
 
 
 def compare_with_grammars(engine: Engine, tokenizer: Tokenizer, rounds: int) -> list[Json]:
@@ -212,7 +222,9 @@ def compare_with_grammars(engine: Engine, tokenizer: Tokenizer, rounds: int) -> 
         "required": ["text"],
         "additionalProperties": False,
     }
-    constraint = GrammarCompiler(tokenizer, engine.cfg.vocab, tokenizer.controls).compile(json_grammar(schema))
+    constraint = GrammarCompiler(tokenizer, engine.cfg.vocab, tokenizer.controls).compile(
+        json_grammar(schema)
+    )
     rows = []
     for streams, name in ((engine.config.slots, "a schema for every second"), (1, "a schema")):
         plain = _greedy(streams)
@@ -267,7 +279,9 @@ async def scored_per_second(server: Server, rounds: int) -> Json:
         reply = await server.client.post("/v1/score", {"prompt": prompt, "candidates": candidates})
         seconds.append(clock() - begin)
         if reply.status != 200:
-            raise UserError(f"/v1/score answers {reply.status}: {bytes(reply.body)[:200].decode(errors='replace')}")
+            raise UserError(
+                f"/v1/score answers {reply.status}: {bytes(reply.body)[:200].decode(errors='replace')}"
+            )
     rounds_seconds = tuple(seconds[1:])  # the first reads the prompt
     wanted = Timing((CANDIDATES / SCORE_BAR,) * rounds)
     over = ratio(wanted, Timing(rounds_seconds)).scaled(SCORE_BAR)
@@ -286,7 +300,9 @@ def _mixed_request(rng: random.Random) -> Json:
 async def saturated_throughput(server: Server, slots: int, count: int) -> tuple[float, float]:
     """Returns requests and tokens a second of the mix with every slot always in use."""
     rng = random.Random(2)
-    completions, seconds = await closed_loop(server.client, [_mixed_request(rng) for _ in range(count)], slots + 2)
+    completions, seconds = await closed_loop(
+        server.client, [_mixed_request(rng) for _ in range(count)], slots + 2
+    )
     return count / seconds, sum(completion.completion_tokens for completion in completions) / seconds
 
 

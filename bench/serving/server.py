@@ -44,7 +44,9 @@ class Server:
 
     async def __aenter__(self) -> Self:
         begin = clock()
-        self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output)
+        self.process = subprocess.Popen(
+            self.command, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output
+        )
         try:
             while True:
                 reply = await self.client.get("/health", timeout=5)

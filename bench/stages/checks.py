@@ -46,7 +46,9 @@ def serve_beside_others(cfg: ModelConfig, params: Any, capacity: int) -> tuple[i
     """
     engine = Engine(cfg, params, EngineConfig(SLOTS, capacity, prefix_cache_bytes=10**7))
     prompts = random_prompts(cfg, SLOTS, capacity - NEW)
-    others = [Request(tuple(each), SamplingParams(max_tokens=NEW, temperature=0.8, seed=5)) for each in prompts[1:]]
+    others = [
+        Request(tuple(each), SamplingParams(max_tokens=NEW, temperature=0.8, seed=5)) for each in prompts[1:]
+    ]
     request = Request(tuple(prompts[0]), SamplingParams(max_tokens=NEW, temperature=0.8, seed=9, logprobs=0))
 
     def answer(slot: int, beside: Sequence[Request]) -> tuple[Any, ...]:

@@ -127,7 +127,9 @@ def judge_gain(gains: dict[str, Ratio] | Ratio) -> str:
     verdicts = {slots: judge_gain(gain) for slots, gain in gains.items()}
     if len(set(verdicts.values())) == 1:
         return next(iter(verdicts.values()))
-    undecided = [f"{verdict} (among {slots})" for slots, verdict in verdicts.items() if verdict.startswith("undecided")]
+    undecided = [
+        f"{verdict} (among {slots})" for slots, verdict in verdicts.items() if verdict.startswith("undecided")
+    ]
     by_slots = "; ".join(f"among {slots} {verdict}" for slots, verdict in verdicts.items())
     if undecided:
         return undecided[0]
@@ -256,7 +258,8 @@ def some_layers(of: Evidence) -> Judgement:
     halves = {half: _over_full(of, f"{half} half") for half in ("bottom", "top")}
     bottom, top = (share["flops"] for share in halves.values())
     words = (
-        f"{half} half frozen {percent(share['flops'])} of the operations, {share['time'].format(percent)} of the time"
+        f"{half} half frozen {percent(share['flops'])} of the operations, "
+        f"{share['time'].format(percent)} of the time"
         for half, share in halves.items()
     )
     if bottom > 0.95:
@@ -305,7 +308,9 @@ def weights(of: Evidence) -> Judgement:
         change: [row["name"] for row in of.rows.values() if row["weights"] == change]
         for change in ("changed", "partly", "identical")
     }
-    defect = any(row["weights"] != "identical" for row in of.rows.values() if row["stage"] in ("inference", "decode"))
+    defect = any(
+        row["weights"] != "identical" for row in of.rows.values() if row["stage"] in ("inference", "decode")
+    )
     words = "; ".join(f"{change}: {', '.join(rows)}" for change, rows in names.items() if rows)
     value = f"by a fingerprint (SHA-256) of each matrix of weights, before and after: {words}."
     return (
@@ -318,7 +323,9 @@ def weights(of: Evidence) -> Judgement:
 def independent(of: Evidence) -> Judgement:
     same = not of.changed_answers
     value = f"one request, alone and beside {SLOTS - 1} others in each slot in turn: " + (
-        "the same tokens, and the same probability of each, to the last bit." if same else "its bits differed."
+        "the same tokens, and the same probability of each, to the last bit."
+        if same
+        else "its bits differed."
     )
     return "true" if same else "false here, which is a defect", value, {"same_bits": same}
 
@@ -467,7 +474,9 @@ def prefix_cache(of: Evidence) -> Judgement:
 
 
 def batching(of: Evidence) -> Judgement:
-    words = f"a token takes {of.seconds('decode alone')} alone, {of.seconds('decode with 8 slots')} among 8 and "
+    words = (
+        f"a token takes {of.seconds('decode alone')} alone, {of.seconds('decode with 8 slots')} among 8 and "
+    )
     gain = of.ratio("decode alone", "decode with 32 slots")
     return _of_gain(gain, words + f"{of.seconds('decode with 32 slots')} among 32")
 

@@ -111,7 +111,9 @@ def _row_losses(cfg: ModelConfig, params: Any, batch: Any) -> jax.Array:
 def _errors(cfg: ModelConfig, params: Any, letters: np.ndarray) -> np.ndarray:
     """Returns the mean nats a letter of each passage of TOKENS."""
     starts = np.arange(0, len(letters) - TOKENS, TOKENS)
-    return np.asarray(_row_losses(cfg, params, window_batch(letters, np.add.outer(starts, np.arange(TOKENS)))))
+    return np.asarray(
+        _row_losses(cfg, params, window_batch(letters, np.add.outer(starts, np.arange(TOKENS))))
+    )
 
 
 def _copy(params: Any) -> dict[str, np.ndarray]:

@@ -136,7 +136,9 @@ def stage_table(
     for name in timings.keys() & rows.keys():
         timings[name] = timings[name].scaled(1 / rows[name].tokens)
 
-    progress("measuring the ceilings again: this machine's speed may have changed since, and the best counts ...")
+    progress(
+        "measuring the ceilings again: this machine's speed may have changed since, and the best counts ..."
+    )
     ceilings = best_ceilings(ceilings, measure_ceilings())
     learning = {}
     if pictures and not fewest_rounds:
@@ -212,14 +214,18 @@ def check_memory(cfg: ModelConfig, batch: int, context: int) -> None:
     """
     limit = device_memory_bytes()
     presets = sorted(PRESETS.items(), key=lambda item: -count_params(item[1]).total)
-    fitting = (f"--preset {name} fits" for name, other in presets if table_bytes(other, batch, context) <= limit)
+    fitting = (
+        f"--preset {name} fits" for name, other in presets if table_bytes(other, batch, context) <= limit
+    )
     remedy = next(fitting, "give a smaller --batch or --context")
     require_memory(table_bytes(cfg, batch, context), "The stage table would need", f"{remedy}.", limit=limit)
 
 
 def table_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
     """Predicts the bytes of the whole table: the state of every row, and the largest step."""
-    steps = [training_memory(cfg, batch, context, trainable=kind.trainable_paths) for kind in training_kinds(cfg)]
+    steps = [
+        training_memory(cfg, batch, context, trainable=kind.trainable_paths) for kind in training_kinds(cfg)
+    ]
     states = sum(step.gradients + step.optimizer for step in steps)
     served = inference_memory(cfg, 32, context)
     working = max(step.total - step.params - step.optimizer for step in steps)
@@ -228,7 +234,9 @@ def table_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
     return states + steps[0].params * 2 + 2 * served.params + served.cache * 2 + working
 
 
-def _rows(cfg: ModelConfig, params: Any, frozen: Any, int8: Any, batch: Batch, tokens: np.ndarray) -> Iterator[Row]:
+def _rows(
+    cfg: ModelConfig, params: Any, frozen: Any, int8: Any, batch: Batch, tokens: np.ndarray
+) -> Iterator[Row]:
     """Compiles and yields every row of the table. Inference reads `frozen` and `int8`."""
     makers: dict[str, Callable[[], Row | Iterable[Row]]] = {
         kind.name: functools.partial(training_row, cfg, params, kind, batch) for kind in training_kinds(cfg)
@@ -236,11 +244,15 @@ def _rows(cfg: ModelConfig, params: Any, frozen: Any, int8: Any, batch: Batch, t
     makers |= {
         FORWARD: functools.partial(evaluation_row, cfg, frozen, batch),
         "prefill": functools.partial(prefill_row, cfg, frozen, tokens),
-        "chunked prefill into a slot, prefix-cache hit": functools.partial(served_rows, cfg, frozen, tokens[0]),
+        "chunked prefill into a slot, prefix-cache hit": functools.partial(
+            served_rows, cfg, frozen, tokens[0]
+        ),
     }
     for name, slots, weights in DECODES:
         served = int8 if weights else frozen
-        makers[name] = functools.partial(decode_row, cfg, served, slots, tokens.shape[1], name=name, weights=weights)
+        makers[name] = functools.partial(
+            decode_row, cfg, served, slots, tokens.shape[1], name=name, weights=weights
+        )
     makers["by hand"] = functools.partial(by_hand_rows, cfg, params, jax.tree.map(lambda x: x[:1], batch))
     for done, (name, make) in enumerate(makers.items(), 1):
         progress(f"compiling {done} of {len(makers)}: {name}", replace=True)

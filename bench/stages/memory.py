@@ -61,7 +61,9 @@ class MemoryOverTime:
             return min(bisect.bisect_left(positions, position), parts - 1)
 
         return {
-            "bytes": {kind: [column[position] for position in positions] for kind, column in self.bytes.items()},
+            "bytes": {
+                kind: [column[position] for position in positions] for kind, column in self.bytes.items()
+            },
             "backward": place(self.backward),
             "update": place(self.update),
             "xla": self.xla,
@@ -138,7 +140,10 @@ class _Program:
     def __init__(self, compiled: jax.stages.Compiled) -> None:
         assignment = getattr(compiled.memory_analysis(), "serialized_buffer_assignment_proto", b"")
         if not assignment:
-            raise UserError("This backend does not say where the values of a program lie, so that its memory cannot be drawn.")
+            raise UserError(
+                "This backend does not say where the values of a program lie, so that its memory "
+                "cannot be drawn."
+            )
         executable: Any = compiled.runtime_executable()
         module = read_message(executable.hlo_modules()[0].as_serialized_hlo_module_proto())
         self.entry: int = module[6][0]
@@ -148,7 +153,9 @@ class _Program:
             self.roots[computation[5][0]] = computation[6][0]
             self.instructions |= {each[35][0]: each for each in map(read_message, computation[2])}
         sequences = [read_message(entry) for entry in read_message(module[7][0])[1]]
-        self.schedule = {entry[1][0]: [*integers(read_message(entry[2][0]).get(1, []))] for entry in sequences}
+        self.schedule = {
+            entry[1][0]: [*integers(read_message(entry[2][0]).get(1, []))] for entry in sequences
+        }
         self.position = 0
         # instruction -> index -> buffer
         self.results: dict[int, dict[Index, Buffer]] = defaultdict(dict)
@@ -221,7 +228,9 @@ class _Program:
                         value |= {(place, *index): buffers for index, buffers in each.items()}
                 case "get-tuple-element":
                     place = self._number(instruction, 13)
-                    value = {index[1:]: buffers for index, buffers in inputs[0].items() if index[:1] == (place,)}
+                    value = {
+                        index[1:]: buffers for index, buffers in inputs[0].items() if index[:1] == (place,)
+                    }
                 case "while":
                     body, condition = called
                     self._read(inputs, label)

@@ -94,7 +94,9 @@ def _run(cfg: ModelConfig, weights: Any, tokens: np.ndarray) -> list[Json]:
                     "reason": reasons[name][1],
                     "shape": list(value.shape),
                     "bytes": value.nbytes,
-                    "lines": [line.strip() for line in reading if re.search(rf" = .*residuals\.{name}\b", line)],
+                    "lines": [
+                        line.strip() for line in reading if re.search(rf" = .*residuals\.{name}\b", line)
+                    ],
                     "needed_for": needed_for,
                 }
             )

@@ -123,7 +123,9 @@ def compile_program(
     return program, cost_of(lowered, program, traced, *args, calls=calls, steps=options.get("steps", 1))
 
 
-def cost_of(lowered: Any, program: Any, function: Any, *args: Any, calls: int = 1, steps: int = 1) -> dict[str, Any]:
+def cost_of(
+    lowered: Any, program: Any, function: Any, *args: Any, calls: int = 1, steps: int = 1
+) -> dict[str, Any]:
     """Returns the cost of `calls` of a program, compiled of `function`. XLA counts the body of a
     loop of `steps` once.
 
@@ -152,8 +154,14 @@ def training_kinds(cfg: ModelConfig) -> list[TrainingKind]:
     every = all_trainable(cfg)
     lora = lora_only(cfg, ADAPTER)
     # The last block alone: no norm above it, no head.
-    last = TrainablePaths(frozenset(path for path in every.weights if path.startswith(f"blocks/{cfg.layers - 1}/")))
-    halves = {f"{end} half frozen": select_trainable(cfg, freeze=[f"{end}:{half}"])[0] for end in ("bottom", "top") if half}
+    last = TrainablePaths(
+        frozenset(path for path in every.weights if path.startswith(f"blocks/{cfg.layers - 1}/"))
+    )
+    halves = {
+        f"{end} half frozen": select_trainable(cfg, freeze=[f"{end}:{half}"])[0]
+        for end in ("bottom", "top")
+        if half
+    }
     fine_tuning = {
         "full fine-tuning": every,
         **halves,
@@ -197,7 +205,9 @@ def training_row(
     step = TrainingStep(cfg, tx, new_state(tx, trainable), frozen, data, objective=objective)
     program = functools.partial(train_step, cfg, tx, objective=objective)
     cost = cost_of(step.lowered, step.program, program, step.state, *step.arguments)
-    walker = jaxpr_cost(functools.partial(loss_and_gradient, cfg, objective=objective), trainable, frozen, data)
+    walker = jaxpr_cost(
+        functools.partial(loss_and_gradient, cfg, objective=objective), trainable, frozen, data
+    )
     update = cost["walker"].elementwise - walker.elementwise
     if 4 * B * T * cfg.vocab > LOGITS_LIMIT:
         loss_chunk = LOSS_CHUNK
@@ -343,7 +353,9 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     )
 
 
-def decode_row(cfg: ModelConfig, params: Any, requests: int, length: int, *, name: str, weights: str | None) -> Row:
+def decode_row(
+    cfg: ModelConfig, params: Any, requests: int, length: int, *, name: str, weights: str | None
+) -> Row:
     """Returns the row that decodes STEPS tokens greedily for each of `requests`, after `length`
     cached tokens.
 
@@ -371,7 +383,8 @@ def decode_row(cfg: ModelConfig, params: Any, requests: int, length: int, *, nam
         run,
         lambda: params,
         tokens=requests * STEPS,
-        formula=decode_program_flops(cfg, rows, capacity, int16_activations=int16_activation_matrices(params)) * STEPS,
+        formula=decode_program_flops(cfg, rows, capacity, int16_activations=int16_activation_matrices(params))
+        * STEPS,
         slots=requests,
         series=weights and f"{weights} weights",
         dtype=weights or cfg.dtype,
@@ -385,7 +398,11 @@ def int16_activation_matrices(params: Any) -> set[str]:
     int8 digits.
     """
     leaves = leaf_paths(params).items()
-    return {path.rpartition("/")[2] for path, leaf in leaves if isinstance(leaf, Int8) and leaf.activations == "int16"}
+    return {
+        path.rpartition("/")[2]
+        for path, leaf in leaves
+        if isinstance(leaf, Int8) and leaf.activations == "int16"
+    }
 
 
 def uncached_decode(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Any:
@@ -401,7 +418,9 @@ def uncached_decode(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Any:
     return lambda: program(params, rows)
 
 
-def _predicted(cfg: ModelConfig, slots: int, length: int, *, calls: int = 1, **options: Any) -> dict[str, Any]:
+def _predicted(
+    cfg: ModelConfig, slots: int, length: int, *, calls: int = 1, **options: Any
+) -> dict[str, Any]:
     """Returns the fields `predicted_bytes` and `traffic` of a Row; arguments as of
     `inference_memory`, for so many calls.
     """

@@ -63,7 +63,10 @@ class StepFlags:
 def measure_step(flags: StepFlags) -> Json:
     """Measures what --of names, prints its tables and returns the document."""
     for field in dataclasses.fields(flags):
-        if field.name not in ("json", "out", "of", *USED[flags.of]) and getattr(flags, field.name) != field.default:
+        if (
+            field.name not in ("json", "out", "of", *USED[flags.of])
+            and getattr(flags, field.name) != field.default
+        ):
             raise UserError(f"--of {flags.of} does not use --{field.name.replace('_', '-')}.")
     if flags.of == "recipes":
         return show_experiments()
@@ -77,7 +80,9 @@ def measure_step(flags: StepFlags) -> Json:
     from bench.step import ways
 
     if flags.of == "saving":
-        return ways.measure_saving(flags.preset, flags.interval, flags.batch, flags.context, flags.steps, flags.rounds)
+        return ways.measure_saving(
+            flags.preset, flags.interval, flags.batch, flags.context, flags.steps, flags.rounds
+        )
     if flags.model:
         model = load(flags.model)
         tokens = flags.batch * flags.context
@@ -91,7 +96,9 @@ def measure_step(flags: StepFlags) -> Json:
         else:
             model = BenchModel(str(shape), inputs.cfg, inputs.params)
             steps = ways.finetuning_ways(model, shape.batch, shape.tokens, flags.rank)
-        documents.append(ways.measure_ways(str(shape), steps, shape.batch * shape.tokens, flags.dtype, flags.rounds))
+        documents.append(
+            ways.measure_ways(str(shape), steps, shape.batch * shape.tokens, flags.dtype, flags.rounds)
+        )
     return {"shapes": documents}
 
 

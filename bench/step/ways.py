@@ -56,7 +56,9 @@ def make_way(
     rows, tokens = batch.tokens.shape
     flops = train_flops(cfg, tokens, attention="full", trainable=paths).total * rows * tokens
     tx = make_optimizer(OptimizerConfig(kind=kind))
-    return Way(TrainingStep(cfg, tx, new_state(tx, trainable), frozen, batch, compiler_options=options), flops)
+    return Way(
+        TrainingStep(cfg, tx, new_state(tx, trainable), frozen, batch, compiler_options=options), flops
+    )
 
 
 def optimizer_ways(inputs: StepInputs) -> dict[str, Way]:
@@ -70,7 +72,9 @@ def finetuning_ways(model: BenchModel, rows: int, tokens: int, rank: int) -> dic
     """
     cfg = model.cfg
     params = model.params
-    data = next_token_batch(tokens_for(model, rows, tokens + 1))._replace(segments=jnp.ones((rows, tokens), jnp.int32))
+    data = next_token_batch(tokens_for(model, rows, tokens + 1))._replace(
+        segments=jnp.ones((rows, tokens), jnp.int32)
+    )
 
     def make(trainable: Any, frozen: Any, paths: TrainablePaths, **options: Any) -> Any:
         return make_way(cfg, trainable, frozen, data, paths, **options)
@@ -96,7 +100,9 @@ def measure_ways(name: str, ways: Mapping[str, Way], tokens: int, dtype: str, ro
     """
     progress(f"measuring {name} ...")
     multiply, product_flops = square_product(dtype)
-    timings = measure({"product": multiply} | {way: each.step for way, each in ways.items()}, rounds=rounds, warmups=2)
+    timings = measure(
+        {"product": multiply} | {way: each.step for way, each in ways.items()}, rounds=rounds, warmups=2
+    )
     first = next(iter(ways))
     ceiling = product_flops / timings["product"].median / 1e9
     rows = []
@@ -138,7 +144,9 @@ def measure_ways(name: str, ways: Mapping[str, Way], tokens: int, dtype: str, ro
     return {"shape": name, "dtype": dtype, "ceiling_gflops": ceiling, "rows": rows}
 
 
-def measure_saving(preset_name: str, interval: float, batch: int, context: int, steps: int, rounds: int) -> Json:
+def measure_saving(
+    preset_name: str, interval: float, batch: int, context: int, steps: int, rounds: int
+) -> Json:
     """Measures how long saving a checkpoint stops training, and how much its write slows the steps
     beside it; prints the table.
 
@@ -186,7 +194,9 @@ def measure_saving(preset_name: str, interval: float, batch: int, context: int, 
         def report(done: int, total: int) -> None:
             progress(f"round {done} of {total}")
 
-        timings = measure({"alone": alone, "beside": beside}, rounds=rounds, warmups=0, report=report, seconds_of=float)
+        timings = measure(
+            {"alone": alone, "beside": beside}, rounds=rounds, warmups=0, report=report, seconds_of=float
+        )
     times = list(zip(timings["alone"].seconds, timings["beside"].seconds, counts))
     slowed = [(beside - alone) * count for alone, beside, count in times]
     rows = {

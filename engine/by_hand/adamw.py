@@ -33,7 +33,9 @@ def global_norm(tree: Params) -> float:
     return sum(float(np.vdot(leaf, leaf)) for leaf in leaves(tree)) ** 0.5
 
 
-def step(cfg: AdamWConfig, params: Params, gradient: Params, moments: Moments, factor: float = 1.0) -> tuple[Params, Moments]:
+def step(
+    cfg: AdamWConfig, params: Params, gradient: Params, moments: Moments, factor: float = 1.0
+) -> tuple[Params, Moments]:
     """Takes a step: returns new params and moments. `factor` is the schedule's, on the learning
     rate.
 
@@ -50,7 +52,9 @@ def step(cfg: AdamWConfig, params: Params, gradient: Params, moments: Moments, f
     rate = cfg.learning_rate * float(factor)
 
     first = tree_map(lambda m, g: cfg.beta1 * m + (1 - cfg.beta1) * shrink * g, moments.first, gradient)
-    second = tree_map(lambda v, g: cfg.beta2 * v + (1 - cfg.beta2) * (shrink * g) ** 2, moments.second, gradient)
+    second = tree_map(
+        lambda v, g: cfg.beta2 * v + (1 - cfg.beta2) * (shrink * g) ** 2, moments.second, gradient
+    )
 
     def update(p: ndarray, m: ndarray, v: ndarray) -> ndarray:
         direction = (m / correction1) / (np.sqrt(v / correction2) + cfg.eps)

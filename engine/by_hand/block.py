@@ -127,7 +127,9 @@ def feed_forward(cfg: ModelConfig, w: BlockWeights, x: ndarray) -> ndarray:
     return x + project(swiglu(project(h, w["gate"]), project(h, w["up"])), w["down"])
 
 
-def feed_forward_with_residuals(cfg: ModelConfig, w: BlockWeights, x: ndarray) -> tuple[ndarray, SwigluResiduals]:
+def feed_forward_with_residuals(
+    cfg: ModelConfig, w: BlockWeights, x: ndarray
+) -> tuple[ndarray, SwigluResiduals]:
     h = rms_norm(x, w["mlp_norm"], cfg.eps)
     gate = project(h, w["gate"])
     up = project(h, w["up"])
@@ -165,7 +167,9 @@ def _project_heads(cfg: ModelConfig, w: BlockWeights, h: ndarray) -> tuple[ndarr
     return tuple(heads)
 
 
-def _rotate(cfg: ModelConfig, w: BlockWeights, heads: tuple[ndarray, ...], tables: PositionTables) -> list[ndarray]:
+def _rotate(
+    cfg: ModelConfig, w: BlockWeights, heads: tuple[ndarray, ...], tables: PositionTables
+) -> list[ndarray]:
     """q (B, T, N, H), k and v (B, T, K, H) -> (B, K, G T, H) and (B, K, T, H): q and k normed and
     rotated.
     """

@@ -146,12 +146,15 @@ def _tables(
     # NumPy would look up a negative token at the table's end.
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < cfg.vocab:
         raise UserError(
-            f"Tokens lie between {tokens.min()} and {tokens.max()}; this model's vocabulary is 0 to {cfg.vocab - 1}."
+            f"Tokens lie between {tokens.min()} and {tokens.max()}; this model's vocabulary is 0 "
+            f"to {cfg.vocab - 1}."
         )
     T = tokens.shape[1]
     if positions is None:
         positions = np.arange(T)[None]
-    return block.PositionTables(*layers.rope_tables(cfg, positions, params["embed"].dtype), layers.causal_mask(segments, T))
+    return block.PositionTables(
+        *layers.rope_tables(cfg, positions, params["embed"].dtype), layers.causal_mask(segments, T)
+    )
 
 
 def generate(
@@ -164,7 +167,10 @@ def generate(
     but the last row. Raises UserError for a prompt that is empty or leaves no room.
     """
     if not 0 < len(prompt) < cfg.context:
-        raise UserError(f"The prompt has {len(prompt)} tokens; from 1 to {cfg.context - 1} fit a context of {cfg.context}.")
+        raise UserError(
+            f"The prompt has {len(prompt)} tokens; from 1 to {cfg.context - 1} fit a context of "
+            f"{cfg.context}."
+        )
     text = list(prompt)
     for _ in range(min(max_tokens, cfg.context - len(prompt))):
         token = int(forward(cfg, params, np.array([text]))[0, -1].argmax())
@@ -194,7 +200,10 @@ def to_numpy(params: Any) -> Params:
     tree = convert("", params)
     kinds = sorted({leaf.dtype.name for leaf in leaves(tree)})
     if kinds not in (["float32"], ["float64"]):
-        raise UserError(f"The by-hand model computes in float32 or in float64, and these weights are {' and '.join(kinds)}.")
+        raise UserError(
+            "The by-hand model computes in float32 or in float64, and these weights are "
+            f"{' and '.join(kinds)}."
+        )
     return tree
 
 

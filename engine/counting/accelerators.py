@@ -67,5 +67,7 @@ def find_accelerator(name: str) -> Accelerator:
     """
     known = {name: device for name, device in read_accelerators().items() if device.network_gbs}
     if name not in known:
-        raise UserError(f"There are figures of {', '.join(known)}, not of {name!r}.{did_you_mean(name, [*known])}")
+        raise UserError(
+            f"There are figures of {', '.join(known)}, not of {name!r}.{did_you_mean(name, [*known])}"
+        )
     return known[name]

@@ -110,7 +110,9 @@ def flops_by_layer(
     for paths, known in ((trainable.weights, leaf_shapes(cfg)), (trainable.adapted, target_shapes(cfg))):
         unknown = sorted(paths - known.keys())
         if unknown:
-            raise UserError(f"The model has no parameter {unknown[0]!r}.{did_you_mean(unknown[0], list(known))}")
+            raise UserError(
+                f"The model has no parameter {unknown[0]!r}.{did_you_mean(unknown[0], list(known))}"
+            )
     if cfg.scan:
         weights = _in_every_block(cfg, trainable.weights)
         trainable = TrainablePaths(weights, _in_every_block(cfg, trainable.adapted), trainable.rank)
@@ -170,7 +172,9 @@ class _Counter:
         """
         weights = self.trainable.weights
         shapes = self.cfg.matrices
-        folded = self.cfg.dtype != "float32" and all(prefix + name in weights and self.rows > shapes[name][1] for name in names)
+        folded = self.cfg.dtype != "float32" and all(
+            prefix + name in weights and self.rows > shapes[name][1] for name in names
+        )
         self.live |= prefix + gain in weights and not folded
         trained = [self.multiply(prefix + name, *shapes[name]) for name in names]
         self.live |= any(trained)
@@ -190,7 +194,9 @@ class _Counter:
         queries, keys = (trains(name) or f"{prefix}{name}_norm" in weights for name in "qk")
         self.live |= queries or keys or values
         # Each half of the forward: dV, dP (on which dQ and dK depend), dQ, dK.
-        self.add("attention", PassFlops(square, dx=square // 2 * sum((values, queries or keys, queries, keys))))
+        self.add(
+            "attention", PassFlops(square, dx=square // 2 * sum((values, queries or keys, queries, keys)))
+        )
         self.live |= self.multiply(prefix + "out", *cfg.matrices["out"])
         self.norm_and_multiply(prefix, "mlp_norm", JOINED["gate_up"])
         self.live |= self.multiply(prefix + "down", *cfg.matrices["down"])
@@ -273,7 +279,9 @@ def prefill_program_flops(cfg: ModelConfig, slots: int, tokens: int, capacity: i
     return Flops(parts | {"head": parts["head"] * _times(slots)}) * slots
 
 
-def decode_program_flops(cfg: ModelConfig, slots: int, capacity: int, *, int16_activations: Collection[str] = ()) -> Flops:
+def decode_program_flops(
+    cfg: ModelConfig, slots: int, capacity: int, *, int16_activations: Collection[str] = ()
+) -> Flops:
     """Returns the FLOPs of decoding one token for each of `slots`, with a cache of `capacity`
     places.
 

@@ -42,7 +42,8 @@ RATES = (*_RATE_OF_DTYPE.values(), "read_gbs", "update_gbs")
 
 MEASURE_PROGRAM = (
     "from engine.device import keep_freed_memory; keep_freed_memory(); import dataclasses, json; "
-    "from engine.counting.hardware import measure_ceilings; print(json.dumps(dataclasses.asdict(measure_ceilings())))"
+    "from engine.counting.hardware import measure_ceilings; "
+    "print(json.dumps(dataclasses.asdict(measure_ceilings())))"
 )
 
 clock = time.perf_counter
@@ -123,7 +124,9 @@ def measure_ceilings(report: Callable[[int, int], None] | None = None) -> Ceilin
 
 
 def measure_apart() -> Ceilings | None:
-    """Measures the rates in a process of its own, whose arrays are not this one's memory. Returns None where that fails."""
+    """Measures the rates in a process of its own, whose arrays are not this one's memory. Returns
+    None where that fails.
+    """
     command = [sys.executable, "-c", MEASURE_PROGRAM]
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     with contextlib.suppress(ValueError, TypeError):
@@ -168,7 +171,9 @@ def _streams(numbers: int) -> dict[str, Callable[[], Any]]:
 
 
 def best_ceilings(first: Ceilings, second: Ceilings) -> Ceilings:
-    return dataclasses.replace(first, **{rate: max(getattr(first, rate), getattr(second, rate)) for rate in RATES})
+    return dataclasses.replace(
+        first, **{rate: max(getattr(first, rate), getattr(second, rate)) for rate in RATES}
+    )
 
 
 def saved_ceilings() -> Ceilings | None:
@@ -206,11 +211,15 @@ def _load() -> float:
 
 
 def _read_ceilings() -> tuple[Ceilings | None, float]:
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+    with contextlib.suppress(
+        OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError
+    ):
         saved = json.loads(read_limited(_ceilings_file(), MAX_BYTES))
         load = float(saved.pop("load"))
         ceilings = Ceilings(**saved)
-        if all(math.isfinite(rate) and rate >= 0 for rate in (load, *(getattr(ceilings, rate) for rate in RATES))):
+        if all(
+            math.isfinite(rate) and rate >= 0 for rate in (load, *(getattr(ceilings, rate) for rate in RATES))
+        ):
             return ceilings, load
     return None, sys.float_info.max
 
@@ -290,11 +299,15 @@ def device_memory_bytes() -> int:
     return (stats or {}).get("bytes_limit") or memory_limit_bytes()
 
 
-def require_memory(needed: int, what: str, remedy: str, *, detail: str = "", limit: int | None = None) -> None:
+def require_memory(
+    needed: int, what: str, remedy: str, *, detail: str = "", limit: int | None = None
+) -> None:
     """Raises UserError when more bytes are needed than `limit`, by default the memory this process
     may use.
     """
     if limit is None:
         limit = memory_limit_bytes()
     if needed > limit:
-        raise UserError(f"{what} {format_bytes(needed)}{detail}, and {format_bytes(limit)} are available; {remedy}")
+        raise UserError(
+            f"{what} {format_bytes(needed)}{detail}, and {format_bytes(limit)} are available; {remedy}"
+        )

@@ -171,7 +171,9 @@ def _step(equation: JaxprEqn, read: Collection[int]) -> JaxprCost:
     if name == "dot_general":
         return JaxprCost(matmul=_dot(equation))
     if name == "cond":
-        return max(map(_program, equation.params["branches"]), key=lambda work: (work.flops, work.transcendental))
+        return max(
+            map(_program, equation.params["branches"]), key=lambda work: (work.flops, work.transcendental)
+        )
     if name in _ATOMS:
         inner = []
     else:
@@ -230,7 +232,9 @@ _REDUCTIONS = frozenset(
     }
 )
 # Their inner program combines two numbers, however often.
-_ATOMS = frozenset({"scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max", "scatter", "reduce", "sort"})
+_ATOMS = frozenset(
+    {"scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max", "scatter", "reduce", "sort"}
+)
 
 
 def _elementwise(name: str, equation: Any) -> JaxprCost:

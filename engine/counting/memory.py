@@ -118,7 +118,9 @@ def training_memory(
         products += sizes["embed"]  # a frozen head, transposed
     lowest = lowest_gradient(cfg, trainable)
     paths = trainable.weights | trainable.adapted
-    blocks = [rows * _residual_bytes(cfg, tokens, f"blocks/{layer}/", paths) for layer in range(lowest, cfg.layers)]
+    blocks = [
+        rows * _residual_bytes(cfg, tokens, f"blocks/{layer}/", paths) for layer in range(lowest, cfg.layers)
+    ]
     remat = cfg.remat == "block"
     residuals = sum(blocks)
     if remat:
@@ -231,7 +233,9 @@ class Traffic(NamedTuple):
         return sum(self)
 
 
-def train_bytes(cfg: ModelConfig, batch: int, tokens: int, *, trainable: TrainablePaths | None = None) -> Traffic:
+def train_bytes(
+    cfg: ModelConfig, batch: int, tokens: int, *, trainable: TrainablePaths | None = None
+) -> Traffic:
     """Predicts the bytes moved by **a step** of AdamW on `batch` sequences of `tokens`; by default
     everything trains.
 
@@ -240,8 +244,16 @@ def train_bytes(cfg: ModelConfig, batch: int, tokens: int, *, trainable: Trainab
     once for dX and once for remat.
     """
     memory = training_memory(cfg, batch, tokens, trainable=trainable)
-    parts = add_layers(flops_by_layer(dataclasses.replace(cfg, scan=False), 1, attention="full", trainable=trainable)).parts
-    read = sum(parts[name].forward + parts[name].recompute + parts[name].dx for name in (*MATRICES, "head", "lora")) // 2
+    parts = add_layers(
+        flops_by_layer(dataclasses.replace(cfg, scan=False), 1, attention="full", trainable=trainable)
+    ).parts
+    read = (
+        sum(
+            parts[name].forward + parts[name].recompute + parts[name].dx
+            for name in (*MATRICES, "head", "lora")
+        )
+        // 2
+    )
     width = dtype_bytes(cfg)
     # trainable matrices, read in one type and written in the other
     converted = memory.copies // width * (FLOAT32 + width)

@@ -106,7 +106,9 @@ def read_collectives(hlo: str) -> list[Collective]:
     """
     computations = _COMPUTATION.findall(hlo)
     bodies = {name: text.splitlines() for _, name, text in computations}
-    devices = math.prod(map(int, re.findall(r"(?:num_partitions|replica_count)=(\d+)", hlo.partition("\n")[0])))
+    devices = math.prod(
+        map(int, re.findall(r"(?:num_partitions|replica_count)=(\d+)", hlo.partition("\n")[0]))
+    )
 
     @functools.cache
     def inside(name: str) -> list[Collective]:
@@ -149,7 +151,9 @@ def _trip_count(line: str, bodies: dict[str, list[str]]) -> int:
             lines += bodies[name]
     constants = re.findall(r" constant\((\d+)\)", "\n".join(lines))
     if len(constants) != 1 or not any("direction=LT" in text for text in lines):
-        raise UserError(f"The loop {line.split()[0]} holds collectives, and the program does not say how often it runs.")
+        raise UserError(
+            f"The loop {line.split()[0]} holds collectives, and the program does not say how often it runs."
+        )
     return int(constants[0])
 
 
@@ -197,7 +201,9 @@ def _first_group(text: str, devices: int) -> tuple[int, ...]:
             group = [place + step for place, step in itertools.product(group, steps)]
         return tuple(sorted(group))
     if text and not text.startswith("{}"):
-        raise UserError(f"The groups of a collective are written in a way that is not known here: {text[:60]!r}.")
+        raise UserError(
+            f"The groups of a collective are written in a way that is not known here: {text[:60]!r}."
+        )
     return tuple(range(devices))
 
 

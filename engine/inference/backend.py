@@ -16,7 +16,8 @@ from engine.model.ops import computes_in_c
 from engine.model.paths import Params
 from engine.model.weights.blocks import has_only_blocks
 
-MIN_ROWS = 2  # of a decoding program, for one slot too: with one row a CPU's products take a slower path
+# of a decoding program, for one slot too: with one row a CPU's products take a slower path
+MIN_ROWS = 2
 Cache = tuple[KVSegments, TokenCounts]
 
 
@@ -38,7 +39,8 @@ class ByXla:
     """
 
     in_c = False
-    shares_slots = False  # whether a row may read any slot: a single sequence's drafts need no copies then
+    # whether a row may read any slot: a single sequence's drafts need no copies then
+    shares_slots = False
     clears_slots = True  # what an old text left in a segment is multiplied by 0, and must be no NaN
 
     def edges(self, capacity: int, first: int, chunk: int) -> tuple[int, ...]:

@@ -79,14 +79,20 @@ class EngineConfig:
         if not 0 < self.tail <= self.chunk:
             raise UserError(f"The tail must lie between 1 and the chunk of {self.chunk}, not {self.tail}.")
         if (self.segment or 0) % self.chunk:
-            raise UserError(f"The first segment must be a multiple of the chunk of {self.chunk}, not {self.segment}.")
+            raise UserError(
+                f"The first segment must be a multiple of the chunk of {self.chunk}, not {self.segment}."
+            )
         if (self.prefix_cache_bytes or 0) < 0:
-            raise UserError(f"prefix_cache_bytes must be 0 (no prefix cache) or more, not {self.prefix_cache_bytes}.")
+            raise UserError(
+                f"prefix_cache_bytes must be 0 (no prefix cache) or more, not {self.prefix_cache_bytes}."
+            )
         if self.kv_dtype not in get_args(KVDtype):
             raise UserError(f"kv_dtype must be one of {', '.join(get_args(KVDtype))}, not {self.kv_dtype!r}.")
 
     @classmethod
-    def for_prompts(cls, cfg: ModelConfig, prompts: Collection[tuple[int, ...]], capacity: int | None = None) -> "EngineConfig":
+    def for_prompts(
+        cls, cfg: ModelConfig, prompts: Collection[tuple[int, ...]], capacity: int | None = None
+    ) -> "EngineConfig":
         """Returns the options of an engine that completes these prompts at once: few programs, and
         no slot more.
 
@@ -172,7 +178,9 @@ class EngineConfig:
         prefix = slot if self.prefix_cache_bytes is None else self.prefix_cache_bytes
         parameters = count_params(cfg).total
         if self.adapters:
-            parameters += (self.adapters + 1) * self.adapter_rank * cfg.layers * sum(map(sum, cfg.matrices.values()))
+            parameters += (
+                (self.adapters + 1) * self.adapter_rank * cfg.layers * sum(map(sum, cfg.matrices.values()))
+            )
         return self.slots * slot + prefix + int(parameters * BYTES[self.weights or cfg.dtype])
 
     def slot_bytes(self, cfg: ModelConfig, capacity: int) -> int:

@@ -16,16 +16,23 @@ import numpy as np
 from engine.errors import UserError
 from engine.text.tokenizer import Tokenizer
 
-MAX_BYTES = 65_536  # of a grammar: the time to compile a schema grows with the square of its properties, to about 1 s
+MAX_BYTES = (
+    # of a grammar: the time to compile a schema grows with the square of its properties, to about 1
+    # s
+    65_536
+)
 MAX_FORCED_BYTES = 16_384  # with which every text would begin
 MAX_DEPTH = 100  # of a schema
-MAX_MULTIPLE = 10_000  # of `multipleOf`, without its point: the time to compile it grows with the square
+# of `multipleOf`, without its point: the time to compile it grows with the square
+MAX_MULTIPLE = 10_000
 # Bounds on what a token may cost, and on the memory of a completion: a grammar that exceeds them
 # ends it.
 LIMITS = {"step_max_items": 20_000, "max_lexer_states": 50_000, "verbose_errors": False}
 # The formats of strings that are enforced. JSON Schema lets any other be a note for people, as
 # OpenAPI's `password` is.
-FORMATS = frozenset(("date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"))
+FORMATS = frozenset(
+    ("date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid")
+)
 # JSON as Python's `json.dumps` writes it. With free white space next to nothing would be forced,
 # and a model may write line ends for ever.
 JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -122,9 +129,13 @@ class GrammarCompiler:
         try:
             import llguidance
         except ImportError:
-            raise UserError("Grammars need llguidance: install the extra `serve` (uv sync --extra serve).") from None
+            raise UserError(
+                "Grammars need llguidance: install the extra `serve` (uv sync --extra serve)."
+            ) from None
         self._library: Any = llguidance
-        self._tokenizer = self._library.LLTokenizer(_Vocabulary(tokenizer, vocab, min(end_ids)), vocab, sorted(end_ids))
+        self._tokenizer = self._library.LLTokenizer(
+            _Vocabulary(tokenizer, vocab, min(end_ids)), vocab, sorted(end_ids)
+        )
         self._limits = self._library.LLParserLimits(**LIMITS)
         self._end_ids = frozenset(end_ids)
 
@@ -134,8 +145,11 @@ class GrammarCompiler:
         """
         check_size(grammar)
         matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
-        trial = Constraint(matcher.deep_copy(), self._end_ids)  # a beginning that has no end shows in the first mask, or in
-        trial.fill(np.zeros((1, -(-self._tokenizer.vocab_size // 32)), np.uint32), [0], [])  # what is forced
+        trial = Constraint(
+            matcher.deep_copy(), self._end_ids
+        )  # a beginning that has no end shows in the first mask, or in
+        # what is forced
+        trial.fill(np.zeros((1, -(-self._tokenizer.vocab_size // 32)), np.uint32), [0], [])
         if trial.failed:
             raise UserError(_explain(trial._matcher.get_error()))
         if len(trial._matcher.compute_ff_bytes()) > MAX_FORCED_BYTES:
@@ -188,7 +202,8 @@ def check_size(text: str) -> None:
 
 
 def choice_grammar(choices: Sequence[str]) -> str:
-    return f"start: CHOICE\nCHOICE: {' | '.join(map(json.dumps, choices))}"  # a terminal may have thousands, and a rule not
+    # a terminal may have thousands, and a rule not
+    return f"start: CHOICE\nCHOICE: {' | '.join(map(json.dumps, choices))}"
 
 
 def regex_grammar(pattern: str) -> str:
@@ -260,14 +275,19 @@ def _checked(schema: Any, depth: int, lenient: bool) -> Any:
     required = schema.get("required")
     names = len({*map(str, required)}) if isinstance(required, list) else 0
     if not lenient and isinstance(least, int) and least > max(1, names):
-        raise UserError(f"minProperties {least} cannot be enforced, for a name that is not required may come twice")
+        raise UserError(
+            f"minProperties {least} cannot be enforced, for a name that is not required may come twice"
+        )
     for name, value in schema.items():
         if name == "format" and isinstance(value, str) and value not in FORMATS:
             continue
         if name == "pattern" and isinstance(value, str):
             checked[name] = _rust_pattern(value)
         elif name == "patternProperties" and isinstance(value, dict):
-            checked[name] = {_rust_pattern(pattern): _checked(inner, depth + 2, lenient) for pattern, inner in value.items()}
+            checked[name] = {
+                _rust_pattern(pattern): _checked(inner, depth + 2, lenient)
+                for pattern, inner in value.items()
+            }
         else:
             inner = _checked(value, depth + 1, lenient)
             if name in ("const", "enum"):
@@ -307,5 +327,10 @@ def _digits(number: float) -> int:
 def _explain(error: str) -> str:
     if "NoExtension" in error:
         return "no text satisfies it"
-    error = re.sub(r"^at \d+\(\d+\): (?:failed to compile JSON schema: )?|\n *\d+ \| .*|<non-verbose/>", "", error, flags=re.S)
+    error = re.sub(
+        r"^at \d+\(\d+\): (?:failed to compile JSON schema: )?|\n *\d+ \| .*|<non-verbose/>",
+        "",
+        error,
+        flags=re.S,
+    )
     return re.sub(r"\s+", " ", error).strip()[:300]

@@ -61,7 +61,9 @@ def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Para
 
 
 @jax.jit(static_argnames="cfg", donate_argnames="cache")
-def prefill(cfg: ModelConfig, params: Params, tokens: Array, lengths: Array, cache: KVCache) -> tuple[Array, KVCache]:
+def prefill(
+    cfg: ModelConfig, params: Params, tokens: Array, lengths: Array, cache: KVCache
+) -> tuple[Array, KVCache]:
     """tokens (B, T) int32, the first lengths (B,) of each row real -> logits (B, V) float32 after
     the last real one, cache.
 

@@ -34,7 +34,9 @@ from engine.model.transformer import Params
 from engine.model.weights.lora import LoRA
 
 HITS_AT_ONCE = 16  # chunks that a step copies from the prefix cache at most
-MAX_TAILS = 2  # that a chunk is computed in, alone or after a cached prefix: more take longer than the whole chunk
+MAX_TAILS = (
+    2  # that a chunk is computed in, alone or after a cached prefix: more take longer than the whole chunk
+)
 IDLE_SAMPLING = SamplingParams(temperature=0.0)  # of rows not in use: greedy decoding costs no sampling
 
 
@@ -51,14 +53,20 @@ class Engine:
         if capacity is None:
             capacity = cfg.context
         if not 2 <= capacity <= cfg.context:
-            raise UserError(f"capacity must be between 2 and the model's context of {cfg.context}, not {capacity}.")
+            raise UserError(
+                f"capacity must be between 2 and the model's context of {cfg.context}, not {capacity}."
+            )
         self.cfg = cfg
         self.capacity = capacity
         self.config = dataclasses.replace(config, capacity=capacity)
         self.rows = config.rows
         self.prefix_cache = PrefixCache(config.prefix_cache_bytes or 0)
-        self.tails_are_exact = False  # whether a chunk computed in tails has the bits of one computed at once; `warm` finds out
-        self.few_rows = 0  # of the smaller decoding program, if a row has the same bits there; `warm` finds out
+        self.tails_are_exact = (
+            False  # whether a chunk computed in tails has the bits of one computed at once; `warm` finds out
+        )
+        self.few_rows = (
+            0  # of the smaller decoding program, if a row has the same bits there; `warm` finds out
+        )
         self.steps_decoded = 0  # so far, each of all rows at once
         self.step_times = StepTimes()
         self.used_slots: set[int] = set()  # that may hold another text
@@ -99,7 +107,9 @@ class Engine:
         """
         check_request(request, self.cfg.vocab, self.capacity)
         if not 0 <= request.adapter_index <= self.config.adapters:
-            raise InvalidField("adapter", f"There are {self.config.adapters} adapters, and none at {request.adapter_index}.")
+            raise InvalidField(
+                "adapter", f"There are {self.config.adapters} adapters, and none at {request.adapter_index}."
+            )
         return self.scheduler.submit(request, priority).id
 
     def queue_position(self, priority: int) -> int:
@@ -124,8 +134,12 @@ class Engine:
         """Returns an index of the stacks that is neither `in_use` nor a request's, waiting or
         running, or None.
         """
-        held = {sequence.request.adapter_index for sequence in (*self.scheduler.waiting, *self.scheduler.running)}
-        return next((index for index in range(1, self.config.adapters + 1) if index not in held.union(in_use)), None)
+        held = {
+            sequence.request.adapter_index for sequence in (*self.scheduler.waiting, *self.scheduler.running)
+        }
+        return next(
+            (index for index in range(1, self.config.adapters + 1) if index not in held.union(in_use)), None
+        )
 
     def cancel(self, id: int) -> bool:
         return self.scheduler.cancel(id)
@@ -143,7 +157,9 @@ class Engine:
         self.step_times.begin("schedule")
         for sequence in self.scheduler.admit():
             request = sequence.request
-            sequence.prefix_key = root_key(request.namespace, request.adapter.digest if request.adapter else "")
+            sequence.prefix_key = root_key(
+                request.namespace, request.adapter.digest if request.adapter else ""
+            )
             if sequence.slot in self.used_slots and self.backend.clears_slots:
                 self.step_times.begin("clear_slot")
                 self.runner.clear(sequence.slot, sequence.max_positions)
@@ -160,7 +176,9 @@ class Engine:
                 return self._decode(batch)
         return []
 
-    def warm(self, report: Callable[[int, int], None] | None = None, ahead: Iterable[tuple[str, int]] = ()) -> None:
+    def warm(
+        self, report: Callable[[int, int], None] | None = None, ahead: Iterable[tuple[str, int]] = ()
+    ) -> None:
         """Compiles every program and runs each; nothing is compiled after that. Compares bits to
         set `tails_are_exact` and `few_rows`.
 
@@ -206,7 +224,9 @@ class Engine:
             rows = make_rows(position, np.zeros_like(position), self.config.slots)
             masks = make_token_masks(R, self.cfg.vocab)
             sampling = [SamplingParams(seed=1)] * R
-            sampled = self.runner.decode(np.zeros_like(position), rows, sampling, masks, STEPS, True, np.zeros_like(position))
+            sampled = self.runner.decode(
+                np.zeros_like(position), rows, sampling, masks, STEPS, True, np.zeros_like(position)
+            )
             results.append([(sampled.token[step, 0], sampled.logprob[step, 0]) for step in range(STEPS)])
         return results[0] == results[1]
 
@@ -259,7 +279,9 @@ class Engine:
             return []
         self.scheduler.finish(sequence)
         embedding = sequence.hidden_sum / len(sequence.request.prompt)
-        return [Event(sequence.id, [], "length" if np.isfinite(embedding).all() else "error", embedding=embedding)]
+        return [
+            Event(sequence.id, [], "length" if np.isfinite(embedding).all() else "error", embedding=embedding)
+        ]
 
     def _copy_cached(self, sequence: Sequence, tokens: tuple[int, ...]) -> int:
         """Copies the next chunk of a prompt, or its beginning, from the prefix cache; returns the
@@ -289,7 +311,9 @@ class Engine:
         padded: Any = np.full((1, size), -1, np.int32)
         padded[0, : len(tokens)] = tokens
         self.step_times.begin("prefill_tail" if size < self.config.chunk else "prefill_chunk")
-        return self.runner.prefill(padded, sequence.slot, sequence.prefilled_tokens, sequence.request.adapter_index)
+        return self.runner.prefill(
+            padded, sequence.slot, sequence.prefilled_tokens, sequence.request.adapter_index
+        )
 
     def _cache(self, sequence: Sequence, tokens: tuple[int, ...], start: int) -> None:
         size = self.config.chunk

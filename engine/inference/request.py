@@ -66,9 +66,13 @@ class SamplingParams:
     min_tokens: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop_token_ids", frozenset(token_ids("stop_token_ids", self.stop_token_ids)))
+        object.__setattr__(
+            self, "stop_token_ids", frozenset(token_ids("stop_token_ids", self.stop_token_ids))
+        )
         if not isinstance(self.logit_bias, Mapping):
-            raise InvalidField("logit_bias", f"logit_bias must be tokens with a number each, not {self.logit_bias!r:.60}.")
+            raise InvalidField(
+                "logit_bias", f"logit_bias must be tokens with a number each, not {self.logit_bias!r:.60}."
+            )
         bias = dict(zip(token_ids("logit_bias", self.logit_bias), self.logit_bias.values()))
         object.__setattr__(self, "logit_bias", bias)
         for name, allowed in RANGES.items():
@@ -78,11 +82,15 @@ class SamplingParams:
             elif name != "logprobs" or self.logprobs is not None:
                 allowed.check(name, getattr(self, name))
         if self.min_tokens > self.max_tokens:
-            raise InvalidField("min_tokens", f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}.")
+            raise InvalidField(
+                "min_tokens", f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}."
+            )
 
     @property
     def adjusts_logits(self) -> bool:
-        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1 or self.logit_bias)
+        return bool(
+            self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1 or self.logit_bias
+        )
 
     def within(self, room: int) -> "SamplingParams":
         """Returns these for a completion that has room for so many tokens; a room below 1 is
@@ -193,11 +201,14 @@ def check_request(request: Request, vocab: int, capacity: int) -> None:
             raise InvalidField(name, f"The {name} holds a token outside the vocabulary of {vocab}.")
     if len(prompt) >= capacity:
         raise InvalidField(
-            "prompt", f"The prompt has {len(prompt)} tokens, and at most {capacity} fit with the answer. Shorten the prompt."
+            "prompt",
+            f"The prompt has {len(prompt)} tokens, and at most {capacity} fit with the answer. "
+            "Shorten the prompt.",
         )
     if len(prompt) + sampling.max_tokens > capacity:
         raise InvalidField(
             "prompt",
-            f"The prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}; together at most {capacity} fit. "
+            f"The prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}; "
+            f"together at most {capacity} fit. "
             "Shorten the prompt, or ask for fewer tokens.",
         )

@@ -81,7 +81,9 @@ class SampledTokens(NamedTuple):
     top_logprobs: Array  # (STEPS, R, X) float32
 
 
-def _like_prefilled(params: Params, segments: KVSegments, tokens: Array, embeds: Array | None, *_: Any) -> Any:
+def _like_prefilled(
+    params: Params, segments: KVSegments, tokens: Array, embeds: Array | None, *_: Any
+) -> Any:
     return embeds, segments
 
 
@@ -107,7 +109,9 @@ def prefill_chunk(
     T = tokens.shape[1]
     rows = CacheRows(start[None], slot[None], jnp.zeros((1,), jnp.int32), slot[None], is_token)
     params = with_stacks(cfg, params, *adapters)
-    hidden, cache = hidden_states(cfg, params, tokens, (start + jnp.arange(T))[None], segmented_cache(segments, rows))
+    hidden, cache = hidden_states(
+        cfg, params, tokens, (start + jnp.arange(T))[None], segmented_cache(segments, rows)
+    )
     summed = None if embeds is None else jnp.where(is_token[..., None], hidden.astype(jnp.float32), 0).sum(1)
     return summed, layout.pin_cache(cache.segments)
 
@@ -149,7 +153,9 @@ def decode_slots(
         logits = logits[:, 0]
         with jax.named_scope("sample"):
             is_any_adjusted = sampling.adjusts_logits.any()
-            adjusted = jax.lax.cond(is_any_adjusted, adjust_logits, _unchanged, logits, counts, rows.slot, sampling)
+            adjusted = jax.lax.cond(
+                is_any_adjusted, adjust_logits, _unchanged, logits, counts, rows.slot, sampling
+            )
             masked = masks.steps > i
             allowed = jax.lax.cond(masked.any(), mask_logits, _unchanged, adjusted, masked, masks.allowed)
             token = sample(allowed, position + 1, sampling)
@@ -337,7 +343,9 @@ def empty_stacks(params: Params, config: EngineConfig) -> Params | None:
     return make_stacks(params, config.adapters, config.adapter_rank)
 
 
-def make_rows(position: Any, slot: Any, slots: int, draft_writes: Iterable[tuple[int, int]] = ()) -> CacheRows:
+def make_rows(
+    position: Any, slot: Any, slots: int, draft_writes: Iterable[tuple[int, int]] = ()
+) -> CacheRows:
     """Makes the CacheRows of R rows at position (R,) int32 of slot (R,) int32.
 
     Row r is written to its slot, and each (row, slot) of `draft_writes` too: there is room for a
@@ -431,7 +439,9 @@ class ModelRunner:
         self.segments = copy_slot(self.segments, np.int32(slot), padded, np.int32(max_positions))
 
     def set_counts(self, slot: int, prompt: Sequence[int], logit_bias: Mapping[int, float]) -> None:
-        self.counts = set_token_counts(self.counts, np.int32(slot), *count_prompt(prompt, logit_bias, self.cfg.vocab))
+        self.counts = set_token_counts(
+            self.counts, np.int32(slot), *count_prompt(prompt, logit_bias, self.cfg.vocab)
+        )
 
     def decode(
         self,
@@ -468,7 +478,10 @@ class ModelRunner:
         return sampled._replace(**dict(zip(sampled._fields, fetched)))
 
     def warm(
-        self, report: Callable[[int, int], None] | None, ahead: Iterable[tuple[str, int]], to_run_later: Collection[str]
+        self,
+        report: Callable[[int, int], None] | None,
+        ahead: Iterable[tuple[str, int]],
+        to_run_later: Collection[str],
     ) -> None:
         """Compiles every program and runs each once with no row in use, but for those
         `to_run_later`.

@@ -18,7 +18,8 @@ from engine.model.config import ModelConfig
 CANDIDATES = 256  # largest logits, searched first
 BLOCK = 128  # tokens whose weights are summed first
 IN_PROMPT = 1 << 20  # a prompt token's count in `TokenCounts.counts`, above any count in the output
-DTYPES = {"top_k": np.int32, "seed": np.uint32, "adjusts_logits": np.bool_}  # of columns, else float32
+# of columns, else float32
+DTYPES = {"top_k": np.int32, "seed": np.uint32, "adjusts_logits": np.bool_}
 
 
 class SamplingArrays(NamedTuple):
@@ -71,7 +72,9 @@ def make_token_counts(cfg: ModelConfig, slots: int) -> TokenCounts:
     return TokenCounts(jnp.zeros((slots, cfg.vocab)), jnp.zeros((slots, cfg.vocab), jnp.int32))
 
 
-def count_prompt(prompt: Sequence[int], logit_bias: Mapping[int, float], vocab: int) -> tuple[np.ndarray, np.ndarray]:
+def count_prompt(
+    prompt: Sequence[int], logit_bias: Mapping[int, float], vocab: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns a request's bias (V,) float32 and counts (V,) int32 before any output."""
     bias = np.zeros(vocab, np.float32)
     counts = np.zeros(vocab, np.int32)
@@ -192,7 +195,8 @@ def _largest(x: Array, weights: Array, goal: Array) -> Array:
 
     def bisect(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
-        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)  # (low + high + 1) / 2 without the sum
+        # (low + high + 1) / 2 without the sum
+        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)
         enough = jnp.where(keys >= middle[:, None], weights, 0.0).sum(-1) >= goal
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
 
@@ -211,8 +215,12 @@ def _pick(weights: Array, u: Array, otherwise: Array) -> Array:
     edges = jnp.cumsum(blocks.sum(-1), axis=-1)
     target = u * edges[:, -1]
     block = jnp.minimum(jnp.sum(edges <= target[:, None], axis=-1), edges.shape[-1] - 1)
-    before = jnp.where(block > 0, jnp.take_along_axis(edges, jnp.maximum(block - 1, 0)[:, None], axis=-1)[:, 0], 0.0)
+    before = jnp.where(
+        block > 0, jnp.take_along_axis(edges, jnp.maximum(block - 1, 0)[:, None], axis=-1)[:, 0], 0.0
+    )
     inner = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    within = jnp.minimum(jnp.sum(jnp.cumsum(inner, axis=-1) <= (target - before)[:, None], axis=-1), BLOCK - 1)
+    within = jnp.minimum(
+        jnp.sum(jnp.cumsum(inner, axis=-1) <= (target - before)[:, None], axis=-1), BLOCK - 1
+    )
     weight = jnp.take_along_axis(inner, within[:, None], axis=-1)[:, 0]
     return jnp.where(weight > 0, block * BLOCK + within, otherwise).astype(jnp.int32)

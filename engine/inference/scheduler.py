@@ -16,10 +16,13 @@ from engine.inference.request import FinishReason, Request
 
 STEPS = 8  # the most tokens that one dispatch adds to a sequence
 TOKENS_PER_DISPATCH = 32  # about, over all slots, or where idle rows cost little over those in use
-MIN_STEPS = 4  # of a dispatch, for any number of rows. A cancelled request waits for the dispatch to end
+# of a dispatch, for any number of rows. A cancelled request waits for the dispatch to end
+MIN_STEPS = 4
 STEPS_BESIDE_PREFILL = 2  # of a dispatch while a prompt is being prefilled
-STEPS_BETWEEN_DRAFTS = 4  # of a dispatch of a single sequence that has no draft here, and may have one soon
-OLDEST_EVERY = 4  # every so many chunks one goes to the oldest prompt, the others to the shortest rest
+# of a dispatch of a single sequence that has no draft here, and may have one soon
+STEPS_BETWEEN_DRAFTS = 4
+# every so many chunks one goes to the oldest prompt, the others to the shortest rest
+OLDEST_EVERY = 4
 DRAFT_ROWS = 3  # rows, beside its own, in which a single sequence may check draft tokens
 # How often the token that followed the last 1, 2, ... tokens of a text follows again: where
 # measuring begins.
@@ -45,8 +48,10 @@ class Drafter:
 
     def __init__(self, text: Iterable[int]) -> None:
         self._text: list[int] = []
-        self._next: dict[tuple[int, ...], int] = {}  # a few tokens -> the position after them, the last time
-        self.measured = [[2.0, 2.0] for _ in CHANCES]  # for each length: tokens right, and expected to be
+        # a few tokens -> the position after them, the last time
+        self._next: dict[tuple[int, ...], int] = {}
+        # for each length: tokens right, and expected to be
+        self.measured = [[2.0, 2.0] for _ in CHANCES]
         self._share = 2 * MIN_SHARE
         for token in text:
             self._append(token)
@@ -57,7 +62,10 @@ class Drafter:
             self._share = DECAY * self._share + (1 - DECAY) * (draft == token)
             if length:
                 right, expected = self.measured[length - 1]
-                self.measured[length - 1] = [DECAY * right + (draft == token), DECAY * expected + CHANCES[length - 1]]
+                self.measured[length - 1] = [
+                    DECAY * right + (draft == token),
+                    DECAY * expected + CHANCES[length - 1],
+                ]
             self._append(token)
 
     def draft(self, count: int) -> list[int]:
@@ -195,7 +203,9 @@ class Sequence:
             return None
         return drafts
 
-    def accept(self, sampled: Iterable[int | None], drafts: list[int] | None = None) -> tuple[list[int], FinishReason | None]:
+    def accept(
+        self, sampled: Iterable[int | None], drafts: list[int] | None = None
+    ) -> tuple[list[int], FinishReason | None]:
         """Appends the sampled tokens that count; returns them, and the reason if the sequence ends.
 
         None: a token whose logits were no numbers. With `drafts`, each token after the first was
@@ -210,7 +220,12 @@ class Sequence:
                 reason = "grammar"
                 break
             ran_ahead = index > 0 and not drafts
-            if self.constraint and ran_ahead and token is not None and (token in ends or not self.constraint.allows(token)):
+            if (
+                self.constraint
+                and ran_ahead
+                and token is not None
+                and (token in ends or not self.constraint.allows(token))
+            ):
                 self.patience = PATIENCE + len(accepted)
                 break
             if token is None:
@@ -443,7 +458,9 @@ class Scheduler:
         if not self.speculate or len(self.decoding) > 1 or self.prefilling or self.waiting:
             return None
         (sequence,) = self.decoding
-        count = min(DRAFT_ROWS, len(self.spare_rows) or len(self.free) + len(self.copies), sequence.remaining - 1)
+        count = min(
+            DRAFT_ROWS, len(self.spare_rows) or len(self.free) + len(self.copies), sequence.remaining - 1
+        )
         if sequence.request.sampling.adjusts_logits or not sequence.output_tokens or count < 1:
             return None
         return sequence.draft_tokens(count)
@@ -455,7 +472,9 @@ class Scheduler:
         spare = len(self.spare_rows) if self.speculate else 0
         forced: dict[int, list[int]] = {}
         constrained = [
-            (each, each.constraint) for each in decoding if each.constraint and not each.request.sampling.adjusts_logits
+            (each, each.constraint)
+            for each in decoding
+            if each.constraint and not each.request.sampling.adjusts_logits
         ]
         for others, (sequence, constraint) in zip(range(len(constrained), 0, -1), constrained):
             count = min(spare // others, sequence.remaining - 1)

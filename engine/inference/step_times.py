@@ -44,7 +44,9 @@ class StepTimes:
         self.running = None
         seconds = self.changed - running.since
         self._longest[running.name] = max(seconds, self._longest.get(running.name, 0.0))
-        self._longest_step[running.name] = max(seconds / running.steps, self._longest_step.get(running.name, 0.0))
+        self._longest_step[running.name] = max(
+            seconds / running.steps, self._longest_step.get(running.name, 0.0)
+        )
 
     def longest(self, running: RunningProgram) -> float | None:
         """Returns the seconds that a run has taken at most so far; None for a program that has not

@@ -167,7 +167,9 @@ def batch_share(rows: int) -> tuple[int, int]:
     ranges = sorted({index[device][0].indices(rows)[:2] for device in mesh.local_devices})
     count = sum(stop - start for start, stop in ranges)
     if ranges[-1][1] - ranges[0][0] != count or ranges[0][0] % count:
-        raise UserError("The rows of this process do not lie side by side: let tensor divide the devices of each process.")
+        raise UserError(
+            "The rows of this process do not lie side by side: let tensor divide the devices of each process."
+        )
     return rows // count, ranges[0][0] // count
 
 
@@ -257,7 +259,9 @@ def shard_columns(x: Array) -> Array:
     return _pin(x, ROWS, *(None,) * (x.ndim - 2), "tensor")
 
 
-def attend_by_head(kernel: Callable[..., Array | None], q: Array, k: Array, v: Array, mask: Array | None) -> Array | None:
+def attend_by_head(
+    kernel: Callable[..., Array | None], q: Array, k: Array, v: Array, mask: Array | None
+) -> Array | None:
     """Returns kernel(q (B, T, N, H), k, v (B, S, K, H), mask (B, ...) or None) (B, T, N, H), each
     device its own rows and heads: XLA cannot cut a kernel.
     """
@@ -267,7 +271,9 @@ def attend_by_head(kernel: Callable[..., Array | None], q: Array, k: Array, v: A
     columns = "tensor" if k.shape[2] % column_shards() == 0 else None
     heads = P(rows, None, columns)
     # Unchecked, for a kernel does not say over which axes its results differ.
-    return jax.shard_map(kernel, in_specs=(heads, heads, heads, P(rows)), out_specs=heads, check_vma=False)(q, k, v, mask)
+    return jax.shard_map(kernel, in_specs=(heads, heads, heads, P(rows)), out_specs=heads, check_vma=False)(
+        q, k, v, mask
+    )
 
 
 def regather(weights: Any, *others: Any) -> tuple[Any, ...]:

@@ -48,13 +48,18 @@ def in_cluster() -> bool:
         kinds = clusters.ClusterEnv._cluster_types
     else:
         kinds = []
-    return any("tpu" in kind.name and kind.is_env_present() and kind.get_process_count() > 1 for kind in kinds)
+    return any(
+        "tpu" in kind.name and kind.is_env_present() and kind.get_process_count() > 1 for kind in kinds
+    )
 
 
 def refuse_cluster(what: str) -> None:
     """Raises UserError for a command of one process when a cluster started several."""
     if in_cluster():
-        raise UserError(f"{what} runs in one process and the cluster started several: ask it for one, as in srun --ntasks=1.")
+        raise UserError(
+            f"{what} runs in one process and the cluster started several: ask it for one, as in "
+            "srun --ntasks=1."
+        )
 
 
 def is_first() -> bool:
@@ -128,7 +133,9 @@ def refuse_unshared(folder: Path) -> None:
     if is_first():
         mark.touch()
     gather_strings()
-    unshared = [str(process) for process, seen in enumerate(gather_strings("seen" * mark.exists())) if not seen]
+    unshared = [
+        str(process) for process, seen in enumerate(gather_strings("seen" * mark.exists())) if not seen
+    ]
     if is_first():
         mark.unlink()
     if unshared:

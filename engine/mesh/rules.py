@@ -15,7 +15,9 @@ from engine.mesh.shape import AXES
 
 # A parameter inside any tree, such as an optimizer's state, and one array of it: of an Int8 or of a
 # LoRA pair.
-LEAF = re.compile(r"(?:.*?/)??(?P<path>(?:blocks/\d+/)?\w+?)(?P<base>/base)*(?:/(?P<part>values|packed|scale|a|b))?")
+LEAF = re.compile(
+    r"(?:.*?/)??(?P<path>(?:blocks/\d+/)?\w+?)(?P<base>/base)*(?:/(?P<part>values|packed|scale|a|b))?"
+)
 
 RULES = (  # a parameter's path -> the axes of the mesh that cut it; the first match wins
     (r"embed", P(None, ("tensor", "fsdp"))),

@@ -25,7 +25,9 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
     lone = q.shape[1] * q.shape[2] == k.shape[1]
     if not (lone and ops().pads_lone_row):
         return layers.attention(q, k, v, mask)
-    return layers.attention(jnp.concatenate([q, q], axis=1), k, v, jnp.concatenate([mask, mask], axis=1))[:, :1]
+    return layers.attention(jnp.concatenate([q, q], axis=1), k, v, jnp.concatenate([mask, mask], axis=1))[
+        :, :1
+    ]
 
 
 def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
@@ -45,7 +47,10 @@ def has_fused_attention(cfg: ModelConfig, tokens: int) -> bool:
     kernel = ops().fused_attention
     if kernel is None:
         return False
-    q, k = (jax.ShapeDtypeStruct((1, tokens, heads, cfg.head_dim), cfg.dtype) for heads in (cfg.heads, cfg.kv_heads))
+    q, k = (
+        jax.ShapeDtypeStruct((1, tokens, heads, cfg.head_dim), cfg.dtype)
+        for heads in (cfg.heads, cfg.kv_heads)
+    )
     return jax.eval_shape(lambda q, k: kernel(q, k, k, None), q, k) is not None
 
 

@@ -19,7 +19,9 @@ from engine.model import layers
 from engine.model.ops import transpose
 
 
-def _with_backward[F: Callable[..., Any]](f: F, backward: Callable[..., Any], static: tuple[int, ...] = (2,)) -> F:
+def _with_backward[F: Callable[..., Any]](
+    f: F, backward: Callable[..., Any], static: tuple[int, ...] = (2,)
+) -> F:
     """Returns f with the rule backward(*static arguments, (a, b), gradient); a and b are f's first
     two arguments.
     """
@@ -92,7 +94,9 @@ def _gain_backward(x: Array, g: Array, gain: Array, eps: float) -> Array:
     the norm's backward pass.
     """
     x, g = jax.lax.optimization_barrier((x, g))
-    inverse = jax.lax.optimization_barrier(_inverse_rms(jax.lax.optimization_barrier(x).astype(jnp.float32), eps))
+    inverse = jax.lax.optimization_barrier(
+        _inverse_rms(jax.lax.optimization_barrier(x).astype(jnp.float32), eps)
+    )
     x32, g32 = (a.astype(jnp.float32) for a in jax.lax.optimization_barrier((x, g)))
     return jnp.sum(g32 * x32 * inverse, axis=tuple(range(x.ndim - gain.ndim))).astype(gain.dtype)
 
@@ -121,7 +125,9 @@ def _rotate(x: Array, cos: Array, sin: Array, scale: float, dtype: DTypeLike) ->
     an axis, ten times as fast as inside H. The barrier keeps the loop to this shape.
     """
     pairs = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
-    cos, sin = jax.lax.optimization_barrier((cos, jnp.stack([-sin, sin], axis=2)))  # or each head would compute them
+    cos, sin = jax.lax.optimization_barrier(
+        (cos, jnp.stack([-sin, sin], axis=2))
+    )  # or each head would compute them
     cos = cos[:, :, None, None]
     sin = sin[:, :, None]
     rotated = (pairs.astype(jnp.float32) * cos + jnp.flip(pairs, axis=-2).astype(jnp.float32) * sin) * scale

@@ -9,8 +9,12 @@ from engine.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-MATRICES = ("q", "k", "v", "out", "gate", "up", "down")  # of a block, in the order of the forward pass
-JOINED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # those that read the same input, and their name side by side
+# of a block, in the order of the forward pass
+MATRICES = ("q", "k", "v", "out", "gate", "up", "down")
+JOINED = {
+    "qkv": ("q", "k", "v"),
+    "gate_up": ("gate", "up"),
+}  # those that read the same input, and their name side by side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +72,18 @@ class ModelConfig:
         if self.head_dim == 0:
             if self.width % self.heads:
                 raise UserError(
-                    f"ModelConfig: width {self.width} is not a multiple of heads {self.heads}; give head_dim, or another width."
+                    f"ModelConfig: width {self.width} is not a multiple of heads {self.heads}; "
+                    "give head_dim, or another width."
                 )
             object.__setattr__(self, "head_dim", self.width // self.heads)
         if self.heads % self.kv_heads:
-            raise UserError(f"ModelConfig: {self.heads} query heads cannot share {self.kv_heads} key heads evenly.")
+            raise UserError(
+                f"ModelConfig: {self.heads} query heads cannot share {self.kv_heads} key heads evenly."
+            )
         if self.head_dim % 2:
-            raise UserError(f"ModelConfig: head_dim {self.head_dim} is odd; RoPE turns pairs, so it must be even.")
+            raise UserError(
+                f"ModelConfig: head_dim {self.head_dim} is odd; RoPE turns pairs, so it must be even."
+            )
         if self.dtype not in ("bfloat16", "float32"):
             raise UserError(f"ModelConfig: dtype must be 'bfloat16' or 'float32', not {self.dtype!r}.")
         if self.remat not in ("none", "block"):
@@ -148,7 +157,9 @@ class LoraConfig:
         known = ", ".join(MATRICES)
         for name in self.targets:
             if name not in (*MATRICES, "o", "all"):
-                raise UserError(f"LoRA adapts {known}, or all; there is no target {name!r}.{did_you_mean(name, MATRICES)}")
+                raise UserError(
+                    f"LoRA adapts {known}, or all; there is no target {name!r}.{did_you_mean(name, MATRICES)}"
+                )
         if not self.targets:
             raise UserError(f"LoRA needs at least one target: {known}, or all.")
 
@@ -163,14 +174,18 @@ class LoraConfig:
         return tuple(name for name in MATRICES if name in names)
 
     def __str__(self) -> str:
-        return f"rank={self.rank},alpha={repr(self.alpha).removesuffix('.0')},targets={','.join(self.targets)}"
+        return (
+            f"rank={self.rank},alpha={repr(self.alpha).removesuffix('.0')},targets={','.join(self.targets)}"
+        )
 
     @classmethod
     def from_text(cls, text: str) -> "LoraConfig":
         """Reads a str of one, in which each of the three may be left out; alpha is then twice the
         rank. Raises ValueError.
         """
-        pairs = [part.partition("=") for part in re.split(r",(?=\w*=)", text.replace(" ", "").strip(",")) if part]
+        pairs = [
+            part.partition("=") for part in re.split(r",(?=\w*=)", text.replace(" ", "").strip(",")) if part
+        ]
         fields = {name: value for name, _, value in pairs}
         try:
             rank = int(fields.pop("rank", "8"))
@@ -212,15 +227,25 @@ PRESETS: dict[str, ModelConfig] = {
     "smollm2-1.7b": ModelConfig(49152, 2048, 24, 32, 8192, 8192, rope_theta=1.3e5, tied=True),
     "tinyllama-1.1b": ModelConfig(32000, 2048, 22, 32, 5632, 2048, 4),
     "llama-2-7b": ModelConfig(32000, 4096, 32, 32, 11008, 4096),
-    "llama-3.2-1b": ModelConfig(128256, 2048, 16, 32, 8192, 131072, 8, 64, rope_theta=5e5, rope_scaling=_LLAMA3, tied=True),
-    "llama-3.2-3b": ModelConfig(128256, 3072, 28, 24, 8192, 131072, 8, 128, rope_theta=5e5, rope_scaling=_LLAMA3, tied=True),
+    "llama-3.2-1b": ModelConfig(
+        128256, 2048, 16, 32, 8192, 131072, 8, 64, rope_theta=5e5, rope_scaling=_LLAMA3, tied=True
+    ),
+    "llama-3.2-3b": ModelConfig(
+        128256, 3072, 28, 24, 8192, 131072, 8, 128, rope_theta=5e5, rope_scaling=_LLAMA3, tied=True
+    ),
     "mistral-7b-v0.3": ModelConfig(32768, 4096, 32, 32, 14336, 32768, 8, 128, rope_theta=1e6),
-    "qwen2.5-0.5b": ModelConfig(151936, 896, 24, 14, 4864, 32768, 2, rope_theta=1e6, eps=1e-6, tied=True, qkv_bias=True),
-    "qwen3-0.6b": ModelConfig(151936, 1024, 28, 16, 3072, 40960, 8, 128, rope_theta=1e6, eps=1e-6, tied=True, qk_norm=True),
+    "qwen2.5-0.5b": ModelConfig(
+        151936, 896, 24, 14, 4864, 32768, 2, rope_theta=1e6, eps=1e-6, tied=True, qkv_bias=True
+    ),
+    "qwen3-0.6b": ModelConfig(
+        151936, 1024, 28, 16, 3072, 40960, 8, 128, rope_theta=1e6, eps=1e-6, tied=True, qk_norm=True
+    ),
 }
 
 
 def preset(name: str) -> ModelConfig:
     if name not in PRESETS:
-        raise UserError(f"There is no preset {name!r}.{did_you_mean(name, list(PRESETS))} Known: {', '.join(PRESETS)}.")
+        raise UserError(
+            f"There is no preset {name!r}.{did_you_mean(name, list(PRESETS))} Known: {', '.join(PRESETS)}."
+        )
     return PRESETS[name]

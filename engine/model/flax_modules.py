@@ -73,11 +73,15 @@ class Block(nn.Module):
             keys = cfg.kv_heads * cfg.head_dim
             q, k, v = self.norm_and_project(x, "attn_norm", "qkv", {"q": queries, "k": keys, "v": keys})
             mixed, cached = self.attention(q, k, v, rotary, segments, cached)
-            x = x + project(mixed, self.weight("out", cfg.heads * cfg.head_dim, cfg.width, scale=0.0), jnp.float32)
+            x = x + project(
+                mixed, self.weight("out", cfg.heads * cfg.head_dim, cfg.width, scale=0.0), jnp.float32
+            )
             x = layout.shard_rows(x)
         with jax.named_scope("mlp"):
             gate, up = self.norm_and_project(x, "mlp_norm", "gate_up", {"gate": cfg.ff, "up": cfg.ff})
-            x = x + swiglu_and_project(gate, up, self.weight("down", cfg.ff, cfg.width, scale=self.mlp_scale), dtype)
+            x = x + swiglu_and_project(
+                gate, up, self.weight("down", cfg.ff, cfg.width, scale=self.mlp_scale), dtype
+            )
             x = layout.shard_rows(x)
         return x, cached
 
@@ -94,9 +98,13 @@ class Block(nn.Module):
             weight = self.weight(joined, cfg.width, sum(columns.values()))
             (whole,) = norm_and_project(x, gain, [weight], cfg.eps, dtype)
             return jnp.split(whole, np.cumsum([*columns.values()])[:-1].tolist(), axis=-1)
-        return norm_and_project(x, gain, [self.weight(name, cfg.width, n) for name, n in columns.items()], cfg.eps, dtype)
+        return norm_and_project(
+            x, gain, [self.weight(name, cfg.width, n) for name, n in columns.items()], cfg.eps, dtype
+        )
 
-    def attention(self, q: Array, k: Array, v: Array, rotary: Rotary, segments: Array | None, cached: Cached | None):
+    def attention(
+        self, q: Array, k: Array, v: Array, rotary: Rotary, segments: Array | None, cached: Cached | None
+    ):
         """q (B, T, N * H), k and v (B, T, K * H) -> (B, T, N * H), and the layer's cache with this
         call's keys and values.
         """
@@ -118,7 +126,8 @@ class Block(nn.Module):
         keys, values, length = cached
         keys = write_rows(keys, k.transpose(0, 2, 1, 3), length)
         values = write_rows(values, v.transpose(0, 2, 1, 3), length)
-        last = length[:, None] + jnp.arange(q.shape[1])  # (B, T): the cache index of each query's own key
+        # (B, T): the cache index of each query's own key
+        last = length[:, None] + jnp.arange(q.shape[1])
         mask = jnp.arange(keys.shape[2]) <= last[:, :, None]
         # 0 times a stale NaN is NaN, so masked values are cleared first.
         seen = mask[:, -1, None, :, None]
@@ -174,11 +183,15 @@ class BlockStack(nn.Module):
 
         if self.is_initializing():
             for i in range(cfg.layers):
-                x, _ = Block(cfg, mlp_scale=float(cfg.tied and i == 0), name=str(i))(x, rotary, segments, None)
+                x, _ = Block(cfg, mlp_scale=float(cfg.tied and i == 0), name=str(i))(
+                    x, rotary, segments, None
+                )
             return x, None
         if cfg.remat == "block":
             run = jax.checkpoint(run)
-        run = jax.jit(run, inline=True)  # traced once, and inlined L times: the same program in two thirds of the time
+        run = jax.jit(
+            run, inline=True
+        )  # traced once, and inlined L times: the same program in two thirds of the time
         params = [self.variables["params"][str(i)] for i in range(cfg.layers)]
         if cfg.scan:
 

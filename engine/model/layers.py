@@ -13,10 +13,14 @@ from jax.typing import DTypeLike
 
 from engine.model.config import ModelConfig
 
-MASKED = -1e30  # a score that softmax turns into 0; finite, so that a row without any key gives numbers and not NaN
+MASKED = (
+    -1e30
+)  # a score that softmax turns into 0; finite, so that a row without any key gives numbers and not NaN
 
 
-def dot32(left: Array, right: Array) -> Array:  # no partial: that would keep the float32 of the module's import
+def dot32(
+    left: Array, right: Array
+) -> Array:  # no partial: that would keep the float32 of the module's import
     return jnp.dot(left, right, preferred_element_type=jnp.float32)
 
 

@@ -11,12 +11,18 @@ from engine.model.config import ModelConfig
 from engine.model.loss_in_parts import CHUNK, chunked_losses, row_losses
 from engine.model.transformer import Params, hidden_states, logits_of
 
-LOGITS_LIMIT = 512 * 2**20  # bytes of float32 logits a device that a trained head makes at once, else chunk by chunk
-ROWS_LIMIT = 32 * 2**20  # bytes of float32 logits a device that a frozen head makes at once, else a few rows at a time
+LOGITS_LIMIT = (
+    512 * 2**20
+)  # bytes of float32 logits a device that a trained head makes at once, else chunk by chunk
+ROWS_LIMIT = (
+    32 * 2**20
+)  # bytes of float32 logits a device that a frozen head makes at once, else a few rows at a time
 SCORED_LIMIT = 64 * 2**20  # bytes of float32 logits a device that `score` makes at once
 
 
-def target_losses(cfg: ModelConfig, params: Params, batch: Any, head_trains: bool, limit: int | None = None) -> Array:
+def target_losses(
+    cfg: ModelConfig, params: Params, batch: Any, head_trains: bool, limit: int | None = None
+) -> Array:
     """Returns the nats of each target of a Batch, (B, T) float32, 0 where the mask is False.
 
     Makes at most `limit` bytes of logits at a time on a device, by default LOGITS_LIMIT for a head
@@ -35,7 +41,9 @@ def target_losses(cfg: ModelConfig, params: Params, batch: Any, head_trains: boo
         rows = layout.spread_rows(layout.spread_rows(hidden).reshape(-1, cfg.width)), targets.reshape(-1)
         head = layout.replicate(params[cfg.head_path])
         with jax.named_scope("head"):
-            losses = row_losses(head, *rows, cfg.tied, max(2, limit // (4 * cfg.vocab))).reshape(targets.shape)
+            losses = row_losses(head, *rows, cfg.tied, max(2, limit // (4 * cfg.vocab))).reshape(
+                targets.shape
+            )
     return jnp.where(batch.mask, losses, 0.0)
 
 

@@ -63,7 +63,9 @@ def _picked(pieces: list[_Columns], targets: Array) -> Array:
     picked = jnp.zeros(len(targets))
     for start, values in pieces:
         at = jnp.clip(targets - start, 0, values.shape[1] - 1)
-        picked = jnp.where(at == targets - start, jnp.take_along_axis(values, at[:, None], axis=-1)[:, 0], picked)
+        picked = jnp.where(
+            at == targets - start, jnp.take_along_axis(values, at[:, None], axis=-1)[:, 0], picked
+        )
     return picked
 
 
@@ -122,7 +124,9 @@ def _backward(tied: bool, size: int, residuals: tuple[Any, Array, Array, Array],
     # XLA drops this loop unless the head trains.
     dweight: Array | None = None
     for rows, labels, count in _parts(size, hidden, targets, g):
-        counted = [_Columns(start, values * count[:, None]) for start, values in _slope(_logits(head, rows), labels)]
+        counted = [
+            _Columns(start, values * count[:, None]) for start, values in _slope(_logits(head, rows), labels)
+        ]
         part = _head_backward(head, rows, counted)[1]
         dweight = part if dweight is None or part is None else dweight + part
     return dweight, (slope.astype(jnp.float32) * g[:, None]).astype(hidden.dtype), None
@@ -162,5 +166,7 @@ def chunked_losses(cfg: ModelConfig, params: Params, hidden: Array, targets: Arr
 
     rows = hidden.shape[0]
     start = (jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros(rows))
-    (highest, total, picked), _ = jax.lax.scan(jax.checkpoint(add_chunk), start, (chunks, jnp.arange(count) * chunk))
+    (highest, total, picked), _ = jax.lax.scan(
+        jax.checkpoint(add_chunk), start, (chunks, jnp.arange(count) * chunk)
+    )
     return (highest + jnp.log(total) - picked).reshape(B, T)

@@ -37,14 +37,26 @@ def cudnn_masked(q: Array, k: Array, v: Array, mask: Array | None, *, causal: bo
     """As `cudnn`, with keys (B, S, K, H) and a mask (B, T, S) that is True where a query may
     attend.
     """
-    if mask is not None and (q.shape[1] % 2 or k.shape[1] % 2):  # cuDNN has no gradient for it, and says so too late
+    if mask is not None and (
+        q.shape[1] % 2 or k.shape[1] % 2
+    ):  # cuDNN has no gradient for it, and says so too late
         return None
     heads = None if mask is None else mask[:, None]
     try:
-        out = jax.nn.dot_product_attention(q, k, v, mask=heads, is_causal=causal, scale=1.0, implementation="cudnn")
-    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # of cuDNN, the card, the type or the shape
+        out = jax.nn.dot_product_attention(
+            q, k, v, mask=heads, is_causal=causal, scale=1.0, implementation="cudnn"
+        )
+    except (
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # of cuDNN, the card, the type or the shape
         if jax.default_backend() == "gpu":
-            warnings.warn(f"cuDNN's attention cannot serve {q.dtype}{q.shape}, so plain products do: {error}", stacklevel=2)
+            warnings.warn(
+                f"cuDNN's attention cannot serve {q.dtype}{q.shape}, so plain products do: {error}",
+                stacklevel=2,
+            )
         return None
     return out.reshape(*out.shape[:2], -1)
 
@@ -101,7 +113,9 @@ def _native_forward(q: Array, k: Array, v: Array, segments: Array) -> tuple[Arra
     """
     B, T, N, H = q.shape
     shapes = jax.ShapeDtypeStruct((B, T, N * H), q.dtype), jax.ShapeDtypeStruct((B, N, 2, T), jnp.float32)
-    out, sums = jax.ffi.ffi_call(target("causal_attention"), shapes, vmap_method="sequential")(q, k, v, segments)
+    out, sums = jax.ffi.ffi_call(target("causal_attention"), shapes, vmap_method="sequential")(
+        q, k, v, segments
+    )
     return out, (q, k, v, segments, out, sums)
 
 
@@ -116,7 +130,11 @@ _native.defvjp(_native_forward, _native_backward)
 
 class Ops(NamedTuple):
     transposes_in_memory: bool  # see `transpose`
-    pads_lone_row: bool  # to two: with one row the CPU's product converts the whole weight at each call, 18 times slower
+    pads_lone_row: (
+        # to two: with one row the CPU's product converts the whole weight at each call, 18 times
+        # slower
+        bool
+    )
     fused_attention: Kernel | None  # causal, of whole texts
     fused_prefill: Kernel | None = None  # of a prompt's chunk over cached keys, by a mask
 

@@ -38,7 +38,9 @@ def array_paths(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     by_path = {path_of(keys): leaf for keys, leaf in leaves}
     if len(by_path) < len(leaves):
-        raise ValueError("Two arrays have one path: of two keys, one is a number and the other its text, or has a slash.")
+        raise ValueError(
+            "Two arrays have one path: of two keys, one is a number and the other its text, or has a slash."
+        )
     return by_path
 
 

@@ -55,7 +55,12 @@ def init_params(cfg: ModelConfig, key: Array) -> Params:
 
 
 def forward(
-    cfg: ModelConfig, params: Params, tokens: Array, positions: Array, cache: Any = None, segments: Array | None = None
+    cfg: ModelConfig,
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    cache: Any = None,
+    segments: Array | None = None,
 ) -> tuple[Array, Any]:
     """tokens, positions (B, T) int32 -> logits (B, T, V) float32 and the cache with these T tokens'
     keys and values.
@@ -68,15 +73,24 @@ def forward(
 
 
 def hidden_states(
-    cfg: ModelConfig, params: Params, tokens: Array, positions: Array, cache: Any = None, segments: Array | None = None
+    cfg: ModelConfig,
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    cache: Any = None,
+    segments: Array | None = None,
 ) -> tuple[Array, Any]:
     """Returns the head's input (B, T, D) in the compute dtype, and the cache; else as `forward`."""
     x, cache = _apply(cfg, params, tokens, positions, cache, segments)
     return _normalise(cfg, params, x), cache
 
 
-def _apply(cfg: ModelConfig, params: Params, tokens: Array, positions: Array, cache: Any, segments: Array | None) -> Any:
-    from engine.model.flax_modules import Transformer  # which takes 80 ms, and is not needed for a program that is stored
+def _apply(
+    cfg: ModelConfig, params: Params, tokens: Array, positions: Array, cache: Any, segments: Array | None
+) -> Any:
+    from engine.model.flax_modules import (
+        Transformer,
+    )  # which takes 80 ms, and is not needed for a program that is stored
 
     return Transformer(cfg).apply({"params": params}, tokens, positions, segments, cache)
 

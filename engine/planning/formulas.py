@@ -69,7 +69,15 @@ def training(m: Any, d: Any, tokens: float, devices: float, sampling: float) -> 
 
 
 def serving(
-    m: Any, d: Any, bits: float, kv_bits: float, devices: float, slots: float, prompt: float, answer: float, cached: float
+    m: Any,
+    d: Any,
+    bits: float,
+    kv_bits: float,
+    devices: float,
+    slots: float,
+    prompt: float,
+    answer: float,
+    cached: float,
 ) -> Numbers:
     """Returns the middle of the answer for a replica of the devices, with as many requests at once
     as fit, at most `slots`.
@@ -112,7 +120,9 @@ def serving(
     }
 
 
-def longer_prompt(m: Any, d: Any, bits: float, kv_bits: float, extra: float, prompt: float, answer: float) -> Numbers:
+def longer_prompt(
+    m: Any, d: Any, bits: float, kv_bits: float, extra: float, prompt: float, answer: float
+) -> Numbers:
     """Returns the device-seconds that `extra` tokens before a prompt add to a request, computed
     each time or found cached.
 

@@ -63,7 +63,9 @@ class StepPlan:
         trainable = self.trainable
         if trainable and self.blocks:
             packed = trainable.weights.intersection(self.blocks)
-            trainable = TrainablePaths(trainable.weights - packed, packed - {"embed", "head"}, cfg.width // 32)
+            trainable = TrainablePaths(
+                trainable.weights - packed, packed - {"embed", "head"}, cfg.width // 32
+            )
         memory = training_memory(
             cfg,
             self._rows,
@@ -105,7 +107,9 @@ class StepPlan:
         layers = self.cfg.layers
         flops += self.update_flops / layers * math.ceil(layers / self.mesh.devices)
         traffic = train_bytes(self.cfg, self._rows, self.context)
-        passes = self.microbatches * (traffic.weights + traffic.activations + traffic.logits) / self.mesh.tensor
+        passes = (
+            self.microbatches * (traffic.weights + traffic.activations + traffic.logits) / self.mesh.tensor
+        )
         update = (traffic.gradients + traffic.optimizer) / (self.mesh.fsdp * self.mesh.tensor)
         return {
             "products": flops / (1e12 * EFFICIENCY * device.bf16_tflops),

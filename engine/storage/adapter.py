@@ -149,7 +149,9 @@ def _module(path: str) -> str:
     return HUGGING_FACE_NAMES[name].format(layer).removesuffix(".weight")
 
 
-def save_adapter(folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base: str, base_name: str) -> Path:
+def save_adapter(
+    folder: Path, cfg: ModelConfig, params: dict[str, Any], *, base: str, base_name: str
+) -> Path:
     """Writes the LoRA leaves of params (with or without their base) in place of `folder`,
     atomically; returns it.
 
@@ -211,11 +213,16 @@ def adapter_leaves(params: dict[str, Any]) -> dict[str, LoRA]:
     if not leaves:
         raise UserError("This model has no LoRA adapters to write; write all of it instead.")
     if any(isinstance(leaf.base, LoRA) for leaf in leaves.values()):
-        raise UserError("This model has several adapters on one base, and PEFT's layout holds one; export it merged instead.")
+        raise UserError(
+            "This model has several adapters on one base, and PEFT's layout holds one; export it "
+            "merged instead."
+        )
     return leaves
 
 
-def load_adapter(folder: Path, cfg: ModelConfig, digest_base: Callable[[], str] | None = None) -> dict[str, Any]:
+def load_adapter(
+    folder: Path, cfg: ModelConfig, digest_base: Callable[[], str] | None = None
+) -> dict[str, Any]:
     """Checks an adapter's files by their manifest, if there is one, and reads them by
     `read_leaves`. Raises UserError.
     """
@@ -230,7 +237,9 @@ def load_adapter(folder: Path, cfg: ModelConfig, digest_base: Callable[[], str] 
     return read_leaves(folder, cfg, digest_base)
 
 
-def read_leaves(folder: Path, cfg: ModelConfig, digest_base: Callable[[], str] | None = None) -> dict[str, Any]:
+def read_leaves(
+    folder: Path, cfg: ModelConfig, digest_base: Callable[[], str] | None = None
+) -> dict[str, Any]:
     """Reads a tree of LoRA, DoRA and Replacement leaves, without their base.
 
     `digest_base` returns the digest of the model that the adapter is to go on. It may take seconds,
@@ -280,7 +289,8 @@ def read_leaves(folder: Path, cfg: ModelConfig, digest_base: Callable[[], str] |
 
 
 def put_on(params: dict[str, Any], adapter: dict[str, Any]) -> dict[str, Any]:
-    """Returns params with an adapter of `load_adapter` on them; a DoRA is merged, and what trained whole stands for its weight.
+    """Returns params with an adapter of `load_adapter` on them; a DoRA is merged, and what trained
+    whole stands for its weight.
 
     Raises ValueError when a LoRA does not fit.
     """
@@ -306,7 +316,9 @@ def base_name(folder: Path) -> str:
 
 def _read(path: Path, name: str, tensor: safetensors.StoredTensor) -> np.ndarray:
     if not tensor.shape or tensor.dtype not in safetensors.FLOATS:
-        raise UserError(f"{path}: the tensor {quote(name)} is {tensor.dtype} {list(tensor.shape)}, which is no weight.")
+        raise UserError(
+            f"{path}: the tensor {quote(name)} is {tensor.dtype} {list(tensor.shape)}, which is no weight."
+        )
     array = safetensors.read_slice(tensor, 0, tensor.shape[0]).astype(np.float32, copy=False)
     if not np.isfinite(array).all():
         raise UserError(f"{path} is damaged: the tensor {quote(name)} holds a number that is not finite.")
@@ -333,17 +345,25 @@ def _join(
     a, b = pair.values()
     if (a.shape, b.shape) != ((rank, stored[1]), (stored[0], rank)):
         shapes = f"{list(a.shape)} and {list(b.shape)}"
-        raise UserError(f"{path}: the pair of {module} is {shapes}; its matrix is {list(stored)}, and its rank {rank}.")
+        raise UserError(
+            f"{path}: the pair of {module} is {shapes}; its matrix is {list(stored)}, and its rank {rank}."
+        )
     # jnp.asarray would compile a program for each shape, while a server serves
     a, b = jax.device_put((a.T, b.T))
     divisor = rank**0.5 if fields.values.get("use_rslora") else rank
     adapter = LoRA(None, a, b, alpha / divisor)
     if not fields.values.get("use_dora"):
         if magnitude is not None:
-            raise UserError(f"{path} has a lora_magnitude_vector of {module}, and {fields.path.name} does not say use_dora.")
+            raise UserError(
+                f"{path} has a lora_magnitude_vector of {module}, and {fields.path.name} does not "
+                "say use_dora."
+            )
         return adapter
     if magnitude is None or magnitude.shape != stored[:1]:
-        raise UserError(f"{path} has no lora_magnitude_vector of {stored[0]} numbers for {module}, which use_dora asks for.")
+        raise UserError(
+            f"{path} has no lora_magnitude_vector of {stored[0]} numbers for {module}, which "
+            "use_dora asks for."
+        )
     return DoRA(adapter, jax.device_put(magnitude))
 
 
@@ -359,7 +379,10 @@ def _setting(fields: Fields, name: str, module: str, default: Any) -> Any:
         raise UserError(f"{fields.path}: {name} should be an object.")
     for pattern in patterns:
         if not re.fullmatch(r"\^?[\w.]+", pattern):
-            raise UserError(f"{fields.path}: {name} has {quote(pattern)}, and only names of modules are read, no patterns.")
+            raise UserError(
+                f"{fields.path}: {name} has {quote(pattern)}, and only names of modules are read, "
+                "no patterns."
+            )
         plain = pattern.removeprefix("^")
         if module == plain or (plain == pattern and module.endswith(f".{plain}")):
             return Fields(patterns, fields.path, f"{name}.").number(pattern, type(default))

@@ -50,7 +50,9 @@ def architecture_of(cfg: ModelConfig) -> str:
     for name, block in BLOCKS.items():
         if block == options:
             return name
-    raise UserError("No published architecture has both qkv_bias and qk_norm, so this model cannot be written for others.")
+    raise UserError(
+        "No published architecture has both qkv_bias and qk_norm, so this model cannot be written for others."
+    )
 
 
 # config.json
@@ -67,7 +69,9 @@ JSON_ONLY: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "auto_map": (None,),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), (1,)),
-    **dict.fromkeys(("num_experts", "num_local_experts", "clip_qkv", "no_rope_layers", "attention_chunk_size"), (None, 0)),
+    **dict.fromkeys(
+        ("num_experts", "num_local_experts", "clip_qkv", "no_rope_layers", "attention_chunk_size"), (None, 0)
+    ),
     **dict.fromkeys(("logit_softcapping", "attn_logit_softcapping", "final_logit_softcapping"), (None, 0)),
 }
 
@@ -173,7 +177,9 @@ def _window(fields: Fields, kind: str, layers: int) -> int:
         in_windows = fields.flag("use_sliding_window") and has_windows
     for layer in types or ():
         if layer != "full_attention" and not (in_windows and layer == "sliding_attention"):
-            raise UserError(f"{fields.path}: layer_types has {quote(layer)}, and only full_attention is built here.")
+            raise UserError(
+                f"{fields.path}: layer_types has {quote(layer)}, and only full_attention is built here."
+            )
     if in_windows:
         return fields.number("sliding_window", int)
     return 0
@@ -194,13 +200,17 @@ def _rope(fields: Fields, context: int) -> tuple[float, RopeScaling | None]:
     for name, value in values.items():
         extra = name not in ("rope_type", "type", "rope_theta", *ROPE_FIELDS[kind])
         if extra and not (name == "partial_rotary_factor" and value == 1):
-            raise UserError(f"{path}: the rope scaling {kind!r} has a field {quote(name)} that is not known here.")
+            raise UserError(
+                f"{path}: the rope scaling {kind!r} has a field {quote(name)} that is not known here."
+            )
     if kind == "default":
         return theta, None
     factor, low, high = (rope.number(name, float) for name in LLAMA3_FIELDS[:3])
     original = rope.number(LLAMA3_FIELDS[3], int, context)
     if not (low < high and factor > 0 and original > 0):
-        raise UserError(f"{path}: the rope scaling needs low_freq_factor below high_freq_factor, and sizes above 0.")
+        raise UserError(
+            f"{path}: the rope scaling needs low_freq_factor below high_freq_factor, and sizes above 0."
+        )
     return theta, RopeScaling(factor, low, high, original)
 
 
@@ -282,13 +292,18 @@ def config_from_gguf(header: "Header") -> ModelConfig:
     for key in HEAD_WIDTHS:
         value = fields.number(key, int, cfg.head_dim)
         if value != cfg.head_dim:
-            raise UserError(f"{path}: {kind}.{key} is {value} and not {cfg.head_dim}, a head's width; that is not built here.")
+            raise UserError(
+                f"{path}: {kind}.{key} is {value} and not {cfg.head_dim}, a head's width; that is "
+                "not built here."
+            )
     return cfg
 
 
 def _gguf_fields(header: "Header") -> Fields:
     prefix = f"{header.metadata['general.architecture']}."
-    own = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
+    own = {
+        key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)
+    }
     return Fields(own, header.path, prefix)
 
 
@@ -300,7 +315,9 @@ def config_to_gguf(cfg: ModelConfig) -> dict[str, Any]:
     """Returns the metadata {key: int | float} of an architecture, without its prefix; floats are to
     be written as float32.
     """
-    sizes = {theirs: getattr(cfg, ours) for ours, theirs in GGUF_SIZES.items()} | dict.fromkeys(HEAD_WIDTHS, cfg.head_dim)
+    sizes = {theirs: getattr(cfg, ours) for ours, theirs in GGUF_SIZES.items()} | dict.fromkeys(
+        HEAD_WIDTHS, cfg.head_dim
+    )
     return sizes | {EPS: cfg.eps, THETA: cfg.rope_theta}
 
 
@@ -310,7 +327,9 @@ def rope_factors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarra
     """
     frequencies = theta ** (-np.arange(head_dim // 2) * 2 / head_dim)
     turns = scaling.original_context * frequencies / (2 * np.pi)
-    blend = np.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0)
+    blend = np.clip(
+        (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0
+    )
     return (1 / (blend + (1 - blend) / scaling.factor)).astype(np.float32)
 
 

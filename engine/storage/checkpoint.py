@@ -100,7 +100,9 @@ class BackgroundSaver:
     waits for the last write, whose failure is raised unless another error leaves the block.
     """
 
-    def __init__(self, folder: Path, keep: int, frozen: Any = None, adapted: SavedAdapter | None = None) -> None:
+    def __init__(
+        self, folder: Path, keep: int, frozen: Any = None, adapted: SavedAdapter | None = None
+    ) -> None:
         self.folder = folder
         self.keep = keep
         self.frozen = frozen
@@ -132,7 +134,9 @@ class BackgroundSaver:
             np.frombuffer(memory, np.uint8)[start : start + TOUCH : mmap.PAGESIZE] = 0
         self._memory = memory
 
-    def save(self, step: int, trainable: Any, optimizer: Any, state: dict[str, Any], best: int | None = None) -> None:
+    def save(
+        self, step: int, trainable: Any, optimizer: Any, state: dict[str, Any], best: int | None = None
+    ) -> None:
         """Waits for the write before this one, copies the arrays, and begins to write them as
         `write` does.
 
@@ -148,7 +152,9 @@ class BackgroundSaver:
                 parts["params"] |= own_pieces(name, leaf)
         else:
             parts[adapter.PART] = self._adapter_copies(trainable)
-        self._work = self._pool.submit(write, self.folder, step, parts, state, keep=self.keep, best=best, adapted=self.adapted)
+        self._work = self._pool.submit(
+            write, self.folder, step, parts, state, keep=self.keep, best=best, adapted=self.adapted
+        )
         if self._memory is None:
             self.wait()
 
@@ -203,7 +209,9 @@ class BackgroundSaver:
     def __enter__(self) -> "BackgroundSaver":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if error is None:
                 self.wait()
@@ -281,7 +289,9 @@ def write(
     return target
 
 
-def write_files(building: Path, parts: dict[str, Pieces], record: bytes, adapted: SavedAdapter | None) -> None:
+def write_files(
+    building: Path, parts: dict[str, Pieces], record: bytes, adapted: SavedAdapter | None
+) -> None:
     """Writes this process's files of a checkpoint and reads them back; process 0 writes the JSON
     files and the manifest.
     """
@@ -350,4 +360,6 @@ def checkpoints_of(folder: Path) -> Path:
 
 
 def prng_settings() -> dict[str, Any]:
-    return {name: getattr(jax.config, name) for name in ("jax_default_prng_impl", "jax_threefry_partitionable")}
+    return {
+        name: getattr(jax.config, name) for name in ("jax_default_prng_impl", "jax_threefry_partitionable")
+    }

@@ -60,7 +60,9 @@ class StoredArray(NamedTuple):
         for box, stored in self.boxes.items():
             both = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, wanted)]
             if all(start < stop for start, stop in both):
-                inside = tuple(slice(start - first, stop - first) for (start, stop), (first, _) in zip(both, wanted))
+                inside = tuple(
+                    slice(start - first, stop - first) for (start, stop), (first, _) in zip(both, wanted)
+                )
                 within = [(start - first, stop - first) for (start, stop), (first, _) in zip(both, box)]
                 safetensors.read_box(stored, within, out[inside] if inside else out)
 
@@ -68,7 +70,9 @@ class StoredArray(NamedTuple):
 CheckArrays = Callable[[Path, Mapping[str, StoredArray]], None]  # of a checkpoint; raises UserError
 
 
-def load(folder: Path, params_like: Any, optimizer_like: Any, adapter_of: ModelConfig | None = None) -> LoadedCheckpoint:
+def load(
+    folder: Path, params_like: Any, optimizer_like: Any, adapter_of: ModelConfig | None = None
+) -> LoadedCheckpoint:
     """Loads the newest intact checkpoint of a run folder to resume training; removes what killed
     saves left.
 
@@ -87,7 +91,9 @@ def load(folder: Path, params_like: Any, optimizer_like: Any, adapter_of: ModelC
     settings = prng_settings()
     trained = record["prng"]
     if trained != settings:
-        former, now = (", ".join(f"{name}={value}" for name, value in prng.items()) for prng in (trained, settings))
+        former, now = (
+            ", ".join(f"{name}={value}" for name, value in prng.items()) for prng in (trained, settings)
+        )
         raise UserError(
             f"{newest} was trained with {former}; with the settings of now, {now}, its keys would "
             "draw other numbers. "
@@ -132,7 +138,9 @@ def find_intact(path: Path) -> tuple[Path, list[str]]:
         raise UserError(f"There is no checkpoint at {path}.")
     lines = find_damage(checkpoint, skip="optimizer")
     if lines:
-        raise UserError(f"Checkpoint {path} is damaged: {'; '.join(lines)}. Use another checkpoint of the run.")
+        raise UserError(
+            f"Checkpoint {path} is damaged: {'; '.join(lines)}. Use another checkpoint of the run."
+        )
     return checkpoint, []
 
 
@@ -194,11 +202,19 @@ def stored_arrays(checkpoint: Path, part: str) -> dict[str, StoredArray]:
         # a sharding cuts each axis, and the parts are all that this makes
         cuts = [sorted({*axis}) for axis in zip(*parts)]
         shape = tuple(axis[-1][1] for axis in cuts)
-        whole = all(tuple(stop - start for start, stop in box) == tensor.shape for box, tensor in parts.items())
-        whole = whole and all([start for start, _ in axis] == [0, *(stop for _, stop in axis[:-1])] for axis in cuts)
+        whole = all(
+            tuple(stop - start for start, stop in box) == tensor.shape for box, tensor in parts.items()
+        )
+        whole = whole and all(
+            [start for start, _ in axis] == [0, *(stop for _, stop in axis[:-1])] for axis in cuts
+        )
         whole = whole and math.prod(map(len, cuts)) == len(parts)
         kinds = {(tensor.dtype, len(tensor.shape)) for tensor in parts.values()}
-        if not whole or len(kinds) > 1 or any(name[: slash.start()] in boxes for slash in re.finditer("/", name)):
+        if (
+            not whole
+            or len(kinds) > 1
+            or any(name[: slash.start()] in boxes for slash in re.finditer("/", name))
+        ):
             raise UserError(f"{checkpoint} is damaged: the parts of {quote(name)} make no array.")
         arrays[name] = StoredArray(shape, DTYPES[kinds.pop()[0]], parts)
     return arrays
@@ -242,7 +258,10 @@ def _read_array(stored: StoredArray, sharding: Any, buffer: np.ndarray) -> jax.A
 
 
 def _refuse_difference(where: Path, wanted: dict[str, Any], came: dict[str, Any]) -> None:
-    kinds = [{name: f"{leaf.dtype} {tuple(leaf.shape)}" for name, leaf in leaves.items()} for leaves in (wanted, came)]
+    kinds = [
+        {name: f"{leaf.dtype} {tuple(leaf.shape)}" for name, leaf in leaves.items()}
+        for leaves in (wanted, came)
+    ]
     differing = sorted({name for name, _ in kinds[0].items() ^ kinds[1].items()})
     if differing:
         expected, actual = (leaves.get(differing[0], "no such array") for leaves in kinds)
@@ -308,4 +327,7 @@ def _newest_intact(folder: Path, skip: str | None = None) -> tuple[Path, list[st
         damaged += lines
     if not damaged:
         raise UserError(f"{folder} has no checkpoint.")
-    raise UserError(f"{folder} has no intact checkpoint: {'; '.join(damaged)}. Train anew, or restore the files from a copy.")
+    raise UserError(
+        f"{folder} has no intact checkpoint: {'; '.join(damaged)}. Train anew, or restore the "
+        "files from a copy."
+    )

@@ -73,7 +73,9 @@ def open_model(path: Path) -> StoredModel:
     header = read_header(path)
     for name, tensor in header.tensors.items():
         if tensor.kind.name not in READABLE:
-            raise UserError(f"{path}: the tensor {quote(name)} is {tensor.kind.name}, which cannot be read here.")
+            raise UserError(
+                f"{path}: the tensor {quote(name)} is {tensor.kind.name}, which cannot be read here."
+            )
     cfg = config_from_gguf(header)
     shapes = {name: tensor.shape for name, tensor in header.tensors.items() if name != FREQUENCIES}
     leaves = check_tensors(layout_of(cfg, GGUF_NAMES), shapes, path)
@@ -101,7 +103,9 @@ def open_model(path: Path) -> StoredModel:
         tensor = header.tensors[name]
         data = read_at(path, tensor.offset, tensor.size).reshape(tensor.shape[0], -1)
         try:
-            return pack_blocks(regroup_rows(data, cfg.head_dim // 2, 2) if name in paired else data, tensor.kind.name)
+            return pack_blocks(
+                regroup_rows(data, cfg.head_dim // 2, 2) if name in paired else data, tensor.kind.name
+            )
         except ValueError:
             raise infinite_weights(name) from None
 
@@ -164,9 +168,13 @@ def save_gguf(
     writer.add_name(name)
     writer.add_file_type(LlamaFileType.ALL_F32 if wanted == F32 else LlamaFileType[f"MOSTLY_{wanted.name}"])
     writer.add_quantization_version(2)
-    for key, value in ({f"{architecture}.{key}": value for key, value in config_to_gguf(cfg).items()} | metadata).items():
+    for key, value in (
+        {f"{architecture}.{key}": value for key, value in config_to_gguf(cfg).items()} | metadata
+    ).items():
         value_type = GGUFValueType.get_type(value)
-        writer.add_key_value(key, value, GGUFValueType.UINT32 if value_type == GGUFValueType.INT32 else value_type)
+        writer.add_key_value(
+            key, value, GGUFValueType.UINT32 if value_type == GGUFValueType.INT32 else value_type
+        )
     for leaf in leaves:
         kind = wanted if len(leaf.stored) == 2 else F32
         own = as_weight(values[leaf.path]).kind
@@ -229,7 +237,9 @@ def set_pre_tokenizer(tokenizer: tokenizers.Tokenizer, name: str) -> None:
         tokenizer.normalizer = None
     tokenizer.pre_tokenizer = gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if name == "smollm":
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), gpt2]
+        )
     elif name != "gpt-2":  # Llama 3 and Qwen 2 differ in groups of digits
         pattern = (
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -273,7 +283,10 @@ def read_tokenizer(header: Header, vocab: int) -> ModelTokenizer:
         value = field(f"{name}_token_id")
         if value is not None:
             if type(value) is not int or not 0 <= value < vocab:
-                raise UserError(f"{path}: tokenizer.ggml.{name}_token_id is {quote(value)}, and there are {vocab:,} tokens.")
+                raise UserError(
+                    f"{path}: tokenizer.ggml.{name}_token_id is {quote(value)}, and there are "
+                    f"{vocab:,} tokens."
+                )
             ids[name] = value
     if "eos" not in ids:
         raise UserError(f"{path} does not say tokenizer.ggml.eos_token_id, which token ends a text.")
@@ -318,7 +331,9 @@ def _read_list(header: Header, name: str, count: int | None = None) -> Any:
             wanted = kind
         else:
             wanted = f"{count:,} {kind}, a row of the embedding each"
-        raise UserError(f"{header.path}: tokenizer.ggml.{name} should be {wanted}, and has {location.length:,} entries.")
+        raise UserError(
+            f"{header.path}: tokenizer.ggml.{name} should be {wanted}, and has {location.length:,} entries."
+        )
     if texts:
         return read_strings(header.path, location)
     return read_numbers(header.path, location)
@@ -390,7 +405,9 @@ def tokenizer_metadata(tokenizer: Tokenizer, eos_ids: tuple[int, ...], vocab: in
             kind = "without merges"
         else:
             kind = f"of the kind {model['type']}"
-        raise UserError(f"A tokenizer {kind} has no place in a GGUF file; write a Hugging Face folder instead.")
+        raise UserError(
+            f"A tokenizer {kind} has no place in a GGUF file; write a Hugging Face folder instead."
+        )
     tokens = [f"[PAD{place}]" for place in range(vocab)]
     kinds = [UNUSED] * vocab
     for token, place in model["vocab"].items():
@@ -407,7 +424,10 @@ def tokenizer_metadata(tokenizer: Tokenizer, eos_ids: tuple[int, ...], vocab: in
             kinds[added["id"]] = USER_DEFINED
     fields: dict[str, Any] = {"tokens": tokens, "token_type": kinds, "add_bos_token": bool(tokenizer.bos_ids)}
     texts = tokenizer.special_names
-    named = {name: tokenizer.id_of(texts.get(key, "")) for name, key in (SPECIAL_TOKENS | {"unknown": "unk_token"}).items()}
+    named = {
+        name: tokenizer.id_of(texts.get(key, ""))
+        for name, key in (SPECIAL_TOKENS | {"unknown": "unk_token"}).items()
+    }
     named |= dict(zip(("eos", "eot"), eos_ids))
     fields |= {f"{name}_token_id": place for name, place in named.items() if place is not None}
     if config.get("chat_template"):

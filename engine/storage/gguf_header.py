@@ -71,9 +71,13 @@ def read_header(path: Path) -> Header:
                 order = "big-endian"
             else:
                 order = f"of version {version}"
-            raise UserError(f"{path} is a GGUF file {order}; little-endian files of versions 2 and 3 are read.")
+            raise UserError(
+                f"{path} is a GGUF file {order}; little-endian files of versions 2 and 3 are read."
+            )
         if keys > MAX_KEYS or count > MAX_TENSORS:
-            raise UserError(f"{path} claims {keys:,} keys and {count:,} tensors, more than any model has; it is damaged.")
+            raise UserError(
+                f"{path} claims {keys:,} keys and {count:,} tensors, more than any model has; it is damaged."
+            )
         reader = _Reader(file, path, size)
         metadata = dict[str, Any]()
         for _ in range(keys):
@@ -84,16 +88,22 @@ def read_header(path: Path) -> Header:
         infos = [reader.info() for _ in range(count)]
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
-            raise UserError(f"{path} is damaged: general.alignment is {quote(alignment)}, and should be a power of two.")
+            raise UserError(
+                f"{path} is damaged: general.alignment is {quote(alignment)}, and should be a power of two."
+            )
         end = file.tell()
         begin = -(-end // alignment) * alignment
         tensors: dict[str, Tensor] = {}
         for name, dims, kind, offset in sorted(infos, key=lambda info: info[3]):
             if kind not in GGML_QUANT_SIZES:
-                raise UserError(f"{path}: the tensor {quote(name)} has the type {kind}, which is not known here.")
+                raise UserError(
+                    f"{path}: the tensor {quote(name)} has the type {kind}, which is not known here."
+                )
             block, width = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
             if dims[0] % block or not 0 < math.prod(dims) < 2**48:
-                raise UserError(f"{path} is damaged: the tensor {quote(name)} cannot have the shape {dims[::-1]}.")
+                raise UserError(
+                    f"{path} is damaged: the tensor {quote(name)} cannot have the shape {dims[::-1]}."
+                )
             if name in tensors:
                 raise UserError(f"{path} is damaged: the tensor {quote(name)} is there twice.")
             check_adjacent(path, name, begin + offset, -(-end // alignment) * alignment)
@@ -131,7 +141,9 @@ class _Reader:
     def name(self, what: str) -> str:
         length = self.number(UINT64)
         if length > MAX_NAME_BYTES:
-            raise UserError(f"{self.path} is damaged: a {what} has {length:,} bytes, and {MAX_NAME_BYTES:,} are the most.")
+            raise UserError(
+                f"{self.path} is damaged: a {what} has {length:,} bytes, and {MAX_NAME_BYTES:,} are the most."
+            )
         return self.text(length, what)
 
     def text(self, length: int, what: str) -> str:
@@ -149,10 +161,14 @@ class _Reader:
             length = self.require(self.number(UINT64))
             self.text_left -= length
             if self.text_left < 0:
-                raise UserError(f"{self.path} holds more than {MAX_TEXT:,} bytes of text in its keys, at {quote(key)}.")
+                raise UserError(
+                    f"{self.path} holds more than {MAX_TEXT:,} bytes of text in its keys, at {quote(key)}."
+                )
             return self.text(length, f"value of {quote(key)}")
         if kind != ARRAY:
-            raise UserError(f"{self.path} is damaged: the key {quote(key)} has a value of the unknown type {kind}.")
+            raise UserError(
+                f"{self.path} is damaged: the key {quote(key)} has a value of the unknown type {kind}."
+            )
         inner = self.number(UINT32)
         count = self.number(UINT64)
         location = ArrayLocation(inner, count, self.file.tell())
@@ -163,7 +179,9 @@ class _Reader:
             for _ in range(count):
                 self.file.seek(self.require(self.number(UINT64)), 1)
         else:
-            raise UserError(f"{self.path}: the key {quote(key)} is an array of the type {inner}, which no model has.")
+            raise UserError(
+                f"{self.path}: the key {quote(key)} is an array of the type {inner}, which no model has."
+            )
         return location
 
     def info(self) -> tuple[str, list[int], int, int]:
@@ -187,7 +205,9 @@ def read_strings(path: Path, location: ArrayLocation) -> list[str]:
                     raise UserError(f"{path} is damaged: a text in one of its arrays has {length:,} bytes.")
                 texts.append(file.read(length).decode())
         except UnicodeDecodeError:
-            raise UserError(f"{path} is damaged: text {len(texts):,} of one of its arrays is not UTF-8.") from None
+            raise UserError(
+                f"{path} is damaged: text {len(texts):,} of one of its arrays is not UTF-8."
+            ) from None
     return texts
 
 

@@ -111,7 +111,9 @@ def _list_gguf_files(hub_id: str) -> list[str] | None:
         # the last three for a reply that is no list of files
         return None
     names = [sibling.rfilename for sibling in siblings]
-    files = [name for name in names if name.endswith(".gguf") and name.isprintable() and len(name) <= MAX_NAME]
+    files = [
+        name for name in names if name.endswith(".gguf") and name.isprintable() and len(name) <= MAX_NAME
+    ]
     return sorted(files, key=lambda name: (len(name), name))
 
 
@@ -166,7 +168,9 @@ def fetch(name: str, cached_only: bool, check_config: Callable[[Path], object], 
     def fetch_file(file: str, revision: str | None) -> Path:
         # One at a time and in this thread, where Ctrl-C ends it at once; `snapshot_download` would
         # wait for its threads.
-        return Path(hf_hub_download(hub_id, file, revision=revision, local_files_only=is_offline, tqdm_class=bar))
+        return Path(
+            hf_hub_download(hub_id, file, revision=revision, local_files_only=is_offline, tqdm_class=bar)
+        )
 
     def fetch_if_there(file: str) -> Path | None:
         cached = try_to_load_from_cache(hub_id, file, revision=commit)
@@ -214,7 +218,9 @@ def fetch(name: str, cached_only: bool, check_config: Callable[[Path], object], 
                 why = "HF_HUB_OFFLINE is set"
             else:
                 why = "only a model that its user names is fetched"
-            fault = f"The hub's cache lacks {name}, or a part of it, and {why}: fetch it once by naming {name}."
+            fault = (
+                f"The hub's cache lacks {name}, or a part of it, and {why}: fetch it once by naming {name}."
+            )
         else:
             cause = " ".join(str(error.__cause__ or error).split())[:MAX_REASON].rstrip(".")
             fault = f"Could not fetch {name} from {constants.ENDPOINT}: {cause}. Files that arrived are kept."

@@ -45,14 +45,20 @@ def open_model(path: Path) -> StoredModel:
         head = stored.pop(HUGGING_FACE_NAMES["head"], None)
     else:
         head = None
-    leaves = check_tensors(layout_of(cfg, HUGGING_FACE_NAMES), {name: tensor.shape for name, tensor in stored.items()}, path)
+    leaves = check_tensors(
+        layout_of(cfg, HUGGING_FACE_NAMES), {name: tensor.shape for name, tensor in stored.items()}, path
+    )
     for name, tensor in stored.items():
         if tensor.dtype not in safetensors.FLOATS:
             readable = ", ".join(safetensors.FLOATS)
-            raise UserError(f"{tensor.path}: the tensor {quote(name)} is {tensor.dtype}; weights are read as {readable}.")
+            raise UserError(
+                f"{tensor.path}: the tensor {quote(name)} is {tensor.dtype}; weights are read as {readable}."
+            )
     # which of the two is meant cannot be known
     if head and not _are_equal(head, stored[HUGGING_FACE_NAMES["embed"]]):
-        raise UserError(f"{path} says tie_word_embeddings but has a lm_head.weight that differs from its embedding.")
+        raise UserError(
+            f"{path} says tie_word_embeddings but has a lm_head.weight that differs from its embedding."
+        )
 
     def rows(tensor: str, start: int, stop: int) -> np.ndarray:
         return safetensors.read_slice(stored[tensor], start, stop)
@@ -61,7 +67,9 @@ def open_model(path: Path) -> StoredModel:
     name = hub_id.partition("/")[2] or path.resolve().name
     context = (DEFAULTS[fields["model_type"]] | fields)["max_position_embeddings"]
     tokenizer = functools.partial(load_tokenizer, path, cfg.vocab, fields.get("eos_token_id"))
-    return StoredModel(name, cfg, leaves, rows, tokenizer, context, hub_id, note_unknown_json(fields, path / "config.json"))
+    return StoredModel(
+        name, cfg, leaves, rows, tokenizer, context, hub_id, note_unknown_json(fields, path / "config.json")
+    )
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -98,7 +106,9 @@ def load_tokenizer(folder: Path, vocab: int | None = None, eos: Any = None) -> M
     config = read_json_object(beside) if beside.exists() else {}
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name
-        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}.get("default")
+        template = {
+            entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)
+        }.get("default")
     file = folder / "chat_template.jinja"
     if file.is_file():
         template = read_text(file)
@@ -114,9 +124,12 @@ def load_tokenizer(folder: Path, vocab: int | None = None, eos: Any = None) -> M
     tokenizer = build_tokenizer(lambda: Tokenizer(inner, known, folder), folder)
     if vocab is not None and tokenizer.vocab > vocab:
         raise UserError(
-            f"{source} has a token {tokenizer.vocab - 1:,} and the model only {vocab:,}: they do not belong together."
+            f"{source} has a token {tokenizer.vocab - 1:,} and the model only {vocab:,}: they do "
+            "not belong together."
         )
-    return ModelTokenizer(tokenizer, tuple(dict.fromkeys((tokenizer.eos_id, *eos_ids))), _read_sampling(generation))
+    return ModelTokenizer(
+        tokenizer, tuple(dict.fromkeys((tokenizer.eos_id, *eos_ids))), _read_sampling(generation)
+    )
 
 
 def _read_eos_ids(value: Any, vocab: int, path: Path) -> list[int]:

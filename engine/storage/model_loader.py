@@ -133,7 +133,12 @@ def locate(
     if path.suffix == ".gguf" and path.is_file():
         return Location("gguf", path)
     gguf_name = hub.split_gguf_name(str(name))
-    if gguf_name and not cached_only and path.parts[0] != str(run_folder.ROOT) and not Path(path.parts[0]).exists():
+    if (
+        gguf_name
+        and not cached_only
+        and path.parts[0] != str(run_folder.ROOT)
+        and not Path(path.parts[0]).exists()
+    ):
         raise UserError(hub.explain_gguf_name(str(name), *gguf_name))
     # a run folder has a run.json beside it
     if (path / "config.json").is_file() and not (path / "run.json").exists():
@@ -157,7 +162,10 @@ def _kept_step(run: Path, record: dict[str, Any]) -> int | None:
     if kept is None or (type(kept) is int and 0 <= kept < MAX_STEP):
         return kept
     record_path = run / "run.json"
-    raise UserError(f"{record_path} does not say which step of the run is its best: restore it from a copy, or train anew.")
+    raise UserError(
+        f"{record_path} does not say which step of the run is its best: restore it from a copy, or "
+        "train anew."
+    )
 
 
 def _is_step_of_run(path: Path) -> bool:
@@ -243,11 +251,15 @@ def load_model(
             )
         sampling = RECOMMENDED_SAMPLING.get(name or "", sampling)
         kinds = file_kinds(stored)
-        return LoadedModel(title, cfg, params, tokenizer, eos_ids, location.path, None, hub_id, notes, sampling, kinds=kinds)
+        return LoadedModel(
+            title, cfg, params, tokenizer, eos_ids, location.path, None, hub_id, notes, sampling, kinds=kinds
+        )
     cfg = run_folder.read_config(run)
     tokenizer, eos_ids, sampling = load_tokenizer(run / "tokenizer", cfg.vocab)
     trained_blocks = run_folder.read_json(run / "run.json").get(TRAINED_BLOCKS)
-    check = functools.partial(check_arrays, cfg, trained_blocks=trained_blocks if isinstance(trained_blocks, list) else None)
+    check = functools.partial(
+        check_arrays, cfg, trained_blocks=trained_blocks if isinstance(trained_blocks, list) else None
+    )
     arrays = checkpoint_reader.peek_arrays(location.path, check)
     packed_shapes = {}
     for path, array in arrays.items():
@@ -261,7 +273,10 @@ def load_model(
     leaves = _with_blocks(cfg, leaf_paths(loaded.params))
     check_factors(loaded.path, leaves)
     if _kinds(leaves) != _kinds(planned):
-        raise UserError(f"{loaded.path} has other weights in blocks than a newer checkpoint of its run. Name the one to load.")
+        raise UserError(
+            f"{loaded.path} has other weights in blocks than a newer checkpoint of its run. Name "
+            "the one to load."
+        )
     params = unflatten(leaves if keep_blocks else {path: to_dense(leaf) for path, leaf in leaves.items()})
     notes = location.notes + _damage(loaded.path, loaded.damaged)
     title = model_name(str(run))
@@ -324,7 +339,9 @@ def check_loads(written: Path, path: Path, report: OnProgress = None) -> None:
                 report(done, total)
     except UserError as error:
         sentence = str(error).replace(str(written), str(path))
-        raise UserError(f"Nothing was written, because it would not load again: {sentence} {remedy}".rstrip()) from None
+        raise UserError(
+            f"Nothing was written, because it would not load again: {sentence} {remedy}".rstrip()
+        ) from None
 
 
 def _base_of(location: Location) -> str:
@@ -332,7 +349,9 @@ def _base_of(location: Location) -> str:
         return _base_of_run(location.run)
     name = base_name(location.path)
     if not name:
-        raise UserError(f"{location.path / CONFIG} does not name the model it adapts: name that one, to chat or serve.")
+        raise UserError(
+            f"{location.path / CONFIG} does not name the model it adapts: name that one, to chat or serve."
+        )
     return name
 
 
@@ -340,7 +359,9 @@ def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Pat
     folder = location.run or location.path
     name = _base_of(location)
     if folder.resolve() in adapted_by:
-        raise UserError(f"{folder} is named as a base of itself. Restore its record from a copy, or train anew.")
+        raise UserError(
+            f"{folder} is named as a base of itself. Restore its record from a copy, or train anew."
+        )
     refused: list[UserError] = []
 
     def check(cfg: ModelConfig) -> None:
@@ -385,7 +406,9 @@ def _base_of_run(run: Path) -> str:
     match run_folder.read_json(run / "run.json"):
         case {"base": {"model": str(name)}}:
             return name
-    raise UserError(f"{run / 'run.json'} does not say which model it adapts: restore it from a copy, or train anew.")
+    raise UserError(
+        f"{run / 'run.json'} does not say which model it adapts: restore it from a copy, or train anew."
+    )
 
 
 def adapter_origin(name: str, cfg: ModelConfig) -> tuple[str, LoraConfig | None] | None:
@@ -416,7 +439,9 @@ def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> tup
     return adapted, notes
 
 
-def read_adapter(cfg: ModelConfig, folder: Path, digest_base: Callable[[], str]) -> tuple[Any, Path, tuple[str, ...]]:
+def read_adapter(
+    cfg: ModelConfig, folder: Path, digest_base: Callable[[], str]
+) -> tuple[Any, Path, tuple[str, ...]]:
     """Returns an adapter as `load_adapter` does, from a folder as of `with_adapters`; its path; and
     notes to print.
     """
@@ -440,7 +465,10 @@ def _read_adapter(
         return read_leaves(checkpoint, cfg, digest_base), checkpoint, _damage(checkpoint, damaged)
     notes: tuple[str, ...] = ()
     if not (folder / manifest.NAME).exists():
-        notes = (f"{folder} has no {manifest.NAME}, as other programs' adapters: a change of its weights goes unnoticed",)
+        notes = (
+            f"{folder} has no {manifest.NAME}, as other programs' adapters: a change of its "
+            "weights goes unnoticed",
+        )
     return load_adapter(folder, cfg, digest_base), folder, notes
 
 

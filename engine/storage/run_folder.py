@@ -48,8 +48,13 @@ def newest_run() -> tuple[Path, tuple[str, ...]]:
             return run, (f"using {run} ({reason}), as no other run is finished",)
     if passed:
         first = next(iter(passed))
-        raise UserError(f"No run in {ROOT}/ is finished. Finish {first}, or name it as the model to take it as it is.")
-    raise UserError(f"There is no trained model in {ROOT}/: run `python -m stages.train` first, or name a model by its folder.")
+        raise UserError(
+            f"No run in {ROOT}/ is finished. Finish {first}, or name it as the model to take it as it is."
+        )
+    raise UserError(
+        f"There is no trained model in {ROOT}/: run `python -m stages.train` first, or name a "
+        "model by its folder."
+    )
 
 
 def _reason_against(run: Path) -> str:

@@ -82,8 +82,12 @@ def check_arrays(
         if array is None:
             faults.append(f"it has no {path}, which should be {wanted}")
         elif tuple(array.shape) != shape or np.dtype(array.dtype).name not in dtypes:
-            faults.append(f"{path} should be {wanted}, and is {np.dtype(array.dtype).name} {list(array.shape)}")
-    faults += [f"it has an array {quote(path)}, which has no place there" for path in arrays if path not in expected]
+            faults.append(
+                f"{path} should be {wanted}, and is {np.dtype(array.dtype).name} {list(array.shape)}"
+            )
+    faults += [
+        f"it has an array {quote(path)}, which has no place there" for path in arrays if path not in expected
+    ]
     if faults:
         if len(faults) > 1:
             more = f" ({len(faults) - 1} more arrays differ)"

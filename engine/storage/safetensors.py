@@ -48,7 +48,10 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     with open_regular(path) as file:
         length = int.from_bytes(read_exactly(file, 8, path), "little")
         if length > MAX_HEADER:
-            raise UserError(f"{path} has a header of {length:,} bytes by its own account; {MAX_HEADER:,} are read at most.")
+            raise UserError(
+                f"{path} has a header of {length:,} bytes by its own account; {MAX_HEADER:,} are "
+                "read at most."
+            )
         header = parse_json_object(read_exactly(file, length, path), path)
         end = file.tell()
         size = file.seek(0, 2)
@@ -73,7 +76,10 @@ def _is_count(value: Any) -> bool:
 def _tensor(path: Path, name: str, entry: Any, begin: int) -> StoredTensor:
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if (
-            len(entry) == 3 and dtype in DTYPES and len(shape) <= 8 and all(map(_is_count, [*shape, start, stop]))
+            len(entry) == 3
+            and dtype in DTYPES
+            and len(shape) <= 8
+            and all(map(_is_count, [*shape, start, stop]))
         ):
             tensor = StoredTensor(path, dtype, tuple(shape), begin + start)
             if stop - start == tensor.nbytes:
@@ -87,7 +93,11 @@ def read_slice(stored: StoredTensor, start: int, stop: int) -> np.ndarray:
     dtype = DTYPES[stored.dtype]
     row = stored.shape[1:]
     width = math.prod(row) * dtype.itemsize
-    return read_at(stored.path, stored.offset + start * width, (stop - start) * width).view(dtype).reshape(stop - start, *row)
+    return (
+        read_at(stored.path, stored.offset + start * width, (stop - start) * width)
+        .view(dtype)
+        .reshape(stop - start, *row)
+    )
 
 
 def read_box(stored: StoredTensor, box: Sequence[tuple[int, int]], out: np.ndarray) -> None:
@@ -113,7 +123,9 @@ def read_index(index: Path) -> dict[str, str]:
         raise UserError(f"{index} is damaged: it has no weight_map of tensors to files.")
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(f"{index} names {quote(name)}, which is not a .safetensors file in its own folder.")
+            raise UserError(
+                f"{index} names {quote(name)}, which is not a .safetensors file in its own folder."
+            )
     return weight_map
 
 
@@ -126,19 +138,27 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     if whole.is_file():
         return read_header(whole)[0]
     if not index.is_file():
-        pickled = [name for name in ("pytorch_model.bin", "pytorch_model.bin.index.json") if (folder / name).exists()]
+        pickled = [
+            name for name in ("pytorch_model.bin", "pytorch_model.bin.index.json") if (folder / name).exists()
+        ]
         if pickled:
             raise UserError(
                 f"{folder} has its weights in {pickled[0]}, a pickle, which can run code when it is "
                 "opened, so it is never read. Take the model's safetensors files, or convert it where "
                 "it is trusted."
             )
-        raise UserError(f"{folder} has neither model.safetensors nor model.safetensors.index.json, so it holds no weights.")
+        raise UserError(
+            f"{folder} has neither model.safetensors nor model.safetensors.index.json, so it holds "
+            "no weights."
+        )
     weight_map = read_index(index)
     tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(weight_map.values())):
         if not (folder / name).is_file():
-            raise UserError(f"{index} names {quote(name)}, and it is not there: the model was not copied or downloaded whole.")
+            raise UserError(
+                f"{index} names {quote(name)}, and it is not there: the model was not copied or "
+                "downloaded whole."
+            )
         shard, _ = read_header(folder / name)
         wanted = {tensor for tensor, file in weight_map.items() if file == name}
         for tensor in sorted(wanted ^ shard.keys()):

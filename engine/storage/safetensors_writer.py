@@ -29,7 +29,9 @@ DTYPES: dict[str, np.dtype] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def encode(tensors: Mapping[str, Any], arrays: Iterable[Any], metadata: Mapping[str, str] = {}) -> Iterator[np.ndarray]:
+def encode(
+    tensors: Mapping[str, Any], arrays: Iterable[Any], metadata: Mapping[str, str] = {}
+) -> Iterator[np.ndarray]:
     """Yields a file's bytes, uint8: the header, then each of the `arrays`, which come one by one in
     the order of `tensors`.
 
@@ -58,7 +60,9 @@ def encode(tensors: Mapping[str, Any], arrays: Iterable[Any], metadata: Mapping[
         yield data.reshape(-1).view(np.uint8)
 
 
-def write_file(path: Path, tensors: Mapping[str, Any], arrays: Iterable[Any], metadata: Mapping[str, str] = {}) -> None:
+def write_file(
+    path: Path, tensors: Mapping[str, Any], arrays: Iterable[Any], metadata: Mapping[str, str] = {}
+) -> None:
     with atomic_file(path) as file:
         for data in encode(tensors, arrays, metadata):
             file.write(data)

@@ -88,7 +88,9 @@ def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
     """
     # a file may claim any number of layers
     shapes = leaf_shapes(dataclasses.replace(cfg, layers=1))
-    block = {path.removeprefix("blocks/0/"): shape for path, shape in shapes.items() if path.startswith("blocks/")}
+    block = {
+        path.removeprefix("blocks/0/"): shape for path, shape in shapes.items() if path.startswith("blocks/")
+    }
     yield Leaf("embed", names["embed"], shapes["embed"])
     for layer in range(cfg.layers):
         for part, shape in block.items():
@@ -114,7 +116,9 @@ def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]],
             raise UserError(f"{path} has no tensor {leaf.name!r}, which this architecture needs.{close}")
         found = shapes[leaf.name]
         if found != leaf.stored:
-            raise UserError(f"{path}: the tensor {leaf.name!r} should be {list(leaf.stored)} and is {list(found)}.")
+            raise UserError(
+                f"{path}: the tensor {leaf.name!r} should be {list(leaf.stored)} and is {list(found)}."
+            )
         complete.append(leaf)
     extra = shapes.keys() - {leaf.name for leaf in complete}
     if extra:
@@ -206,7 +210,9 @@ def block_leaves(model: StoredModel) -> dict[str, Blocks]:
     return leaves
 
 
-def read_params(model: StoredModel, dtype: str, report: OnProgress = None, blocks: Mapping[str, Blocks] = {}) -> dict[str, Any]:
+def read_params(
+    model: StoredModel, dtype: str, report: OnProgress = None, blocks: Mapping[str, Blocks] = {}
+) -> dict[str, Any]:
     """Reads the params: matrices in `dtype`, bfloat16 or float32, gains and biases in float32.
 
     `blocks`: of `block_leaves`, those that stay as they are. `report`: numbers read and in all.
@@ -218,7 +224,9 @@ def read_params(model: StoredModel, dtype: str, report: OnProgress = None, block
     for leaf in model.leaves:
         if leaf.path in blocks:
             assert model.packed
-            params[leaf.path] = dataclasses.replace(blocks[leaf.path], packed=jax.device_put(model.packed(leaf.name)))
+            params[leaf.path] = dataclasses.replace(
+                blocks[leaf.path], packed=jax.device_put(model.packed(leaf.name))
+            )
         else:
             params[leaf.path] = jax.device_put(read_leaf(model, leaf, dtype))
         done += math.prod(leaf.stored)
@@ -253,7 +261,9 @@ def infinite_weights(name: str) -> UserError:
     return UserError(f"The tensor {name!r} holds weights that are not finite numbers: it is damaged.")
 
 
-def file_tensors(leaves: list[Leaf], params: dict[str, Any], report: OnProgress) -> Iterator[tuple[Leaf, np.ndarray]]:
+def file_tensors(
+    leaves: list[Leaf], params: dict[str, Any], report: OnProgress
+) -> Iterator[tuple[Leaf, np.ndarray]]:
     """Yields each leaf with its numbers as a file holds them. `report`: numbers yielded and in all.
 
     params: Arrays, or Int8 and LoRA leaves, which are made dense one at a time; of Blocks a file

@@ -61,7 +61,9 @@ class ChatTokenizer:
         probe = self.examples([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[0]
         answer = probe.tokens[probe.mask]
         if not len(answer):
-            raise UserError("The chat template writes nothing of what the assistant says: give another template.")
+            raise UserError(
+                "The chat template writes nothing of what the assistant says: give another template."
+            )
         last = int(answer[-1])
         self.eot_ids = (last,) if last in tokenizer.controls else ()
 
@@ -83,7 +85,9 @@ class ChatTokenizer:
         continued = len(prompt) > 0 and int(prompt[-1]) not in self.tokenizer.controls
         return np.concatenate([prompt, self.tokenizer.encode(answer, continued)])
 
-    def examples(self, messages: Sequence[Message], where: str = "", context: frozenset[int] = frozenset()) -> list[Example]:
+    def examples(
+        self, messages: Sequence[Message], where: str = "", context: frozenset[int] = frozenset()
+    ) -> list[Example]:
         """Makes the training examples of a conversation, with the assistant's turns and the tokens
         that end them in the loss.
 
@@ -284,5 +288,7 @@ def _pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
     """
     names = sorted(tokenizer.controls.values(), key=lambda added: -len(added.content))
     before = r"(?:(?<!\s)\s++)?"
-    any_name = "|".join(before * added.lstrip + re.escape(added.content) + r"\s*" * added.rstrip for added in names)
+    any_name = "|".join(
+        before * added.lstrip + re.escape(added.content) + r"\s*" * added.rstrip for added in names
+    )
     return re.compile(f"({any_name or '(?!)'})")  # (?!) matches nothing

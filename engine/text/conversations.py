@@ -77,8 +77,12 @@ class Text(NamedTuple):
 # Fields that say what to train on and cannot be granted here, and why: training without them would
 # be on something else.
 UNSUPPORTED = {
-    **dict.fromkeys(("tools", "tool_calls", "functions", "function_call"), "the model is given no tools here"),
-    **dict.fromkeys(("reasoning_content", "refusal", "history"), "it would not be read; write it into the messages"),
+    **dict.fromkeys(
+        ("tools", "tool_calls", "functions", "function_call"), "the model is given no tools here"
+    ),
+    **dict.fromkeys(
+        ("reasoning_content", "refusal", "history"), "it would not be read; write it into the messages"
+    ),
     "mask": 'the masks are written as "weight": 0 at a message here',
 }
 MAX_WEIGHT = 1e6
@@ -102,12 +106,19 @@ def read_conversations(source: Path | str) -> Conversations:
         else:
             problem = "does not exist"
         if path.is_dir():
-            problem = "is a folder, and one file is read: join its texts into a .txt, or its rows into a .jsonl"
-        raise UserError(f"{path} {problem}; wanted {FORMS}, or one of {', '.join(SHIPPED)}.{did_you_mean(name, [*SHIPPED])}")
+            problem = (
+                "is a folder, and one file is read: join its texts into a .txt, or its rows into a .jsonl"
+            )
+        raise UserError(
+            f"{path} {problem}; wanted {FORMS}, or one of "
+            f"{', '.join(SHIPPED)}.{did_you_mean(name, [*SHIPPED])}"
+        )
     if path.suffix.lower() in (".txt", ".md"):
         return Conversations(name, functools.partial(_read_whole, path))
     if path.suffix.lower() not in (".jsonl", ".json"):
-        raise UserError(f"{path} is of a kind that cannot be read ({path.suffix or 'no suffix'}); wanted {FORMS}.")
+        raise UserError(
+            f"{path} is of a kind that cannot be read ({path.suffix or 'no suffix'}); wanted {FORMS}."
+        )
     first = next(read_rows(path), None)
     if first is None:
         raise UserError(f"{path} is empty; wanted {FORMS}.")
@@ -123,10 +134,14 @@ def _read(path: Path, kind: str, first: str) -> Iterator[Record]:
     for row, where in read_rows(path):
         this = _kind(row, where)
         if this != kind:
-            raise UserError(f"{where} is of the kind {this}, and {first} was {kind}; keep each kind in a file of its own.")
+            raise UserError(
+                f"{where} is of the kind {this}, and {first} was {kind}; keep each kind in a file of its own."
+            )
         for name in KINDS[kind]:
             if row.get(name) is None:
-                raise UserError(f"{where}: `{name}` is missing; {kind} rows need {_quote_names(KINDS[kind])}.")
+                raise UserError(
+                    f"{where}: `{name}` is missing; {kind} rows need {_quote_names(KINDS[kind])}."
+                )
         yield _parse_row(kind, row, where)
 
 
@@ -184,9 +199,13 @@ def _row_weight(kind: str, row: dict[str, Any], where: str) -> float:
     if weight is None:
         weight = 1
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MAX_WEIGHT:
-        raise UserError(f"{where} has the `weight` {weight!r}; wanted a number from 0 (left out) to {MAX_WEIGHT:,.0f}.")
+        raise UserError(
+            f"{where} has the `weight` {weight!r}; wanted a number from 0 (left out) to {MAX_WEIGHT:,.0f}."
+        )
     if kind == "preference" and weight != 1:
-        raise UserError(f"{where} has the `weight` {weight!r}, and preferences all weigh the same here: leave it out.")
+        raise UserError(
+            f"{where} has the `weight` {weight!r}, and preferences all weigh the same here: leave it out."
+        )
     return float(weight)
 
 
@@ -224,7 +243,9 @@ def _answer(value: Any, name: str, where: str) -> tuple[tuple[Message, ...], str
     return messages[:-1], messages[-1]["content"]
 
 
-def _messages(value: Any, name: str, where: str, text_role: str = "") -> tuple[tuple[Message, ...], frozenset[int]]:
+def _messages(
+    value: Any, name: str, where: str, text_role: str = ""
+) -> tuple[tuple[Message, ...], frozenset[int]]:
     """Reads messages, and which of the assistant's are context alone; a text is one message of
     `text_role`, if any.
     """
@@ -232,14 +253,18 @@ def _messages(value: Any, name: str, where: str, text_role: str = "") -> tuple[t
         return ({"role": text_role, "content": check_text(value, name, where)},), frozenset()
     if not isinstance(value, list):
         raise UserError(f"{where}: `{name}` should be a list of messages, not {json_type(value)}.")
-    share_gpt = any(isinstance(message, dict) and "from" in message and "role" not in message for message in value)
+    share_gpt = any(
+        isinstance(message, dict) and "from" in message and "role" not in message for message in value
+    )
     role, content = ("from", "value") if share_gpt else ("role", "content")
     messages = []
     context = set()
     for number, message in enumerate(value, 1):
         at = f"{where}: message {number} of `{name}`"
         if not isinstance(message, dict):
-            raise UserError(f"{at} should be an object with `{role}` and `{content}`, not {json_type(message)}.")
+            raise UserError(
+                f"{at} should be an object with `{role}` and `{content}`, not {json_type(message)}."
+            )
         _refuse_unsupported(message, at)
         for key in (role, content):
             if message.get(key) is None:
@@ -247,9 +272,14 @@ def _messages(value: Any, name: str, where: str, text_role: str = "") -> tuple[t
         speaker = str(message[role])
         if speaker.lower() not in SPEAKERS:
             known = [*SPEAKERS] if share_gpt else [*ROLES]
-            raise UserError(f"{at} has the {role} {speaker!r}; wanted one of {', '.join(known)}.{did_you_mean(speaker, known)}")
+            raise UserError(
+                f"{at} has the {role} {speaker!r}; wanted one of "
+                f"{', '.join(known)}.{did_you_mean(speaker, known)}"
+            )
         text = message[content]
-        if isinstance(text, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in text):
+        if isinstance(text, list) and all(
+            isinstance(part, dict) and isinstance(part.get("text"), str) for part in text
+        ):
             text = "".join(part["text"] for part in text)
         messages.append({"role": SPEAKERS[speaker.lower()], "content": check_text(text, content, at)})
         if _is_context(message, messages[-1]["role"], at):
@@ -264,9 +294,14 @@ def _is_context(message: dict[str, Any], role: str, at: str) -> bool:
     values = {name: message[name] for name in ("weight", "train", "loss") if message.get(name) is not None}
     for name, value in values.items():
         if value not in (0, 1):
-            raise UserError(f"{at} has the `{name}` {value!r}; wanted 0, for context alone, or 1, to be trained on.")
+            raise UserError(
+                f"{at} has the `{name}` {value!r}; wanted 0, for context alone, or 1, to be trained on."
+            )
         if value and role != "assistant":
-            raise UserError(f"{at} has the `{name}` {value!r}, and only the assistant's messages are trained on: give it 0.")
+            raise UserError(
+                f"{at} has the `{name}` {value!r}, and only the assistant's messages are trained "
+                "on: give it 0."
+            )
     return role == "assistant" and not all(values.values())
 
 

@@ -20,7 +20,9 @@ from engine.text import OnProgress
 from engine.text.rows import read_jsonl_texts, read_parquet_texts
 from engine.text.tokenizer import Tokenizer
 
-FORMATS = "a text file, a folder of text files, .jsonl or .parquet with a `text` column, or a .bin of token ids"
+FORMATS = (
+    "a text file, a folder of text files, .jsonl or .parquet with a `text` column, or a .bin of token ids"
+)
 Document = Callable[[], Iterator[str]]  # yields a text in parts, from its beginning at each call
 PART = 2**20  # characters of a text file that are in memory at a time
 MARKS = ".,;:!?…\"'“”‘’«»¿¡。，！？、"
@@ -187,7 +189,9 @@ def without_copies(held_out: Corpus[Document], train: Corpus[Document]) -> Corpu
         return held_out
     count = f"{sum(key in copies for key in keys):,} of {len(keys):,} documents"
     if copies == known:
-        raise UserError(f"{count} of {held_out.name} are in {train.name} too: nothing is held out. Give another text.")
+        raise UserError(
+            f"{count} of {held_out.name} are in {train.name} too: nothing is held out. Give another text."
+        )
     name = f"{held_out.name}, without {count} that are in the training text too"
 
     def read() -> Iterator[Document]:
@@ -339,7 +343,9 @@ class TokenFile:
     path: Path
 
 
-def open_token_file(documents: Iterable[Document], tokenizer: Tokenizer, report: OnProgress = None) -> TokenFile:
+def open_token_file(
+    documents: Iterable[Document], tokenizer: Tokenizer, report: OnProgress = None
+) -> TokenFile:
     """Encodes documents, an EOS between each two; or opens them from the cache when text and
     tokenizer are unchanged.
 
@@ -355,7 +361,9 @@ def open_token_file(documents: Iterable[Document], tokenizer: Tokenizer, report:
 
     def build(building: Path) -> None:
         if _write_tokens(building, documents, tokenizer, dtype, size, report) != text.hexdigest():
-            raise UserError("The text was changed while it was read, so its tokens were not kept. Run the command again.")
+            raise UserError(
+                "The text was changed while it was read, so its tokens were not kept. Run the command again."
+            )
 
     build_once(folder, build)
     return TokenFile(np.memmap(folder / "tokens.bin", dtype, "r"), size, folder / "tokens.bin")
@@ -372,7 +380,9 @@ def open_bin(path: Path, tokenizer: Tokenizer) -> TokenFile:
         raise UserError(f"There is no token file at {path}.")
     size = path.stat().st_size
     if size == 0 or size % 2:
-        raise UserError(f"{path} has {size} bytes; a file of uint16 token ids has an even number, and more than none.")
+        raise UserError(
+            f"{path} has {size} bytes; a file of uint16 token ids has an even number, and more than none."
+        )
     tokens = np.memmap(path, "<u2", "r")
     count = 0
     for start in range(0, len(tokens), TOKEN_BLOCK):

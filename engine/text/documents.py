@@ -50,7 +50,9 @@ class Documents:
         files, self.note = find_text_files(path, MAX_BYTES)
         self._index = sqlite3.connect(":memory:", check_same_thread=False)
         try:
-            self._index.execute("CREATE VIRTUAL TABLE passages USING fts5(file, number UNINDEXED, text, tokenize='porter')")
+            self._index.execute(
+                "CREATE VIRTUAL TABLE passages USING fts5(file, number UNINDEXED, text, tokenize='porter')"
+            )
         except sqlite3.OperationalError as error:
             raise UserError(f"The SQLite of this Python has no full-text search (FTS5): {error}.") from None
         self.files = len(files)
@@ -62,11 +64,16 @@ class Documents:
         for file, document in read_documents(path, files):
             number = number * (file == last)
             last = file
-            name = str(file.relative_to(path) if file != path else file.name).encode(errors="replace").decode()
+            name = (
+                str(file.relative_to(path) if file != path else file.name).encode(errors="replace").decode()
+            )
             text = "".join(document())
             characters += len(text)
             if characters > MAX_BYTES:  # of a parquet file, which is compressed
-                raise UserError(f"The texts at {path} have more than {MAX_BYTES:,} characters, up to {file}: take texts out.")
+                raise UserError(
+                    f"The texts at {path} have more than {MAX_BYTES:,} characters, up to {file}: "
+                    "take texts out."
+                )
             for passage in cut(text):
                 number += 1
                 self.passages += 1
@@ -88,7 +95,11 @@ class Documents:
         They have at most `budget` tokens, to which the best is cut, and none scores less than half
         of the best.
         """
-        words = [word[:100] for word in dict.fromkeys(re.findall(r"[^\W_]+", question.lower())) if word not in COMMON]
+        words = [
+            word[:100]
+            for word in dict.fromkeys(re.findall(r"[^\W_]+", question.lower()))
+            if word not in COMMON
+        ]
         words = [*words[: MAX_WORDS // 2], *words[MAX_WORDS // 2 :][-MAX_WORDS // 2 :]]
         if not words:
             return []

@@ -106,15 +106,22 @@ class Dataset:
         used = len(self.used)
         dropped = len(self.dropped)
         cut = len(self.truncated)
-        lines = [f"{used:,} of {quantity(used + dropped, 'row')} kept, {cut:,} of them truncated; {dropped:,} dropped"]
+        lines = [
+            f"{used:,} of {quantity(used + dropped, 'row')} kept, {cut:,} of them truncated; "
+            f"{dropped:,} dropped"
+        ]
         for verb, rows in (("truncated", self.truncated), ("dropped", self.dropped)):
             reasons = Counter(reason for _, reason in rows)
             first = {reason: where for where, reason in reversed(rows)}
-            lines += [f"{count:,} {verb}: {reason} ({first[reason]} first)" for reason, count in reasons.items()]
+            lines += [
+                f"{count:,} {verb}: {reason} ({first[reason]} first)" for reason, count in reasons.items()
+            ]
         return lines
 
 
-def make_examples(rows: Iterable[Record], chat: ChatTokenizer, seq: int, report: OnProgress = None) -> Dataset:
+def make_examples(
+    rows: Iterable[Record], chat: ChatTokenizer, seq: int, report: OnProgress = None
+) -> Dataset:
     """Makes an Example of each of the assistant's turns, and of each piece of a plain text, all of
     which is in the loss.
 
@@ -126,9 +133,13 @@ def make_examples(rows: Iterable[Record], chat: ChatTokenizer, seq: int, report:
     return _make_dataset(rows, seq, report, functools.partial(_answers_or_pieces, chat=chat, seq=seq))
 
 
-def make_whole_examples(rows: Iterable[Record], chat: ChatTokenizer, seq: int, report: OnProgress = None) -> Dataset:
+def make_whole_examples(
+    rows: Iterable[Record], chat: ChatTokenizer, seq: int, report: OnProgress = None
+) -> Dataset:
     """Makes an Example of each conversation, all of which is in the loss; else as `make_examples`."""
-    return _make_dataset(rows, seq, report, functools.partial(_whole_conversation_or_pieces, chat=chat, seq=seq))
+    return _make_dataset(
+        rows, seq, report, functools.partial(_whole_conversation_or_pieces, chat=chat, seq=seq)
+    )
 
 
 def make_pairs(rows: Iterable[Record], chat: ChatTokenizer, seq: int, report: OnProgress = None) -> Dataset:
@@ -177,7 +188,9 @@ def _make_dataset(
         if not dataset.dropped:
             raise UserError("There is nothing in it to learn from.")
         where, reason = dataset.dropped[0]
-        raise UserError(f"None of {len(rows):,} rows can be trained on; the first, {where}: {reason.rstrip('.')}.")
+        raise UserError(
+            f"None of {len(rows):,} rows can be trained on; the first, {where}: {reason.rstrip('.')}."
+        )
     return dataset
 
 

@@ -100,7 +100,9 @@ def read_parquet_texts(file: Path) -> Iterator[str]:
     try:
         table = parquet.ParquetFile(file)
         if "text" not in table.schema_arrow.names:
-            raise UserError(f"{file} has no column `text`; its columns are {', '.join(table.schema_arrow.names)}.")
+            raise UserError(
+                f"{file} has no column `text`; its columns are {', '.join(table.schema_arrow.names)}."
+            )
         for rows in table.iter_batches(batch_size=1024, columns=["text"]):
             for text in rows.column(0).to_pylist():
                 if not isinstance(text, str | None):

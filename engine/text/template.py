@@ -72,7 +72,9 @@ class Template:
                     self.process = TemplateProcess(self._start)
                     weakref.finalize(self, self.process.end)
                 try:
-                    self.process.send([[([*map(dict, messages)], prompt) for messages, prompt in part], dict(more)])
+                    self.process.send(
+                        [[([*map(dict, messages)], prompt) for messages, prompt in part], dict(more)]
+                    )
                     reply = self.process.reply(REPLY_SECONDS, MAX_REPLY_BYTES * BATCH)
                 except BaseException:
                     self.close()  # a late reply would be taken for the next one
@@ -96,7 +98,9 @@ class TemplateProcess(subprocess.Popen[bytes]):
         # for it.
         pipe = subprocess.PIPE
         command = [sys.executable, "-I", "-S", "-B", str(WORKER)]
-        super().__init__(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True, env={})
+        super().__init__(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True, env={}
+        )
         self.unread = bytearray()
         try:
             self.send({**start, "path": [entry for entry in sys.path if entry]})
@@ -126,7 +130,9 @@ class TemplateProcess(subprocess.Popen[bytes]):
                 part = b""
             self.unread += part
             if not part or len(self.unread) > longest:
-                raise UserError("The chat template ran for more than a second, or out of memory, and was stopped.")
+                raise UserError(
+                    "The chat template ran for more than a second, or out of memory, and was stopped."
+                )
         line, _, self.unread = self.unread.partition(b"\n")
         return json.loads(line)
 

@@ -86,7 +86,9 @@ def compile_template(source: str, variables: dict[str, Any], now: str) -> Callab
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
-            return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+            return jinja2.nodes.Scope(
+                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+            )
 
     def refuse(message: object) -> None:
         raise TemplateRaised(str(message))
@@ -94,9 +96,13 @@ def compile_template(source: str, variables: dict[str, Any], now: str) -> Callab
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag]
     )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
+    environment.filters["tojson"] = lambda value, **options: json.dumps(
+        value, **{"ensure_ascii": False} | options
+    )
     environment.globals.pop("lipsum")
-    environment.globals.update(raise_exception=refuse, strftime_now=datetime.datetime.fromisoformat(now).strftime)
+    environment.globals.update(
+        raise_exception=refuse, strftime_now=datetime.datetime.fromisoformat(now).strftime
+    )
     template = environment.from_string(source)
 
     def render(messages: list, prompt: bool, more: dict) -> str:

@@ -44,7 +44,9 @@ TOGETHER = 64  # pieces a call, spread over the cores
 
 # The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table).
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-BYTES = dict(zip(map(chr, [*PRINTABLE, *range(256, 324)]), [*PRINTABLE, *sorted({*range(256)} - {*PRINTABLE})]))
+BYTES = dict(
+    zip(map(chr, [*PRINTABLE, *range(256, 324)]), [*PRINTABLE, *sorted({*range(256)} - {*PRINTABLE})])
+)
 SYMBOLS = sorted(BYTES, key=BYTES.__getitem__)
 
 
@@ -60,7 +62,9 @@ class Tokenizer:
     tokenizer that does not know every byte or has no token that ends a text.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, config: dict[str, Any], where: object = "The tokenizer") -> None:
+    def __init__(
+        self, inner: tokenizers.Tokenizer, config: dict[str, Any], where: object = "The tokenizer"
+    ) -> None:
         self.inner = _whole_texts(inner)
         self.config = config
         written = inner.to_str()
@@ -68,7 +72,9 @@ class Tokenizer:
         decoder = [step["type"] for step in _steps(fields["decoder"])]
         if not {"ByteLevel", "ByteFallback"} & {*decoder}:
             kinds = ", ".join(decoder) or "nothing"
-            raise UserError(f"{where} decodes with {kinds}; only tokenizers that know every byte are understood here.")
+            raise UserError(
+                f"{where} decodes with {kinds}; only tokenizers that know every byte are understood here."
+            )
         byte_level = "ByteLevel" in decoder
         self._table = _byte_table(inner, byte_level)
         if byte_level:
@@ -76,17 +82,27 @@ class Tokenizer:
         else:
             self._later = _without_first_space(fields)
         # Where a token reaches across such a place, a text is encoded in one piece.
-        self._cuts = byte_level or not any(TOKEN_END.search(value.decode("utf-8", "ignore")) for value in self._table.values())
-        self.controls = {token: added for token, added in inner.get_added_tokens_decoder().items() if added.special}
+        self._cuts = byte_level or not any(
+            TOKEN_END.search(value.decode("utf-8", "ignore")) for value in self._table.values()
+        )
+        self.controls = {
+            token: added for token, added in inner.get_added_tokens_decoder().items() if added.special
+        }
         self.vocab = max(self._table) + 1
         self._lengths = np.array([len(self.bytes_of(token)) for token in range(self.vocab)])
         self.digest = hashlib.sha256(written.encode()).hexdigest()
-        names = {name: value for name, value in config.items() if name.endswith("_token") and isinstance(value, str)}
+        names = {
+            name: value
+            for name, value in config.items()
+            if name.endswith("_token") and isinstance(value, str)
+        }
         self.special_names = {"eos_token": END} | names
         eos = self.special_names["eos_token"]
         end = inner.token_to_id(eos)
         if end is None:
-            raise UserError(f"{where} has no token {quote(eos)}, which should end a text; name it as eos_token.")
+            raise UserError(
+                f"{where} has no token {quote(eos)}, which should end a text; name it as eos_token."
+            )
         self.eos_id: int = end
         self.bos_ids = _starts_with(inner)
 
@@ -187,7 +203,9 @@ def byte_tokenizer() -> Tokenizer:
     return _byte_level(models.BPE(vocab=BYTES, merges=[]))
 
 
-def save_tokenizer(folder: Path, tokenizer: Tokenizer, eos_ids: Sequence[int], sampling: Mapping[str, Any]) -> dict[str, Any]:
+def save_tokenizer(
+    folder: Path, tokenizer: Tokenizer, eos_ids: Sequence[int], sampling: Mapping[str, Any]
+) -> dict[str, Any]:
     """Writes a tokenizer, its chat template, the EOS ids and the recommended sampling, for
     `huggingface.load_tokenizer`.
 
@@ -211,7 +229,9 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, eos_ids: Sequence[int], s
 def _byte_level(model: models.BPE, texts: Iterable[str] = (), vocab: int = 0) -> Tokenizer:
     inner = tokenizers.Tokenizer(model)
     split = pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
-    inner.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     inner.decoder = decoders.ByteLevel()
     if vocab:
         trainer = trainers.BpeTrainer(vocab_size=vocab - 1, initial_alphabet=SYMBOLS, show_progress=False)
@@ -251,7 +271,9 @@ def _without_first_space(fields: dict[str, Any]) -> tokenizers.Tokenizer | None:
     """
     steps = _steps(fields["normalizer"])
     rest = [step for step in steps if step["type"] != "Prepend"]
-    spaces = [step for step in _steps(fields["pre_tokenizer"]) if step.get("prepend_scheme", "never") != "never"]
+    spaces = [
+        step for step in _steps(fields["pre_tokenizer"]) if step.get("prepend_scheme", "never") != "never"
+    ]
     if len(rest) == len(steps) and not spaces:
         return None
     fields["normalizer"] = {"type": "Sequence", "normalizers": rest}

@@ -31,7 +31,10 @@ def select_trainable(
         trainable = set().union(*(matches[rule] for rule in train))
     trainable = trainable.difference(*(matches[rule] for rule in freeze))
     if not trainable:
-        raise UserError(f"Nothing is left to train: {' '.join(freeze)} names all that would be trained. Freeze less of it.")
+        raise UserError(
+            f"Nothing is left to train: {' '.join(freeze)} names all that would be trained. Freeze "
+            "less of it."
+        )
     return TrainablePaths(frozenset(trainable)), matches
 
 
@@ -42,7 +45,9 @@ def _match(cfg: ModelConfig, rule: str) -> Collection[str]:
         count = int(end[2])
         is_bottom = end[1] == "bottom"
         if not 1 <= count <= cfg.layers:
-            raise UserError(f"{rule!r} names no blocks: the model has {cfg.layers}; give a number from 1 to that.")
+            raise UserError(
+                f"{rule!r} names no blocks: the model has {cfg.layers}; give a number from 1 to that."
+            )
         if is_bottom:
             beginnings = ["embed"]
             layers = range(count)
@@ -55,7 +60,9 @@ def _match(cfg: ModelConfig, rule: str) -> Collection[str]:
     try:
         matches = [path for path in shapes if re.fullmatch(pattern, path)]
     except re.error as error:
-        raise UserError(f"{rule!r} is not a pattern: {error}. Write for example 'blocks/(28|29)/.*'.") from error
+        raise UserError(
+            f"{rule!r} is not a pattern: {error}. Write for example 'blocks/(28|29)/.*'."
+        ) from error
     if not matches:
         raise UserError(f"{rule!r} matches no parameter.{did_you_mean(rule, list(shapes))}")
     return matches

@@ -75,7 +75,10 @@ class OptimizerConfig:
             if not 0 <= value <= most:
                 raise UserError(f"{name} must lie between 0 and {most:g}, not {value!r}.")
         if self.clip == 0:
-            raise UserError("clip must be above 0: a gradient clipped to norm 0 teaches nothing. Give inf for no clipping.")
+            raise UserError(
+                "clip must be above 0: a gradient clipped to norm 0 teaches nothing. Give inf for "
+                "no clipping."
+            )
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise UserError(f"warmup {self.warmup} and decay {self.decay} together are longer than the run.")
 
@@ -176,9 +179,18 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArg
 # of [0.003, 1], over 1.02, as a value above the interval would grow without bound. The last is
 # scaled so that a learning rate means what it does with Jordan's steps. Together they take [0.003,
 # 1] to 0.73 .. 1.14.
-STEPS = ((8.2193, -24.2803, 17.9971), (3.9690, -2.9573, 0.5593), (3.4626, -2.5991, 0.5198), (2.3809, -1.7701, 0.4200))
+STEPS = (
+    (8.2193, -24.2803, 17.9971),
+    (3.9690, -2.9573, 0.5593),
+    (3.4626, -2.5991, 0.5198),
+    (2.3809, -1.7701, 0.4200),
+)
 SECOND_BEGINS = 1.936  # the largest that the first makes of [0, 1]
-NEARLY_SQUARE = 1.5  # long over short side: below, the matrix itself is stepped, which costs as little and is more exact
+NEARLY_SQUARE = (
+    # long over short side: below, the matrix itself is stepped, which costs as little and is more
+    # exact
+    1.5
+)
 
 
 def orthogonalize() -> optax.GradientTransformationExtraArgs:
@@ -188,8 +200,12 @@ def orthogonalize() -> optax.GradientTransformationExtraArgs:
     in a float32 run.
     """
 
-    def update(updates: Any, state: Any, params: Any = None, *, dtype: DTypeLike = "float32", **_: Any) -> tuple[Any, Any]:
-        traced_once = jax.jit(lambda matrix: orthogonal(matrix, dtype), inline=True)  # for the matrices of a shape
+    def update(
+        updates: Any, state: Any, params: Any = None, *, dtype: DTypeLike = "float32", **_: Any
+    ) -> tuple[Any, Any]:
+        traced_once = jax.jit(
+            lambda matrix: orthogonal(matrix, dtype), inline=True
+        )  # for the matrices of a shape
         return layout.map_whole_matrices(traced_once, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
@@ -228,7 +244,9 @@ def _gram(x: Array) -> Array:
     return einsum32("ij,kj->ik", x, x)
 
 
-def _polynomial(step: tuple[float, float, float], gram: Array, square: Array, unit: Array | float = 1.0) -> Array:
+def _polynomial(
+    step: tuple[float, float, float], gram: Array, square: Array, unit: Array | float = 1.0
+) -> Array:
     """a I + b unit gram + c unit^2 square, in gram's dtype: a step multiplies by it. `square` is
     gram's, float32."""
     a, b, c = step
@@ -261,7 +279,9 @@ def _inverse_root(gram: Array, square: Array, unit: Array) -> Array:
 
 
 def optimizer_flops(cfg: ModelConfig, kind: Kind) -> int:
-    """Returns the FLOPs of an optimizer's products in **a step**, beside which its sums are few: AdamW has none."""
+    """Returns the FLOPs of an optimizer's products in **a step**, beside which its sums are few:
+    AdamW has none.
+    """
     if kind == "muon":
         return muon_flops(cfg)
     return 0

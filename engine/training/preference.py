@@ -44,7 +44,9 @@ class Preferences(NamedTuple):
     value: Any = None
 
 
-def preference_batch(pairs: Sequence[Pair | RatedPair], index: Sequence[int], seq: int, logprobs: np.ndarray) -> Preferences:
+def preference_batch(
+    pairs: Sequence[Pair | RatedPair], index: Sequence[int], seq: int, logprobs: np.ndarray
+) -> Preferences:
     """Returns the batch of the pairs `index` (B,), of which those behind the last are rows of
     padding.
 
@@ -67,9 +69,13 @@ class AnswerLogProbs(NamedTuple):
     rejected_mean: Array
 
 
-def answer_logprobs(cfg: ModelConfig, params: Params, pairs: Preferences, head_trains: bool) -> AnswerLogProbs:
+def answer_logprobs(
+    cfg: ModelConfig, params: Params, pairs: Preferences, head_trains: bool
+) -> AnswerLogProbs:
     """Returns both answers' log-probabilities, in one forward pass over all 2 B rows."""
-    both = jax.tree.map(lambda a, b: layout.join([a, b], layout.row_groups(len(a))), pairs.answer, pairs.other)
+    both = jax.tree.map(
+        lambda a, b: layout.join([a, b], layout.row_groups(len(a))), pairs.answer, pairs.other
+    )
     summed = -target_losses(cfg, params, both, head_trains).sum(-1)
     mean = summed / jnp.maximum(jnp.count_nonzero(both.mask, axis=-1), 1)
     return AnswerLogProbs(*layout.stack_rows(summed, 2), *layout.stack_rows(mean, 2))

@@ -99,11 +99,18 @@ def loss_and_gradient(
 
 @jax.jit(static_argnames=("cfg", "microbatches", "objective"), compiler_options=LORA_COMPILER_OPTIONS)
 def gradient_norms(
-    cfg: ModelConfig, trainable: Params, frozen: Params, batch: Any, microbatches: int = 1, objective: Objective = NEXT_TOKEN
+    cfg: ModelConfig,
+    trainable: Params,
+    frozen: Params,
+    batch: Any,
+    microbatches: int = 1,
+    objective: Objective = NEXT_TOKEN,
 ) -> Params:
     """Returns the norm of each trainable leaf's gradient, () float32. A program of its own: the
     step's keeps its bits."""
-    return jax.tree.map(optax.tree.norm, loss_and_gradient(cfg, trainable, frozen, batch, microbatches, objective)[1])
+    return jax.tree.map(
+        optax.tree.norm, loss_and_gradient(cfg, trainable, frozen, batch, microbatches, objective)[1]
+    )
 
 
 @jax.jit(static_argnames=("cfg", "tx", "microbatches", "objective"), donate_argnames="state")
@@ -127,15 +134,21 @@ def train_step(
     gradient = layout.pin(gradient)
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(gradient)
-        updates, opt_state = tx.update(gradient, state.opt_state, state.trainable, progress=progress, dtype=cfg.dtype)
+        updates, opt_state = tx.update(
+            gradient, state.opt_state, state.trainable, progress=progress, dtype=cfg.dtype
+        )
         updates = jax.lax.optimization_barrier(
             updates
         )  # or XLA would keep their squares too: held by tests/laws/test_barriers.py
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
         trainable = optax.apply_updates(state.trainable, updates)
         trainable, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
+            lambda new, old: jnp.where(finite, new, old),
+            (trainable, opt_state),
+            (state.trainable, state.opt_state),
         )
         trainable, opt_state = layout.pin((trainable, opt_state))
     refused = (~finite).astype(jnp.int32)
-    return TrainState(state.step + 1, trainable, opt_state), StepMetrics(loss, objective.count(batch), grad_norm, refused)
+    return TrainState(state.step + 1, trainable, opt_state), StepMetrics(
+        loss, objective.count(batch), grad_norm, refused
+    )

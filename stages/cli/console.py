@@ -193,7 +193,9 @@ class Console(contextlib.AbstractContextManager["Console"]):
 
         frame = Text(text, overflow="ellipsis", no_wrap=True)
         if self._live is None:
-            self._live = Live(frame, console=self._rich, auto_refresh=False, transient=True, redirect_stderr=False)
+            self._live = Live(
+                frame, console=self._rich, auto_refresh=False, transient=True, redirect_stderr=False
+            )
             self._live.start()
         self._live.update(frame, refresh=True)
 

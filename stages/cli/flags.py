@@ -27,7 +27,9 @@ def seconds(text: str) -> float:
     """Parses a duration above 0: '90s', '3m', '1h30m', or plain seconds '45'."""
     parts = re.fullmatch(r"(?:\d+(?:\.\d+)?(?:ms|s|min|m|h|d))+|\d+(?:\.\d+)?", text.strip().lower())
     if not parts:
-        raise ValueError(f"wanted a duration such as 90s, 3m or 1h30m (a plain number is seconds), got {text!r}")
+        raise ValueError(
+            f"wanted a duration such as 90s, 3m or 1h30m (a plain number is seconds), got {text!r}"
+        )
     pairs = re.findall(r"(\d+(?:\.\d+)?)(ms|s|min|m|h|d|)", parts[0])
     total = sum(float(number) * UNITS[unit] for number, unit in pairs)
     if total <= 0:
@@ -69,13 +71,17 @@ def interval(text: str) -> int | float:
     try:
         return seconds(text)
     except ValueError:
-        raise ValueError(f"wanted steps, such as 200, or a duration, such as 30s or 5m, got {text!r}") from None
+        raise ValueError(
+            f"wanted steps, such as 200, or a duration, such as 30s or 5m, got {text!r}"
+        ) from None
 
 
 def plain_name(text: str) -> str:
     """Parses a name that can be a segment of a URL."""
     if not re.fullmatch(PLAIN_NAME, text):
-        raise ValueError(f"wanted a name of letters, digits, and _ . : -, and not . or .. alone, got {text!r}")
+        raise ValueError(
+            f"wanted a name of letters, digits, and _ . : -, and not . or .. alone, got {text!r}"
+        )
     return text
 
 
@@ -183,7 +189,9 @@ def _count_of_processes(text: str) -> int:
 class MeshFlags:
     """Several devices of one host, or several processes, of which each is started with this same command."""
 
-    mesh: Annotated[str | None, parser(str, "AXES"), default("one device; with several processes fsdp over all devices")] = None
+    mesh: Annotated[
+        str | None, parser(str, "AXES"), default("one device; with several processes fsdp over all devices")
+    ] = None
     """`data=2,fsdp=4,tensor=2`: copies of the model, devices that share its weights, and that share products."""
     processes: Annotated[
         int | None,
@@ -201,7 +209,10 @@ class MeshFlags:
     def check_together(self) -> None:
         joining = (self.process is not None, self.coordinator is not None)
         if self.processes in (None, 1) and any(joining):
-            raise UserError("--process and --coordinator are for several processes: give --processes N, or leave them out.")
+            raise UserError(
+                "--process and --coordinator are for several processes: give --processes N, or "
+                "leave them out."
+            )
         if (self.processes or 1) > 1 and not all(joining):
             raise UserError(
                 f"Each of {self.processes} processes wants --process I and --coordinator "
@@ -209,7 +220,10 @@ class MeshFlags:
                 "--processes auto."
             )
         if self.processes and (self.process or 0) >= self.processes:
-            raise UserError(f"--process {self.process} is one of 0 to {self.processes - 1} when there are {self.processes}.")
+            raise UserError(
+                f"--process {self.process} is one of 0 to {self.processes - 1} when there are "
+                f"{self.processes}."
+            )
 
     def shape(self) -> MeshShape | None:
         """Returns the shape, once connected: without --mesh `fsdp` over all devices of several
@@ -244,7 +258,9 @@ class SamplingFlags:
     """0 takes the most probable token each time; higher is more varied."""
     top_k: Annotated[int | None, _sampling("top_k", "N"), default("the model's, else 0, all")] = None
     """Sample from the N most probable tokens."""
-    top_p: Annotated[float | None, _sampling("top_p", "X"), default("the model's, else 1, all; 0.9 in chat")] = None
+    top_p: Annotated[
+        float | None, _sampling("top_p", "X"), default("the model's, else 1, all; 0.9 in chat")
+    ] = None
     """Sample from the fewest tokens that together have this probability."""
     min_p: Annotated[float | None, _sampling("min_p", "X"), default("the model's, else 0, all")] = None
     """Sample from tokens at least this share as probable as the best."""
@@ -290,7 +306,9 @@ def choose_sampling(
             else:
                 usable[name] = value
         except InvalidField as error:
-            console.print(f"Of the sampling that comes with the model one value is ignored: {error}", style="yellow")
+            console.print(
+                f"Of the sampling that comes with the model one value is ignored: {error}", style="yellow"
+            )
     fields: dict[str, Any] = {}
     parts = []
     for source, values in (

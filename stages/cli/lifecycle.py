@@ -43,7 +43,9 @@ SAME_MISTAKE_SECONDS = 2.0  # in which process 0 meets a mistake of all, and pri
 
 ENDED = "thrice/ended"  # the key of the one that ended first: its number, exit code and sentence
 
-PEER_IS_GONE = re.compile(r"gloo|nccl|rccl|peer|socket|coordination|heartbeat|UNAVAILABLE|ABORTED|CANCELLED", re.IGNORECASE)
+PEER_IS_GONE = re.compile(
+    r"gloo|nccl|rccl|peer|socket|coordination|heartbeat|UNAVAILABLE|ABORTED|CANCELLED", re.IGNORECASE
+)
 
 
 def join(coordinator: str | None, processes: int | None, process: int | None, seconds: float) -> None:
@@ -62,7 +64,8 @@ def join(coordinator: str | None, processes: int | None, process: int | None, se
     # JAX would abort
     if jax.config.jax_distributed_verify_secure_credentials and not jax.config.jax_mtls_cert_file:
         raise UserError(
-            "JAX_DISTRIBUTED_VERIFY_SECURE_CREDENTIALS wants JAX_MTLS_CERT_FILE, JAX_MTLS_KEY_FILE and JAX_MTLS_CA_FILE."
+            "JAX_DISTRIBUTED_VERIFY_SECURE_CREDENTIALS wants JAX_MTLS_CERT_FILE, JAX_MTLS_KEY_FILE "
+            "and JAX_MTLS_CA_FILE."
         )
     if coordinator and process == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
         _refuse_taken(coordinator)
@@ -107,7 +110,8 @@ def _refuse_taken(address: str) -> None:
         socket.create_server(("", int(address.rpartition(":")[2]))).close()
     except OSError as error:
         raise UserError(
-            f"Process 0 cannot listen at {address}: {error.strerror}. Give all processes another port by --coordinator."
+            f"Process 0 cannot listen at {address}: {error.strerror}. Give all processes another "
+            "port by --coordinator."
         ) from error
 
 

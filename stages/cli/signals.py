@@ -100,7 +100,9 @@ def _listen(pipe: int) -> None:
             # in a thread: a pipe that nobody reads may be full, and a second signal must still be
             # heard
             if deferral.answer:
-                printing = threading.Thread(target=_print_answer, args=(deferral,), daemon=True, name="answer")
+                printing = threading.Thread(
+                    target=_print_answer, args=(deferral,), daemon=True, name="answer"
+                )
                 printing.start()
                 printing.join(ANSWERED_WITHIN)
             if deferral.interrupts:

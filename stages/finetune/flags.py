@@ -21,8 +21,10 @@ from stages.cli.flags import (
 from stages.runs.flags import FolderFlags, LengthFlags, ModelRunFlags, TrainableFlags
 
 DATA = (
-    "A .jsonl or .json of messages, prompt/completion, Alpaca, ShareGPT or text, or a .txt or .md; for --objective preference, "
-    "of prompt, chosen and rejected, or for --loss kto of prompt, completion and label. `voice` and `voice-preferences` come "
+    "A .jsonl or .json of messages, prompt/completion, Alpaca, ShareGPT or text, or a .txt or .md; "
+    "for --objective preference, "
+    "of prompt, chosen and rejected, or for --loss kto of prompt, completion and label. `voice` "
+    "and `voice-preferences` come "
     "with this project."
 )
 
@@ -32,7 +34,9 @@ class ExampleFlags:
     """The training data."""
 
     data: Annotated[str, parser(str, "DATA"), default("voice", DATA)] = "voice"
-    validation: Annotated[str | None, parser(str, "DATA"), default("the named data's own, else a tenth by the seed")] = None
+    validation: Annotated[
+        str | None, parser(str, "DATA"), default("the named data's own, else a tenth by the seed")
+    ] = None
     """Conversations that are never trained on; those that are in --data too are left out."""
     metric: MetricFlag = ()
     general: Annotated[str, parser(str, "TEXT")] = "python"
@@ -59,9 +63,13 @@ class TuningFlags:
     """Of preference. dpo, kto: the larger, the nearer the model stays to its start. orpo, simpo: weight of the comparison."""
     batch: Annotated[int | None, BATCH, default("2; 4 for --loss kto")] = None
     """Rows a step (pairs, for preference)."""
-    accumulate: Annotated[int | None, COUNT, default("1; with --base int8 as many as the batch has rows")] = None
+    accumulate: Annotated[int | None, COUNT, default("1; with --base int8 as many as the batch has rows")] = (
+        None
+    )
     """Parts the batch is read in, one after another: less memory, the same step."""
-    context: Annotated[int | None, parser(integer(16), "N"), default("256, or the model's where that is less")] = None
+    context: Annotated[
+        int | None, parser(integer(16), "N"), default("256, or the model's where that is less")
+    ] = None
     """Tokens a row."""
     learning_rate: Annotated[float | None, positive(1), default("2e-3, or 2e-4 without LoRA")] = None
     """AdamW's. The default for preference is a tenth of these."""
@@ -75,7 +83,9 @@ class TuningFlags:
     """Compile one layer and loop over it: sooner compiled, slower steps."""
     remat: Annotated[bool, default("off")] = False
     """Gradient checkpointing: recompute each layer in the backward pass. Less memory, more work."""
-    eval_every: Annotated[int | float | None, parser(interval, "N|TIME"), default("a fifth of the run")] = None
+    eval_every: Annotated[int | float | None, parser(interval, "N|TIME"), default("a fifth of the run")] = (
+        None
+    )
     """Steps or training time between evaluations on the validation conversations."""
     patience: Annotated[int | None, COUNT, default("the whole length")] = None
     """End after this many evaluations without a lower validation loss."""
@@ -104,15 +114,23 @@ class FinetuneFlags(ModelRunFlags):
 
     def check_together(self) -> None:
         if self.tuning.scan and self.trainable.adapter is None:
-            raise UserError("--scan runs all layers as one program, which would undo the saving of --train and --freeze.")
+            raise UserError(
+                "--scan runs all layers as one program, which would undo the saving of --train and --freeze."
+            )
         is_preference = self.tuning.objective == "preference"
         if not is_preference and (self.tuning.loss != "dpo" or self.tuning.beta):
-            raise UserError("--loss and --beta are of --objective preference: give it too, or leave them out.")
+            raise UserError(
+                "--loss and --beta are of --objective preference: give it too, or leave them out."
+            )
         if is_preference and self.examples.full_loss:
-            raise UserError("--full-loss is of --objective answers: a preference compares the answers alone. Leave it out.")
+            raise UserError(
+                "--full-loss is of --objective answers: a preference compares the answers alone. "
+                "Leave it out."
+            )
         if self.tuning.rows % self.microbatches:
             raise UserError(
-                f"A batch of {self.tuning.rows} cannot be read in {self.microbatches} equal parts: give another --batch or "
+                f"A batch of {self.tuning.rows} cannot be read in {self.microbatches} equal parts: "
+                "give another --batch or "
                 "--accumulate."
             )
 

@@ -159,7 +159,10 @@ def general_examples(chat: ChatTokenizer, answers: Sequence[tuple[str, str]], se
     answers."""
     examples = []
     for question, answer in answers:
-        messages: list[Message] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages: list[Message] = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
         example = chat.answer_example(messages, "a general question")
         if len(example.tokens) <= seq + 1:
             examples.append(example)

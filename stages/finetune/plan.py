@@ -35,10 +35,16 @@ from stages.runs.text_data import check_text_name
 
 READINGS = 3  # of its data, after which a run ends when nobody asks for a length
 SECONDS = 180.0  # after which such a run ends earlier
-LEAST_STEPS = 100  # that such a run makes however long they take, if READINGS of its data have as many
-MOST_STEPS_TO_MIX = 300  # of READINGS of its data; at 212, those of `voice`, the mix kept 36 of 40 answers instead of 29
+# that such a run makes however long they take, if READINGS of its data have as many
+LEAST_STEPS = 100
+MOST_STEPS_TO_MIX = (
+    # of READINGS of its data; at 212, those of `voice`, the mix kept 36 of 40 answers instead of 29
+    300
+)
 MANY_READINGS = 6  # that somebody asks for, from which on the plan says what they do
-MANY_READINGS_NOTE = f"By default it would be {READINGS} times: read more often, a small file is learned by heart."
+MANY_READINGS_NOTE = (
+    f"By default it would be {READINGS} times: read more often, a small file is learned by heart."
+)
 CONTEXT = 256  # tokens of a row when nobody asks for a context
 EXPECTED_MFU = 0.4
 
@@ -164,7 +170,9 @@ def plan_for_model(
     is_preference = tuning.objective == "preference"
     context = choose_context(flags, cfg)
     if context > cfg.context:
-        raise UserError(f"--context {context:,} is more than the {cfg.context:,} tokens {flags.model} was made for.")
+        raise UserError(
+            f"--context {context:,} is more than the {cfg.context:,} tokens {flags.model} was made for."
+        )
     rate = 2e-4
     rows = tuning.rows
     if trainable.adapter:
@@ -303,14 +311,21 @@ def tuning_rows(planned: TuningPlan, mix: str, trained_numbers: int = 0) -> Rows
         *planned.matches,
         ("predicted", plan.cost_relative_to_full()),
         ("memory", memory_estimate(plan, plan.memory.total)),
-        ("data", f"{dataset.name} ({dataset.kind}): {rows}; {quantity(len(dataset.train), unit)} to train on"),
+        (
+            "data",
+            f"{dataset.name} ({dataset.kind}): {rows}; {quantity(len(dataset.train), unit)} to train on",
+        ),
         *(("", line) for line in problems),
         ("validation", f"{dataset.held_out_name}: {quantity(len(dataset.held_out), unit)}"),
         ("", dataset.overlap),
         ("mixed in", mix),
         ("template", planned.opened.chat.template_name),
         ("packing", packing),
-        ("step", f"{recipe.batch} x {recipe.context} tokens, adamw, learning rate {recipe.optimizer.learning_rate:g}"),
+        (
+            "step",
+            f"{recipe.batch} x {recipe.context} tokens, adamw, learning rate "
+            f"{recipe.optimizer.learning_rate:g}",
+        ),
         ("length", length),
         ("", many),
     ]

@@ -24,7 +24,9 @@ class Scores:
     general: float | None  # bits per byte of a general text
     answers: tuple[JudgedAnswer, ...]  # to held-out questions
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    known: tuple[str, ...] | None = None  # general questions that it answers right, None where they were not asked
+    known: tuple[str, ...] | None = (
+        None  # general questions that it answers right, None where they were not asked
+    )
 
 
 class Measured(NamedTuple):
@@ -35,7 +37,9 @@ class Measured(NamedTuple):
     fits_device: bool
 
 
-def tuning_report(tuning: TuningPlan, finished: Finished, after: Measured, step: int, path: Path) -> RunReport:
+def tuning_report(
+    tuning: TuningPlan, finished: Finished, after: Measured, step: int, path: Path
+) -> RunReport:
     """Reports scores before and after. `step`: the checkpoint that the run stands for; `path`:
     where it was saved."""
     plan = tuning.plan
@@ -57,7 +61,12 @@ def tuning_report(tuning: TuningPlan, finished: Finished, after: Measured, step:
         "general": tuning.general,
         "kept_step": None,
     }
-    rows = [("held out", f"{before.held_out:.3f} -> {now.held_out:.3f} {after.unit} on {tuning.dataset.held_out_name}")]
+    rows = [
+        (
+            "held out",
+            f"{before.held_out:.3f} -> {now.held_out:.3f} {after.unit} on {tuning.dataset.held_out_name}",
+        )
+    ]
     scored = f"of {quantity(len(tuning.dataset.references[:QUICK_EXAMPLES]), 'held-out answer')}"
     for name, value in now.metrics.items():
         rows.append((name, f"{before.metrics[name]:.3f} -> {value:.3f} {scored}"))
@@ -74,7 +83,13 @@ def tuning_report(tuning: TuningPlan, finished: Finished, after: Measured, step:
         rows.append(("answers", describe_faults(now.answers)))
     if step != last_step:
         result["kept_step"] = step
-        rows.append(("chosen", f"step {step:,}, the best evaluated; the last, {last_step:,}, is still there to train on from"))
+        rows.append(
+            (
+                "chosen",
+                f"step {step:,}, the best evaluated; the last, {last_step:,}, is still there to "
+                "train on from",
+            )
+        )
     texts = compare(
         [answer.question for answer in now.answers],
         [(answer.text, answer.faults) for answer in before.answers],

@@ -104,7 +104,9 @@ class PreparedTuning(PreparedModel):
         question = self.tuning.dataset.questions[0]
         return question[-1]["content"], self.opened.chat.prompt(question).tolist()
 
-    def begin_steps(self, state: TrainState, loop_state: LoopState, compiling: Any, console: Console) -> BatchSteps:
+    def begin_steps(
+        self, state: TrainState, loop_state: LoopState, compiling: Any, console: Console
+    ) -> BatchSteps:
         # Programs that measured are read from the cache when they run again; the step needs their
         # memory.
         _clear_programs()
@@ -115,7 +117,9 @@ class PreparedTuning(PreparedModel):
         evaluator = self._evaluator(QUICK_EXAMPLES)
         buffer_bytes = temporary_bytes(program)
         peak_flops = self.tuning.peak_flops
-        return BatchSteps(self.plan, program, buffer_bytes, self.frozen, batches, evaluator, loop_state.step, peak_flops)
+        return BatchSteps(
+            self.plan, program, buffer_bytes, self.frozen, batches, evaluator, loop_state.step, peak_flops
+        )
 
     def _batches(self, console: Console) -> MeshBatches:
         packed = self.tuning.packed
@@ -126,7 +130,9 @@ class PreparedTuning(PreparedModel):
         seq = plan.recipe.context
         rows = self.tuning.rows_a_step
         order = EpochOrder(len(pairs), rows, plan.seed)
-        with console.task("computing reference log-probabilities", always=self.tuning.has_reference) as report:
+        with console.task(
+            "computing reference log-probabilities", always=self.tuning.has_reference
+        ) as report:
             logprobs = reference_logprobs(plan.cfg, self._reference(), pairs, seq, rows, report)
 
         def read(step: int, part: slice) -> Preferences:
@@ -138,7 +144,9 @@ class PreparedTuning(PreparedModel):
     def _evaluator(self, limit: int | None = None) -> Evaluator:
         examples = self.tuning.dataset.held_out[:limit]
         seq = self.plan.recipe.context
-        return held_out_evaluator(self.plan.cfg, self.frozen, self._reference(), examples, self.objective, seq)
+        return held_out_evaluator(
+            self.plan.cfg, self.frozen, self._reference(), examples, self.objective, seq
+        )
 
     def _reference(self) -> Any:
         """Returns the params before training where the loss compares with them, else None."""
@@ -158,12 +166,16 @@ class PreparedTuning(PreparedModel):
         params = merge(trainable, self.frozen)
         general = None
         if tuning.general != "none":
-            general = general_bits_per_byte(cfg, params, self.tokenizer, tuning.general, self.plan.recipe.context, console)
+            general = general_bits_per_byte(
+                cfg, params, self.tokenizer, tuning.general, self.plan.recipe.context, console
+            )
         _clear_programs()  # as large as a small model, and not run again soon
         fits_device = before.fits_device if before else fits_one_device(params)
         if not fits_device:
             return Measured(Scores(held_out, general, ()), evaluator.unit, fits_device)
-        asks_general = tuning.general != "none" and (before is None or tells_enough(before.scores.known or ()))
+        asks_general = tuning.general != "none" and (
+            before is None or tells_enough(before.scores.known or ())
+        )
         questions: Sequence[Sequence[Message]] = ()
         if processes.is_first():
             questions = tuning.dataset.questions
@@ -191,7 +203,9 @@ class PreparedTuning(PreparedModel):
             after = self.measure(trainable, console, finished.before)
         except UserError as error:
             folder = self.opened.folder
-            raise UserError(f"{error} The trained model is in {folder}, and the same command measures it.") from error
+            raise UserError(
+                f"{error} The trained model is in {folder}, and the same command measures it."
+            ) from error
         path = self.check_frozen(step)
         return tuning_report(self.tuning, finished, after, step, path)
 
@@ -206,7 +220,9 @@ def mix_general_answers(prepared: PreparedTuning, console: Console) -> PreparedT
         conversations = tuning.dataset.train_references
         with console.task("answering general questions to mix in") as report:
             params = prepared.initial_params()
-            answers = write_general_answers(prepared.plan.cfg, params, chat, conversations, prepared.stop_token_ids, report)
+            answers = write_general_answers(
+                prepared.plan.cfg, params, chat, conversations, prepared.stop_token_ids, report
+            )
         _clear_programs()
     examples = general_examples(chat, answers, prepared.plan.recipe.context)
     tuning = with_length(dataclasses.replace(tuning, packed=pack_more(tuning.packed, examples)))

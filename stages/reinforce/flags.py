@@ -50,9 +50,9 @@ class UpdateFlags:
 class DurationFlags:
     """The length of the run. Of both, whichever ends first."""
 
-    max_time: Annotated[float | None, parser(seconds, "TIME"), default("2m, but at least 20 rounds, when neither is given")] = (
-        None
-    )
+    max_time: Annotated[
+        float | None, parser(seconds, "TIME"), default("2m, but at least 20 rounds, when neither is given")
+    ] = None
     """Time in rounds, such as 90 (seconds) or 3m; compiling and measuring are not counted."""
     rounds: Annotated[int | None, COUNT, default("as many as fit into the time")] = None
     """Times that completions are sampled and trained on."""

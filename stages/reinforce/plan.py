@@ -152,13 +152,17 @@ def choose_max_tokens(rollout: RolloutFlags, cfg: ModelConfig, longest: int) -> 
 def round_recipe(config: RoundConfig, learning_rate: float) -> Recipe:
     # The rate falls in the second half, without which the reward falls again: a round's gradient is
     # mostly noise.
-    optimizer = OptimizerConfig(learning_rate=learning_rate, schedule="wsd", warmup=0, decay=0.5, beta2=0.99, weight_decay=0)
+    optimizer = OptimizerConfig(
+        learning_rate=learning_rate, schedule="wsd", warmup=0, decay=0.5, beta2=0.99, weight_decay=0
+    )
     rows = config.prompts * config.group
     seq = -(-(config.capacity - 1) // MULTIPLE) * MULTIPLE
     microbatches = 1
     while rows % microbatches or rows // microbatches * seq > max(MICROBATCH_TOKENS, seq):
         microbatches += 1
-    return Recipe(tokenizer="the model's", context=seq, batch=rows, optimizer=optimizer, accumulate=microbatches)
+    return Recipe(
+        tokenizer="the model's", context=seq, batch=rows, optimizer=optimizer, accumulate=microbatches
+    )
 
 
 def reinforce_rows(planned: ReinforcePlan, trained_numbers: int = 0) -> Rows:
@@ -176,7 +180,8 @@ def reinforce_rows(planned: ReinforcePlan, trained_numbers: int = 0) -> Rows:
         ("template", planned.opened.chat.template_name),
         (
             "a round",
-            f"{config.prompts} prompts, {config.group} completions each, of at most {config.max_tokens} tokens, "
+            f"{config.prompts} prompts, {config.group} completions each, of at most "
+            f"{config.max_tokens} tokens, "
             f"at temperature {config.temperature:g}",
         ),
         ("inference", f"samples them: up to {format_count(inference)}FLOPs, forward only"),

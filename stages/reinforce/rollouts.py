@@ -62,7 +62,8 @@ THINGS = (
 )
 QUESTIONS = ("What is {}?", "Describe {}.", "Why do we need {}?", "Tell me of {}.")
 YES_NO_QUESTIONS = tuple(
-    f"{text} Answer with yes or no." for text in ("Is {} alive?", "Can I buy {}?", "Is {} older than I am?", "Can I hold {}?")
+    f"{text} Answer with yes or no."
+    for text in ("Is {} alive?", "Can I buy {}?", "Is {} older than I am?", "Can I hold {}?")
 )
 HELD_OUT = 4  # one prompt of so many is never trained on
 SUMS = 400
@@ -137,7 +138,9 @@ def _ask_about_things(questions: Sequence[str]) -> list[Prompt]:
 
 def _read(path: Path, tasks: set[str]) -> list[Prompt]:
     if not path.is_file():
-        raise UserError(f'There is no file {path}; --data takes a .jsonl of {{"prompt": "...", "answer": 7}}.')
+        raise UserError(
+            f'There is no file {path}; --data takes a .jsonl of {{"prompt": "...", "answer": 7}}.'
+        )
     prompts = []
     for row, where in read_rows(path):
         prompt = check_text(row.get("prompt", ""), "prompt", where)
@@ -185,7 +188,10 @@ def prompt_tokens(chat: ChatTokenizer, prompt: Prompt) -> list[int]:
 def rollout_batch(prompts: Sequence[list[int]], completions: Sequence[list[int]], seq: int) -> Batch:
     """Returns a Batch of prompts with their completions, `seq` tokens a row, whose mask counts the
     completions' tokens."""
-    rows = [(np.array(prompt + completion, np.int32), len(prompt)) for prompt, completion in zip(prompts, completions)]
+    rows = [
+        (np.array(prompt + completion, np.int32), len(prompt))
+        for prompt, completion in zip(prompts, completions)
+    ]
     return example_rows([Example(tokens, np.arange(len(tokens)) >= size, "") for tokens, size in rows], seq)
 
 

@@ -42,16 +42,26 @@ EVALUATED = 32  # held-out completions sampled before and after training, at lea
 SHOWN_PROMPTS = 3
 TOLERATED_BITS = 0.3  # a byte that completions may be worse under the model before training
 ALIKE_ROUNDS = 8  # in a row in which the completions of no prompt differ in reward end a run
-TOTALS = ("inference_seconds", "training_seconds", "answer_tokens")  # of a round and, in a checkpoint, of all rounds
+TOTALS = (
+    "inference_seconds",
+    "training_seconds",
+    "answer_tokens",
+)  # of a round and, in a checkpoint, of all rounds
 
 
 def run(flags: ReinforceFlags, device: Device) -> int:
     task = Path(flags.rollout.task[0].rpartition("*")[2].partition(":")[0]).stem
     folder = flags.folder.out_dir or default_folder(model_name(flags.model), task)
     options = RunOptions(
-        **dataclasses.asdict(flags.folder), stage="reinforce", device=device, folder=folder, dry_run=flags.dry_run
+        **dataclasses.asdict(flags.folder),
+        stage="reinforce",
+        device=device,
+        folder=folder,
+        dry_run=flags.dry_run,
     )
-    return execute(options, lambda console: plan_reinforcement(flags, options, console), prepare_reinforcement)
+    return execute(
+        options, lambda console: plan_reinforcement(flags, options, console), prepare_reinforcement
+    )
 
 
 def prepare_reinforcement(planned: ReinforcePlan, console: Console) -> "PreparedReinforcement":
@@ -94,7 +104,9 @@ class PreparedReinforcement(PreparedModel):
         prompt = self.reinforce.prompts.held_out[0]
         return prompt.text, prompt_tokens(self.opened.chat, prompt)
 
-    def begin_steps(self, state: TrainState, loop_state: LoopState, compiling: Any, console: Console) -> "Rounds":
+    def begin_steps(
+        self, state: TrainState, loop_state: LoopState, compiling: Any, console: Console
+    ) -> "Rounds":
         plan = self.plan
         batch = example_rows([None] * plan.recipe.batch, plan.recipe.context)
         empty = np.zeros(batch.tokens.shape, np.float32)
@@ -117,7 +129,9 @@ class PreparedReinforcement(PreparedModel):
             _, bits = rollout.bits(self.logprobs(self.trainable, rollout))
         return Sampled(rollout, bits)
 
-    def sample(self, params: Params, prompts: Sequence[Prompt], seed: int, report: ReportProgress = lambda *_: None) -> Rollout:
+    def sample(
+        self, params: Params, prompts: Sequence[Prompt], seed: int, report: ReportProgress = lambda *_: None
+    ) -> Rollout:
         """Samples and rewards a completion of each prompt, a round's at once, with seeds seed, seed
         + 1, ...
 
@@ -126,7 +140,9 @@ class PreparedReinforcement(PreparedModel):
         config = self.reinforce.round
         chat = self.opened.chat
         tokens = [prompt_tokens(chat, prompt) for prompt in prompts]
-        sampling = SamplingParams(config.max_tokens, config.temperature, seed=seed, stop_token_ids=self.stop_token_ids)
+        sampling = SamplingParams(
+            config.max_tokens, config.temperature, seed=seed, stop_token_ids=self.stop_token_ids
+        )
         each = sampling.per_row(len(prompts))
         rows = self.plan.recipe.batch
         ends: list[Completion] = []
@@ -203,7 +219,9 @@ class Rounds:
         self.config = prepared.reinforce.round
         self.program = program
         self.buffer_bytes = temporary_bytes(program)
-        self.order = EpochOrder(len(prepared.reinforce.prompts.train), self.config.prompts, prepared.plan.seed)
+        self.order = EpochOrder(
+            len(prepared.reinforce.prompts.train), self.config.prompts, prepared.plan.seed
+        )
         self.params: Any = None  # the weights that sample
         self.digest = ""
         self._prepare_inference(trainable)
@@ -231,7 +249,9 @@ class Rounds:
         updated = Updated(state, [], 0.0, None)
         if differs:
             batch = self._policy_batch(state, rollout, rewards, bits_each, reference)
-            updated = self._update(state, batch, np.float32(self.plan.progress(loop_state.step, loop_state.seconds)))
+            updated = self._update(
+                state, batch, np.float32(self.plan.progress(loop_state.step, loop_state.seconds))
+            )
             self._prepare_inference(updated.state.trainable)
         training_seconds = time.perf_counter() - begin
         reward = rollout.mean_reward
@@ -262,7 +282,12 @@ class Rounds:
         return self.prepared.sample(self.params, prompts, first_seed(self.plan.seed, number, len(prompts)))
 
     def _policy_batch(
-        self, state: TrainState, rollout: Rollout, rewards: np.ndarray, bits: np.ndarray, reference: np.ndarray
+        self,
+        state: TrainState,
+        rollout: Rollout,
+        rewards: np.ndarray,
+        bits: np.ndarray,
+        reference: np.ndarray,
     ) -> PolicyBatch:
         fluency = -self.config.fluency * bits.reshape(rewards.shape)
         advantages = np.asarray(group_advantages(rewards, fluency)).reshape(-1)
@@ -278,7 +303,8 @@ class Rounds:
         for number in range(self.config.updates):
             make_room(self.buffer_bytes)
             state, metrics = self.program(state, self.prepared.frozen, batch, progress)
-            if self.config.kl and number == 0:  # at first new equals old, and the advantages add up to 0
+            # at first new equals old, and the advantages add up to 0
+            if self.config.kl and number == 0:
                 kl = float(metrics.loss) / self.config.kl
             grad_norm = float(metrics.grad_norm)
             refused.append(bool(metrics.refused))
@@ -320,7 +346,9 @@ def first_seed(seed: int, round_number: int, rows: int) -> int:
 # The report
 
 
-def reinforce_report(planned: ReinforcePlan, loop_state: LoopState, before: Sampled, after: Sampled, path: Path) -> RunReport:
+def reinforce_report(
+    planned: ReinforcePlan, loop_state: LoopState, before: Sampled, after: Sampled, path: Path
+) -> RunReport:
     start = before.rollout
     end = after.rollout
     own = own_state(loop_state)
@@ -368,6 +396,7 @@ def _nothing_to_learn(rewards: list[float]) -> str:
     if reward > 0.9:
         advice = "The model does this already: give a harder --task, or harder prompts with --data"
     return (
-        f"In {len(rewards)} rounds in a row all answers to a prompt had the same reward ({reward:.2f} on average), so that "
+        f"In {len(rewards)} rounds in a row all answers to a prompt had the same reward "
+        f"({reward:.2f} on average), so that "
         f"nothing could be learned and the run has no result. {advice}."
     )

@@ -19,7 +19,9 @@ from stages.runs import general_questions
 from stages.runs.rewards import Rewards
 
 MAX_TOKENS = 120  # of an answer
-MAX_REPEATED = 0.2  # share of an answer's four-word sequences: at most 0.05 in the house voice, 0.01 in human texts
+MAX_REPEATED = (
+    0.2  # share of an answer's four-word sequences: at most 0.05 in the house voice, 0.01 in human texts
+)
 METRIC_SECONDS = 60.0  # that a function of the user's own has for all answers
 ANSWERED_TOGETHER = 8
 WIDTH = 96  # characters of a printed line
@@ -61,7 +63,9 @@ def ask(
         if end:
             text = chat.tokenizer.decode(end.tokens).strip()
             stops = end.finish_reason == "stop"
-            answers.append(JudgedAnswer(question[-1]["content"], text, len(end.tokens), stops, repeats_itself(text)))
+            answers.append(
+                JudgedAnswer(question[-1]["content"], text, len(end.tokens), stops, repeats_itself(text))
+            )
     return tuple(answers)
 
 
@@ -75,7 +79,9 @@ def known_questions(
     """Returns those of the general questions that a model answers right, greedily."""
     questions = general_questions.QUESTIONS
     conversations = [[{"role": "user", "content": question}] for question, _ in questions]
-    completions = _complete(cfg, params, chat, conversations, general_questions.MAX_TOKENS, stop_token_ids, report)
+    completions = _complete(
+        cfg, params, chat, conversations, general_questions.MAX_TOKENS, stop_token_ids, report
+    )
     known = []
     for (question, expected), end in zip(questions, completions, strict=True):
         if end and general_questions.is_right(chat.tokenizer.decode(end.tokens), expected):
@@ -106,7 +112,11 @@ def _complete(
         def report_batch(done: int, _: int, before: int = before) -> None:
             report(before + done, len(conversations))
 
-        ends = complete(cfg, params, fitting, [sampling] * len(fitting), capacity, report_batch) if fitting else []
+        ends = (
+            complete(cfg, params, fitting, [sampling] * len(fitting), capacity, report_batch)
+            if fitting
+            else []
+        )
         waiting = iter(ends)
         for prompt in prompts:
             completions.append(next(waiting) if len(prompt) < cfg.context else None)
@@ -124,12 +134,16 @@ class AnswerMetrics:
     def __init__(self, tasks: Sequence[str]) -> None:
         self._rewards = {task: Rewards([task], METRIC_SECONDS) for task in tasks}
         if any("sum" in rewards.names for rewards in self._rewards.values()):
-            raise UserError("A metric is exact, regex:PATTERN, or FILE.py:FUNCTION; the task sum is for reinforce alone.")
+            raise UserError(
+                "A metric is exact, regex:PATTERN, or FILE.py:FUNCTION; the task sum is for reinforce alone."
+            )
 
     def check(self, references: Sequence[Sequence[Message]]) -> None:
         """Raises UserError when there are metrics and no references."""
         if self._rewards and not references:
-            raise UserError("--metric compares with the answers of conversations, and there are none in this data.")
+            raise UserError(
+                "--metric compares with the answers of conversations, and there are none in this data."
+            )
 
     def score(
         self,

@@ -100,7 +100,9 @@ class BatchSteps:
     def is_exhausted(self, loop_state: LoopState) -> bool:
         return False
 
-    def log_fields(self, metrics: list[BatchMetrics], loop_state: LoopState, step_seconds: float) -> dict[str, float]:
+    def log_fields(
+        self, metrics: list[BatchMetrics], loop_state: LoopState, step_seconds: float
+    ) -> dict[str, float]:
         return {
             "loss": sum(step.loss for step in metrics) / len(metrics),
             "grad_norm": metrics[-1].grad_norm,
@@ -109,7 +111,9 @@ class BatchSteps:
             "refused": loop_state.refused,
         }
 
-    def live_fields(self, metrics: BatchMetrics | None, loop_state: LoopState, step_seconds: float) -> list[str]:
+    def live_fields(
+        self, metrics: BatchMetrics | None, loop_state: LoopState, step_seconds: float
+    ) -> list[str]:
         last = metrics or NO_METRICS
         plan = self.plan
         epoch = self.batches.epoch(loop_state.step)

@@ -20,7 +20,15 @@ from engine.model.loss import score
 from engine.model.paths import merge
 from engine.text import OnProgress
 from engine.text.chat_tokenizer import ChatTokenizer, Example
-from engine.text.conversations import KINDS, SHIPPED, Conversation, Conversations, Record, Text, read_conversations
+from engine.text.conversations import (
+    KINDS,
+    SHIPPED,
+    Conversation,
+    Conversations,
+    Record,
+    Text,
+    read_conversations,
+)
 from engine.text.corpus import normalize
 from engine.text.examples import (
     Dataset,
@@ -42,14 +50,22 @@ from stages.runs.text_data import EVALUATION_ROWS, Evaluator
 
 HELD_OUT = 0.1
 QUESTIONS = 3  # of the held-out set, or for texts these
-QUESTIONS_BESIDE_TEXTS = ("What should I do when I cannot sleep?", "How do I boil an egg?", "Why is the sea salty?")
+QUESTIONS_BESIDE_TEXTS = (
+    "What should I do when I cannot sleep?",
+    "How do I boil an egg?",
+    "Why is the sea salty?",
+)
 
 UsedRows = list[tuple[Record, list[Any]]]  # rows, with their examples
 PAIRS = "pairs of a chosen and a rejected answer"
 WANTED = {  # by each objective: kinds of data, what they are called, and what to do about another
     "answers": (KINDS.keys() - {"preference"}, "conversations or texts", "preference fits it"),
     "preference": ({"preference"}, PAIRS, "answers fits it, or give other --data such as voice-preferences"),
-    "kto": ({"preference", "prompt/completion"}, f"{PAIRS}, or prompt, completion and label", "answers fits it"),
+    "kto": (
+        {"preference", "prompt/completion"},
+        f"{PAIRS}, or prompt, completion and label",
+        "answers fits it",
+    ),
 }
 
 
@@ -67,7 +83,9 @@ class ConversationData:
     name: str
     held_out_name: str
     overlap: str  # what was left out as a copy
-    questions: Sequence[Sequence[Message]]  # QUESTIONS held-out conversations, each up to the assistant's first answer
+    questions: Sequence[
+        Sequence[Message]
+    ]  # QUESTIONS held-out conversations, each up to the assistant's first answer
     references: Sequence[Sequence[Message]]  # held-out ones, as of `references_of`
     train_references: Sequence[Sequence[Message]]
 
@@ -171,7 +189,10 @@ def _without_copies(held_out: UsedRows, train: UsedRows, name: str, data: str) -
     exact = sum(row.text in texts for row, _ in held_out)
     found = f"{count:,} of the {len(held_out):,} rows of {name} are in {data} too, {exact:,} of them to the letter"
     if not others:
-        raise UserError(f"{found}: nothing is held out. Give another --validation, or none, to hold out a tenth of {data}.")
+        raise UserError(
+            f"{found}: nothing is held out. Give another --validation, or none, to hold out a "
+            f"tenth of {data}."
+        )
     return others, f"{found}: left out"
 
 
@@ -192,7 +213,8 @@ def _split(used: UsedRows, seed: int, data: str) -> tuple[UsedRows, UsedRows, st
     if len(copies) < 2:
         different = ", 1 of them different" if rows > 1 else ""
         raise UserError(
-            f"{data} has {quantity(rows, 'usable row')}{different}: too few to hold any out; give others with --validation."
+            f"{data} has {quantity(rows, 'usable row')}{different}: too few to hold any out; give "
+            "others with --validation."
         )
 
     def rank(text: str) -> tuple[int, bytes]:
@@ -246,11 +268,19 @@ def open_conversations(data: str, objective: str) -> Conversations:
     kinds, wanted, remedy = WANTED[objective]
     if conversations.kind in kinds:
         return conversations
-    raise UserError(f"{data} holds {conversations.kind} data, and this objective trains on {wanted}; --objective {remedy}.")
+    raise UserError(
+        f"{data} holds {conversations.kind} data, and this objective trains on {wanted}; "
+        f"--objective {remedy}."
+    )
 
 
 def reference_logprobs(
-    cfg: ModelConfig, params: Any, pairs: Sequence[Pair | RatedPair], seq: int, rows: int, report: OnProgress = None
+    cfg: ModelConfig,
+    params: Any,
+    pairs: Sequence[Pair | RatedPair],
+    seq: int,
+    rows: int,
+    report: OnProgress = None,
 ) -> np.ndarray:
     """Returns both answers' log-probabilities (pairs, 2) by a model, `rows` at once; 0 without
     `params`."""

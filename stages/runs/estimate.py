@@ -75,9 +75,8 @@ def memory_estimate(plan: RunPlan, needed: int) -> str:
     if plan.mesh.devices > 1:
         limit += f" on each device of {plan.mesh}"
     saved = dataclasses.replace(plan, mesh=ONE_DEVICE).memory.saved // processes.process_count()
-    phrase = (
-        f"about {format_bytes(needed)} of {limit}; {format_bytes(saved)} more of host memory, if free, to save beside training"
-    )
+    phrase = f"about {format_bytes(needed)} of {limit}; "
+    phrase += f"{format_bytes(saved)} more of host memory, if free, to save beside training"
     if jax.default_backend() == "cpu" and plan.mesh.devices == 1:
         peak = max(needed + saved, plan.step.answering_bytes) + process_bytes(plan.cfg)
         phrase += f"; {format_count(peak)}B in all with Python and JAX"

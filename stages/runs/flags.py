@@ -25,7 +25,9 @@ from stages.cli.flags import (
 class FolderFlags:
     """The run folder, and how often it is written."""
 
-    out_dir: Annotated[Path | None, parser(path, "FOLDER"), default("in runs/, by the names of model and data")] = None
+    out_dir: Annotated[
+        Path | None, parser(path, "FOLDER"), default("in runs/, by the names of model and data")
+    ] = None
     """The run folder. A run that is already there is continued."""
     overwrite: Annotated[bool, default("off")] = False
     """Begin anew in a folder that holds a run."""
@@ -48,7 +50,9 @@ class LengthFlags:
     """The length of the run. Of both, whichever ends first."""
 
     max_time: Annotated[
-        float | None, parser(seconds, "TIME"), default("3m, or in a fine-tuning 3 readings of the data, without --steps")
+        float | None,
+        parser(seconds, "TIME"),
+        default("3m, or in a fine-tuning 3 readings of the data, without --steps"),
     ] = None
     """Training time, such as 90 (seconds), 3m or 1h, which ends the run; compiling, evaluating and saving are not counted."""
     steps: Annotated[int | None, COUNT, default("as many as fit into the time")] = None
@@ -76,7 +80,10 @@ class TrainableFlags:
     lora: Annotated[
         LoraConfig | None,
         parser(LoraConfig.from_text, "SIZE"),
-        default("on all matrices, its rank by the data in `finetune`, else 8; that of an adapter that is continued"),
+        default(
+            "on all matrices, its rank by the data in `finetune`, else 8; that of an adapter that "
+            "is continued"
+        ),
     ] = None
     """rank=8,alpha=16,targets=q,v: a new adapter beside a frozen model."""
     base: Annotated[Literal["float", "int8"], one_of("float", "int8")] = "float"
@@ -92,7 +99,8 @@ class TrainableFlags:
             frozen = "--base int8"
         if frozen and not self.adapter:
             raise UserError(
-                f"{frozen} leaves the whole model frozen under an adapter, and --train, --freeze and --weights q4 train its "
+                f"{frozen} leaves the whole model frozen under an adapter, and --train, --freeze "
+                "and --weights q4 train its "
                 f"own weights: leave {frozen} out, or them."
             )
 
@@ -104,7 +112,9 @@ class TrainableFlags:
         return self.lora or LoraConfig()
 
     def describe(self, lora: LoraConfig | None) -> str:
-        """Returns `learns` of run.json: the trainable parameters, which must be the same to resume a run."""
+        """Returns `learns` of run.json: the trainable parameters, which must be the same to resume
+        a run.
+        """
         if lora:
             return f"{lora}{' over int8' if self.base == 'int8' else ''}"
         rounded = " in q4" * (self.weights == "q4")
@@ -113,4 +123,6 @@ class TrainableFlags:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelRunFlags(RunFlags):
-    model: Annotated[str, parser(str, "MODEL"), default("smollm2-135m-instruct", MODEL)] = "smollm2-135m-instruct"
+    model: Annotated[str, parser(str, "MODEL"), default("smollm2-135m-instruct", MODEL)] = (
+        "smollm2-135m-instruct"
+    )

@@ -49,7 +49,9 @@ def holds_run(folder: Path) -> bool:
     if (folder / "run.json").exists():
         return True
     if any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        raise UserError(f"{folder} holds files but no run.json, so it is not a run folder. Give another --out-dir.")
+        raise UserError(
+            f"{folder} holds files but no run.json, so it is not a run folder. Give another --out-dir."
+        )
     return False
 
 
@@ -83,7 +85,9 @@ def lock_run(folder: Path) -> Iterator[None]:
             try:
                 lock.enter_context(folder_lock(folder, wait=False))
             except BlockingIOError:
-                raise UserError(f"Another process trains in {folder}. Wait for it, or give another --out-dir.") from None
+                raise UserError(
+                    f"Another process trains in {folder}. Wait for it, or give another --out-dir."
+                ) from None
             for place in (folder, folder / "checkpoints"):
                 remove_unfinished(place)
             yield
@@ -99,7 +103,9 @@ def updating(folder: Path) -> Iterator[None]:
     listing = folder / manifest.NAME
     listing.unlink(missing_ok=True)
     yield
-    tokenizer = (f"tokenizer/{path.name}" for path in (folder / "tokenizer").glob("[!.]*"))  # not what a kill left
+    tokenizer = (
+        f"tokenizer/{path.name}" for path in (folder / "tokenizer").glob("[!.]*")
+    )  # not what a kill left
     with atomic_file(listing) as file:
         file.write(manifest.make_manifest(folder, ("config.json", "run.json", *tokenizer)))
 
@@ -149,7 +155,9 @@ class JsonLines:
                     os.truncate(self._path, size)
                 self.append(clean)
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error  # a full disk does not name the file
+            raise OSError(
+                error.errno, error.strerror, str(self._path)
+            ) from error  # a full disk does not name the file
 
     def append(self, fields: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:

@@ -31,7 +31,9 @@ def make_mesh_here(shape: MeshShape) -> Mesh:
         if jax.default_backend() != "cpu" or processes.process_count() > 1:
             raise
         virtual = f"XLA_FLAGS=--xla_force_host_platform_device_count={shape.devices}"
-        raise UserError(f"{error} To try this mesh on a CPU, set {virtual}: virtual devices, which share its cores.") from None
+        raise UserError(
+            f"{error} To try this mesh on a CPU, set {virtual}: virtual devices, which share its cores."
+        ) from None
 
 
 def connect_devices(mesh: Mesh) -> Mesh:

@@ -1,7 +1,7 @@
 """What fine-tuning and reinforcement learning share: opens a model, splits its parameters, saves some.
 
-opened = open_model(...)                    configuration, tokenizer, and parameters that wait to be taken
-weights = load_weights(opened, plan)        trainable and frozen parameters
+opened = open_model(...)                    configuration, tokenizer, and parameters that wait to be
+taken weights = load_weights(opened, plan)        trainable and frozen parameters
 """
 
 import copy
@@ -70,7 +70,8 @@ class OpenedModel:
     waiting: WaitingParams
     loaded_shapes: Any  # of the parameters without adapters
     in_blocks: bool  # whether steps read all weights as `serve --weights q4` does
-    blocks: Collection[str]  # paths of the weights that were loaded in blocks: of these the factors train
+    # paths of the weights that were loaded in blocks: of these the factors train
+    blocks: Collection[str]
     lora: LoraConfig | None  # the adapter that is trained
     continued_base: str  # the base of the adapter that is continued, "" for a new one
     chat: ChatTokenizer
@@ -101,7 +102,8 @@ def open_model(
             console.print_notes(f"The adapter {name} is continued, on its base {base}.")
         elif base:
             console.print_notes(
-                f"A new adapter is trained on {name}, which stays as it is: it has several ranks or scales, a DoRA, "
+                f"A new adapter is trained on {name}, which stays as it is: it has several ranks "
+                "or scales, a DoRA, "
                 "or weights trained whole, and cannot be continued."
             )
         on_config(cfg, lora or options.adapter, blocks)
@@ -109,7 +111,12 @@ def open_model(
     with console.task(f"loading {name}") as report, host_memory(on_mesh):
         dtype = None if options.adapter else "float32"
         model = load_model(
-            name, dtype=dtype, report=report, on_config=check_config, keep_blocks=in_blocks, on_blocks=blocks.update
+            name,
+            dtype=dtype,
+            report=report,
+            on_config=check_config,
+            keep_blocks=in_blocks,
+            on_blocks=blocks.update,
         )
     _refuse_own_folder(model, folder)
     console.print_notes(*model.notes)
@@ -156,7 +163,9 @@ def _refuse_own_folder(model: LoadedModel, folder: Path) -> None:
         owner = "the model itself"
         if path is not model.checkpoint:
             owner = f"the base that {model.run or model.checkpoint} adapts"
-        raise UserError(f"{folder} is the run of {owner}, which would be overwritten. Give another --out-dir.")
+        raise UserError(
+            f"{folder} is the run of {owner}, which would be overwritten. Give another --out-dir."
+        )
 
 
 def model_rows(opened: OpenedModel, plan: RunPlan, trained_numbers: int = 0) -> Rows:
@@ -185,9 +194,14 @@ class SplitWeights(NamedTuple):
 
     trainable: Any
     frozen: Any
-    frozen_as_loaded: Any  # what a checkpoint holds beside what trains; None for an adapter, of which nothing else is saved
+    frozen_as_loaded: (
+        # what a checkpoint holds beside what trains; None for an adapter, of which nothing else is
+        # saved
+        Any
+    )
     params: Any  # as loaded; None where they were freed
-    metadata: dict[str, Any]  # the model's entries of run.json, with the digest of all parameters as loaded
+    # the model's entries of run.json, with the digest of all parameters as loaded
+    metadata: dict[str, Any]
 
 
 def load_weights(opened: OpenedModel, plan: RunPlan) -> SplitWeights:
@@ -217,7 +231,9 @@ def _split_for_adapter(opened: OpenedModel, lora: LoraConfig, plan: RunPlan, par
         assert plan.trainable is not None
         adapted = plan.trainable.adapted
         loaded = leaf_paths(params)
-        trainable = unflatten({path: dataclasses.replace(loaded[path], base=None) for path in sorted(adapted)})
+        trainable = unflatten(
+            {path: dataclasses.replace(loaded[path], base=None) for path in sorted(adapted)}
+        )
         params = map_paths(lambda path, leaf: leaf.base if path in adapted else leaf, params)
         metadata["continues"] = digest(trainable, scales=False)  # `lora` tells them
     base = params
@@ -236,7 +252,9 @@ def _split_by_paths(opened: OpenedModel, plan: RunPlan, params: Any) -> SplitWei
         if isinstance(leaf, Blocks):
             as_loaded[f"packed/{path}"] = leaf.packed
     if opened.in_blocks:
-        metadata[TRAINED_BLOCKS] = [path for path, leaf in leaf_paths(trainable).items() if isinstance(leaf, Blocks)]
+        metadata[TRAINED_BLOCKS] = [
+            path for path, leaf in leaf_paths(trainable).items() if isinstance(leaf, Blocks)
+        ]
         trainable, frozen = round_while_training(trainable, frozen)
     trainable = cast_matrices(trainable, "float32")
     frozen = cast_matrices(frozen, plan.cfg.dtype)

@@ -21,7 +21,9 @@ LARGEST = 1e9  # of a value: the squares of such values are finite in float32
 def main(file: str, name: str, seconds: str) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what the function prints
-    cpu_seconds = math.ceil(float(seconds)) + 1  # for a function that never returns, if nobody is left to end it
+    cpu_seconds = (
+        math.ceil(float(seconds)) + 1
+    )  # for a function that never returns, if nobody is left to end it
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
     try:
         reply = call(file, name, json.load(sys.stdin))
@@ -29,7 +31,9 @@ def main(file: str, name: str, seconds: str) -> None:
         reply = {"error": _describe(file, error)}
     json.dump(reply, answers)
     answers.flush()
-    if os.getpgrp() == os.getpid():  # as `rewards.py` starts it; in another's group this would end that other too
+    if (
+        os.getpgrp() == os.getpid()
+    ):  # as `rewards.py` starts it; in another's group this would end that other too
         os.killpg(0, signal.SIGKILL)  # this process, and those that the function has started
     os._exit(0)  # whatever threads the file has started
 
@@ -52,7 +56,9 @@ def call(file: str, name: str, rows: list[dict[str, object]]) -> dict[str, objec
             number = math.nan
         if not abs(number) <= LARGEST:  # NaN too
             wanted = f"{str(value)[:80]!r}, where a number from -1e9 to 1e9 is wanted"
-            row_is = f"the completion {str(row['completion'])[:80]!r} of the prompt {str(row['prompt'])[:80]!r}"
+            row_is = (
+                f"the completion {str(row['completion'])[:80]!r} of the prompt {str(row['prompt'])[:80]!r}"
+            )
             return {"error": f"{file}: {name} returned {wanted}, for {row_is}."}
         values.append(number)
     return {"values": values}

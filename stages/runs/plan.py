@@ -57,7 +57,8 @@ class RunPlan:
     step_name: Literal["step", "round"] = "step"
     least_steps: int = 0  # to make even if the time is over
     mesh: MeshShape = ONE_DEVICE  # the devices that share a step
-    blocks: Collection[str] = ()  # paths of matrices in blocks, of which two numbers in 32 weights train
+    # paths of matrices in blocks, of which two numbers in 32 weights train
+    blocks: Collection[str] = ()
 
     @property
     def step(self) -> StepPlan:

@@ -64,11 +64,14 @@ def find_previous_run(folder: Path, metadata: dict[str, Any], cfg: ModelConfig) 
     if refused:
         refuse_other_order(folder, record)
         raise UserError(
-            f"{folder} holds a run with another {join_words(refused)}. Give another --out-dir, or --overwrite to "
+            f"{folder} holds a run with another {join_words(refused)}. Give another --out-dir, or "
+            "--overwrite to "
             "begin anew there."
         )
     try:
-        loop_state = LoopState.from_json(read_json(folder / "checkpoints" / str(steps[-1]) / "state.json")["state"])
+        loop_state = LoopState.from_json(
+            read_json(folder / "checkpoints" / str(steps[-1]) / "state.json")["state"]
+        )
     except (OSError, KeyError, TypeError, ValueError):
         loop_state = LoopState()  # damaged: `resume` reports it, and finds the one before
     return PreviousRun(folder, record, loop_state, differences(before, now))
@@ -109,8 +112,15 @@ BY_FLAG = re.compile(
     "(recipe|rollout|update)/.*|config/dtype|steps|loss|beta|full_loss|keep_last|metric.*|general|no_mix|template|text/(data|validation)"
 )
 FOLLOWS = {"least_steps", "config/scan", "config/remat"}  # from flags that are named already
-MEASURES = {"text/validation", "text/validation_digest", "loss", "beta"}  # a best by others is beaten never, or always
-NOT_COMPARED = re.compile("(command|changes|result|general_answers)(/.*)?")  # the flags in the command are compared one by one
+MEASURES = {
+    "text/validation",
+    "text/validation_digest",
+    "loss",
+    "beta",
+}  # a best by others is beaten never, or always
+NOT_COMPARED = re.compile(
+    "(command|changes|result|general_answers)(/.*)?"
+)  # the flags in the command are compared one by one
 
 
 def settings(metadata: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
@@ -172,7 +182,10 @@ def describe_changes(changes: Changes) -> list[str]:
         elif path == "max_seconds":
             lines.append(f"--max-time: {before and duration(before)} -> {now and duration(now)}")
         elif path == "attention":
-            lines.append(f"attention {before} -> {now}: the next steps are those {before} within rounding, not to the bit")
+            lines.append(
+                f"attention {before} -> {now}: the next steps are those {before} within rounding, "
+                "not to the bit"
+            )
         elif path not in FOLLOWS:
             name = path.rpartition("/")[2]
             if BY_FLAG.fullmatch(path):
@@ -188,7 +201,8 @@ def print_finished(previous: PreviousRun, plan: RunPlan, console: Console) -> No
     if plan.progress(done.step, done.seconds) >= 1:
         more = f"more --{plan.step_name}s or --max-time"
     console.print(
-        f"This run is finished: {quantity(done.step, plan.step_name)} in {duration(done.seconds)}, {summary}. "
+        f"This run is finished: {quantity(done.step, plan.step_name)} in {duration(done.seconds)}, "
+        f"{summary}. "
         f"To train it further give {more}; to begin anew, --overwrite."
     )
     for line in describe_changes(previous.changes):
@@ -202,7 +216,10 @@ def _loop_state(loaded: checkpoint_reader.LoadedCheckpoint) -> LoopState:
         loop_state = LoopState.from_json(loaded.state)
         if loop_state.step == loaded.step:
             return loop_state
-    raise UserError(f"{loaded.path / 'state.json'} is damaged: it does not say the state of a run at step {loaded.step:,}.")
+    raise UserError(
+        f"{loaded.path / 'state.json'} is damaged: it does not say the state of a run at step "
+        f"{loaded.step:,}."
+    )
 
 
 def resume(
@@ -235,7 +252,9 @@ def resume(
     for line in lines:
         console.print(line, style="yellow")
     instead = " (the newest intact one)" if loaded.damaged else ""
-    console.print(f"resumed at step {loop_state.step:,}{instead}, {duration(loop_state.seconds)} into training")
+    console.print(
+        f"resumed at step {loop_state.step:,}{instead}, {duration(loop_state.seconds)} into training"
+    )
     for line in describe_changes(previous.changes):
         console.print(f"changed: {line}", style="yellow")
     if previous.changes.keys() & MEASURES:
@@ -243,5 +262,7 @@ def resume(
     metadata["changes"] = [*previous.record.get("changes", [])]
     if previous.changes:
         metadata["changes"].append({"step": loop_state.step, "fields": previous.changes})
-    state = TrainState(place(jnp.int32(loop_state.step)), prepared.from_saved(loaded.params), loaded.optimizer)
+    state = TrainState(
+        place(jnp.int32(loop_state.step)), prepared.from_saved(loaded.params), loaded.optimizer
+    )
     return state, loop_state

@@ -172,7 +172,9 @@ class ProgressLog:
         now.predicted = (steps, seconds)
         predicted = f"{quantity(steps, self.plan.step_name)} in {duration(seconds)}"
         with self.stop.noting_failure():
-            self.console.print_rows([("predicted", f"{predicted}, as the first {now.step:,} went{self.busy_note()}")])
+            self.console.print_rows(
+                [("predicted", f"{predicted}, as the first {now.step:,} went{self.busy_note()}")]
+            )
 
     def _live_line(self) -> list[str]:
         plan = self.plan

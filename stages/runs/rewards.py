@@ -59,7 +59,9 @@ class Rewards:
             phrases.append(TASKS[name].partition(", ")[2] if name in TASKS else "by your own function")
         return "; ".join(phrases)
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str], answers: Sequence[Any]) -> list[float]:
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], answers: Sequence[Any]
+    ) -> list[float]:
         """Returns the reward of each completion. Raises UserError for a rule or a function that
         fails or takes too long."""
         rows = []
@@ -84,7 +86,8 @@ class Rewards:
                 output, _ = process.communicate(json.dumps(rows), self.seconds)
                 reply = json.loads(output)
             except BaseException as error:
-                with contextlib.suppress(ProcessLookupError, PermissionError):  # of a group that has ended
+                # of a group that has ended
+                with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)  # what the function has started too
                 if isinstance(error, subprocess.TimeoutExpired):
                     late = f"did not return within {self.seconds:g} s, for {len(rows)} completions: {self.remedy}"
@@ -103,7 +106,8 @@ def _by_rule(reward: Reward, rows: Cases) -> list[float]:
 
     def ring(number: int, frame: object) -> None:
         raise UserError(
-            "The task's pattern takes too long on an answer: write it so that it has one way to match a text. "
+            "The task's pattern takes too long on an answer: write it so that it has one way to "
+            "match a text. "
             f"({RULE_SECONDS:g} s were not enough.)"
         )
 

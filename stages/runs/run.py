@@ -42,14 +42,22 @@ if TYPE_CHECKING:  # a run that nobody watches or records, or that is new, does 
     from stages.runs.watch.recorder import Recorder
 
 
-def execute[P: Plan](options: RunOptions, make_plan: Callable[[Console], P], prepare: Callable[[P, Console], Prepared]) -> int:
+def execute[P: Plan](
+    options: RunOptions, make_plan: Callable[[Console], P], prepare: Callable[[P, Console], Prepared]
+) -> int:
     """Carries out a run, or resumes the one in the folder. Returns 0, or 128 + the signal that
     stopped it."""
     refuse_options(options)
-    if not gc.get_freeze_count():  # what was imported stays: garbage is looked for among what runs make, in a sixth of the time
+    if (
+        not gc.get_freeze_count()
+        # what was imported stays: garbage is looked for among what runs make, in a sixth of the
+        # time
+    ):
         gc.freeze()
     with Console() as console, contextlib.ExitStack() as stack:
-        processes.refuse_differences({"--dry-run": str(options.dry_run)})  # the others would wait for one that only plans
+        processes.refuse_differences(
+            {"--dry-run": str(options.dry_run)}
+        )  # the others would wait for one that only plans
         if options.dry_run:  # plans for devices that need not be here
             print_plan(options, make_plan(console), console)
             console.print("A dry run: nothing was trained.")
@@ -74,17 +82,22 @@ def execute[P: Plan](options: RunOptions, make_plan: Callable[[Console], P], pre
             prepared = prepare(make_plan(console), console)
         if mesh:
             stack.enter_context(jax.set_mesh(mesh))
-        prepared = prepared.placed()  # under its name, so that what was loaded is not held beside it
+        # under its name, so that what was loaded is not held beside it
+        prepared = prepared.placed()
         return carry_out(options, prepared, console, recorder)
 
 
 def refuse_options(options: RunOptions) -> None:
     if options.shows_weights and options.mesh and options.mesh.devices > 1:
-        raise UserError(f"--record and --watch take a run on one device, and this one lies on {options.mesh.devices}.")
+        raise UserError(
+            f"--record and --watch take a run on one device, and this one lies on {options.mesh.devices}."
+        )
     if options.record:
         own = [(options.folder / name).resolve() for name in RUN_FILES]
         if any(options.record.resolve().is_relative_to(path) for path in own):
-            raise UserError(f"{options.record} is for what the run itself writes. Give another file with --record.")
+            raise UserError(
+                f"{options.record} is for what the run itself writes. Give another file with --record."
+            )
 
 
 def carry_out(options: RunOptions, prepared: Prepared, console: Console, recorder: "Recorder | None") -> int:
@@ -106,7 +119,8 @@ def carry_out(options: RunOptions, prepared: Prepared, console: Console, recorde
     if end.stop_code:
         checkpoint = options.folder / "checkpoints" / str(loop_state.step)
         console.print(
-            f"Stopped at {plan.step_name} {loop_state.step:,}, {duration(loop_state.seconds)} into training; saved in "
+            f"Stopped at {plan.step_name} {loop_state.step:,}, {duration(loop_state.seconds)} into "
+            "training; saved in "
             f"{checkpoint}.\nTo go on: {resume_command(options.stage)}"
         )
         return end.stop_code
@@ -122,7 +136,9 @@ def begin_or_resume(
     metadata: dict[str, Any],
     console: Console,
 ) -> tuple[TrainState, LoopState]:
-    """Returns the states of a new run, or of the newest checkpoint of the previous one, and writes the run's own files."""
+    """Returns the states of a new run, or of the newest checkpoint of the previous one, and writes
+    the run's own files.
+    """
     if previous:
         from stages.runs.previous_run import resume
 
@@ -138,7 +154,9 @@ def begin_or_resume(
         with updating(folder):
             # First: a folder with files and without it is taken for someone else's.
             write_json(folder / "run.json", metadata)
-            save_tokenizer(folder / "tokenizer", prepared.tokenizer, prepared.stop_token_ids, prepared.sampling)
+            save_tokenizer(
+                folder / "tokenizer", prepared.tokenizer, prepared.stop_token_ids, prepared.sampling
+            )
             write_json(folder / "config.json", prepared.plan.cfg.to_json())
     return state, loop_state
 
@@ -162,7 +180,9 @@ def train(
     steps = prepared.begin_steps(state, loop_state, compiling, console)
     if recorder and options.shows_weights:
         folder = str(options.folder)
-        recorder.begin(prepared, state.trainable, loop_state.step, stage=options.stage, command=resume, folder=folder)
+        recorder.begin(
+            prepared, state.trainable, loop_state.step, stage=options.stage, command=resume, folder=folder
+        )
     end = run_steps(options, prepared, steps, state, loop_state, console, recorder)
     console.close_live()
     return end
@@ -181,7 +201,9 @@ def report(
     folder = options.folder
     step_name = prepared.plan.step_name
     loop_state = finished.loop_state
-    signals.set_phase(f"before the last measurement; the trained model is in {folder}, and the same command measures it.")
+    signals.set_phase(
+        f"before the last measurement; the trained model is in {folder}, and the same command measures it."
+    )
     if recorder:
         recorder.event("measure", step=loop_state.step, seconds=loop_state.seconds)
     told = prepared.report(finished, console)
@@ -246,7 +268,9 @@ def refuse_to_begin(options: RunOptions, plan: RunPlan, previous: "PreviousRun |
         from stages.runs.watch.recorder import refuse_other_file
 
         step = previous.loop_state.step if previous else 0
-        refuse_other_file(options.record, step, stage=options.stage, name=plan.name, folder=str(options.folder))
+        refuse_other_file(
+            options.record, step, stage=options.stage, name=plan.name, folder=str(options.folder)
+        )
     if previous:
         from stages.runs.previous_run import refuse_other_order
 
@@ -260,7 +284,9 @@ def print_plan(options: RunOptions, planned: Plan | Prepared, console: Console) 
     if options.device.backend == "cpu":
         problem = native_problem()
         if problem:
-            console.print_notes(f"A step would take some percent less time with attention in C, but {problem}.")
+            console.print_notes(
+                f"A step would take some percent less time with attention in C, but {problem}."
+            )
     planned.print_example(console)
 
 

@@ -43,9 +43,15 @@ class LoopState:
     since_best: int = 0  # quick validations
     evaluation_seconds: float = 0.0  # of the longest quick validation
     first_step_seconds: float | None = None  # from the start of the process
-    predicted: tuple[int, float] | None = None  # steps and seconds of the whole run, by what its first steps took
-    intervals: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)  # name -> step and seconds it began at
-    stage: dict[str, Any] = dataclasses.field(default_factory=dict)  # the stage's own, replaced and never changed in place
+    predicted: tuple[int, float] | None = (
+        None  # steps and seconds of the whole run, by what its first steps took
+    )
+    intervals: dict[str, tuple[int, float]] = dataclasses.field(
+        default_factory=dict
+    )  # name -> step and seconds it began at
+    stage: dict[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # the stage's own, replaced and never changed in place
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "LoopState":
@@ -226,7 +232,9 @@ class Prepared:
         """Measures the model, if the stage compares it before and after training."""
         return None
 
-    def begin_steps(self, state: TrainState, loop_state: LoopState, compiling: Any, console: Console) -> Steps:
+    def begin_steps(
+        self, state: TrainState, loop_state: LoopState, compiling: Any, console: Console
+    ) -> Steps:
         """Compiles the step, and returns what the loop takes."""
         raise NotImplementedError
 

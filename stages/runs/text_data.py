@@ -83,7 +83,9 @@ def check_text_name(data: str, conversations: Collection[str] = ()) -> None:
     """Raises UserError when `data` names no text. `conversations`: names of those that could stand
     there too."""
     if data in assets.MODELS:
-        raise UserError(f"{data} is a model, not a text; --data takes {', '.join(TEXTS)}, a file or a folder.")
+        raise UserError(
+            f"{data} is a model, not a text; --data takes {', '.join(TEXTS)}, a file or a folder."
+        )
     if data not in TEXTS and not Path(data).exists():
         names = (*TEXTS, *conversations)
         also = ", nor a file of conversations" if conversations else ""
@@ -121,7 +123,15 @@ def prepare_text(data: str, validation: Path | None, spec: str, console: Console
     else:
         held_out = encode_text(validation_source, tokenizer, console)
         name = source_name(validation_source)
-    return TextData(train, held_out, tokenizer, digest_tokens(train), digest_tokens(held_out), source_name(train_source), name)
+    return TextData(
+        train,
+        held_out,
+        tokenizer,
+        digest_tokens(train),
+        digest_tokens(held_out),
+        source_name(train_source),
+        name,
+    )
 
 
 def encode_text(source: Source, tokenizer: Tokenizer, console: Console) -> TokenFile:
@@ -141,7 +151,9 @@ def make_tokenizer(spec: str, source: Source, console: Console) -> Tokenizer:
     if kind != "bpe":
         path = Path(spec).expanduser()
         if not path.exists():
-            raise UserError(f"--tokenizer is `bytes`, `bpe:2048` or a folder with a tokenizer.json, not {spec!r}.")
+            raise UserError(
+                f"--tokenizer is `bytes`, `bpe:2048` or a folder with a tokenizer.json, not {spec!r}."
+            )
         return load_tokenizer(path.parent if path.is_file() else path).tokenizer
     if not vocab.isdigit() or not 257 <= int(vocab) <= 1_000_000:
         raise UserError(f"--tokenizer bpe:N wants a vocabulary of 257 to 1,000,000 tokens, not {vocab!r}.")
@@ -156,7 +168,8 @@ def make_tokenizer(spec: str, source: Source, console: Console) -> Tokenizer:
             train_bpe(parts, int(vocab)).save(building)
         if _digest_beginning(spec, source) != digest:
             raise UserError(
-                f"{source.name} was changed while it was read, so its tokenizer was not kept. Run the command again."
+                f"{source.name} was changed while it was read, so its tokenizer was not kept. Run "
+                "the command again."
             )
         manifest.write_manifest(building)
 
@@ -213,7 +226,13 @@ def bits_per_byte(nats: float, size: int) -> float:
 
 
 def score_text(
-    cfg: ModelConfig, params: Params, tokens: np.ndarray, seq: int, stride: int, rows: int, report: ReportProgress | None = None
+    cfg: ModelConfig,
+    params: Params,
+    tokens: np.ndarray,
+    seq: int,
+    stride: int,
+    rows: int,
+    report: ReportProgress | None = None,
 ) -> float:
     """Returns the summed nats of every token (N,) of a text but the first, each after seq - stride
     tokens or more."""
@@ -255,7 +274,10 @@ class Evaluator:
     key: str
 
     def evaluate(
-        self, trainable: Any, report: ReportProgress = lambda *_: None, stopped: Callable[[], bool] = lambda: False
+        self,
+        trainable: Any,
+        report: ReportProgress = lambda *_: None,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> float | None:
         """Returns the mean; None when it was `stopped` in between."""
         total = 0.0
@@ -268,7 +290,9 @@ class Evaluator:
         return total / self.size
 
 
-def quick_evaluator(cfg: ModelConfig, text: TokenFile, tokenizer: Tokenizer, nats_of: Callable[..., Any]) -> Evaluator:
+def quick_evaluator(
+    cfg: ModelConfig, text: TokenFile, tokenizer: Tokenizer, nats_of: Callable[..., Any]
+) -> Evaluator:
     """Returns an evaluator on a fixed few windows of the model's context, spread over the text, the
     same on every mesh.
 
@@ -284,9 +308,13 @@ def quick_evaluator(cfg: ModelConfig, text: TokenFile, tokenizer: Tokenizer, nat
         rows = min(rows, -(-len(starts) // shards)) * shards
         first = np.pad(starts, (0, -len(starts) % rows), constant_values=-1).reshape(-1, rows, 1)
         mask = np.broadcast_to(first >= 0, (*first.shape[:2], seq))
-        batches = [window_batch(text.tokens, *part) for part in zip(np.maximum(first, 0) + np.arange(seq), mask)]
+        batches = [
+            window_batch(text.tokens, *part) for part in zip(np.maximum(first, 0) + np.arange(seq), mask)
+        ]
     else:
         batches = [next(evaluation_windows(text.tokens, seq, seq, rows))]
     size = sum(tokenizer.count_bytes(np.asarray(b.targets)[np.asarray(b.mask)]) for b in batches)
     bits = math.log(2) * max(size, 1)
-    return Evaluator(batches, functools.partial(nats_of, cfg), bits, "bits/byte (quick)", "quick_val_bits_per_byte")
+    return Evaluator(
+        batches, functools.partial(nats_of, cfg), bits, "bits/byte (quick)", "quick_val_bits_per_byte"
+    )

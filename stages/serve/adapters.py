@@ -25,7 +25,9 @@ class AdapterTable:
     some; none if None. `trees`: those that are there from the start, as `read` returns them.
     """
 
-    def __init__(self, engine: EngineThread, base: str, folder: Path | None, trees: Mapping[str, Any]) -> None:
+    def __init__(
+        self, engine: EngineThread, base: str, folder: Path | None, trees: Mapping[str, Any]
+    ) -> None:
         self._engine = engine
         self._base = base
         self._folder = folder
@@ -71,7 +73,9 @@ class AdapterTable:
             self.adapters[name] = await asyncio.to_thread(self._put, index, tree)
 
     def _read(self, root: Path, name: str) -> Any:
-        tree, _ = read(self._engine.cfg, below(root, name), self._base, self._engine.engine.config.adapter_rank)
+        tree, _ = read(
+            self._engine.cfg, below(root, name), self._base, self._engine.engine.config.adapter_rank
+        )
         return tree
 
     def remove(self, name: str) -> None:
@@ -97,7 +101,9 @@ def read(cfg: ModelConfig, folder: Path, base: str, rank: int) -> tuple[Any, Seq
         if leaf.shape != cfg.matrices.get(path.rpartition("/")[2]):
             raise UserError(f"The adapter {folder} is damaged: {path} is of {leaf.shape}.")
         if leaf.rank > rank:
-            raise UserError(f"The adapter {folder} has a rank of {leaf.rank}, above {rank}: --max-rank sets the largest.")
+            raise UserError(
+                f"The adapter {folder} has a rank of {leaf.rank}, above {rank}: --max-rank sets the largest."
+            )
     return adapter, notes
 
 
@@ -113,6 +119,8 @@ def below(root: Path, name: str) -> Path:
         raise UserError(f"{name!r:.80} is no folder below the one for adapters: {remedy}.")
     if not folder.is_dir():
         raise UserError(f"There is no folder {name!r:.80} below the one for adapters.")
-    if folder.resolve() != root.resolve().joinpath(*parts) or any(path.is_symlink() for path in folder.rglob("*")):
+    if folder.resolve() != root.resolve().joinpath(*parts) or any(
+        path.is_symlink() for path in folder.rglob("*")
+    ):
         raise UserError(f"{name!r:.80} is a link or holds one; copy what it leads to.")
     return folder

@@ -72,7 +72,9 @@ class Admission:
         if tries is not None:
             sender = self._counted_sender(sender, line, tries)
         early = sender in refusals and now < refusals[sender].due
-        again = [each for each in line if tries != 0 and each.group == sender.group and refusals[each].due <= now]
+        again = [
+            each for each in line if tries != 0 and each.group == sender.group and refusals[each].due <= now
+        ]
         if early and not refusals[sender].in_line:
             again = []  # those are others' places
         own = sender
@@ -144,7 +146,9 @@ class Admission:
         if self.body_bytes + count > self.max_body_bytes:
             busy = f"Bodies of {self.body_bytes:,} bytes are being read, and no more are taken in at once."
             message = f"{busy} Try again in 1 s."
-            raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1", "Connection": "close"})
+            raise ApiError(
+                429, message, code="rate_limit_exceeded", headers={"Retry-After": "1", "Connection": "close"}
+            )
         self.body_bytes += count
 
     def remove_bytes(self, count: int) -> None:

@@ -25,7 +25,9 @@ IDLE_SECONDS = 0.25  # between ticks without work: signs of life
 # within three times the longest run of the program that the engine is in, whichever is more.
 STUCK_SECONDS = 4.0
 STUCK_TIMES = 2.8
-FIRST_SECONDS = 60.0  # in place of both for a program's first run, or as long as the start took, whichever is more
+FIRST_SECONDS = (
+    60.0  # in place of both for a program's first run, or as long as the start took, whichever is more
+)
 Listener = Callable[[Event], None]
 
 
@@ -97,7 +99,9 @@ class EngineThread:
         `warm_arguments`: of `Engine.warm`.
         """
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, args=(on_change, warm_arguments), daemon=True, name="engine")
+        self._thread = threading.Thread(
+            target=self._run, args=(on_change, warm_arguments), daemon=True, name="engine"
+        )
         self._thread.start()
 
     def submit(self, request: Request, priority: int, listener: Listener) -> Callable[[], None]:

@@ -31,7 +31,9 @@ DTYPES = ("bfloat16", "float32", "int8")
 def _origin(text: str) -> str:
     match = re.fullmatch(r"(https?://(?:[\w.-]+|\[[\da-f:.]+\]))(:\d+)?/?", text.strip().lower(), re.A)
     if not match:
-        raise ValueError(f"wanted the origin of a page, such as https://app.example or http://localhost:3000, got {text!r}")
+        raise ValueError(
+            f"wanted the origin of a page, such as https://app.example or http://localhost:3000, got {text!r}"
+        )
     site, port = match.groups()
     own = ":443" if site.startswith("https") else ":80"
     if port in (None, own):  # a browser leaves its own out
@@ -60,13 +62,17 @@ class ServeFlags:
 
     model: ModelFlag = None
     adapter: Annotated[
-        tuple[Annotated[tuple[str, Path], parser(_adapter, "[NAME=]FOLDER")], ...], UseAppendAction, default("none")
+        tuple[Annotated[tuple[str, Path], parser(_adapter, "[NAME=]FOLDER")], ...],
+        UseAppendAction,
+        default("none"),
     ] = ()
     """An adapter that a fine-tuning with --lora trained for this model. Requests name it as their model.
     Without a NAME it is part of the model. May be given more than once."""
     adapter_folder: Annotated[Path | None, parser(path, "FOLDER"), default("none")] = None
     """Clients with an API key may add and remove adapters that lie below this folder."""
-    max_adapters: Annotated[int | None, parser(integer(1, 1024), "N"), default("those named, 8 with --adapter-folder")] = None
+    max_adapters: Annotated[
+        int | None, parser(integer(1, 1024), "N"), default("those named, 8 with --adapter-folder")
+    ] = None
     """Adapters with a NAME at once."""
     max_rank: Annotated[int, parser(integer(1, 1024), "N")] = 16
     """The largest rank of an adapter with a NAME."""
@@ -83,7 +89,9 @@ class ServeFlags:
     """Only clients that send one of these keys are answered. Others on this machine can read flags: the variable is better."""
     allow_host: Annotated[str | None, parser(str, "NAME,..."), default("this machine's own")] = None
     """More names under which clients may call the server."""
-    allow_origin: Annotated[tuple[Annotated[str, parser(_origin, "URL")], ...], UseAppendAction, default("its own page")] = ()
+    allow_origin: Annotated[
+        tuple[Annotated[str, parser(_origin, "URL")], ...], UseAppendAction, default("its own page")
+    ] = ()
     """An origin whose pages may use the server: another site's, or a proxy's in front of it. May be given more than once."""
     root_path: Annotated[str, parser(_root_path, "PATH"), default("none")] = ""
     """The path below which a proxy shows the server, such as /llm, whether or not the proxy takes it off."""
@@ -91,15 +99,21 @@ class ServeFlags:
     """Requests answered at the same time."""
     queue: Annotated[int, parser(integer(0, 100_000), "N")] = 32
     """Requests that may wait; more get a 429 with the time to try again. Half the places are kept for clients that heed it."""
-    capacity: Annotated[int | None, parser(integer(2), "N"), default("the context, if half the free memory holds it")] = None
+    capacity: Annotated[
+        int | None, parser(integer(2), "N"), default("the context, if half the free memory holds it")
+    ] = None
     """Tokens of prompt and completion together."""
-    weights: Annotated[str | None, one_of("file", "q4", *DTYPES), default("file on a CPU, else bfloat16")] = None
+    weights: Annotated[str | None, one_of("file", "q4", *DTYPES), default("file on a CPU, else bfloat16")] = (
+        None
+    )
     """The type of the weights' matrices. `file`: blocks of a GGUF file (Q4_0, Q4_1, Q8_0) as they are, all else int8.
     `int8`: 8 bits, where the kernels in C multiply them in blocks (Q8_0), else with a scale a column.
     `q4`: all else in blocks of 4 bits (Q4_0), embedding and head of 8."""
     keys_values: Annotated[str, one_of(*DTYPES)] = "bfloat16"
     """The type of the KV cache."""
-    prefix_cache: Annotated[int | None, parser(integer(0), "MB"), default("as a slot takes, and at least 64")] = None
+    prefix_cache: Annotated[
+        int | None, parser(integer(0), "MB"), default("as a slot takes, and at least 64")
+    ] = None
     """Memory for the prefix cache: beginnings of prompts that come again. 0 turns it off."""
     no_speculative_decoding: Annotated[bool, default("off")] = False
     """No speculative decoding for a single request. Draft tokens change how fast a completion comes, never its tokens."""

@@ -159,7 +159,9 @@ def load_state(
     Raises UserError.
     """
     loaded, ahead = load(model_name, engine_config, device, console, options)
-    sampling, origins = choose_sampling(loaded.model.sampling, options.sampling, DEFAULT_SAMPLING, console, penalties=True)
+    sampling, origins = choose_sampling(
+        loaded.model.sampling, options.sampling, DEFAULT_SAMPLING, console, penalties=True
+    )
     print_banner(loaded, device, console, options, origins)
     state = ServerState(
         loaded.names,
@@ -227,7 +229,9 @@ def load(
     return Loaded(model, engine, chat, names, sha256, base, merged, trees, merge_notes, adapter_notes), ahead
 
 
-def print_banner(loaded: Loaded, device: Device, console: Console, options: ServerOptions, sampling_origins: str) -> None:
+def print_banner(
+    loaded: Loaded, device: Device, console: Console, options: ServerOptions, sampling_origins: str
+) -> None:
     """Prints what is served, and how. `sampling_origins`: as of `choose_sampling`."""
     engine = loaded.engine
     config = engine.config
@@ -272,7 +276,9 @@ def _own_name(model: LoadedModel) -> str:
 def _check_names(names: Sequence[str], adapters: Iterable[str]) -> None:
     for name in adapters:
         if name in names:
-            raise UserError(f"{name} is the model's own name: give the adapter another, or the model by --name.")
+            raise UserError(
+                f"{name} is the model's own name: give the adapter another, or the model by --name."
+            )
 
 
 def _close_chat(making: Future[ChatTokenizer]) -> None:
@@ -294,10 +300,14 @@ def _served_shapes(config: EngineConfig, cfg: ModelConfig, blocks: dict[str, Any
     shapes: dict[str, Any] = {}
     for path, shape in leaf_shapes(cfg).items():
         shapes[path] = jax.ShapeDtypeStruct(shape, "float32")
-    return jax.eval_shape(lambda params: config.prepare_params(cfg, params, whole), unflatten(shapes | blocks))
+    return jax.eval_shape(
+        lambda params: config.prepare_params(cfg, params, whole), unflatten(shapes | blocks)
+    )
 
 
-def _make_engine(model: LoadedModel, adapters: Sequence[Path], engine_config: EngineConfig) -> tuple[Engine, tuple[str, ...]]:
+def _make_engine(
+    model: LoadedModel, adapters: Sequence[Path], engine_config: EngineConfig
+) -> tuple[Engine, tuple[str, ...]]:
     """Returns the engine of a model that adapters are merged into, and notes to print."""
     cfg = engine_config.model_config(model.cfg)
     is_whole = layout.current_mesh() is None

@@ -58,7 +58,9 @@ class ServerMetrics(Collector):
 
         self.generated = counter("vllm:generation_tokens", "Tokens that were generated.")
         self._counters = (
-            counter("vllm:prompt_tokens", "Tokens of prompts that were computed or found in the prefix cache."),
+            counter(
+                "vllm:prompt_tokens", "Tokens of prompts that were computed or found in the prefix cache."
+            ),
             counter("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache."),
             counter("vllm:prefix_cache_hits", "Tokens of prompts that the prefix cache held."),
         )
@@ -67,20 +69,28 @@ class ServerMetrics(Collector):
             histogram("vllm:request_generation_tokens", "Tokens generated for a request.", TOKEN_BUCKETS),
             histogram("vllm:e2e_request_latency_seconds", "From request to last token.", LATENCY_BUCKETS),
         )
-        self.ttft = histogram("vllm:time_to_first_token_seconds", "From request to first token.", TTFT_BUCKETS)
-        self._per_token = histogram("vllm:time_per_output_token_seconds", "Mean between tokens of a request.", TPOT_BUCKETS)
+        self.ttft = histogram(
+            "vllm:time_to_first_token_seconds", "From request to first token.", TTFT_BUCKETS
+        )
+        self._per_token = histogram(
+            "vllm:time_per_output_token_seconds", "Mean between tokens of a request.", TPOT_BUCKETS
+        )
         success = prometheus.Counter(
             "vllm:request_success",
             "Completions by why they ended.",
             ["model_name", "finished_reason"],
             registry=registry,
         )
-        self._success = {reason: success.labels(model, reason) for reason in ("stop", "length", "abort", "error")}
+        self._success = {
+            reason: success.labels(model, reason) for reason in ("stop", "length", "abort", "error")
+        }
         self._responses = collections.Counter[int]()
         gauge("vllm:num_requests_running", "Requests that have a slot.", lambda: engine.engine.running)
         gauge("vllm:num_requests_waiting", "Requests that wait for a slot.", lambda: engine.waiting)
         for name in ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"):  # the second is its older name
-            gauge(name, "Share of all slots' positions that is filled, 1 is all.", lambda: engine.kv_cache_usage)
+            gauge(
+                name, "Share of all slots' positions that is filled, 1 is all.", lambda: engine.kv_cache_usage
+            )
         about = "Since the engine thread's last tick."
         gauge("thrice_seconds_since_engine_tick", about, lambda: engine.seconds_since_tick)
         registry.register(self)
@@ -88,7 +98,9 @@ class ServerMetrics(Collector):
 
     def collect(self) -> list[CounterMetricFamily]:
         about = "Programs compiled since the server was ready."
-        compiles = CounterMetricFamily("thrice_compiles_after_ready", about, value=self._engine.compiles_after_ready)
+        compiles = CounterMetricFamily(
+            "thrice_compiles_after_ready", about, value=self._engine.compiles_after_ready
+        )
         responses = CounterMetricFamily("thrice_responses", "HTTP responses by status.", labels=["status"])
         for status, count in sorted(self._responses.items()):
             responses.add_metric([str(status)], count)

@@ -133,7 +133,9 @@ def check_adapters(flags: ServeFlags, has_keys: bool) -> int:
     if flags.adapter_folder and not flags.adapter_folder.is_dir():
         raise UserError(f"There is no folder {flags.adapter_folder} for --adapter-folder.")
     if flags.max_adapters and not count:
-        raise UserError("--max-adapters is about adapters with a name: give --adapter NAME=FOLDER, or --adapter-folder.")
+        raise UserError(
+            "--max-adapters is about adapters with a name: give --adapter NAME=FOLDER, or --adapter-folder."
+        )
     if count and len(named) < len(flags.adapter):
         raise UserError(
             "An adapter without a name is part of the model, "
@@ -142,11 +144,15 @@ def check_adapters(flags: ServeFlags, has_keys: bool) -> int:
         )
     for name in named:
         if named.count(name) > 1 or name in names:
-            raise UserError(f"The name {name} is given twice: each adapter has one of its own, and none is the model's.")
+            raise UserError(
+                f"The name {name} is given twice: each adapter has one of its own, and none is the model's."
+            )
     if len(named) > count:
         raise UserError(f"--max-adapters is {count}, and {len(named)} adapters are named.")
     if count and flags.mesh:
-        raise UserError("Adapters by name need the model on one device: leave --mesh out, or merge one by stages.export.")
+        raise UserError(
+            "Adapters by name need the model on one device: leave --mesh out, or merge one by stages.export."
+        )
     return count
 
 
@@ -218,7 +224,9 @@ async def serve(
         return int(now != state.digest)
 
 
-async def start_engine(state: "ServerState", ahead: "CompileAhead", changed: asyncio.Event, console: Console) -> None:
+async def start_engine(
+    state: "ServerState", ahead: "CompileAhead", changed: asyncio.Event, console: Console
+) -> None:
     """Starts the engine and waits until its programs have run once. Raises the error that ended it."""
     with console.task("compiling", always=True) as report:
         state.engine.start(changed.set, report, ahead)

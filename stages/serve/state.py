@@ -133,7 +133,9 @@ class ServerState:
         Raises ApiError if it has been removed since.
         """
         if model.adapter and self.adapters.adapters.get(model.name) != model.adapter:
-            raise ApiError(404, f"The adapter {model.name!r} has been removed.", param="model", code="model_not_found")
+            raise ApiError(
+                404, f"The adapter {model.name!r} has been removed.", param="model", code="model_not_found"
+            )
         return model.adapter
 
     def check_ready(self) -> None:

@@ -19,7 +19,9 @@ from engine.text.tokenizer import Tokenizer
 from stages.serve.errors import ApiError
 from stages.serve.tools import Function, Grammar, Turn, describe_tools, tool_format
 
-SHORT_CHARACTERS = 16_384  # more go to the worker for long texts. Admission bounds the bytes that wait for both
+SHORT_CHARACTERS = (
+    16_384  # more go to the worker for long texts. Admission bounds the bytes that wait for both
+)
 COUNT_FIRST_CHARACTERS = 4_000_000  # above which tokens are counted before rendering
 CACHED_GRAMMARS = 32  # the last ones, for agents ask again and again
 
@@ -57,7 +59,9 @@ class TokenizerPool:
     def _long_chat(self) -> ChatTokenizer:
         return ChatTokenizer(self.tokenizer, self._chat.source, self._chat.now)
 
-    async def encode(self, texts: Sequence[str], special: bool = True, continued: bool = False) -> list[list[int]]:
+    async def encode(
+        self, texts: Sequence[str], special: bool = True, continued: bool = False
+    ) -> list[list[int]]:
         """Returns the tokens of each text: after the model's start tokens if `special`, or `continued`.
 
         Raises InvalidField.
@@ -156,8 +160,12 @@ class TokenizerPool:
 
 
 def context_overflow(count: int, capacity: int, param: str, what: str = "the prompt has") -> ApiError:
-    message = f"This model's context holds {capacity:,} tokens here, those of an answer too, and {what} {count:,}. "
-    return ApiError(400, f"{message}Nothing was left out: shorten the text.", param=param, code="context_length_exceeded")
+    message = (
+        f"This model's context holds {capacity:,} tokens here, those of an answer too, and {what} {count:,}. "
+    )
+    return ApiError(
+        400, f"{message}Nothing was left out: shorten the text.", param=param, code="context_length_exceeded"
+    )
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, bytes]:

@@ -208,11 +208,15 @@ def tool_grammar(form: ToolFormat, tools: Sequence[Function], several: bool, tex
     Raises UserError for parameters that cannot be enforced.
     """
     calls = [call_rule(form, tool) for tool in tools]
-    if text == "" and form.begin:  # text and calls in turn; as soon as the mark is there, a call is forced (lazy)
+    if (
+        text == "" and form.begin
+    ):  # text and calls in turn; as soon as the mark is there, a call is forced (lazy)
         mark = form.begin.strip()
         rest = " | ".join(call.replace(json.dumps(mark)[:-1], '"', 1) for call in calls)
         start = "(mark call)* text" if several else "mark call | text"
-        return f"start: {start}\nmark[lazy]: TEXT {json.dumps(mark)}\ntext: TEXT\nTEXT: /(?s:.*)/\ncall: {rest}"
+        return (
+            f"start: {start}\nmark[lazy]: TEXT {json.dumps(mark)}\ntext: TEXT\nTEXT: /(?s:.*)/\ncall: {rest}"
+        )
     start = "call"
     if several:
         start = f'call ("\\n" call){{0,{MAX_CALLS - 1}}}'
@@ -249,16 +253,24 @@ def describe_tools(turns: Iterable[Turn], tools: Sequence[Function]) -> list[Tur
         has_calls = has_calls or "tool_calls" in turn
         if turn["role"] == "tool" and has_calls:
             text = f"<tool_response>\n{turn['content']}\n</tool_response>"
-            if described and described[-1]["role"] == "user" and described[-1]["content"].endswith("</tool_response>"):
+            if (
+                described
+                and described[-1]["role"] == "user"
+                and described[-1]["content"].endswith("</tool_response>")
+            ):
                 described[-1]["content"] += f"\n{text}"
             else:
                 described.append(make_turn("user", text))
             continue
         functions = [call["function"] for call in turn.get("tool_calls", ())]
-        calls = [HERMES.call(each["name"], json.dumps(each["arguments"], ensure_ascii=False)) for each in functions]
+        calls = [
+            HERMES.call(each["name"], json.dumps(each["arguments"], ensure_ascii=False)) for each in functions
+        ]
         described.append({**turn, "content": "\n".join(filter(None, (turn["content"], *calls)))})
     if tools:
-        preamble = PREAMBLE.format(tools="\n".join(json.dumps(tool.definition, ensure_ascii=False) for tool in tools))
+        preamble = PREAMBLE.format(
+            tools="\n".join(json.dumps(tool.definition, ensure_ascii=False) for tool in tools)
+        )
         if described and described[0]["role"] == "system":
             described[0]["content"] += f"\n\n{preamble}"
         else:

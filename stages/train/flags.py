@@ -9,7 +9,19 @@ import tyro
 from engine.counting.accelerators import Accelerator, find_accelerator
 from engine.errors import UserError
 from engine.model.config import preset
-from stages.cli.flags import BATCH, COUNT, MeshFlags, default, integer, interval, number, one_of, parser, path, positive
+from stages.cli.flags import (
+    BATCH,
+    COUNT,
+    MeshFlags,
+    default,
+    integer,
+    interval,
+    number,
+    one_of,
+    parser,
+    path,
+    positive,
+)
 from stages.runs.flags import FolderFlags, LengthFlags, RunFlags
 
 RECIPE = default("the preset's recipe")
@@ -26,7 +38,9 @@ class TextFlags:
 
     data: Annotated[str, parser(str, "TEXT")] = "shakespeare"
     """A named text (shakespeare, python), a text file, .jsonl, .parquet or .bin, or a folder of them."""
-    validation: Annotated[Path | None, parser(path, "FILE"), default("the asset's own, else the text's last 5%")] = None
+    validation: Annotated[
+        Path | None, parser(path, "FILE"), default("the asset's own, else the text's last 5%")
+    ] = None
     """A text that is never trained on."""
     tokenizer: Annotated[str | None, parser(str, "KIND"), RECIPE] = None
     """`bpe:2048` (trained on the text), `bytes`, or a folder with a tokenizer.json."""
@@ -78,7 +92,9 @@ class TrainFolderFlags(FolderFlags):
 
     log_every: Annotated[int, COUNT] = 10
     """Steps between lines of metrics.jsonl."""
-    eval_every: Annotated[int | float | None, parser(interval, "N|TIME"), default("a tenth of the run")] = None
+    eval_every: Annotated[int | float | None, parser(interval, "N|TIME"), default("a tenth of the run")] = (
+        None
+    )
     """Steps (200) or training time (30s) between quick evaluations on the validation text."""
 
 
@@ -99,4 +115,6 @@ class TrainFlags(RunFlags):
 
     def check_together(self) -> None:
         if self.accelerator and not (self.dry_run and self.mesh.mesh):
-            raise UserError("--accelerator is what --dry-run --mesh AXES predicts for: give all three, or leave it out.")
+            raise UserError(
+                "--accelerator is what --dry-run --mesh AXES predicts for: give all three, or leave it out."
+            )

@@ -40,20 +40,28 @@ def plan_on_mesh(plan: RunPlan, device: Accelerator, console: Console) -> list[t
     does not compile."""
     mesh = plan.mesh
     compiled = _compile_in_subprocess(plan, console)
-    collectives = [Collective(kind, size, tuple(group), times) for kind, size, group, times in compiled["collectives"]]
+    collectives = [
+        Collective(kind, size, tuple(group), times) for kind, size, group, times in compiled["collectives"]
+    ]
     seconds = plan.step.seconds_on(device, collectives)
     least = si(max(seconds.values()), "s")
     most = si(sum(seconds.values()), "s")
     parts = ", ".join(f"{name} {si(value, 's')}" for name, value in seconds.items())
     return [
-        ("mesh", f"{mesh}: compiled for {mesh.devices} virtual devices in {duration(compiled['seconds'])}, not run"),
+        (
+            "mesh",
+            f"{mesh}: compiled for {mesh.devices} virtual devices in "
+            f"{duration(compiled['seconds'])}, not run",
+        ),
         ("holds", _describe_memory(plan, device, compiled["state"], compiled["temporaries"])),
         ("sends", _describe_collectives(plan, collectives)),
         ("takes", f"a step: {least} if all of this overlaps, {most} if nothing does: {parts}"),
         (
             "assumed",
-            f"products at {EFFICIENCY:.0%} of {device.bf16_tflops:g} TFLOP/s, memory at {device.memory_gbs:g} GB/s, rings at "
-            f"{device.node_gbs:g} GB/s in a node of {device.node} and {device.network_gbs:g} GB/s a device beyond, no latency; "
+            f"products at {EFFICIENCY:.0%} of {device.bf16_tflops:g} TFLOP/s, memory at "
+            f"{device.memory_gbs:g} GB/s, rings at "
+            f"{device.node_gbs:g} GB/s in a node of {device.node} and {device.network_gbs:g} GB/s "
+            "a device beyond, no latency; "
             "a CPU's program: more temporaries than others, and all-reduces where they reduce-scatter",
         ),
     ]
@@ -106,9 +114,14 @@ def _compile_in_subprocess(plan: RunPlan, console: Console) -> dict[str, Any]:
                 env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},  # Ctrl-C is ours
             )
         except subprocess.TimeoutExpired:
-            raise UserError(f"Compiling for {mesh} took over {duration(COMPILE_SECONDS)} and was given up.") from None
+            raise UserError(
+                f"Compiling for {mesh} took over {duration(COMPILE_SECONDS)} and was given up."
+            ) from None
     if process.returncode:
-        reason = process.stderr.decode().strip().rpartition("\n")[2] or f"its process ended with {process.returncode}"
+        reason = (
+            process.stderr.decode().strip().rpartition("\n")[2]
+            or f"its process ended with {process.returncode}"
+        )
         raise UserError(f"The step does not compile for {mesh}: {reason}")
     return json.loads(process.stdout)
 
@@ -133,7 +146,9 @@ def compile_for_parent() -> None:
     tokens = np.zeros(shape, np.int32)
     counts = np.zeros(shape, bool)
     with jax.set_mesh(make_mesh(MeshShape(*mesh))):
-        state = sharded_shapes(lambda: init_state(make_optimizer(optimizer), init_params(cfg, jax.random.key(0))))
+        state = sharded_shapes(
+            lambda: init_state(make_optimizer(optimizer), init_params(cfg, jax.random.key(0)))
+        )
         program = compile_step(plan, state, {}, global_batch(Batch(tokens, tokens, counts, tokens)))
     held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
     compiled = {

@@ -37,7 +37,14 @@ from stages.runs.options import RunOptions
 from stages.runs.plan import Recipe, RunPlan
 from stages.runs.run import execute
 from stages.runs.stage import Finished, LoopState, Prepared, RunReport, compile_step
-from stages.runs.text_data import TextData, bits_per_byte, prepare_text, quick_evaluator, rows_in_memory, score_text
+from stages.runs.text_data import (
+    TextData,
+    bits_per_byte,
+    prepare_text,
+    quick_evaluator,
+    rows_in_memory,
+    score_text,
+)
 from stages.train.flags import TrainFlags
 
 SECONDS = 180.0  # of a run when nobody asks for a length
@@ -91,7 +98,9 @@ def run(flags: TrainFlags, device: Device) -> int:
     return execute(options, lambda console: plan_training(flags, options, console), prepare_training)
 
 
-def chosen_recipe(flags: TrainFlags, backend: str, mesh: MeshShape, resumed_batch: int | None = None) -> Recipe:
+def chosen_recipe(
+    flags: TrainFlags, backend: str, mesh: MeshShape, resumed_batch: int | None = None
+) -> Recipe:
     """Returns the preset's recipe, overridden by flags.
 
     The batch is `resumed_batch`, which may have begun on another mesh, else the preset's, grown to
@@ -235,9 +244,14 @@ def training_rows(planned: TrainingPlan) -> list[tuple[str, str]]:
         ("text", f"{data.name}: {format_bytes(data.train.bytes)}, {len(data.train.tokens):,} tokens"),
         (
             "validation",
-            f"{data.validation_name}: {format_bytes(data.validation.bytes)}, {len(data.validation.tokens):,} tokens",
+            f"{data.validation_name}: {format_bytes(data.validation.bytes)}, "
+            f"{len(data.validation.tokens):,} tokens",
         ),
-        ("model", f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {heads}, {cfg.vocab:,} tokens, {cfg.dtype}"),
+        (
+            "model",
+            f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {heads}, {cfg.vocab:,} tokens, "
+            f"{cfg.dtype}",
+        ),
         ("parameters", f"{params.total:,} ({params.total:,} trainable, 0 frozen)"),
         ("FLOPs", f"{format_count(flops)} a token trained (6N + 12LDT, N = {format_count(params.matmul)})"),
         ("step", f"{step}, {recipe.optimizer.kind}, {recipe.optimizer.schedule}"),
@@ -245,8 +259,10 @@ def training_rows(planned: TrainingPlan) -> list[tuple[str, str]]:
         ("length", length),
         (
             "predicted",
-            f"{quantity(steps, plan.step_name)}, {format_count(epochs)} epochs, {long} at {expected_mfu(cfg.dtype):.0%} of "
-            f"this machine's {format_count(planned.peak_flops)}FLOP/s in {cfg.dtype}; again after the first steps",
+            f"{quantity(steps, plan.step_name)}, {format_count(epochs)} epochs, {long} at "
+            f"{expected_mfu(cfg.dtype):.0%} of "
+            f"this machine's {format_count(planned.peak_flops)}FLOP/s in {cfg.dtype}; again after "
+            "the first steps",
         ),
     ]
 
@@ -325,8 +341,12 @@ class PreparedTraining(Prepared):
         traced = threading.Event()
         mesh = current_mesh()
         batch = self._batches().at(0)
-        shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in leaf_shapes(plan.cfg).items()}
-        state = sharded_shapes(functools.partial(init_state, make_optimizer(plan.recipe.optimizer)), unflatten(shapes))
+        shapes = {
+            path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in leaf_shapes(plan.cfg).items()
+        }
+        state = sharded_shapes(
+            functools.partial(init_state, make_optimizer(plan.recipe.optimizer)), unflatten(shapes)
+        )
 
         def compile_on_mesh() -> Compiled:
             try:
@@ -342,7 +362,9 @@ class PreparedTraining(Prepared):
             traced.wait()
         return Compiling(program, buffer_bytes)
 
-    def begin_steps(self, state: TrainState, loop_state: LoopState, compiling: Compiling, console: Console) -> BatchSteps:
+    def begin_steps(
+        self, state: TrainState, loop_state: LoopState, compiling: Compiling, console: Console
+    ) -> BatchSteps:
         plan = self.plan
         data = self.training.data
         with console.task("compiling", always=True):
@@ -352,7 +374,9 @@ class PreparedTraining(Prepared):
         evaluator = quick_evaluator(plan.cfg, data.validation, data.tokenizer, score)
         buffer_bytes = compiling.buffer_bytes.result()
         peak_flops = self.training.peak_flops
-        return BatchSteps(plan, program, buffer_bytes, self.frozen, self._batches(), evaluator, loop_state.step, peak_flops)
+        return BatchSteps(
+            plan, program, buffer_bytes, self.frozen, self._batches(), evaluator, loop_state.step, peak_flops
+        )
 
     def _batches(self) -> MeshBatches:
         batches = self.training.batches
@@ -364,7 +388,9 @@ class PreparedTraining(Prepared):
         params = finished.state.trainable
         with console.task("evaluating on the whole validation text", always=True) as report:
             rows = rows_in_memory(cfg, cfg.context)
-            nats = score_text(cfg, params, data.validation.tokens, cfg.context, max(1, cfg.context // 2), rows, report)
+            nats = score_text(
+                cfg, params, data.validation.tokens, cfg.context, max(1, cfg.context // 2), rows, report
+            )
         text = self._sample(params, console)
         if processes.is_first() and text is not None:
             write_text(self.training.folder / "samples" / f"{finished.loop_state.step}.txt", text)
@@ -385,11 +411,15 @@ class PreparedTraining(Prepared):
             prompt = self.tokenizer.encode("\n").tolist()
             served = prepare_params(cfg, whole)
             stops = self.stop_token_ids
-            ids = generate(cfg, served, prompt, count, temperature=0.8, seed=self.plan.seed, stop_token_ids=stops)
+            ids = generate(
+                cfg, served, prompt, count, temperature=0.8, seed=self.plan.seed, stop_token_ids=stops
+            )
         return self.tokenizer.decode(ids)
 
 
-def training_report(training: TrainingPlan, loop_state: LoopState, nats: float, text: str | None) -> RunReport:
+def training_report(
+    training: TrainingPlan, loop_state: LoopState, nats: float, text: str | None
+) -> RunReport:
     """Reports the score of the whole validation text, in summed nats, and a sampled text, if there
     is one."""
     plan = training.plan

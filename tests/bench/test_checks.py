@@ -16,7 +16,9 @@ def test_a_check_that_raises_fails(monkeypatch):
         yield checks.Check("loss", 0.0, 1.0)
         raise KeyError("embed")
 
-    monkeypatch.setattr(checks, "random_model", lambda *_: SimpleNamespace(params=None))  # which no check reads here
+    monkeypatch.setattr(
+        checks, "random_model", lambda *_: SimpleNamespace(params=None)
+    )  # which no check reads here
     for name in ("check_training", "check_prefill", "check_serving", "check_greedy"):
         monkeypatch.setattr(checks, name, broken)
     found = [(check.name, check.holds) for check in checks.all_checks()]
@@ -27,7 +29,9 @@ def test_a_check_that_raises_fails(monkeypatch):
 def test_a_failed_check_is_printed_and_is_exit_code_1(monkeypatch, capsys):
     """The device here is the processor itself: enough for the command's way."""
     for difference, code in ((0.0, 0), (2.0, 1)):
-        monkeypatch.setattr(checks, "all_checks", lambda difference=difference: [checks.Check("loss", difference, 1.0)])
+        monkeypatch.setattr(
+            checks, "all_checks", lambda difference=difference: [checks.Check("loss", difference, 1.0)]
+        )
         assert run_bench("bench", "", StageTableFlags, measure, ["--checks"]) == code
         assert ("FAILS" in capsys.readouterr().out) == bool(code)
 
@@ -60,4 +64,7 @@ def test_a_slot_that_feels_its_neighbours_is_seen(monkeypatch):
         return [e._replace(tokens=[t + crowded for t in e.tokens]) for e in step(self)]
 
     monkeypatch.setattr(Engine, "step", felt)
-    assert [check.holds for check in checks.check_serving(cfg, lively_params(cfg), None, None)] == [False, True]
+    assert [check.holds for check in checks.check_serving(cfg, lively_params(cfg), None, None)] == [
+        False,
+        True,
+    ]

@@ -15,9 +15,18 @@ LEARNING = {
     "text": [2.1, 1.8, 0.8],
     "other": [2.3, 2.1, 2.6],
     "over": {"ratio": 1.25, "low": 1.22, "high": 1.28, "rounds": 75},
-    "moved": {stage: {"all weights": share} for stage, share in {"pre-training": 0.2, "1": 0.03, "16": 0.15}.items()},
+    "moved": {
+        stage: {"all weights": share} for stage, share in {"pre-training": 0.2, "1": 0.03, "16": 0.15}.items()
+    },
 }
-CHECKS = {"learning": LEARNING, "changed_answers": 0, "generated": 100, "before": STATE, "after": STATE, "int8_error": 0.01}
+CHECKS = {
+    "learning": LEARNING,
+    "changed_answers": 0,
+    "generated": 100,
+    "before": STATE,
+    "after": STATE,
+    "int8_error": 0.01,
+}
 
 
 def row(name, stage, weights, forward, dx, dw, seconds):
@@ -27,7 +36,13 @@ def row(name, stage, weights, forward, dx, dw, seconds):
         "stage": stage,
         "weights": weights,
         "seconds_per_token": seconds,
-        "flops_per_token": {"formula": total, "forward": forward, "dx": dx, "dw": dw, "optimizer": total / 500},
+        "flops_per_token": {
+            "formula": total,
+            "forward": forward,
+            "dx": dx,
+            "dw": dw,
+            "optimizer": total / 500,
+        },
         "peak_bytes": 3 * dw + 150,
         "flop_ratio_to_forward": total / 100,
         "time_ratio_to_forward": seconds / 1e-5,
@@ -57,13 +72,22 @@ def judged(rows, timings, checks):
     """The claims by the names of their functions."""
     named = {row["name"]: row for row in rows}
     evidence = Evidence(
-        "bench", named, timings, params=10**6, price=0.1, uncached_tokens=64, bytes_per_weight=2, **CHECKS | checks
+        "bench",
+        named,
+        timings,
+        params=10**6,
+        price=0.1,
+        uncached_tokens=64,
+        bytes_per_weight=2,
+        **CHECKS | checks,
     )
     return {CLAIMS[claim["claim"]].__name__: claim for claim in claims(evidence)}
 
 
 def verdicts(rows=ROWS, noisy=None, **checks):
-    """The verdicts, where all rounds of a row are alike, but for `noisy`, whose rounds are anything."""
+    """The verdicts, where all rounds of a row are alike, but for `noisy`, whose rounds are
+    anything.
+    """
     seconds = {row["name"]: row["seconds_per_token"] for row in rows} | {"uncached": 0.1}
     noise = lambda name: [10.0 ** (place % 7 - 3) if name == noisy else 1.0 for place in range(7)]
     timings = {name: Timing(tuple(each * factor for factor in noise(name))) for name, each in seconds.items()}
@@ -103,7 +127,9 @@ def test_bits_that_differ_and_weights_that_move_in_inference_are_a_defect():
     changed = verdicts(changed_answers=1, after=("0x1p+0", "cd"))
     assert changed["independent"].startswith("false")
     assert changed["learns"].startswith("true")
-    moved = [dict(entry, weights="partly") if entry["name"] == "decode with 8 slots" else entry for entry in ROWS]
+    moved = [
+        dict(entry, weights="partly") if entry["name"] == "decode with 8 slots" else entry for entry in ROWS
+    ]
     result = verdicts(moved)
     assert result["weights"].startswith("false")
 
@@ -149,14 +175,22 @@ def test_no_verdict_lies_within_an_interval_and_every_ratio_printed_is_the_one_t
         ("request", "requests", [MANY]),
     ):
         claim = result[name]
-        assert claim["verdict"].startswith("undecided") != is_decided(claim["numbers"][numbers], thresholds), claim
-    for name, numbers in (("generated_cheaper", "time"), ("caching", "off_over_on"), ("batching", "off_over_on")):
+        assert claim["verdict"].startswith("undecided") != is_decided(
+            claim["numbers"][numbers], thresholds
+        ), claim
+    for name, numbers in (
+        ("generated_cheaper", "time"),
+        ("caching", "off_over_on"),
+        ("batching", "off_over_on"),
+    ):
         of = result[name]["numbers"][numbers]
         assert f"{times(of['ratio'])} ({times(of['low'])} to {times(of['high'])})" in result[name]["value"]
 
 
 def is_decided(over: dict[str, float], thresholds: list[float]) -> bool:
-    """Whether a ratio lies clearly on one side of the first threshold, or clearly below it and so of the next."""
+    """Whether a ratio lies clearly on one side of the first threshold, or clearly below it and so
+    of the next.
+    """
     for threshold in thresholds:
         if over["low"] <= threshold <= over["high"]:
             return False
@@ -166,6 +200,8 @@ def is_decided(over: dict[str, float], thresholds: list[float]) -> bool:
 
 
 def test_a_claim_whose_rows_are_missing_is_left_out():
-    result = verdicts([entry for entry in ROWS if not entry["name"].startswith(("LoRA", "decode"))], learning={})
+    result = verdicts(
+        [entry for entry in ROWS if not entry["name"].startswith(("LoRA", "decode"))], learning={}
+    )
     assert result.keys().isdisjoint({"batching", "readings", "moved"})
     assert "half_of_backward" in result

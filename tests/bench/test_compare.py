@@ -19,7 +19,12 @@ def rounds(ratio):
 def result(path, *, share=0.5, muon=1.2, processor="a chip", peers=()):
     """Writes a made result with a row of the stage table and a nested ratio."""
     rows = [
-        {"name": "decode alone", "seconds_per_token": 1.0, "time_ratio_to_forward": share, "round_ratios": rounds(share)},
+        {
+            "name": "decode alone",
+            "seconds_per_token": 1.0,
+            "time_ratio_to_forward": share,
+            "round_ratios": rounds(share),
+        },
         {"name": "evaluation forward", "time_ratio_to_forward": 1.0, "round_ratios": []},
     ]
     shapes = [{"shape": "4x256x256x16", "muon_over_adamw": {"ratio": muon, "round_ratios": rounds(muon)}}]
@@ -27,7 +32,11 @@ def result(path, *, share=0.5, muon=1.2, processor="a chip", peers=()):
     shapes += [{"name": "train", "peer": peer} | over for peer in peers]
     models = [{"model": peer, "rows": [{"name": "full", "over_full": over}]} for peer in peers]
     machine = {"processor": processor, "instructions": "avx2", "cores": 2}
-    path.write_text(json.dumps({"machine": machine, "date": "2026-11-29", "rows": rows, "shapes": shapes, "models": models}))
+    path.write_text(
+        json.dumps(
+            {"machine": machine, "date": "2026-11-29", "rows": rows, "shapes": shapes, "models": models}
+        )
+    )
     return str(path)
 
 
@@ -49,11 +58,16 @@ def test_a_ratio_has_moved_where_the_rounds_of_both_results_say_so(tmp_path, cap
 
 
 def test_rows_of_one_name_are_told_apart_by_what_else_they_are_of(tmp_path, capsys):
-    before, after = result(tmp_path / "a.json", peers=("eager", "compiled")), result(tmp_path / "b.json", peers=("compiled",))
+    before, after = (
+        result(tmp_path / "a.json", peers=("eager", "compiled")),
+        result(tmp_path / "b.json", peers=("compiled",)),
+    )
     for other, peers in ((before, ["eager", "compiled"]), (after, ["compiled"])):
         assert main([before, other, "--json"]) == 0
         names = [row["name"] for row in json.loads(capsys.readouterr().out)["rows"]][2:]
-        assert names == [f"shapes, train, {peer}" for peer in peers] + [f"models, {peer}, full, over_full" for peer in peers]
+        assert names == [f"shapes, train, {peer}" for peer in peers] + [
+            f"models, {peer}, full, over_full" for peer in peers
+        ]
 
 
 def test_results_that_cannot_be_compared_are_refused(tmp_path, capsys):

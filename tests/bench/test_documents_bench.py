@@ -17,14 +17,22 @@ def test_every_question_finds_the_fact_that_answers_it(tmp_path):
     for fact in facts:
         assert fact["answer"] in fact["fact"]
         assert not {fact["asked"]} & {fact["question"], fact["fact"]}
-        assert fact["fact"] in [found.text for found in documents.find(fact["asked"], byte_tokenizer(), 512)], fact["asked"]
+        assert fact["fact"] in [
+            found.text for found in documents.find(fact["asked"], byte_tokenizer(), 512)
+        ], fact["asked"]
 
 
 @pytest.mark.parametrize(
-    ("documents", "tuned", "verdict"), [(20, 4, "false here"), (4, 20, "true here"), (12, 10, "undecided for this model")]
+    ("documents", "tuned", "verdict"),
+    [(20, 4, "false here"), (4, 20, "true here"), (12, 10, "undecided for this model")],
 )
 def test_the_verdict_follows_from_the_facts_recalled(documents, tuned, verdict):
-    row = lambda name, right, seconds: {"name": name, "right": right, "seconds": seconds, "answers": [{}] * 24}
+    row = lambda name, right, seconds: {
+        "name": name,
+        "right": right,
+        "seconds": seconds,
+        "answers": [{}] * 24,
+    }
     rows = [row("as it is", 0, 1.0), row("from documents", documents, 1.5), row("fine-tuned", tuned, 1.0)]
     claim = judge_documents(rows, Ratio(1.5, 1.4, 1.6, 6), 300, 0.36)
     assert claim["verdict"] == verdict

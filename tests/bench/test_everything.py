@@ -21,7 +21,12 @@ ROUNDS = st.lists(st.floats(0.5, 2), min_size=1, max_size=4)
 @given(st.lists(ROUNDS, min_size=1, max_size=5), st.floats(0.1, 3))
 def test_a_pooled_ratio_is_of_the_rounds_of_all_processes(processes, bar):
     documents = [
-        {"rows": [{"name": "a", "speed": float(number), "bar": bar, "met": None} | median_ratio(rounds)._asdict()]}
+        {
+            "rows": [
+                {"name": "a", "speed": float(number), "bar": bar, "met": None}
+                | median_ratio(rounds)._asdict()
+            ]
+        }
         for number, rounds in enumerate(processes)
     ]
     (row,) = pool(documents)["rows"]
@@ -54,7 +59,9 @@ def measured(monkeypatch):
     about = {"commit": "c" * 40, "versions": {"jax": "1"}, "machine": {}, "date": "today"}
     monkeypatch.setattr(everything, "circumstances", lambda *_: about)
     monkeypatch.setattr(everything, "measure_document", measure)
-    monkeypatch.setattr(everything, "MEASUREMENTS", [Measurement(name, (name,)) for name in ("one", "broken", "two")])
+    monkeypatch.setattr(
+        everything, "MEASUREMENTS", [Measurement(name, (name,)) for name in ("one", "broken", "two")]
+    )
     monkeypatch.setattr(everything, "LAST", ())
     return names
 
@@ -80,7 +87,9 @@ def test_one_document_is_measured_alone_and_an_unknown_one_is_named(measured, tm
 
 def test_sources_of_no_commit_are_refused(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(everything, "circumstances", lambda *_: {"commit": "c0ffee-dirty"})
-    main = lambda: run_bench("bench.everything", "", EverythingFlags, everything.measure_everything, ["--out", str(tmp_path)])
+    main = lambda: run_bench(
+        "bench.everything", "", EverythingFlags, everything.measure_everything, ["--out", str(tmp_path)]
+    )
     assert main() == 2
     assert "commit or stash what has changed" in capsys.readouterr().err
 
@@ -88,7 +97,9 @@ def test_sources_of_no_commit_are_refused(monkeypatch, tmp_path, capsys):
 @pytest.mark.night
 @pytest.mark.timeout(900)
 def test_a_sitting_through_the_real_command(tmp_path):
-    """On a copy of this checkout, committed: a document of nine processes without torch, which the second run keeps."""
+    """On a copy of this checkout, committed: a document of nine processes without torch, which the
+    second run keeps.
+    """
     checkout = tmp_path / "checkout"
     checkout.mkdir()
     for name in ("engine", "stages", "bench"):
@@ -99,7 +110,11 @@ def test_a_sitting_through_the_real_command(tmp_path):
     words = ["-m", "bench.everything", "--out", "bench/results/here", "--only", "peers", "--json"]
     runs = []
     for _ in range(2):
-        runs.append(subprocess.run([sys.executable, *words], cwd=checkout, capture_output=True, text=True, check=False))
+        runs.append(
+            subprocess.run(
+                [sys.executable, *words], cwd=checkout, capture_output=True, text=True, check=False
+            )
+        )
         assert runs[-1].returncode == 0, runs[-1].stderr
     document = json.loads((checkout / "bench/results/here/peers.json").read_text())
     assert document["machine"]["reached_before"]["f32_gflops"] > 0

@@ -1,6 +1,7 @@
 """The lives of a real model, recorded by the real command, and the laws that hold in what was recorded: at night.
 
-By default a tiny model answers, tests/stages/test_record.py tests what training records, and test_lives_page.py the page.
+By default a tiny model answers, tests/stages/test_record.py tests what training records, and
+test_lives_page.py the page.
 """
 
 import itertools
@@ -33,7 +34,9 @@ def lives(*flags):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"The {i * 7919 % 1000}th ship of {i * 31 % 97} goes down to the sea.\n" for i in range(3000)))
+    path.write_text(
+        "".join(f"The {i * 7919 % 1000}th ship of {i * 31 % 97} goes down to the sea.\n" for i in range(3000))
+    )
     return path
 
 
@@ -73,7 +76,9 @@ def test_training_moves_what_trains_and_no_bit_of_what_is_frozen(document):
     assert first["sample"] != last["sample"]
     assert frozen["train"] == frozen["all"] == 0
     assert frozen["frozen"] > 0
-    assert frozen["lora"] == len(document["lives"]["train"]["begin"]["tensors"])  # the pairs lie beside all of them
+    assert frozen["lora"] == len(
+        document["lives"]["train"]["begin"]["tensors"]
+    )  # the pairs lie beside all of them
 
 
 @pytest.mark.night
@@ -88,7 +93,11 @@ def test_a_runs_progress_is_a_line_a_change(tmp_path, capsys, monkeypatch):
     recording = tmp_path / "run.jsonl"
     report = step_reporter(recording)
     report()
-    for event in ({"event": "begin", "step": 0}, {"event": "step", "step": 1200}, {"event": "measure", "step": 1300}):
+    for event in (
+        {"event": "begin", "step": 0},
+        {"event": "step", "step": 1200},
+        {"event": "measure", "step": 1300},
+    ):
         with recording.open("a") as file:
             file.write(json.dumps(event) + "\n")
         report()
@@ -134,7 +143,9 @@ def test_costs_are_near_what_counting_predicts(document):
     assert counted == pytest.approx({"train": 3, "frozen": 2.2, "lora": 2, "all": 3, "answer": 1}, rel=0.15)
     assert costs["answer"]["time_ratio"] == 1
     for stage, row in costs.items():
-        assert row["counted_ratio"] / 2 < row["time_ratio"] < 2.5 * row["counted_ratio"], stage  # others use the machine too
+        assert row["counted_ratio"] / 2 < row["time_ratio"] < 2.5 * row["counted_ratio"], (
+            stage
+        )  # others use the machine too
         assert row["flops_per_token"] > 2 * 0.5 * document["params"]
     for life in (*document["lives"].values(), document["answer"]):
         kinds = life["memory"]["bytes"]
@@ -160,13 +171,21 @@ def test_the_page_is_one_file_that_needs_no_network(page, document):
 def test_a_signal_ends_the_runs_too(number, text, tmp_path):
     """The signal goes to the command alone, as `kill` sends it."""
     process = subprocess.Popen(
-        lives("--data", text, "--out", tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+        lives("--data", text, "--out", tmp_path),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not (running := [child for child in children.read_text().split() if "stages.train" in command_line(child)]):
+    while not (
+        running := [child for child in children.read_text().split() if "stages.train" in command_line(child)]
+    ):
         assert process.poll() is None
         time.sleep(0.05)
-    while "jaxlib" not in Path(f"/proc/{running[0]}/maps").read_text():  # it runs for a while: it is waited for
+    while (
+        "jaxlib" not in Path(f"/proc/{running[0]}/maps").read_text()
+    ):  # it runs for a while: it is waited for
         time.sleep(0.05)
     process.send_signal(number)
     assert process.communicate(timeout=300)[1].endswith("stopped\n")
@@ -203,6 +222,8 @@ def test_a_run_that_was_not_recorded_to_its_end_is_named(tmp_path):
     path = tmp_path / "train.jsonl"
     with pytest.raises(UserError, match=r"train\.jsonl does not hold a run from its beginning to its end"):
         read_life(path)
-    path.write_text('{"event": "begin"}\n{"event": "frame"}\n{"event": "end", "st')  # of a run that was killed
+    path.write_text(
+        '{"event": "begin"}\n{"event": "frame"}\n{"event": "end", "st'
+    )  # of a run that was killed
     with pytest.raises(UserError, match="does not hold"):
         read_life(path)

@@ -43,7 +43,8 @@ def test_what_is_only_printed_measures_no_rates(monkeypatch, capsys):
 def test_the_model_numbers_are_the_first_processors(tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(
-        "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: a chip\nstepping\t: 1\n"
+        "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: "
+        "a chip\nstepping\t: 1\n"
         "microcode\t: 0x1000065\n\nprocessor\t: 1\nvendor_id\t: other\ncpu family\t: 6\n"
     )
     assert read_model_numbers(cpuinfo) == {

@@ -25,7 +25,9 @@ TRAINED = "lambda spec: lambda: {'loss': 1.0}"
 
 @pytest.fixture
 def scripts(tmp_path, monkeypatch):
-    """Where peers are looked for; called with a name, what it needs and how it makes jobs, writes one."""
+    """Where peers are looked for; called with a name, what it needs and how it makes jobs, writes
+    one.
+    """
     shutil.copy(BENCH / "protocol.py", tmp_path)
     monkeypatch.setattr(module, "HERE", tmp_path)
 
@@ -65,7 +67,9 @@ def test_a_job_is_made_once_and_each_round_is_one_run(talk):
         peer.ask(run="count")
 
 
-def test_what_a_library_prints_does_not_reach_the_answers_nor_where_ours_finds_modules_the_peer(talk, monkeypatch):
+def test_what_a_library_prints_does_not_reach_the_answers_nor_where_ours_finds_modules_the_peer(
+    talk, monkeypatch
+):
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
     loud = "print('hello') or __import__('os').system('echo hello') or {'path': __import__('os').environ.get('PYTHONPATH')}"
     peer = talk(f"lambda spec: lambda: {loud}")
@@ -74,7 +78,9 @@ def test_what_a_library_prints_does_not_reach_the_answers_nor_where_ours_finds_m
 
 
 def test_a_peer_that_dies_leaves_its_last_words(talk):
-    peer = talk("lambda spec: lambda: __import__('os').write(2, b'killed by a bug') and __import__('os')._exit(3)")
+    peer = talk(
+        "lambda spec: lambda: __import__('os').write(2, b'killed by a bug') and __import__('os')._exit(3)"
+    )
     peer.ask(make="job", spec={})
     with pytest.raises(PeerError, match="it is gone; its last words: killed by a bug"):
         peer.ask(run="job")
@@ -97,12 +103,19 @@ def test_an_absent_library_is_named_with_what_installs_it_and_that_is_no_failure
     assert f"to have it: {make_venv}, and --peer-python peers/bin/python" in tables
     with start_peer(THIS, "torch_peer.py") as peer:
         assert peer is None
-    assert f"to have it: {THIS} -m pip install -c bench/peers/requirements.txt torch_that_nobody_has" in capsys.readouterr().out
+    assert (
+        f"to have it: {THIS} -m pip install -c bench/peers/requirements.txt torch_that_nobody_has"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
     ("python", "words"),
-    [("/no/such/python", "No such file or directory"), (str(BENCH), "Permission denied"), ("/bin/true", "does not answer")],
+    [
+        ("/no/such/python", "No such file or directory"),
+        (str(BENCH), "Permission denied"),
+        ("/bin/true", "does not answer"),
+    ],
 )
 def test_what_is_no_python_is_refused_in_a_sentence(python, words, capsys):
     assert main(["--peer-python", python]) == 2
@@ -161,7 +174,10 @@ def test_training_beside_a_pretended_peer_that_computes_something_else(scripts, 
 @pytest.mark.usefixtures("no_bar")
 def test_a_compiler_that_is_not_there_leaves_the_other_rows(scripts, capsys):
     scripts("torch_peer.py", make=f"lambda spec: 1 / 0 if spec['compile'] else ({TRAINED})(spec)")
-    assert main(["--of", "training", "--shape", "1x64x8x2", "--dtypes", "float32", "--rounds", "6", "--json"]) == 0
+    assert (
+        main(["--of", "training", "--shape", "1x64x8x2", "--dtypes", "float32", "--rounds", "6", "--json"])
+        == 0
+    )
     out, tables = capsys.readouterr()
     assert [row["peer"] for row in json.loads(out)["rows"]] == ["torch eager"]
     assert "absent: torch compiled, float32 (ZeroDivisionError: division by zero)" in tables
@@ -183,7 +199,9 @@ def test_the_peers_are_pinned_and_none_is_a_package_of_the_project():
 
 
 def test_what_uv_resolves_for_a_clone_are_wheels_alone():
-    """A package without a wheel is built for its metadata by the first `uv run`, whichever extras it asks for."""
+    """A package without a wheel is built for its metadata by the first `uv run`, whichever extras
+    it asks for.
+    """
     lock = ROOT / "uv.lock"
     if not lock.exists():
         pytest.skip("uv has not resolved the project here")

@@ -14,7 +14,9 @@ def test_the_prompts_are_two_sets_and_nobody_trains_on_them():
     assert {name: len(prompts) for name, prompts in sets.items()} == {"ordinary": 24, "repeating": 12}
     prompts = {prompt for each in sets.values() for prompt in each}
     assert len(prompts) == 36
-    assert not any(prompt in str(record) for name in SHIPPED for record in read_conversations(name) for prompt in prompts)
+    assert not any(
+        prompt in str(record) for name in SHIPPED for record in read_conversations(name) for prompt in prompts
+    )
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,10 @@ def test_flops_of_every_clean_run_are_within_three_percent_of_what_was_reported(
 
 def test_device_hours_of_left_out_runs_lie_inside_their_intervals():
     table = validation()["table"]
-    for name, most in (("device-hours, each run left out", 0.15), ("device-hours, all runs of its makers left out", 0.16)):
+    for name, most in (
+        ("device-hours, each run left out", 0.15),
+        ("device-hours, all runs of its makers left out", 0.16),
+    ):
         assert table[name]["rows"] >= 33
         assert table[name]["median"] <= most
         assert table[name]["inside"] >= 0.80
@@ -88,7 +91,10 @@ def test_flops_are_the_engines_own():
 
 
 def test_methods_cost_what_they_train():
-    made = {method: job(CFG, method, 256) for method in ("pretrain", "freeze:8", "lora:8", "qlora:8", "preference", "rl")}
+    made = {
+        method: job(CFG, method, 256)
+        for method in ("pretrain", "freeze:8", "lora:8", "qlora:8", "preference", "rl")
+    }
     full = made["pretrain"]
     assert full.frozen == 0
     assert full.trained == full.params
@@ -166,14 +172,22 @@ def test_a_calibrated_machine_is_planned_for(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("THRICE_CACHE", str(tmp_path))
     (tmp_path / "plan").mkdir()
     device = vars(accelerators()["l4"]) | {"name": "here", "watts": 0}
-    (tmp_path / "plan" / "calibration.json").write_text(json.dumps({"device": device, "shares": [0.3, 0.4, 0.5]}))
-    share = answer(PlanFlags(model="nano", tokens="1M", hardware="here", context=256))["answer"]["share of peak"]
+    (tmp_path / "plan" / "calibration.json").write_text(
+        json.dumps({"device": device, "shares": [0.3, 0.4, 0.5]})
+    )
+    share = answer(PlanFlags(model="nano", tokens="1M", hardware="here", context=256))["answer"][
+        "share of peak"
+    ]
     assert share["middle"] == pytest.approx(0.4)
     assert "this machine" in share["origin"]
-    (tmp_path / "plan" / "calibration.json").write_text(json.dumps({"device": device, "shares": [0.2, 0.7, 0.8]}))
+    (tmp_path / "plan" / "calibration.json").write_text(
+        json.dumps({"device": device, "shares": [0.2, 0.7, 0.8]})
+    )
     wide = answer(PlanFlags(model="nano", tokens="1M", hardware="here", context=256))["answer"]
     assert wide["share of peak"]["high"] == 1
-    assert wide["device-hours"]["low"] * 3600 * 121e12 == pytest.approx(wide["FLOPs"]["low"], rel=0.01), "at the peak"
+    assert wide["device-hours"]["low"] * 3600 * 121e12 == pytest.approx(wide["FLOPs"]["low"], rel=0.01), (
+        "at the peak"
+    )
     (tmp_path / "plan" / "calibration.json").write_text("{}")
     with pytest.raises(UserError, match="damaged"):
         find_hardware("here", {})
@@ -213,7 +227,8 @@ def page(tmp_path_factory, browser):
 @pytest.mark.parametrize("state", STATES, ids=lambda state: state["model"])
 def test_the_browser_computes_what_python_does(page, state, capsys):
     there = page.execute_script(
-        "const all = plans(arguments[0]); return [all.trained.lines, all.served, all.even, all.each]", state | SERVED
+        "const all = plans(arguments[0]); return [all.trained.lines, all.served, all.even, all.each]",
+        state | SERVED,
     )
     common = {"model": state["model"], "hardware": state["hardware"], "devices": state["devices"]}
     same = lambda line, bounds: [line["low"], line["middle"], line["high"]] == pytest.approx(bounds, rel=1e-9)
@@ -227,7 +242,9 @@ def test_the_browser_computes_what_python_does(page, state, capsys):
     even = answer(PlanFlags(**common, **lengths, extra="900"))["answer"]
     assert all(same(even[method], there[2][method]) for method in ("lora:16", "full", "pretrain"))
     for kind, words in (("computed", "without"), ("cached", "with")):
-        assert even[f"the longer prompt of a request, {words} a prefix cache"]["middle"] == pytest.approx(there[3][kind])
+        assert even[f"the longer prompt of a request, {words} a prefix cache"]["middle"] == pytest.approx(
+            there[3][kind]
+        )
 
 
 def test_the_sliders_change_the_answer_by_keyboard_and_say_where_it_comes_from(page):
@@ -259,7 +276,8 @@ def test_the_page_refuses_what_the_terminal_does(page, capsys):
     assert page.find_element("id", "plot").is_displayed()
     page.find_element("name", "model").send_keys("tinyllama-1.1b")
     page.execute_script(
-        "const field = document.querySelector('[name=prompt]'); field.value = 3.6; field.dispatchEvent(new Event('input'))"
+        "const field = document.querySelector('[name=prompt]'); field.value = 3.6; "
+        "field.dispatchEvent(new Event('input'))"
     )
     with pytest.raises(UserError) as refused:
         answer(PlanFlags(model="tinyllama-1.1b", requests="20", prompt="4000"))

@@ -17,8 +17,12 @@ from engine.errors import UserError
 from engine.model.config import PRESETS
 from stages.runs.watch.page import page_html
 
-RESULT = json.loads((Path(__file__).parents[2] / "bench" / "results" / "zen4" / "bench.json").read_text(encoding="utf-8"))
-TABLE = json.dumps({name: part for name, part in RESULT.items() if name not in ("memory", "config", "residuals", "learning")})
+RESULT = json.loads(
+    (Path(__file__).parents[2] / "bench" / "results" / "zen4" / "bench.json").read_text(encoding="utf-8")
+)
+TABLE = json.dumps(
+    {name: part for name, part in RESULT.items() if name not in ("memory", "config", "residuals", "learning")}
+)
 KINDS = ("parameters", "optimizer state", "KV cache", "gradients", "residuals", "temporaries")
 NASTY = "<b onclick='x'>\"&amp;</title></script></svg>"
 
@@ -40,7 +44,10 @@ def pictures():
     return {
         "memory": {
             "pre-training step": {"bytes": bytes, "backward": 1, "update": 2, "xla": 20000},
-            "prefill": {"bytes": {kind: [size // 9 for size in sizes] for kind, sizes in bytes.items()}, "xla": 2000},
+            "prefill": {
+                "bytes": {kind: [size // 9 for size in sizes] for kind, sizes in bytes.items()},
+                "xla": 2000,
+            },
         },
         "learning": {
             "readings": [1, 4, 16],
@@ -129,7 +136,8 @@ def test_bars_and_dots_lie_where_their_numbers_put_them(document, show, browser)
     assert len(widths) == sum(row["flop_ratio_to_forward"] > 0 for row in document["rows"])
     forward, dx, dw, _ = widths[0]
     assert dx / forward == pytest.approx(
-        document["rows"][0]["flops_per_token"]["dx"] / document["rows"][0]["flops_per_token"]["forward"], rel=0.02
+        document["rows"][0]["flops_per_token"]["dx"] / document["rows"][0]["flops_per_token"]["forward"],
+        rel=0.02,
     )
     assert forward + dx + dw == pytest.approx(3 * widths[8][0], rel=0.02)
     axis = {"name": "x", "low": 1, "high": 10000}
@@ -151,7 +159,9 @@ def test_bars_and_dots_lie_where_their_numbers_put_them(document, show, browser)
 
 def test_text_from_outside_stays_text(document, show, browser):
     row = document["rows"][0]
-    row["name"] = row["bound_by"] = document["model"]["name"] = document["command"] = document["noise"] = NASTY
+    row["name"] = row["bound_by"] = document["model"]["name"] = document["command"] = document["noise"] = (
+        NASTY
+    )
     document["claims"][0] = dict.fromkeys(("claim", "verdict", "value", "command"), NASTY)
     assert show(document).count(NASTY) >= 9
     assert browser.find_elements("css selector", "[onclick]") == []
@@ -159,7 +169,10 @@ def test_text_from_outside_stays_text(document, show, browser):
 
 def emptied(value):
     if isinstance(value, dict):
-        return {name: inside if name in ("name", "claim", "verdict") else emptied(inside) for name, inside in value.items()}
+        return {
+            name: inside if name in ("name", "claim", "verdict") else emptied(inside)
+            for name, inside in value.items()
+        }
     return [emptied(each) for each in value] if isinstance(value, list) else None
 
 
@@ -174,7 +187,13 @@ def test_what_is_missing_is_a_dash_or_left_out(document, show):
     assert "holds no stage table" in show({})
     assert "holds no stage table" in show({"rows": []})
     table = json.loads(TABLE)
-    keys = {*table, *table["rows"][0], *table["rows"][0]["flops_per_token"], *table["ceilings"], *table["model"]} - {
+    keys = {
+        *table,
+        *table["rows"][0],
+        *table["rows"][0]["flops_per_token"],
+        *table["ceilings"],
+        *table["model"],
+    } - {
         "rows",
         "name",
     }
@@ -187,7 +206,10 @@ def test_what_is_missing_is_a_dash_or_left_out(document, show):
 def test_the_pictures_are_files_of_their_own(tmp_path):
     document = json.loads(TABLE)
     write_pictures(tmp_path, document)
-    for name, words in (("stages.svg", {row["name"] for row in document["rows"]}), ("passes.svg", {"training", "inference"})):
+    for name, words in (
+        ("stages.svg", {row["name"] for row in document["rows"]}),
+        ("passes.svg", {"training", "inference"}),
+    ):
         source = (tmp_path / name).read_text(encoding="utf-8")
         root = ET.fromstring(source)
         assert words <= {leaf.text for leaf in root.iter() if leaf.tag.endswith("text")}

@@ -30,7 +30,9 @@ def anyio_backend():
 
 def test_events_have_the_moment_at_which_they_were_whole():
     body = b'data: {"a": 1}\n\n: waiting\n\ndata: {"a": 2}\n\ndata: [DONE]\n\ndata: {"a": 3}'
-    response = Response(0.0, body=bytearray(body), arrivals=[(1.0, 5), (2.0, 20), (3.0, 40), (4.0, 43), (5.0, len(body))])
+    response = Response(
+        0.0, body=bytearray(body), arrivals=[(1.0, 5), (2.0, 20), (3.0, 40), (4.0, 43), (5.0, len(body))]
+    )
     assert response.events() == [(2.0, {"a": 1}), (4.0, {"a": 2})]
 
 
@@ -86,7 +88,9 @@ async def test_a_response_that_breaks_off_says_how(sent, error):
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("body", [completion_request("a", 9, logprobs=1), chat_request("a", 9, logprobs=True)])
+@pytest.mark.parametrize(
+    "body", [completion_request("a", 9, logprobs=1), chat_request("a", 9, logprobs=True)]
+)
 async def test_a_completion_is_read_streamed_or_whole(body, stream):
     async with fake_server(lambda *_: fake_completion("hello", body | {"stream": stream})) as port:
         completion = await complete(Client(port), body | {"stream": stream})
@@ -154,9 +158,13 @@ async def test_a_closed_loop_keeps_so_many_under_way_and_gives_answers_in_order(
             under_way.append(under_way[-1] - 1)
             return response
 
-    respond = lambda method, path, headers, body: fake_completion(json.loads(body)["prompt"], json.loads(body))
+    respond = lambda method, path, headers, body: fake_completion(
+        json.loads(body)["prompt"], json.loads(body)
+    )
     async with fake_server(respond, delay=0.01) as port:
-        completions, seconds = await closed_loop(Counting(port), [completion_request(f"p{n}", 2) for n in range(9)], 3)
+        completions, seconds = await closed_loop(
+            Counting(port), [completion_request(f"p{n}", 2) for n in range(9)], 3
+        )
     assert [completion.text for completion in completions] == [f"p{n}" for n in range(9)]
     assert max(under_way) == 3
     assert seconds >= 0.03
@@ -171,7 +179,9 @@ async def test_an_open_loop_sends_when_it_is_time_and_counts_the_wait_from_then(
             async with lock:
                 return await super().request(*args, **options)
 
-    async with fake_server(lambda *request: fake_completion("ab", json.loads(request[-1])), delay=0.05) as port:
+    async with fake_server(
+        lambda *request: fake_completion("ab", json.loads(request[-1])), delay=0.05
+    ) as port:
         draw = lambda rng: completion_request(random_text(rng, 2), 2)
         responses = await open_loop(OneAtATime(port), draw, rate=100, seconds=0.2, rng=random.Random(1))
     assert 10 <= len(responses) <= 30

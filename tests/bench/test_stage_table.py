@@ -42,7 +42,18 @@ KEYS = {
 def table(tmp_path_factory):
     """The document of one small run, and the page that it wrote."""
     folder = tmp_path_factory.mktemp("report")
-    command = [sys.executable, "-c", QUICKLY_MEASURED, "bench", *SMALL, "--json", "--price", "3.6", "--out", str(folder)]
+    command = [
+        sys.executable,
+        "-c",
+        QUICKLY_MEASURED,
+        "bench",
+        *SMALL,
+        "--json",
+        "--price",
+        "3.6",
+        "--out",
+        str(folder),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 1, "--json prints the document and nothing else"
@@ -71,8 +82,12 @@ def test_three_counters_agree_in_every_row_or_it_says_why(table):
         counted = row["flops_per_token"]
         assert counted["walker"] == counted["formula"], row["name"]
         if not row["counters_differ"]:
-            assert counted["xla"] == pytest.approx(counted["walker"] + counted["walker_elementwise"], rel=0.01), row["name"]
-    assert all("of sampling XLA counts" in row["counters_differ"] for row in traced if row["stage"] == "decode")
+            assert counted["xla"] == pytest.approx(
+                counted["walker"] + counted["walker_elementwise"], rel=0.01
+            ), row["name"]
+    assert all(
+        "of sampling XLA counts" in row["counters_differ"] for row in traced if row["stage"] == "decode"
+    )
     assert not any(row["counters_differ"] for row in traced if row["stage"] != "decode")
     assert all("NumPy" in row["counters_differ"] for row in rows.values() if row["stage"] == "by hand")
 
@@ -133,8 +148,14 @@ def test_the_other_measurements_are_named(capsys):
 
 def test_the_help_of_each_measurement_is_plain(capsys):
     for name in (*measurements(), "compare"):
-        file = f"bench.{name}" if Path(bench.__file__).with_name(f"{name}.py").exists() else f"bench.{name}.__main__"
-        flags = next(value for key, value in vars(importlib.import_module(file)).items() if key.endswith("Flags"))
+        file = (
+            f"bench.{name}"
+            if Path(bench.__file__).with_name(f"{name}.py").exists()
+            else f"bench.{name}.__main__"
+        )
+        flags = next(
+            value for key, value in vars(importlib.import_module(file)).items() if key.endswith("Flags")
+        )
         assert run_bench(f"bench.{name}", "", flags, lambda _: {}, ["--help"]) == 0
         shown = capsys.readouterr().out
         assert "--json" in shown
@@ -150,7 +171,10 @@ def test_the_help_of_each_measurement_is_plain(capsys):
         (["--context", "100"], "multiple of 64"),
         (["--model", "nowhere"], "There is no model at nowhere"),
         (["--preset", "llama-2-7b"], "B are available; --preset"),
-        (["--preset", "tiny", "--batch", "2", "--context", "64000000000"], "give a smaller --batch or --context"),
+        (
+            ["--preset", "tiny", "--batch", "2", "--context", "64000000000"],
+            "give a smaller --batch or --context",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(words, sentence, capsys):
@@ -171,7 +195,9 @@ def test_an_out_folder_that_cannot_be_written_is_said_before_anything_is_measure
 
 
 def test_a_row_is_bound_by_what_takes_half_of_its_time():
-    ceilings = Ceilings("", "cpu", 2, "0", bf16_gflops=1000, f32_gflops=250, int8_gflops=2000, read_gbs=10, update_gbs=20)
+    ceilings = Ceilings(
+        "", "cpu", 2, "0", bf16_gflops=1000, f32_gflops=250, int8_gflops=2000, read_gbs=10, update_gbs=20
+    )
     forward = Row(
         "evaluation forward",
         "inference",
@@ -186,7 +212,9 @@ def test_a_row_is_bound_by_what_takes_half_of_its_time():
     )
     assert bound_by(forward, 1.9e-5, ceilings) == "products"  # which take 10 us a token
     assert bound_by(forward, 2.1e-5, ceilings) == "neither"
-    decode = dataclasses.replace(forward, stage="decode", slots=8, tokens=8, traffic=8 * 10**7)  # reading takes 1 ms a token
+    decode = dataclasses.replace(
+        forward, stage="decode", slots=8, tokens=8, traffic=8 * 10**7
+    )  # reading takes 1 ms a token
     assert bound_by(decode, 0.0019, ceilings) == "memory"
     copied = dataclasses.replace(forward, formula=Flops({}), walker=JaxprCost())
     assert copied.utilisation_of == "MBU"

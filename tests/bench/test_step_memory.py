@@ -22,7 +22,16 @@ from engine.model.config import PRESETS, ModelConfig
 
 TINY = random_model("tiny", PRESETS["tiny"])
 LORA = "LoRA rank 8 on q and v"
-UNEVEN = {"vocab": 300, "width": 96, "layers": 4, "heads": 6, "ff": 160, "context": 64, "head_dim": 16, "dtype": "float32"}
+UNEVEN = {
+    "vocab": 300,
+    "width": 96,
+    "layers": 4,
+    "heads": 6,
+    "ff": 160,
+    "context": 64,
+    "head_dim": 16,
+    "dtype": "float32",
+}
 
 
 def trained(name, **changes):
@@ -59,8 +68,12 @@ def test_training_climbs_through_forward_and_comes_down_through_backward(memorie
 
 
 def test_a_way_of_training_holds_what_it_needs(memories):
-    most = {name: {kind: max(values) for kind, values in memory.bytes.items()} for name, memory in memories.items()}
-    # Attention in C keeps no weights, so that a block's residuals are fewer, and its input the larger share of them.
+    most = {
+        name: {kind: max(values) for kind, values in memory.bytes.items()}
+        for name, memory in memories.items()
+    }
+    # Attention in C keeps no weights, so that a block's residuals are fewer, and its input the
+    # larger share of them.
     assert 2 * most["gradient checkpointing"]["residuals"] < most["pre-training step"]["residuals"]
     assert most["bottom half frozen"]["residuals"] < 0.7 * most["pre-training step"]["residuals"]
     assert 4 * most[LORA]["gradients"] < most["pre-training step"]["gradients"]
@@ -94,7 +107,9 @@ def test_a_document_has_fewer_positions_and_the_same_peak(memories):
 
 
 def test_a_loop_carries_its_buffers_and_no_two_values_lie_in_one_place():
-    """1 MB goes round a loop, whose body makes two more: 3 MB beside the argument, however often it runs."""
+    """1 MB goes round a loop, whose body makes two more: 3 MB beside the argument, however often it
+    runs.
+    """
 
     def looped(x):
         return jax.lax.fori_loop(0, 5, lambda _, x: jnp.sin(x @ x).T @ x, x).sum()
@@ -118,12 +133,16 @@ def test_the_reason_of_each_residual_is_read_from_its_code():
     assert [len(each) for each in reasons] == [9, 5]
     assert reasons[0]["mixed"] == ("(B, T, N H)", "dweight of out, whose input it was")
     with pytest.raises(ValueError, match="up does not say"):
-        field_reasons(inspect.getsource(SwigluResiduals).replace("    up: ndarray  # (B, T, F)", "    up: ndarray  #"))
+        field_reasons(
+            inspect.getsource(SwigluResiduals).replace("    up: ndarray  # (B, T, F)", "    up: ndarray  #")
+        )
 
 
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True, "kv_heads": 2}, {"qkv_bias": True}], ids=str)
 def test_what_a_block_keeps_is_what_its_derivatives_need(options):
-    """By rule, beside the experiment: a matrix needs its input, and nothing else is for a weight alone."""
+    """By rule, beside the experiment: a matrix needs its input, and nothing else is for a weight
+    alone.
+    """
     model = random_model("uneven", ModelConfig(**{"kv_heads": 6} | options, **UNEVEN))
     table = block_residuals(model.cfg, model.params, tokens_for(model, 2, 7))
     rows = {(row["half"], row["name"]): row for row in table["rows"]}

@@ -72,7 +72,9 @@ def test_a_ratio_is_the_median_of_the_rounds_and_decides_nothing_within_its_inte
 
 
 def simulated(rounds, difference, runs=4000, noise=0.03, drift=0.05):
-    """The share of runs with a verdict on 1, where `a` takes `difference` more than `b`, both with noise, beside a drift."""
+    """The share of runs with a verdict on 1, where `a` takes `difference` more than `b`, both with
+    noise, beside a drift.
+    """
     rng = np.random.default_rng(rounds)
     common = rng.lognormal(0, drift, (runs, rounds))
     each = common[:, None] * rng.lognormal(0, noise, (runs, 2, rounds)) * [[1 + difference], [1]]
@@ -88,7 +90,9 @@ def test_fifteen_rounds_find_a_difference_of_five_percent():
     assert simulated(15, 0.05) >= 0.85
 
 
-@given(st.lists(st.floats(0.5, 2), min_size=6, max_size=9), st.lists(st.floats(0.5, 2), min_size=6, max_size=9))
+@given(
+    st.lists(st.floats(0.5, 2), min_size=6, max_size=9), st.lists(st.floats(0.5, 2), min_size=6, max_size=9)
+)
 def test_two_runs_compare_alike_either_way_round(before, after):
     over, back = compare_rounds(before, after), compare_rounds(after, before)
     assert over.low <= over.ratio <= over.high
@@ -96,14 +100,18 @@ def test_two_runs_compare_alike_either_way_round(before, after):
 
 
 def compared(difference, *, rounds=9, processes=1, effect=0.0, runs=2000, noise=0.03):
-    """The share of pairs of runs with a verdict, where the second's ratio is larger by `difference`.
+    """The share of pairs of runs with a verdict, where the second's ratio is larger by
+    `difference`.
 
-    Each of `processes` makes its share of the rounds, and has an effect of its own on their ratio, of deviation `effect`.
+    Each of `processes` makes its share of the rounds, and has an effect of its own on their ratio,
+    of deviation `effect`.
     """
     rng = np.random.default_rng(rounds)
     own = rng.lognormal(0, effect, (runs, 2, processes)) if effect else np.ones((runs, 2, processes))
     each = np.repeat(own, rounds // processes, axis=2) * rng.lognormal(0, noise, (runs, 2, rounds))
-    verdicts = [compare_rounds(before, after * (1 + difference)).exceeds(1) is not None for before, after in each]
+    verdicts = [
+        compare_rounds(before, after * (1 + difference)).exceeds(1) is not None for before, after in each
+    ]
     return np.mean(verdicts)
 
 
@@ -118,7 +126,9 @@ def test_few_rounds_have_no_interval():
 
 
 def test_rounds_of_many_processes_are_seldom_wrong_where_processes_differ():
-    """Each process is 2% faster or slower than the next. Rounds of one process cannot tell that from a change."""
+    """Each process is 2% faster or slower than the next. Rounds of one process cannot tell that
+    from a change.
+    """
     alone, three, nine = (compared(0.0, processes=processes, effect=0.02) for processes in (1, 3, 9))
     assert alone >= 0.25
     assert three <= 0.15
@@ -157,7 +167,11 @@ def test_a_whole_command_that_misses_its_bar_shows(monkeypatch, capsys):
     """The commands themselves run at night: tests/test_readme.py."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # which the measurement replaces
     result = {"val_bits_per_byte": 1.9, "first_step_seconds": 3.0, "peak_rss_bytes": 1e9}
-    lines = ["predicted   1,200 steps, 1.6 epochs", "  predicted 930 steps in 3 min", "trained     1,000 steps in 3 min"]
+    lines = [
+        "predicted   1,200 steps, 1.6 epochs",
+        "  predicted 930 steps in 3 min",
+        "trained     1,000 steps in 3 min",
+    ]
     monkeypatch.setattr("bench.commands._result", lambda *_: (result, lines))
     monkeypatch.setattr("bench.commands._help_seconds", lambda: 0.1)
     monkeypatch.setattr("bench.commands._first_output", lambda *_: (0.5, "0 recompiles"))

@@ -32,7 +32,9 @@ def test_greedy_tokens_are_the_engines(name, prompt, seed):
 def test_end_and_context_stop_it():
     tokens = list(generate(QWEN3, weights(QWEN3), [3, 1], max_tokens=8))
     end = tokens[4]
-    assert list(generate(QWEN3, weights(QWEN3), [3, 1], max_tokens=8, eos_id=end)) == tokens[: tokens.index(end)]
+    assert (
+        list(generate(QWEN3, weights(QWEN3), [3, 1], max_tokens=8, eos_id=end)) == tokens[: tokens.index(end)]
+    )
     assert len(list(generate(QWEN3, weights(QWEN3), [1] * 147, max_tokens=8))) == QWEN3.context - 147
 
 

@@ -14,7 +14,9 @@ from engine.by_hand import model
 
 B, T, V = 3, 64, 41
 NOISE = 40_000  # bytes of Python's own objects
-OPTIONS = pytest.mark.parametrize("options", [{}, {"qk_norm": False, "qkv_bias": True, "tied": True}], ids=str)
+OPTIONS = pytest.mark.parametrize(
+    "options", [{}, {"qk_norm": False, "qkv_bias": True, "tied": True}], ids=str
+)
 
 
 def arrays_in(part: Any) -> list[np.ndarray]:
@@ -77,7 +79,9 @@ def test_the_check_sees_a_forward_with_residuals():
 def test_residuals_grow_with_every_block(options):
     held = {}
     for layers in (2, 5):
-        (logits, residuals), held[layers], _ = traced_bytes(tiny_config(layers=layers, **options), model.forward_with_residuals)
+        (logits, residuals), held[layers], _ = traced_bytes(
+            tiny_config(layers=layers, **options), model.forward_with_residuals
+        )
         assert abs(held[layers] - logits.nbytes - array_bytes(residuals)) < NOISE
     block = array_bytes(residuals.blocks[1])
     assert block > 8 * B * T * 6 * T, "the attention weights alone"

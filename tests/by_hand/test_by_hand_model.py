@@ -63,7 +63,12 @@ def test_float32(name):
     np.testing.assert_allclose(logits, expected[0], rtol=0, atol=1e-5)
     np.testing.assert_allclose(loss, expected[1], rtol=1e-6)
     limits = tree_map(lambda leaf: 1e-5 * np.abs(leaf).max(), to_numpy(expected[2]))
-    tree_map(lambda a, b, limit: np.testing.assert_allclose(a, b, rtol=0, atol=limit), gradient, to_numpy(expected[2]), limits)
+    tree_map(
+        lambda a, b, limit: np.testing.assert_allclose(a, b, rtol=0, atol=limit),
+        gradient,
+        to_numpy(expected[2]),
+        limits,
+    )
 
 
 @BY_NAME
@@ -72,7 +77,9 @@ def test_forward_alone_is_forward_with_residuals(name):
     params, tokens = weights(cfg), tokens_of(0, B, T)
     alone = by_hand.forward(cfg, params, tokens)
     np.testing.assert_array_equal(alone, model.forward_with_residuals(cfg, params, tokens)[0])
-    np.testing.assert_array_equal(alone, by_hand.forward(cfg, params, tokens, positions_of(B, T), np.zeros((B, T), int)))
+    np.testing.assert_array_equal(
+        alone, by_hand.forward(cfg, params, tokens, positions_of(B, T), np.zeros((B, T), int))
+    )
 
 
 def test_arguments_are_not_changed():
@@ -109,7 +116,9 @@ def test_weights_that_are_none():
 
 
 def test_numbers_far_out_do_not_overflow():
-    """Of SwiGLU where a sigmoid is 0 or 1, and of the loss at large logits; a batch in which nothing counts has no loss."""
+    """Of SwiGLU where a sigmoid is 0 or 1, and of the loss at large logits; a batch in which
+    nothing counts has no loss.
+    """
     gate, ones = np.array([-1e4, -800.0, 0.0, 800.0, 1e4]), np.ones(5)
     logits, targets, mask = np.full((1, 2, 3), 5000.0), np.array([[0, 2]]), np.ones((1, 2), bool)
     logits[0, 1, 2] = 9000

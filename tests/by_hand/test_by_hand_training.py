@@ -23,7 +23,9 @@ SETTINGS = [
 
 
 def zero_moments(params) -> adamw.Moments:
-    return adamw.Moments(np.zeros((), np.int32), tree_map(np.zeros_like, params), tree_map(np.zeros_like, params))
+    return adamw.Moments(
+        np.zeros((), np.int32), tree_map(np.zeros_like, params), tree_map(np.zeros_like, params)
+    )
 
 
 def optimizer(by_hand: adamw.AdamWConfig, **more) -> OptimizerConfig:
@@ -41,7 +43,12 @@ def optax_steps(cfg: OptimizerConfig, params, gradients, progress):
 
 
 @settings(max_examples=15)
-@given(st.sampled_from(SETTINGS), st.integers(0, 2**32 - 1), st.sampled_from([1e-3, 1.0, 30.0]), st.floats(0.05, 0.95))
+@given(
+    st.sampled_from(SETTINGS),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([1e-3, 1.0, 30.0]),
+    st.floats(0.05, 0.95),
+)
 def test_adamw(chosen, seed, scale, progress):
     params, rng = weights(QWEN2), np.random.default_rng(seed)
     gradients = [tree_map(lambda p: scale * rng.standard_normal(p.shape), params) for _ in range(3)]
@@ -60,7 +67,9 @@ def test_adamw(chosen, seed, scale, progress):
 def test_adamw_keeps_float32():
     params = weights(QWEN3, dtype="float32")
     actual, moments = adamw.step(adamw.AdamWConfig(), params, params, zero_moments(params), np.float64(0.5))
-    assert {leaf.dtype.name for tree in (actual, moments.first, moments.second) for leaf in leaves(tree)} == {"float32"}
+    assert {leaf.dtype.name for tree in (actual, moments.first, moments.second) for leaf in leaves(tree)} == {
+        "float32"
+    }
 
 
 FACTOR = 0.5  # of the cosine, half way and without a warm-up

@@ -30,13 +30,17 @@ def batch_of(seed: int, rows: int = 2) -> Batch:
 
 @contextlib.contextmanager
 def float64_engine() -> Iterator[None]:
-    """Within the block the engine's own code, as it stands, computes in float64 wherever it says float32."""
+    """Within the block the engine's own code, as it stands, computes in float64 wherever it says
+    float32.
+    """
     import engine.inference.decode
     import engine.training.step  # noqa: F401
 
     wide = types.SimpleNamespace(**vars(jnp))
     wide.float32 = jnp.float64
-    modules = [m for name, m in sys.modules.items() if name.startswith("engine.") and getattr(m, "jnp", None) is jnp]
+    modules = [
+        m for name, m in sys.modules.items() if name.startswith("engine.") and getattr(m, "jnp", None) is jnp
+    ]
     assert len(modules) > 5
     with jax.enable_x64(True):
         try:
@@ -61,7 +65,9 @@ def weights(cfg: ModelConfig, seed: int = 0, dtype: str = "float64") -> Any:
 
 
 def assert_trees_close(actual: Any, expected: Any, rtol: float) -> None:
-    """Leaf by leaf, each number to `rtol` of itself, and to a ten-thousandth of that of its leaf's largest."""
+    """Leaf by leaf, each number to `rtol` of itself, and to a ten-thousandth of that of its leaf's
+    largest.
+    """
     from engine.model.paths import leaf_paths
 
     actual, expected = leaf_paths(actual), leaf_paths(expected)
@@ -69,4 +75,6 @@ def assert_trees_close(actual: Any, expected: Any, rtol: float) -> None:
     for path, leaf in actual.items():
         other = np.asarray(expected[path])
         assert leaf.shape == other.shape, path
-        np.testing.assert_allclose(leaf, other, rtol=rtol, atol=1e-4 * rtol * np.abs(other).max(), err_msg=path)
+        np.testing.assert_allclose(
+            leaf, other, rtol=rtol, atol=1e-4 * rtol * np.abs(other).max(), err_msg=path
+        )

@@ -1,6 +1,7 @@
 """The first examples of clients and frameworks, in which only the address is another.
 
-They run at night, where `requirements.txt` is installed. By day: `test_kinds.py`, and Anthropic's and Ollama's in tests/serve.
+They run at night, where `requirements.txt` is installed. By day: `test_kinds.py`, and Anthropic's
+and Ollama's in tests/serve.
 """
 
 import asyncio
@@ -65,7 +66,9 @@ def test_anthropics_tool_runner():
 
 
 def test_langchain():
-    model = install("langchain_openai").ChatOpenAI(model=GPT, seed=1)  # a model without sense may be cut off in a call
+    model = install("langchain_openai").ChatOpenAI(
+        model=GPT, seed=1
+    )  # a model without sense may be cut off in a call
     assert model.invoke(ASKED, max_tokens=5).content
     for choice in ("get_weather", "any"):
         tools = model.bind_tools([get_weather], tool_choice=choice)
@@ -78,7 +81,9 @@ def test_langchain():
 def test_langchain_over_ollamas_routes():
     library = install("langchain_ollama")
     options: Any = {"model": GEMMA, "num_predict": 5, "seed": 1}
-    model = library.ChatOllama(**options, validate_model_on_init=True, reasoning=False, mirostat=0, tfs_z=1.0, keep_alive="5m")
+    model = library.ChatOllama(
+        **options, validate_model_on_init=True, reasoning=False, mirostat=0, tfs_z=1.0, keep_alive="5m"
+    )
     assert model.invoke(ASKED).content
     assert "".join(part.content for part in model.stream(ASKED))
     model.bind_tools([get_weather]).invoke(ASKED)
@@ -93,7 +98,9 @@ def test_instructor():
         client = library.from_openai(openai.OpenAI(), mode=mode)
         assert is_visit(client.create(model=GPT, response_model=Visit, messages=HELLO, max_retries=0))
     client = library.from_anthropic(anthropic.Anthropic())
-    assert is_visit(client.create(model=CLAUDE, max_tokens=200, response_model=Visit, messages=HELLO, max_retries=0))
+    assert is_visit(
+        client.create(model=CLAUDE, max_tokens=200, response_model=Visit, messages=HELLO, max_retries=0)
+    )
 
 
 def test_pydantic_ai():
@@ -117,7 +124,9 @@ def test_openai_agents():
     settings = library.ModelSettings(tool_choice="required", parallel_tool_calls=False, max_tokens=100)
     for kind in (library.OpenAIResponsesModel, library.OpenAIChatCompletionsModel):
         model = kind(model=GPT, openai_client=openai.AsyncOpenAI())
-        agent = library.Agent(name="Hello", instructions="Be brief.", tools=[weather], model_settings=settings, model=model)
+        agent = library.Agent(
+            name="Hello", instructions="Be brief.", tools=[weather], model_settings=settings, model=model
+        )
         assert library.Runner.run_sync(agent, ASKED).final_output is not None
         assert called.pop() in CITIES
         agent = library.Agent(name="Hello", output_type=Visit, model=model)
@@ -132,7 +141,9 @@ def test_openai_agents():
 
 def test_dspy(server):
     library = install("dspy")
-    model = library.LM(f"openai/{GPT}", api_base=f"{server.url}/v1", api_key="any", cache=False, max_tokens=300)
+    model = library.LM(
+        f"openai/{GPT}", api_base=f"{server.url}/v1", api_key="any", cache=False, max_tokens=300
+    )
     with library.context(lm=model):
         predict = library.Predict("question -> city: Literal['Rome', 'Oslo']")
         assert predict(question=ASKED).city in CITIES
@@ -165,7 +176,10 @@ def test_llama_index(server):
 def test_lm_eval(server, tmp_path):
     """Its multiple choice and its generation, on a task of two questions."""
     library = install("lm_eval")
-    rows = [{"question": f"Where is {place}?", "choices": ["Rome", "Oslo"], "answer": n} for n, place in enumerate("ab")]
+    rows = [
+        {"question": f"Where is {place}?", "choices": ["Rome", "Oslo"], "answer": n}
+        for n, place in enumerate("ab")
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {
         "dataset_path": "json",
@@ -174,7 +188,12 @@ def test_lm_eval(server, tmp_path):
         "doc_to_text": "{{question}}",
         "metadata": {"version": 1},
     }
-    choice = {"task": "choice", "output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}"}
+    choice = {
+        "task": "choice",
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+    }
     written = {
         "task": "written",
         "output_type": "generate_until",
@@ -182,9 +201,16 @@ def test_lm_eval(server, tmp_path):
         "generation_kwargs": {"max_gen_toks": 5, "until": ["\n"]},
     }
     evaluate = lambda kind, path, task, **more: library.simple_evaluate(
-        kind, model_args={"model": GPT, "base_url": f"{server.url}/v1/{path}"}, tasks=[task], bootstrap_iters=0, **more
+        kind,
+        model_args={"model": GPT, "base_url": f"{server.url}/v1/{path}"},
+        tasks=[task],
+        bootstrap_iters=0,
+        **more,
     )["samples"][task["task"]]
     samples = evaluate("local-completions", "completions", task | choice)
     assert all(value < 0 for sample in samples for value, _ in sample["filtered_resps"])
     assert len(samples) == 2
-    assert len(evaluate("local-chat-completions", "chat/completions", task | written, apply_chat_template=True)) == 2
+    assert (
+        len(evaluate("local-chat-completions", "chat/completions", task | written, apply_chat_template=True))
+        == 2
+    )

@@ -42,12 +42,16 @@ def ai(options, server):
 
 @pytest.fixture
 def chat(ai):
-    return lambda **fields: ai.chat.completions.create(**{"model": MODEL, "messages": MESSAGES, "max_tokens": 8} | fields)
+    return lambda **fields: ai.chat.completions.create(
+        **{"model": MODEL, "messages": MESSAGES, "max_tokens": 8} | fields
+    )
 
 
 @pytest.fixture
 def complete(ai):
-    return lambda **fields: ai.completions.create(**{"model": MODEL, "prompt": PROMPT, "max_tokens": 4} | fields)
+    return lambda **fields: ai.completions.create(
+        **{"model": MODEL, "prompt": PROMPT, "max_tokens": 4} | fields
+    )
 
 
 def text_of(reply: Any) -> str:
@@ -101,7 +105,9 @@ def test_sixty_at_once(options, server):
 
 def test_logprobs(chat):
     reply = chat(logprobs=True, top_logprobs=3)
-    assert [len(each.top_logprobs) for each in reply.choices[0].logprobs.content] == [3] * reply.usage.completion_tokens
+    assert [len(each.top_logprobs) for each in reply.choices[0].logprobs.content] == [
+        3
+    ] * reply.usage.completion_tokens
 
 
 def test_several_choices(chat):
@@ -158,7 +164,9 @@ ACCEPTED = {
         ]
     },
     "chat_template_kwargs": {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}},
-    "extra fields of other servers": {"extra_body": {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": False}},
+    "extra fields of other servers": {
+        "extra_body": {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": False}
+    },
 }
 
 
@@ -171,14 +179,18 @@ def test_prefill_of_the_answer(chat):
     """With the flags of other servers; without them a turn of the assistant's may be the last too."""
     messages = [USER, {"role": "assistant", "content": "I am"}]
     more = {"continue_final_message": True, "add_generation_prompt": False}
-    goes_on, asks = (chat(messages=messages, temperature=0, extra_body=body).usage.prompt_tokens for body in (more, {}))
+    goes_on, asks = (
+        chat(messages=messages, temperature=0, extra_body=body).usage.prompt_tokens for body in (more, {})
+    )
     assert goes_on < asks
 
 
 def test_a_message_given_back(chat):
     """As the object that it was, and as a dictionary."""
     message = chat(seed=1).choices[0].message
-    longer = [chat(messages=[USER, each, USER]).usage.prompt_tokens for each in (message, message.model_dump())]
+    longer = [
+        chat(messages=[USER, each, USER]).usage.prompt_tokens for each in (message, message.model_dump())
+    ]
     assert longer[0] == longer[1]
 
 
@@ -202,7 +214,9 @@ def test_echo_with_logprobs_and_no_completion(complete):
 
 def test_embeddings(ai, server):
     reply = ai.embeddings.create(model=MODEL, input=["Hello", "there"])
-    assert [sum(number**2 for number in each.embedding) for each in reply.data] == pytest.approx([1, 1], abs=1e-5)
+    assert [sum(number**2 for number in each.embedding) for each in reply.data] == pytest.approx(
+        [1, 1], abs=1e-5
+    )
     assert len(reply.data[0].embedding) == server.engine.cfg.width
     reply = ai.embeddings.create(model=MODEL, input="Hello", dimensions=4, encoding_format="float")
     assert len(reply.data[0].embedding) == 4
@@ -224,7 +238,9 @@ def test_responses_streamed(ai):
 @pytest.fixture
 def called(chat):
     """A message with a call that was required, of a finite schema: an untrained model ends it."""
-    reply = chat(tools=TOOLS, tool_choice="required", parallel_tool_calls=False, max_tokens=200, temperature=0)
+    reply = chat(
+        tools=TOOLS, tool_choice="required", parallel_tool_calls=False, max_tokens=200, temperature=0
+    )
     assert reply.choices[0].finish_reason == "tool_calls"
     return reply.choices[0].message
 
@@ -242,8 +258,14 @@ def test_a_history_with_tool_calls(called, chat):
 
 def test_a_history_with_null_content(called, chat):
     call = called.tool_calls[0].model_dump()
-    result = {"role": "tool", "tool_call_id": call["id"], "content": [{"type": "text", "text": "It is sunny."}]}
-    assert chat(messages=[USER, {"role": "assistant", "content": None, "tool_calls": [call]}, result, USER]).choices
+    result = {
+        "role": "tool",
+        "tool_call_id": call["id"],
+        "content": [{"type": "text", "text": "It is sunny."}],
+    }
+    assert chat(
+        messages=[USER, {"role": "assistant", "content": None, "tool_calls": [call]}, result, USER]
+    ).choices
 
 
 def test_json_object(chat):
@@ -259,7 +281,8 @@ def test_json_schema(chat):
     assert Visit.model_validate_json(text_of(answer))
 
 
-@pytest.mark.filterwarnings("ignore:Pydantic serializer")  # it has no type for `parsed` in a message
+# it has no type for `parsed` in a message
+@pytest.mark.filterwarnings("ignore:Pydantic serializer")
 def test_the_clients_parse(ai):
     fields: Any = {"model": MODEL, "messages": MESSAGES, "max_tokens": 200}
     message = ai.chat.completions.parse(**fields, response_format=Visit).choices[0].message
@@ -269,14 +292,22 @@ def test_the_clients_parse(ai):
 
 
 REFUSED = {
-    "suffix": (lambda ai, chat: ai.completions.create(model=MODEL, prompt=PROMPT, suffix="b"), "leave it out"),
+    "suffix": (
+        lambda ai, chat: ai.completions.create(model=MODEL, prompt=PROMPT, suffix="b"),
+        "leave it out",
+    ),
     "another model's name": (lambda ai, chat: chat(model="gpt-none"), "'gpt-4o-mini'.*ask for that"),
     "an image part": (
-        lambda ai, chat: chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]),
+        lambda ai, chat: chat(
+            messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
+        ),
         r"messages.*content.*reads text alone",
     ),
     "moderations": (lambda ai, chat: ai.moderations.create(input="a"), "/v1/moderations.*/openapi.json"),
-    "best_of": (lambda ai, chat: ai.completions.create(model=MODEL, prompt=PROMPT, best_of=2), "best_of.*use n"),
+    "best_of": (
+        lambda ai, chat: ai.completions.create(model=MODEL, prompt=PROMPT, best_of=2),
+        "best_of.*use n",
+    ),
 }
 
 

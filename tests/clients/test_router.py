@@ -78,7 +78,9 @@ def ask_all(url: str) -> dict[str, Any]:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
         chat: Any = {"model": MODEL, "messages": HELLO, "temperature": 0}
         text: Any = {"model": MODEL, "prompt": "Hello there", "temperature": 0, "max_tokens": 8}
-        stream = client.chat.completions.create(**chat, max_tokens=8, stream=True, stream_options={"include_usage": True})
+        stream = client.chat.completions.create(
+            **chat, max_tokens=8, stream=True, stream_options={"include_usage": True}
+        )
         chunks = list(stream)
         called = client.chat.completions.create(**chat, max_tokens=100, tools=[TOOL], tool_choice="required")
         outputs = {"structured_outputs": {"choice": ["yes", "no"]}}

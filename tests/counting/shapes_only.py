@@ -33,7 +33,9 @@ def cache_of(cfg, slots, capacity):
 def modes(cfg: ModelConfig) -> dict[str, TrainablePaths]:
     """Ways of training, one for every branch of the formulas."""
     of = lambda select: TrainablePaths(frozenset(filter(select, leaf_shapes(cfg))))
-    lora = lambda rank, *targets: lora_only(cfg, LoraConfig(rank, targets=targets) if targets else LoraConfig(rank))
+    lora = lambda rank, *targets: lora_only(
+        cfg, LoraConfig(rank, targets=targets) if targets else LoraConfig(rank)
+    )
     return {
         "everything": all_trainable(cfg),
         "bottom frozen": trainable_paths(cfg, freeze="bottom:1"),

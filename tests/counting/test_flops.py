@@ -101,6 +101,8 @@ def test_what_cannot_be_trained_is_refused_by_name():
     with pytest.raises(UserError, match="the model has 3"):
         trainable_paths(SMALL, freeze="bottom:4")
     with pytest.raises(UserError, match="no parameter 'blocks/0/norm'"):
-        train_flops(SMALL, 7, attention="full", trainable=TrainablePaths(frozenset(), frozenset({"blocks/0/norm"}), 2))
+        train_flops(
+            SMALL, 7, attention="full", trainable=TrainablePaths(frozenset(), frozenset({"blocks/0/norm"}), 2)
+        )
     with pytest.raises(UserError, match="Did you mean 'blocks/0/gate'"):
         train_flops(SMALL, 7, attention="full", trainable=TrainablePaths(frozenset({"blocks/0/gaet"})))

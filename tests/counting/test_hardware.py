@@ -40,7 +40,13 @@ def cache(tmp_path, monkeypatch):
         lambda saved: json.dumps(saved | {"load": 10**400}).encode(),
         *(
             lambda saved, field=field: json.dumps(saved | field).encode()
-            for field in ({"more": 1}, {"read_gbs": float("nan")}, {"read_gbs": -1}, {"bf16_gflops": "fast"}, {"load": None})
+            for field in (
+                {"more": 1},
+                {"read_gbs": float("nan")},
+                {"read_gbs": -1},
+                {"bf16_gflops": "fast"},
+                {"load": None},
+            )
         ),
     ],
 )
@@ -77,7 +83,9 @@ def test_another_machine_has_ceilings_of_its_own(cache, monkeypatch, field):
     assert saved_ceilings() == FOUND
 
 
-def test_ceilings_of_a_busy_machine_are_measured_again_when_it_is_quiet_and_the_higher_rates_are_kept(cache, monkeypatch):
+def test_ceilings_of_a_busy_machine_are_measured_again_when_it_is_quiet_and_the_higher_rates_are_kept(
+    cache, monkeypatch
+):
     load = lambda cores_in_use: monkeypatch.setattr(hardware, "_load", lambda: cores_in_use)
     load(3.0)
     low = dataclasses.replace(FOUND, bf16_gflops=100.0, read_gbs=30.0)

@@ -110,7 +110,9 @@ def test_attention_counts_alike_in_c_and_by_xla(monkeypatch, problem):
 
 def sharded(x):
     spec = jax.sharding.PartitionSpec()
-    return jax.shard_map(lambda x: x @ x.T, mesh=jax.make_mesh((1,), ("rows",)), in_specs=spec, out_specs=spec)(x)
+    return jax.shard_map(
+        lambda x: x @ x.T, mesh=jax.make_mesh((1,), ("rows",)), in_specs=spec, out_specs=spec
+    )(x)
 
 
 @pytest.mark.parametrize(
@@ -153,8 +155,8 @@ SINGLE = {
 }
 
 
-# The program converts a 0.5, and adds to indices that might be negative, where XLA sees constants; to XLA, reading the same
-# bits as another type is an operation.
+# The program converts a 0.5, and adds to indices that might be negative, where XLA sees constants;
+# to XLA, reading the same bits as another type is an operation.
 DIFFERENT = {"compare and select": 1, "gather": 3 * 4, "shift": -M * N}
 
 

@@ -35,7 +35,9 @@ def test_weights_gradients_and_moments_are_exact():
     assert memory.params == memory.gradients == 4 * 134_515_008
     assert memory.optimizer == 8 * 134_515_008
     assert memory.copies == 2 * count.matmul
-    assert training_memory(cfg, 1, 128, optimizer="muon").optimizer == 8 * count.total - 4 * (count.matmul - 49152 * 576)
+    assert training_memory(cfg, 1, 128, optimizer="muon").optimizer == 8 * count.total - 4 * (
+        count.matmul - 49152 * 576
+    )
     assert training_memory(dataclasses.replace(cfg, dtype="float32"), 1, 128).copies == 0
 
 
@@ -43,7 +45,9 @@ def test_frozen_weights_have_no_gradient_no_moments_and_keep_nothing_below():
     full = training_memory(CFG, 2, 7)
     half = training_memory(CFG, 2, 7, trainable=trainable_paths(CFG, freeze="bottom:2"))
     head = training_memory(CFG, 2, 7, trainable=trainable_paths(CFG, train="head"))
-    stay = 2 * (48 * 12 + 24 * 12 + 12 * 20 + 10 * 12) + 19 * 12  # numbers in two blocks' matrices and the table
+    stay = (
+        2 * (48 * 12 + 24 * 12 + 12 * 20 + 10 * 12) + 19 * 12
+    )  # numbers in two blocks' matrices and the table
     assert half.params == full.params - 2 * stay
     assert 3 * half.residuals == full.residuals
     assert (head.residuals, head.block, head.gradients, head.optimizer) == (0, 0, 4 * 12 * 19, 8 * 12 * 19)
@@ -94,7 +98,9 @@ def test_what_saves_memory_saves_it():
 
 @pytest.mark.parametrize("remat", ["none", "block"])
 def test_the_estimate_is_within_30_percent_of_a_compiled_step(remat):
-    cfg = ModelConfig(vocab=512, width=128, layers=3, heads=4, kv_heads=2, ff=352, context=256, qk_norm=True, remat=remat)
+    cfg = ModelConfig(
+        vocab=512, width=128, layers=3, heads=4, kv_heads=2, ff=352, context=256, qk_norm=True, remat=remat
+    )
     tx = make_optimizer(OptimizerConfig())
     state = jax.eval_shape(lambda tree: init_state(tx, tree), params_of(cfg))
     program = train_step.lower(cfg, tx, state, {}, batch_of(8, 256), shaped(dtype=jnp.float32)).compile()
@@ -134,19 +140,25 @@ def test_weights_are_read_forward_and_for_dx_and_again_with_remat():
     cfg = dataclasses.replace(CFG, dtype="float32")
     assert train_bytes(cfg, 2, 7).weights == 2 * 4 * COUNT.matmul  # all above the table has a dX
     assert train_bytes(CFG, 2, 7).weights == 2 * 2 * COUNT.matmul + (4 + 2) * COUNT.matmul
-    assert train_bytes(dataclasses.replace(cfg, remat="block"), 2, 7).weights == 3 * 4 * COUNT.matmul - 4 * (TABLE + DOWN)
+    assert train_bytes(dataclasses.replace(cfg, remat="block"), 2, 7).weights == 3 * 4 * COUNT.matmul - 4 * (
+        TABLE + DOWN
+    )
     assert train_bytes(cfg, 2, 7, trainable=trainable_paths(cfg, train="head")).weights == 4 * COUNT.matmul
 
 
 @pytest.mark.parametrize(("remat", "blocks"), [("none", (9, 7, 6)), ("block", (15, 9, 6))])
 def test_a_block_is_written_and_read_going_up_and_where_it_is_made_again_and_read_going_down(remat, blocks):
-    """All of it; with two blocks of three frozen; with all frozen below the head, where nothing is made again."""
+    """All of it; with two blocks of three frozen; with all frozen below the head, where nothing is
+    made again.
+    """
     cfg = dataclasses.replace(CFG, remat=remat)
     steps = [
         train_bytes(cfg, 2, 7, trainable=paths)
         for paths in (None, trainable_paths(CFG, freeze="bottom:2"), trainable_paths(CFG, train="head"))
     ]
-    assert [step.activations for step in steps] == [count * training_memory(CFG, 2, 7).block for count in blocks]
+    assert [step.activations for step in steps] == [
+        count * training_memory(CFG, 2, 7).block for count in blocks
+    ]
     assert steps[0].total > steps[1].total > steps[2].total
 
 

@@ -38,7 +38,9 @@ KINDS = {
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.night)])
 def backend(request, monkeypatch):
-    """Both programs are traced, on whatever machine this is; a GPU's by day where its attention makes the difference."""
+    """Both programs are traced, on whatever machine this is; a GPU's by day where its attention
+    makes the difference.
+    """
     monkeypatch.setattr("engine.model.ops.platform", lambda: request.param)
 
 
@@ -68,7 +70,9 @@ def gradient_flops(cfg, rows, tokens, **options):
 
 def assert_agreement(cfg, rows, tokens, ways, microbatches=1, **options):
     """The formula is the walker in these ways of training."""
-    for name, paths in (ways if isinstance(ways, dict) else {name: modes(cfg)[name] for name in ways}).items():
+    for name, paths in (
+        ways if isinstance(ways, dict) else {name: modes(cfg)[name] for name in ways}
+    ).items():
         gradient = functools.partial(loss_and_gradient, cfg, microbatches=microbatches)
         counted = jaxpr_cost(gradient, *trees(cfg, paths), batch_of(rows, tokens)).matmul
         formula = gradient_flops(cfg, rows // microbatches, tokens, trainable=paths, **options) * microbatches
@@ -83,7 +87,11 @@ FEW, MANY = 2, 10  # sequences of 7: fewer rows than any matrix has columns, and
 
 @pytest.mark.parametrize(
     ("rows", "backend"),
-    [(FEW, "gpu"), (MANY, "cpu"), *(pytest.param(*pair, marks=pytest.mark.night) for pair in ((FEW, "cpu"), (MANY, "gpu")))],
+    [
+        (FEW, "gpu"),
+        (MANY, "cpu"),
+        *(pytest.param(*pair, marks=pytest.mark.night) for pair in ((FEW, "cpu"), (MANY, "gpu"))),
+    ],
     indirect=["backend"],
 )
 def test_the_formula_is_the_walker_in_every_way_of_training(rows, backend):
@@ -132,7 +140,9 @@ def test_with_the_loss_in_chunks(kind, remat, backend, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation(kind, tokens, backend):
     cfg = KINDS[kind]
-    counted = jaxpr_cost(functools.partial(score.__wrapped__, cfg), trees(cfg, all_trainable(cfg))[0], batch_of(B, tokens))
+    counted = jaxpr_cost(
+        functools.partial(score.__wrapped__, cfg), trees(cfg, all_trainable(cfg))[0], batch_of(B, tokens)
+    )
     assert counted.matmul == (forward_flops(cfg, tokens, attention=QUERY_BLOCK) * (B * tokens)).total
 
 
@@ -150,14 +160,20 @@ def test_reading_and_writing_against_a_cache(kind, slots, backend):
 
 
 def test_whatever_the_weights_are_stored_in(backend):
-    """Int8 weights are multiplied as often as others, but for two digits; under LoRA they are a frozen base."""
+    """Int8 weights are multiplied as often as others, but for two digits; under LoRA they are a
+    frozen base.
+    """
     cfg = KINDS["untied"]
-    stored = lambda how: jax.eval_shape(lambda params: quantize(params, how), trees(cfg, all_trainable(cfg))[0])
+    stored = lambda how: jax.eval_shape(
+        lambda params: quantize(params, how), trees(cfg, all_trainable(cfg))[0]
+    )
     write = functools.partial(decode.prefill.__wrapped__, cfg)
     counted = jaxpr_cost(write, stored("int8"), shaped(5, 1), shaped(5), cache_of(cfg, 5, CAPACITY))
     assert counted.matmul == decode_program_flops(cfg, 5, CAPACITY, int16_activations=["down"]).total
     paths = lora_only(cfg, LoraConfig(2, targets=("q", "up")))
     adapters, _ = trees(cfg, paths)
     for rows in (FEW, MANY):
-        counted = jaxpr_cost(functools.partial(loss_and_gradient, cfg), adapters, stored("full"), batch_of(rows, T))
+        counted = jaxpr_cost(
+            functools.partial(loss_and_gradient, cfg), adapters, stored("full"), batch_of(rows, T)
+        )
         assert counted.matmul == gradient_flops(cfg, rows, T, trainable=paths)

@@ -39,15 +39,22 @@ def programs():
             dataclasses.replace(CFG, remat="block"), trainable_paths(CFG, freeze="bottom:1")
         ),
         "evaluation": (functools.partial(score, CFG), (params_of(CFG), BATCH)),
-        "prefill": (functools.partial(prefill, CFG), (params_of(CFG), BATCH.tokens, shaped(B), cache_of(CFG, B, CAPACITY))),
-        "decode": (functools.partial(prefill, CFG), (params_of(CFG), shaped(8, 1), shaped(8), cache_of(CFG, 8, CAPACITY))),
+        "prefill": (
+            functools.partial(prefill, CFG),
+            (params_of(CFG), BATCH.tokens, shaped(B), cache_of(CFG, B, CAPACITY)),
+        ),
+        "decode": (
+            functools.partial(prefill, CFG),
+            (params_of(CFG), shaped(8, 1), shaped(8), cache_of(CFG, 8, CAPACITY)),
+        ),
     }
 
 
 @pytest.mark.parametrize("name", programs())
 def test_xla_counts_what_the_walker_counts(name):
-    """Before compiling the two agree to a thousandth. After it, within 5%: elementwise work fused into two loops is done
-    twice, and bfloat16 is converted to and fro on a CPU."""
+    """Before compiling the two agree to a thousandth. After it, within 5%: elementwise work fused
+    into two loops is done twice, and bfloat16 is converted to and fro on a CPU.
+    """
     f, arguments = programs()[name]
     work = jaxpr_cost(f, *arguments)
     lowered = jax.jit(f).lower(*arguments)
@@ -91,14 +98,21 @@ with jax.set_mesh(mesh):
 
 
 def test_a_scan_over_sharded_layers_gathers_and_reduces_each():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    hlo = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, check=True).stdout
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
+    hlo = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, check=True
+    ).stdout
     collectives = read_collectives(hlo)
     size = 4 * 64 * 64
     gathers = [one for one in collectives if one.kind == "all-gather"]
     assert gathers == [Collective("all-gather", size, (0, 1, 2, 3), 3)] * 2, "forward and backward"
     assert sum(one.wire_bytes for one in gathers) == 6 * size * 3 / 4
-    reductions = {one.group: one for one in collectives if one.kind == "all-reduce"}  # a CPU does not reduce-scatter
+    reductions = {
+        one.group: one for one in collectives if one.kind == "all-reduce"
+    }  # a CPU does not reduce-scatter
     assert reductions[0, 1, 2, 3] == Collective("all-reduce", size, (0, 1, 2, 3), 3)
     assert reductions[0, 1, 2, 3].wire_bytes == 2 * 3 * size * 3 / 4
     assert reductions[0, 4] == Collective("all-reduce", size // 4, (0, 4), 3)
@@ -111,38 +125,71 @@ def module(entry: str, others: str = "", devices: int = 8) -> str:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("  %a = f32[16,4]{1,0:T(8,128)} all-gather(%p), replica_groups={{0,2},{1,3}}", ("all-gather", 256, (0, 2))),
-        ("  ROOT %a = (bf16[6]{0}, s4[4]{0}, pred[2]) all-reduce(%p, %q, %r), to_apply=%add", ("all-reduce", 16, (*range(8),))),
-        ("  %a = f32[2]{0} reduce-scatter(%p), replica_groups=[2,4]<=[8], to_apply=%add", ("reduce-scatter", 32, (0, 1, 2, 3))),
-        ("  %a = (f32[1,3], f32[1,3]) all-to-all(%p, %q), replica_groups=[4,2]<=[2,4]T(1,0)", ("all-to-all", 24, (0, 4))),
-        ("  %a = f32[5] collective-permute(%p), source_target_pairs={{0,1},{1,0}}", ("collective-permute", 20, (0, 1))),
         (
-            "  %s = ((f32[2]{0}, bf16[2]{0}), (f32[8]{0}, bf16[8]{0})) all-gather-start(%p, %q), replica_groups=[2,4]<=[8]\n"
+            "  %a = f32[16,4]{1,0:T(8,128)} all-gather(%p), replica_groups={{0,2},{1,3}}",
+            ("all-gather", 256, (0, 2)),
+        ),
+        (
+            "  ROOT %a = (bf16[6]{0}, s4[4]{0}, pred[2]) all-reduce(%p, %q, %r), to_apply=%add",
+            ("all-reduce", 16, (*range(8),)),
+        ),
+        (
+            "  %a = f32[2]{0} reduce-scatter(%p), replica_groups=[2,4]<=[8], to_apply=%add",
+            ("reduce-scatter", 32, (0, 1, 2, 3)),
+        ),
+        (
+            "  %a = (f32[1,3], f32[1,3]) all-to-all(%p, %q), replica_groups=[4,2]<=[2,4]T(1,0)",
+            ("all-to-all", 24, (0, 4)),
+        ),
+        (
+            "  %a = f32[5] collective-permute(%p), source_target_pairs={{0,1},{1,0}}",
+            ("collective-permute", 20, (0, 1)),
+        ),
+        (
+            "  %s = ((f32[2]{0}, bf16[2]{0}), (f32[8]{0}, bf16[8]{0})) all-gather-start(%p, %q), "
+            "replica_groups=[2,4]<=[8]\n"
             "  %d = (f32[8]{0}, bf16[8]{0}) all-gather-done(%s), calls=%add",
             ("all-gather", 48, (0, 1, 2, 3)),
         ),
-        ("  %s = f32[4]{0} all-reduce-start(%p), replica_groups={{0,1}}, to_apply=%add", ("all-reduce", 16, (0, 1))),
-        ("  %s = (f32[3], f32[3], u32[], u32[]) collective-permute-start(%p)", ("collective-permute", 12, (0, 1))),
-        ("  %a = f32[8] all-gather(%p), replica_groups=mesh['x'=2,'y'=2,'z'=2] {'x','z'}", ("all-gather", 32, (0, 1, 4, 5))),
-        ("  %a = f32[8] all-reduce(%p), replica_groups=mesh['x'=2,'y'=4] {'y':(2)2}", ("all-reduce", 32, (0, 1))),
-        ("  %a = f32[8] all-reduce(%p), replica_groups=mesh['y'=4,'x'=2] {'x','y':(1)2}", ("all-reduce", 32, (0, 1, 4, 5))),
+        (
+            "  %s = f32[4]{0} all-reduce-start(%p), replica_groups={{0,1}}, to_apply=%add",
+            ("all-reduce", 16, (0, 1)),
+        ),
+        (
+            "  %s = (f32[3], f32[3], u32[], u32[]) collective-permute-start(%p)",
+            ("collective-permute", 12, (0, 1)),
+        ),
+        (
+            "  %a = f32[8] all-gather(%p), replica_groups=mesh['x'=2,'y'=2,'z'=2] {'x','z'}",
+            ("all-gather", 32, (0, 1, 4, 5)),
+        ),
+        (
+            "  %a = f32[8] all-reduce(%p), replica_groups=mesh['x'=2,'y'=4] {'y':(2)2}",
+            ("all-reduce", 32, (0, 1)),
+        ),
+        (
+            "  %a = f32[8] all-reduce(%p), replica_groups=mesh['y'=4,'x'=2] {'x','y':(1)2}",
+            ("all-reduce", 32, (0, 1, 4, 5)),
+        ),
     ],
 )
 def test_every_notation_of_the_compiler(line, expected):
-    assert read_collectives(module(line, "%add (x: f32[], y: f32[]) -> f32[] {\n}\n")) == [Collective(*expected, 1)]
+    assert read_collectives(module(line, "%add (x: f32[], y: f32[]) -> f32[] {\n}\n")) == [
+        Collective(*expected, 1)
+    ]
 
 
 CONDITION = "%less (s: s32[]) -> pred[] {{\n  %n = s32[] constant(5)\n  ROOT %c = pred[] compare(%s, %n), direction={}\n}}\n"
 BODY = "%body (s: s32[]) -> s32[] {\n  %a = f32[4] all-reduce(%s), replica_groups={{0,1}}\n}\n"
-OUTER = (
-    '%outer (s: s32[]) -> s32[] {\n  %w = s32[] while(%s), condition=%less, body=%body, x={"known_trip_count":{"n":"7"}}\n}\n'
-)
+WHILE = '%w = s32[] while(%s), condition=%less, body=%body, x={"known_trip_count":{"n":"7"}}'
+OUTER = f"%outer (s: s32[]) -> s32[] {{\n  {WHILE}\n}}\n"
 
 
 def test_loops_multiply_and_alone_groups_move_nothing():
     loop = "  %w = s32[] while(%p), condition=%less, body=%{}"
     count = lambda name, compared="LT": [
-        one.times for one in read_collectives(module(loop.format(name), CONDITION.format(compared) + BODY + OUTER))
+        one.times
+        for one in read_collectives(module(loop.format(name), CONDITION.format(compared) + BODY + OUTER))
     ]
     assert count("body") == [5], "the constant of the condition"
     assert count("outer") == [5 * 7], "a loop in a loop, whose count the compiler noted"
@@ -154,4 +201,6 @@ def test_loops_multiply_and_alone_groups_move_nothing():
     assert [one.times for one in read_collectives(module(both, BODY))] == [1, 1]
     assert read_collectives(module("  %a = f32[8] all-gather(%p), replica_groups={{0},{1}}")) == []
     with pytest.raises(UserError, match="not known here: "):
-        read_collectives(module("  %a = f32[8] all-gather(%p), replica_groups=mesh['x'=8], device_ids=[8] {'x'}"))
+        read_collectives(
+            module("  %a = f32[8] all-gather(%p), replica_groups=mesh['x'=8], device_ids=[8] {'x'}")
+        )

@@ -39,7 +39,9 @@ class Completion(NamedTuple):
 
 @functools.cache
 def served_model(dtype: str) -> tuple[Any, Any]:
-    """(cfg, params) as they are served. float32 computes in it; the others in bfloat16, int8 with W8A8, a file's in blocks."""
+    """(cfg, params) as they are served. float32 computes in it; the others in bfloat16, int8 with
+    W8A8, a file's in blocks.
+    """
     weights = dtype.partition("/")[0]
     if weights == "file":
         options = EngineConfig(weights="file")
@@ -51,7 +53,9 @@ def served_model(dtype: str) -> tuple[Any, Any]:
 
 
 def to_blocks(path: str, leaf: Any) -> Any:
-    """Returns a matrix as a GGUF file's blocks, if it has any: those of `down` in one kind, the embedding in another."""
+    """Returns a matrix as a GGUF file's blocks, if it has any: those of `down` in one kind, the
+    embedding in another.
+    """
     if leaf.ndim < 2 or leaf.shape[-1 if path == "embed" else 0] % GROUP:
         return leaf
     kind = "Q8_0" if path == "embed" else "Q4_0" if path.endswith("down") else "Q4_1"
@@ -91,7 +95,8 @@ class Letters:
 
 
 LETTERS: Any = Letters()
-# A record whose keys and signs are forced, where the model decides letters, a number and whether to go on; words; anything.
+# A record whose keys and signs are forced, where the model decides letters, a number and whether to
+# go on; words; anything.
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -120,7 +125,11 @@ class Log:
 
     @property
     def finished(self) -> dict[int, str]:
-        return {id: events[-1].finish_reason for id, events in self.events.items() if events and events[-1].finish_reason}
+        return {
+            id: events[-1].finish_reason
+            for id, events in self.events.items()
+            if events and events[-1].finish_reason
+        }
 
     def submit(self, request: Request) -> int:
         id = self.engine.submit(request)
@@ -132,7 +141,9 @@ class Log:
         for event in self.engine.step():
             assert event.id not in self.finished, "nothing comes behind the end"
             assert event.tokens or event.finish_reason
-            assert len(event.logprobs) == (0 if self.requests[event.id].sampling.logprobs is None else len(event.tokens))
+            assert len(event.logprobs) == (
+                0 if self.requests[event.id].sampling.logprobs is None else len(event.tokens)
+            )
             self.events[event.id].append(event)
 
     def drain(self) -> None:
@@ -159,7 +170,9 @@ def complete(engine: Engine, requests: list[Request]) -> list[Completion]:
 
 
 def complete_alone(dtype: str, request: Request) -> Completion:
-    """The completion when there never was another request: no draft tokens, no cached chunks, clean slots."""
+    """The completion when there never was another request: no draft tokens, no cached chunks, clean
+    slots.
+    """
     key = dtype, repr(request), backend.computes_in_c()
     if key not in _alone:
         (_alone[key],) = complete(make_engine(dtype, speculate=False), [request])
@@ -182,7 +195,9 @@ def attends_by_xla() -> Iterator[None]:
 
 
 def text(seed: int, length: int) -> list[int]:
-    """Tokens that begin alike, for the prefix cache, whose second half repeats the first, for draft tokens."""
+    """Tokens that begin alike, for the prefix cache, whose second half repeats the first, for draft
+    tokens.
+    """
     begin = tokens_of(7, 40).tolist()
     own = tokens_of(seed, length).tolist()
     whole = (begin[: length // 2] + own)[:length] if seed % 2 else own
@@ -212,12 +227,19 @@ def _requests() -> list[Request]:
         [{}, {}, {"stop_token_ids": (3,)}, {"stop_token_ids": (1, 2, 9), "min_tokens": 1}],
         [{"logprobs": None}, {"logprobs": 0}, {"logprobs": 3}, {"logprobs": 20}],
         [{}, {}, {"namespace": "key"}],
-        [{}, {}, {}, *({"constraint": constraint_of(grammar), "stop_token_ids": (39, 40)} for grammar in GRAMMARS)],
+        [
+            {},
+            {},
+            {},
+            *({"constraint": constraint_of(grammar), "stop_token_ids": (39, 40)} for grammar in GRAMMARS),
+        ],
     ]
     requests = []
     for number in range(50):
         length = lengths[number % len(lengths)]
-        fields = {name: value for choices in options for name, value in choices[rng.integers(len(choices))].items()}
+        fields = {
+            name: value for choices in options for name, value in choices[rng.integers(len(choices))].items()
+        }
         max_tokens = min([1, 2, 7, 12, 20, 99][rng.integers(6)], CAPACITY - length)
         requests.append(request_of(text(number, length), max_tokens, seed=int(rng.integers(2**32)), **fields))
     return requests
@@ -228,7 +250,9 @@ REPEATING = (text(2, 9) * 4)[:33]
 
 
 def poison(engine: Engine, rubbish: float) -> None:
-    """Fills all that belongs to free slots: their content, and what another request left there, cannot matter."""
+    """Fills all that belongs to free slots: their content, and what another request left there,
+    cannot matter.
+    """
     free = list(engine.scheduler.free)
     engine.used_slots.update(free)
 

@@ -6,7 +6,17 @@ import time
 import jsonschema_rs
 import numpy as np
 import pytest
-from engine_requests import GRAMMARS, LETTERS, SCHEMA, SLOTS, complete, complete_alone, constraint_of, make_engine, text
+from engine_requests import (
+    GRAMMARS,
+    LETTERS,
+    SCHEMA,
+    SLOTS,
+    complete,
+    complete_alone,
+    constraint_of,
+    make_engine,
+    text,
+)
 from tiny import request_of
 
 from engine.errors import UserError
@@ -30,8 +40,14 @@ def constrained(grammar=GRAMMARS[0], max_tokens=50, seed=0, **fields):
 
 
 def test_an_answer_is_valid_or_was_cut_off():
-    """Beside one another; `test_engine_company` holds that each is what it is alone, and plain neighbours too."""
-    requests = [constrained(max_tokens=size, seed=seed, temperature=0.8) for size in (50, 49, 12) for seed in range(SLOTS)]
+    """Beside one another; `test_engine_company` holds that each is what it is alone, and plain
+    neighbours too.
+    """
+    requests = [
+        constrained(max_tokens=size, seed=seed, temperature=0.8)
+        for size in (50, 49, 12)
+        for seed in range(SLOTS)
+    ]
     completions = complete(make_engine("float32"), requests)
     assert {each.finish_reason for each in completions} == {"stop", "length"}
     for completion in completions:
@@ -39,7 +55,9 @@ def test_an_answer_is_valid_or_was_cut_off():
         if completion.finish_reason == "stop":
             jsonschema_rs.validate(SCHEMA, json.loads(answer))
         else:
-            assert json.loads('{"name": "a", "age": 1, "more": ["red"]}').keys() == SCHEMA["properties"].keys()
+            assert (
+                json.loads('{"name": "a", "age": 1, "more": ["red"]}').keys() == SCHEMA["properties"].keys()
+            )
             assert '{"name": "'.startswith(answer[:10])
 
 
@@ -57,10 +75,13 @@ def test_what_a_grammar_forces_is_decoded_in_fewer_steps():
 
 
 def test_tokens_that_a_grammar_would_not_forbid_are_decoded_in_fewer_calls(monkeypatch):
-    """Greedy ones, to the bit as with a mask for each; now and then one that ran ahead is forbidden."""
+    """Greedy ones, to the bit as with a mask for each; now and then one that ran ahead is
+    forbidden.
+    """
     grammars = [regex_grammar(f"[^{letters}]*") for letters in ("a-e", "f-k", "l-z")]
     requests = [
-        constrained(grammar, seed=seed, temperature=0.0, logprobs=2) for seed, grammar in enumerate((*grammars, "start: /.*/"))
+        constrained(grammar, seed=seed, temperature=0.0, logprobs=2)
+        for seed, grammar in enumerate((*grammars, "start: /.*/"))
     ]
     completions, calls, allowed = [], [0, 0], list[bool]()
     allows = Constraint.allows
@@ -85,7 +106,9 @@ def test_tokens_that_a_grammar_would_not_forbid_are_decoded_in_fewer_calls(monke
 def test_any_token_that_ends_a_text_ends_it_where_the_grammar_lets_it():
     for end in ENDS:
         bias = {token: (100.0 if token == end else -100.0) for token in ENDS}
-        completion = complete_alone("float32", constrained(regex_grammar("ab*"), logit_bias=bias, temperature=0.0))
+        completion = complete_alone(
+            "float32", constrained(regex_grammar("ab*"), logit_bias=bias, temperature=0.0)
+        )
         assert (LETTERS.decode(completion.tokens), completion.finish_reason) == ("a", "stop")
 
 
@@ -97,8 +120,14 @@ def test_log_probabilities_are_the_models_own_whatever_the_grammar_allows():
 
 
 def test_a_grammar_that_becomes_too_complex_ends_its_completion_alone():
-    endless = {"$defs": {"c": {"type": "object", "properties": {"c": {"$ref": "#/$defs/c"}}, "required": ["c"]}}}
-    schema = {"type": "object", "properties": {"a": {"const": 1}, "b": {"$ref": "#/$defs/c"}}, "required": ["a", "b"]}
+    endless = {
+        "$defs": {"c": {"type": "object", "properties": {"c": {"$ref": "#/$defs/c"}}, "required": ["c"]}}
+    }
+    schema = {
+        "type": "object",
+        "properties": {"a": {"const": 1}, "b": {"$ref": "#/$defs/c"}},
+        "required": ["a", "b"],
+    }
     lazily = json_grammar(endless | {"anyOf": [schema, {"const": 1}]})
     beside = request_of(text(1, 9), 30, temperature=0.0)
     completions = complete(make_engine("float32"), [constrained(lazily, logit_bias={0: 100.0}), beside])
@@ -113,16 +142,25 @@ def nested(depth):
 @pytest.mark.parametrize(
     ("grammar", "reason"),
     [
-        (lambda: json_grammar({"type": "integer", "minimum": 5, "maximum": 3}), r"minimum \(5\) is greater than maximum \(3\)"),
+        (
+            lambda: json_grammar({"type": "integer", "minimum": 5, "maximum": 3}),
+            r"minimum \(5\) is greater than maximum \(3\)",
+        ),
         (lambda: json_grammar({"$ref": "#"}), "no text satisfies it"),
-        (lambda: json_grammar({"type": "object", "properties": {"c": {"$ref": "#"}}, "required": ["c"]}), "it has no end"),
+        (
+            lambda: json_grammar({"type": "object", "properties": {"c": {"$ref": "#"}}, "required": ["c"]}),
+            "it has no end",
+        ),
         (lambda: json_grammar(nested(500)), "nested more than 100 deep"),
         (lambda: json_grammar({"not": {"type": "string"}}), "not"),
         (lambda: json_grammar({"oneOf": [{"type": "integer"}, {"type": "number"}]}), "oneOf"),
         (lambda: json_grammar({"$ref": "http://elsewhere/x.json"}), "elsewhere"),
         (lambda: json_grammar({"multipleOf": 999983}), "multipleOf 999983 cannot be enforced"),
         (lambda: f"start: {json_rule({'multipleOf': 999983}, lenient=True)}", None),
-        (lambda: json_grammar({"minProperties": 2, "patternProperties": {"^x$": {}}}), "minProperties 2 cannot be enforced"),
+        (
+            lambda: json_grammar({"minProperties": 2, "patternProperties": {"^x$": {}}}),
+            "minProperties 2 cannot be enforced",
+        ),
         (lambda: json_grammar({"minProperties": 2, "required": 3}), "minProperties 2 cannot be enforced"),
         (lambda: json_grammar({"minProperties": 2, "required": ["a", "b"]}), None),
         (lambda: json_grammar({"enum": ["x" * 66_000]}), "more than 65,536 bytes"),
@@ -133,7 +171,10 @@ def nested(depth):
         (lambda: regex_grammar("[ab]*a[ab]{25}c"), None),
         (lambda: lark_grammar("neither"), "neither Lark nor GBNF"),
         (lambda: lark_grammar("start: missing"), "missing"),
-        (lambda: lark_grammar('start: %json {"type": "integer", "multipleOf": 999983}'), "send the schema alone"),
+        (
+            lambda: lark_grammar('start: %json {"type": "integer", "multipleOf": 999983}'),
+            "send the schema alone",
+        ),
         (lambda: lark_grammar("start: start start"), "no text satisfies it"),
     ],
 )

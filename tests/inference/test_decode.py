@@ -105,7 +105,9 @@ def test_a_text_is_scored_in_the_bits_that_its_tokens_take_which_training_minimi
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_lone_prompt_of_any_length_goes_on_as_in_an_engine_and_ends_before_its_stop_token(cfg, params, temperature):
+def test_a_lone_prompt_of_any_length_goes_on_as_in_an_engine_and_ends_before_its_stop_token(
+    cfg, params, temperature
+):
     prepared = prepare_params(cfg, params)
     for prompt in (tokens_of(1, 1).tolist(), tokens_of(2, CHUNK + 9).tolist()):
         sampling = SamplingParams(19, temperature, seed=5)
@@ -113,4 +115,7 @@ def test_a_lone_prompt_of_any_length_goes_on_as_in_an_engine_and_ends_before_its
         options = {"temperature": temperature, "seed": 5}
         assert generate(cfg, prepared, prompt, 19, **options) == expected
         stop = expected[11]
-        assert generate(cfg, prepared, prompt, 19, **options, stop_token_ids=[stop]) == expected[: expected.index(stop)]
+        assert (
+            generate(cfg, prepared, prompt, 19, **options, stop_token_ids=[stop])
+            == expected[: expected.index(stop)]
+        )

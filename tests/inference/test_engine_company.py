@@ -15,7 +15,15 @@ from engine_requests import (
 )
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 from simulated import check_slots
 from tiny import request_of
 
@@ -33,7 +41,11 @@ class Company(RuleBasedStateMachine):
     ids = Bundle("ids")
     dtype = "float32"
 
-    @initialize(cache=st.sampled_from([0, 20_000, 10**6]), speculate=st.booleans(), order=st.permutations(range(SLOTS)))
+    @initialize(
+        cache=st.sampled_from([0, 20_000, 10**6]),
+        speculate=st.booleans(),
+        order=st.permutations(range(SLOTS)),
+    )
     def begin(self, cache: int, speculate: bool, order: list[int]) -> None:
         self.engine = make_engine(self.dtype, prefix_cache_bytes=cache, speculate=speculate)
         self.engine.scheduler.free = order
@@ -82,7 +94,11 @@ class Company(RuleBasedStateMachine):
             return
         self.log.drain()
         scheduler = self.engine.scheduler
-        assert (self.engine.used_positions, scheduler.copies, sorted(scheduler.free)) == (0, [], [*range(SLOTS)])
+        assert (self.engine.used_positions, scheduler.copies, sorted(scheduler.free)) == (
+            0,
+            [],
+            [*range(SLOTS)],
+        )
         assert set(self.log.finished) == set(self.log.requests) - self.cancelled
         for id in self.log.finished:
             assert self.log.completion(id) == complete_alone(self.dtype, self.log.requests[id])
@@ -112,7 +128,9 @@ def by_xla():
         yield
 
 
-@pytest.mark.night  # by day test_segmented_cache.py holds that a row's attention by XLA has the same bits in any company
+# by day test_segmented_cache.py holds that a row's attention by XLA has the same bits in any
+# company
+@pytest.mark.night
 @pytest.mark.usefixtures("by_xla")
 class TestCompanyByXla(CompanyAsServed.TestCase):
     """The same without the kernel in C."""

@@ -44,7 +44,9 @@ forward_, sample_ = jax.jit(forward, static_argnums=0), jax.jit(sample)
 def plain_completion(cfg, params, prompt: list[int], sampling: SamplingParams) -> Completion:
     """The completion by the reference: prefill, then one step after another."""
     padded = np.array([[*prompt, *[0] * (CAPACITY - len(prompt))]], np.int32)
-    logits, cache = prefill(cfg, params, padded, np.array([len(prompt)], np.int32), make_cache(cfg, 1, CAPACITY))
+    logits, cache = prefill(
+        cfg, params, padded, np.array([len(prompt)], np.int32), make_cache(cfg, 1, CAPACITY)
+    )
     tokens, arrays = [], sampling_arrays([sampling])
     while True:
         (token,) = np.asarray(sample_(logits, cache.length, arrays)).tolist()
@@ -60,8 +62,9 @@ def plain_completion(cfg, params, prompt: list[int], sampling: SamplingParams) -
     "fields", [{"temperature": 0.0, "stop_token_ids": (3, 7)}, {"temperature": 0.8, "top_p": 0.9, "seed": 5}]
 )
 def test_completions_are_those_of_the_reference(fields, count_compiles):
-    """Alone and together, up to a stop token, `max_tokens` or the capacity, around the edges of chunks and segments; and only
-    the first call compiles anything."""
+    """Alone and together, up to a stop token, `max_tokens` or the capacity, around the edges of
+    chunks and segments; and only the first call compiles anything.
+    """
     cfg, params = served_model("float32")
     prompts = [text(seed, length) for seed, length in enumerate((1, 2, 16, 17, 48, CAPACITY - 1, 50))]
     most = (CAPACITY, 1, STEPS, 1, CAPACITY, CAPACITY, 20)
@@ -70,7 +73,10 @@ def test_completions_are_those_of_the_reference(fields, count_compiles):
         for prompt, count, row in zip(prompts, most, SamplingParams(20, **fields).per_row(7))
     ]
     expected = [plain_completion(cfg, params, prompt, row) for prompt, row in zip(prompts, rows)]
-    assert {completion.finish_reason for completion in expected} == {"length", *["stop"] * ("stop_token_ids" in fields)}
+    assert {completion.finish_reason for completion in expected} == {
+        "length",
+        *["stop"] * ("stop_token_ids" in fields),
+    }
     for count in (7, 1):
         complete_all(cfg, params, prompts[-count:], rows[-count:], CAPACITY)
         count_compiles.clear()
@@ -86,7 +92,9 @@ def test_completions_are_those_of_the_reference(fields, count_compiles):
 
 @pytest.mark.parametrize("dtype", ["float32", AS_SERVED])
 def test_rows_that_check_drafts_read_what_their_sequence_reads(dtype, monkeypatch):
-    """A lone text reaches long segments with wrong drafts, loses its rows to others, and gets new ones as a short text."""
+    """A lone text reaches long segments with wrong drafts, loses its rows to others, and gets new
+    ones as a short text.
+    """
     check_drafts_of_a_growing_text(dtype, monkeypatch)
 
 
@@ -103,7 +111,9 @@ def check_drafts_of_a_growing_text(dtype, monkeypatch):
     right = [*request.prompt, *expected.tokens]
 
     def draft(self, count: int) -> list[int]:
-        many, are_right = drafts_at.get(len(self._text) - 1, (1, False) if len(self._text) < 30 else (0, True))
+        many, are_right = drafts_at.get(
+            len(self._text) - 1, (1, False) if len(self._text) < 30 else (0, True)
+        )
         return [(token + (not are_right)) % 41 for token in right[len(self._text) :][: min(many, count)]]
 
     monkeypatch.setattr(Drafter, "draft", draft)
@@ -125,11 +135,14 @@ def check_drafts_of_a_growing_text(dtype, monkeypatch):
 
 
 def test_candidates_to_one_prompt_are_decoded_together():
-    """Copied from the prefix cache in one step, their tokens checked in all rows that are free; to the bit as each alone."""
+    """Copied from the prefix cache in one step, their tokens checked in all rows that are free; to
+    the bit as each alone.
+    """
     engine, prompt = make_engine("float32", prefix_cache_bytes=10**7), text(1, 33)
     engine.warm()
     candidates = [
-        request_of(prompt, 4, constraint=ForcedTokens(text(seed, 4)), temperature=0.0, logprobs=0) for seed in range(SLOTS - 2)
+        request_of(prompt, 4, constraint=ForcedTokens(text(seed, 4)), temperature=0.0, logprobs=0)
+        for seed in range(SLOTS - 2)
     ]
     alone = make_engine("float32", speculate=False)
     expected = [completion for request in candidates for completion in complete(alone, [request])]
@@ -138,7 +151,9 @@ def test_candidates_to_one_prompt_are_decoded_together():
     other = engine.submit(request_of(text(4, 40), 4))
     engine.step()
     assert len(engine.scheduler.decoding) == len(ids)
-    assert [sequence.prefilled_tokens for sequence in engine.scheduler.prefilling] == [0], "what must be computed has its turn"
+    assert [sequence.prefilled_tokens for sequence in engine.scheduler.prefilling] == [0], (
+        "what must be computed has its turn"
+    )
     engine.cancel(other)
     while engine.busy:
         engine.step()
@@ -146,9 +161,13 @@ def test_candidates_to_one_prompt_are_decoded_together():
     assert complete(engine, candidates) == expected
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=[pytest.mark.night] * (dtype != "float32")) for dtype in DTYPES])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(dtype, marks=[pytest.mark.night] * (dtype != "float32")) for dtype in DTYPES]
+)
 def test_a_prefix_cache_hit_changes_no_bit(dtype):
-    """A prompt again, to its last part; one that goes on from it or leaves it inside a chunk, as far as tails pay off."""
+    """A prompt again, to its last part; one that goes on from it or leaves it inside a chunk, as
+    far as tails pay off.
+    """
     engine = make_engine(dtype, prefix_cache_bytes=10**7)
     engine.warm()
     assert engine.tails_are_exact, "on this machine a token's bits do not depend on the size of the program"
@@ -173,7 +192,12 @@ def test_a_prefix_cache_hit_changes_no_bit(dtype):
     assert engine.prefix_cache.bytes <= engine.prefix_cache.limit
     engine.tails_are_exact = False
     engine.prefix_cache = PrefixCache(10**7)
-    assert [cached_tokens(tokens) for tokens in (prompt[:52], prompt[:52], prompt, prompt[:30])] == [[0], [51], [48], [16]]
+    assert [cached_tokens(tokens) for tokens in (prompt[:52], prompt[:52], prompt, prompt[:30])] == [
+        [0],
+        [51],
+        [48],
+        [16],
+    ]
 
 
 BY_DAY = [("float32", 0.0, SLOTS), ("float32", 0.3, SLOTS), ("float32", 0.3, 1), ("int8", 0.3, SLOTS)]
@@ -181,10 +205,13 @@ AT_NIGHT = sorted({(dtype, *case[1:]) for dtype in DTYPES for case in BY_DAY} - 
 
 
 @pytest.mark.parametrize(
-    ("dtype", "temperature", "slots"), [*BY_DAY, *(pytest.param(*case, marks=pytest.mark.night) for case in AT_NIGHT)]
+    ("dtype", "temperature", "slots"),
+    [*BY_DAY, *(pytest.param(*case, marks=pytest.mark.night) for case in AT_NIGHT)],
 )
 def test_drafts_change_when_tokens_come_and_not_which(dtype, temperature, slots, monkeypatch):
-    """A text that repeats itself, and one whose every draft is wrong; in one slot, two rows share it and need no copy."""
+    """A text that repeats itself, and one whose every draft is wrong; in one slot, two rows share
+    it and need no copy.
+    """
     request = request_of(REPEATING, 29, temperature=temperature, seed=2, logprobs=3)
     (expected,), checked = complete(make_engine(dtype, slots=slots, speculate=False), [request]), []
     right = [*request.prompt, *expected.tokens]
@@ -199,7 +226,9 @@ def test_drafts_change_when_tokens_come_and_not_which(dtype, temperature, slots,
         """Completes the request, with each right draft token `change`d by its place."""
         checked.clear()
         if change:
-            changed = lambda self, count: [change(n, token) for n, token in enumerate(right[len(self._text) :][:count])]
+            changed = lambda self, count: [
+                change(n, token) for n, token in enumerate(right[len(self._text) :][:count])
+            ]
             monkeypatch.setattr(Drafter, "draft", changed)
         assert complete(make_engine(dtype, slots=slots), [request]) == [expected]
         return sum(checked)
@@ -207,13 +236,17 @@ def test_drafts_change_when_tokens_come_and_not_which(dtype, temperature, slots,
     monkeypatch.setattr(Scheduler, "schedule", noted)
     dispatches_with_drafts()
     most = -(-28 // (4 if slots > 1 else 2))
-    assert 0 < dispatches_with_drafts(lambda n, token: token) <= most, "the drafts and a token of its own come true"
+    assert 0 < dispatches_with_drafts(lambda n, token: token) <= most, (
+        "the drafts and a token of its own come true"
+    )
     assert dispatches_with_drafts(lambda n, token: (token + 1) % 41) >= 20, "no draft comes true"
     dispatches_with_drafts(lambda n, token: 0 if n % 2 else token)
 
 
 def test_nothing_is_compiled_after_warm(count_compiles):
-    """With one row for drafts, not three; weights on a device that is not named, and on one that is."""
+    """With one row for drafts, not three; weights on a device that is not named, and on one that
+    is.
+    """
     params = served_model("float32")[1]
     jax.clear_caches()  # of what other tests have compiled
     for weights in (params, jax.device_put(params, jax.devices()[0])):
@@ -238,7 +271,9 @@ def test_nothing_is_compiled_after_warm(count_compiles):
 
 
 def test_a_chunk_is_computed_before_the_next_is_begun(monkeypatch):
-    """JAX hands a program over and goes on: a prompt's chunks, all begun at once, would hold up whoever comes meanwhile."""
+    """JAX hands a program over and goes on: a prompt's chunks, all begun at once, would hold up
+    whoever comes meanwhile.
+    """
     engine, waited = make_engine("float32"), []
     really = jax.block_until_ready
     monkeypatch.setattr(jax, "block_until_ready", lambda tree: waited.append(tree) or really(tree))
@@ -252,23 +287,36 @@ def test_a_chunk_is_computed_before_the_next_is_begun(monkeypatch):
 def test_a_short_prompt_is_computed_in_no_more_rows_than_it_needs(monkeypatch):
     engine, sizes = make_engine("float32"), []
     really = engine.runner.prefill
-    monkeypatch.setattr(engine.runner, "prefill", lambda tokens, *args: sizes.append(tokens.shape[1]) or really(tokens, *args))
-    for length, expected in ((TAIL, [TAIL]), (2 * TAIL, [TAIL] * 2), (2 * TAIL + 1, [CHUNK]), (CHUNK + TAIL, [CHUNK, TAIL])):
+    monkeypatch.setattr(
+        engine.runner, "prefill", lambda tokens, *args: sizes.append(tokens.shape[1]) or really(tokens, *args)
+    )
+    for length, expected in (
+        (TAIL, [TAIL]),
+        (2 * TAIL, [TAIL] * 2),
+        (2 * TAIL + 1, [CHUNK]),
+        (CHUNK + TAIL, [CHUNK, TAIL]),
+    ):
         sizes.clear()
-        request = request_of(text(2, length + 1), 2, temperature=0.0, logprobs=3)  # of which decoding reads the last
+        request = request_of(
+            text(2, length + 1), 2, temperature=0.0, logprobs=3
+        )  # of which decoding reads the last
         assert complete(engine, [request]) == [complete_alone("float32", request)]
         assert sizes == expected
 
 
 @pytest.mark.parametrize("by_kernel", [True, False])
 def test_a_model_that_gives_no_numbers_ends_requests_and_touches_no_other(monkeypatch, by_kernel):
-    """The last token's embedding is NaN: a request with it gets an error, those beside and after it their completions."""
+    """The last token's embedding is NaN: a request with it gets an error, those beside and after it
+    their completions.
+    """
     if not by_kernel:
         monkeypatch.setattr(ops, "native_problem", lambda: "it is off")
     params = served_model("float32")[1]
     bad = {**params, "embed": params["embed"].at[40].set(np.nan)}
     engine = make_engine("float32", params=bad)
-    good = request_of([token % 40 for token in text(4, 26)], 10, temperature=0.0, logit_bias={40: -100.0}, logprobs=2)
+    good = request_of(
+        [token % 40 for token in text(4, 26)], 10, temperature=0.0, logit_bias={40: -100.0}, logprobs=2
+    )
     spoilt = request_of([40, *text(1, 20)], 10)
     (expected,) = complete(make_engine("float32", params=bad), [good])
     cached = make_engine("float32", params=bad, prefix_cache_bytes=10**6)
@@ -283,14 +331,20 @@ def test_a_model_that_gives_no_numbers_ends_requests_and_touches_no_other(monkey
 
 
 def reference(cfg, params, request: Request, count: int) -> tuple[list[int], list[np.ndarray]]:
-    """Greedy tokens with penalties and bias, and the plain log-probabilities (V,) at each, in NumPy."""
+    """Greedy tokens with penalties and bias, and the plain log-probabilities (V,) at each, in
+    NumPy.
+    """
     tokens, logprobs, sampling, prompt = list(request.prompt), [], request.sampling, len(request.prompt)
     bias = np.array([sampling.logit_bias.get(token, 0.0) for token in range(cfg.vocab)])
     for _ in range(count):
         padded = np.array([tokens + [0] * (CAPACITY - len(tokens))] * 2, np.int32)
-        logits = np.asarray(forward_(cfg, params, padded, positions_of(2, CAPACITY))[0][0, len(tokens) - 1], np.float64)
+        logits = np.asarray(
+            forward_(cfg, params, padded, positions_of(2, CAPACITY))[0][0, len(tokens) - 1], np.float64
+        )
         logprobs.append(logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max())
-        everywhere, in_output = (np.bincount(part, minlength=cfg.vocab) for part in (tokens, np.array(tokens[prompt:], int)))
+        everywhere, in_output = (
+            np.bincount(part, minlength=cfg.vocab) for part in (tokens, np.array(tokens[prompt:], int))
+        )
         logits *= np.where(everywhere, sampling.repetition_penalty ** -np.sign(logits), 1)
         logits += bias - sampling.frequency_penalty * in_output - sampling.presence_penalty * (in_output > 0)
         tokens.append(int(logits.argmax()))
@@ -307,11 +361,18 @@ def reference(cfg, params, request: Request, count: int) -> tuple[list[int], lis
         {"repetition_penalty": 0.6},
         {"logit_bias": {3: 100.0}},
         {"logit_bias": {7: -100.0, 9: 1.5}},
-        {"presence_penalty": -0.5, "frequency_penalty": 0.7, "repetition_penalty": 1.2, "logit_bias": {1: 2.0}},
+        {
+            "presence_penalty": -0.5,
+            "frequency_penalty": 0.7,
+            "repetition_penalty": 1.2,
+            "logit_bias": {1: 2.0},
+        },
     ],
 )
 def test_penalties_bias_and_log_probabilities_are_those_of_plain_numpy(changes):
-    """In company, whose prompts are prefilled while this one waits or decodes: nothing of it is counted."""
+    """In company, whose prompts are prefilled while this one waits or decodes: nothing of it is
+    counted.
+    """
     cfg, params = served_model("float32")
     request = request_of(text(2, 21), 18, temperature=0.0, logprobs=5, **changes)
     tokens, logprobs = reference(cfg, params, request, 18)
@@ -337,7 +398,9 @@ def test_log_probabilities_of_a_small_vocabulary_are_of_all_of_it():
     (completion,) = complete(engine, [request_of((1, 2), 3, temperature=0.0, logprobs=20)])
     for _, _, top in completion.logprobs:
         assert sorted(token for token, _ in top) == list(range(11))
-        assert sum(np.exp(np.frombuffer(value, np.float32)[0]) for _, value in top) == pytest.approx(1, abs=1e-5)
+        assert sum(np.exp(np.frombuffer(value, np.float32)[0]) for _, value in top) == pytest.approx(
+            1, abs=1e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -362,7 +425,9 @@ def test_no_stop_token_comes_before_min_tokens():
     everything = tuple(range(1, 41))  # token 0 alone is no end
     engine = make_engine("float32")
     for least in (0, 1, 5, 12):
-        request = request_of(text(0, 9), 12, temperature=1.0, seed=1, stop_token_ids=everything, min_tokens=least)
+        request = request_of(
+            text(0, 9), 12, temperature=1.0, seed=1, stop_token_ids=everything, min_tokens=least
+        )
         (completion,) = complete(engine, [request])
         assert completion.tokens[:least] == (0,) * least
         assert completion.finish_reason == ("length" if len(completion.tokens) == 12 else "stop")

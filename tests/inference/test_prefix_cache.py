@@ -22,7 +22,9 @@ def names(prompt: str) -> list[bytes]:
 
 
 def prefill(cache: PrefixCache, prompt: str) -> str:
-    """Prefills a prompt as slots do, puts what was not in the cache there, and returns the letters that were."""
+    """Prefills a prompt as slots do, puts what was not in the cache there, and returns the letters
+    that were.
+    """
     hits, before = "", None
     for letter, key in zip(prompt, names(prompt)):
         cached = cache.get(key)
@@ -37,7 +39,13 @@ def prefill(cache: PrefixCache, prompt: str) -> str:
 
 def test_a_prompt_is_found_as_far_as_it_is_the_same_from_its_start():
     cache = PrefixCache(100 * SIZE)
-    assert [prefill(cache, prompt) for prompt in ("abc", "abc", "abd", "bc", "abdx")] == ["", "abc", "ab", "", "abd"]
+    assert [prefill(cache, prompt) for prompt in ("abc", "abc", "abd", "bc", "abdx")] == [
+        "",
+        "abc",
+        "ab",
+        "",
+        "abd",
+    ]
 
 
 def test_the_name_of_a_chunk_says_everything_before_it_and_where_chunks_end():
@@ -61,7 +69,9 @@ def test_it_never_holds_more_than_it_may_and_nothing_that_cannot_be_found(prompt
         prefill(cache, prompt)
         assert cache.bytes <= limit
         again = len(prefill(cache, prompt))
-        assert again == min(len(prompt), limit // SIZE), "what was read last is kept, as much of it as there is room for"
+        assert again == min(len(prompt), limit // SIZE), (
+            "what was read last is kept, as much of it as there is room for"
+        )
     size = cache.bytes
     cache.put(b"larger than all there is room for", np.zeros(100), None)
     assert cache.bytes == size, "it is not kept, and drives no other out"
@@ -78,13 +88,28 @@ def test_a_chunk_is_found_by_its_beginnings_as_long_as_it_is_there():
     cache.put(b"abd", chunk(2), None, [b"ab"])
     assert [cache.get(key)["v"][0] for key in (b"abd", b"ab", b"abc", b"a")] == [2, 2, 1, 1]
     cache.put(b"x", chunk(3), None)
-    assert [cache.get(key) is not None for key in (b"abc", b"a", b"abd", b"ab", b"x")] == [True, True, False, False, True]
+    assert [cache.get(key) is not None for key in (b"abc", b"a", b"abd", b"ab", b"x")] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
     for key in (b"y", b"z"):  # drives the other chunk that began with "ab" out too
         cache.put(key, chunk(4), None)
-    assert [cache.get(key) is not None for key in (b"abc", b"a", b"ab", b"x", b"y", b"z")] == [False] * 4 + [True] * 2
+    assert [cache.get(key) is not None for key in (b"abc", b"a", b"ab", b"x", b"y", b"z")] == [False] * 4 + [
+        True
+    ] * 2
 
 
 def test_what_was_used_longest_ago_leaves_first():
     cache = PrefixCache(4 * SIZE)
-    assert [prefill(cache, prompt) for prompt in ("ab", "xy", "ab", "q", "ab", "xy")] == ["", "", "ab", "", "ab", "x"]
+    assert [prefill(cache, prompt) for prompt in ("ab", "xy", "ab", "q", "ab", "xy")] == [
+        "",
+        "",
+        "ab",
+        "",
+        "ab",
+        "x",
+    ]
     assert cache.bytes == 4 * SIZE

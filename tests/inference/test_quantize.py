@@ -30,7 +30,9 @@ def test_all_that_is_multiplied_by_is_int8_and_nothing_else(tied):
     before = digest(params)
     prepared = prepare_params(cfg, quantize(params))
     for layout, names in ((quantize(params), MATRICES), (prepared, ("qkv", "out", "gate_up", "down"))):
-        kinds = {path: leaf.values.dtype for path, leaf in leaf_paths(layout).items() if isinstance(leaf, Int8)}
+        kinds = {
+            path: leaf.values.dtype for path, leaf in leaf_paths(layout).items() if isinstance(leaf, Int8)
+        }
         matrices = [f"blocks/{layer}/{name}" for layer in (0, 1) for name in names]
         assert kinds == dict.fromkeys([*matrices, "embed" if tied else "head"], jnp.int8)
     assert digest(params) == before
@@ -53,26 +55,40 @@ def test_logits_stay_near(tied, kind):
 
 
 def made_of_a_weights_size(params, program) -> list[str]:
-    """Finds what a compiled program makes that has as many numbers as an Int8 leaf: none should be converted or copied."""
+    """Finds what a compiled program makes that has as many numbers as an Int8 leaf: none should be
+    converted or copied.
+    """
     sizes = {leaf.values.size for leaf in leaf_paths(params).values() if isinstance(leaf, Int8)}
-    matches = re.findall(r"= (\w+\[([\d,]+)\]\S* (?:convert|copy|transpose|fusion)\()", program.compile().as_text())
+    matches = re.findall(
+        r"= (\w+\[([\d,]+)\]\S* (?:convert|copy|transpose|fusion)\()", program.compile().as_text()
+    )
     return [result for result, shape in matches if np.prod([int(n) for n in shape.split(",")]) in sizes]
 
 
 @functools.cache
 def wider(tied: bool, kind: str):
-    """A model none of whose weights has as many numbers as anything else in a program for 3 rows or 33."""
-    cfg = tiny_config(width=64, heads=4, kv_heads=2, head_dim=16, ff=160, vocab=300, dtype="bfloat16", tied=tied)
+    """A model none of whose weights has as many numbers as anything else in a program for 3 rows or
+    33.
+    """
+    cfg = tiny_config(
+        width=64, heads=4, kv_heads=2, head_dim=16, ff=160, vocab=300, dtype="bfloat16", tied=tied
+    )
     params = lively_params(cfg)
     return cfg, prepare_params(cfg, quantize(params, kind))
 
 
-@pytest.mark.parametrize(("slots", "tied", "kind"), [(3, False, "int8"), (33, True, "int8"), (3, False, "full")])
+@pytest.mark.parametrize(
+    ("slots", "tied", "kind"), [(3, False, "int8"), (33, True, "int8"), (3, False, "full")]
+)
 def test_decoding_makes_nothing_of_a_weights_size(slots, tied, kind):
-    """For slots few or many, integers are read as they lie. A weight that is converted is seen: the check can fail."""
+    """For slots few or many, integers are read as they lie. A weight that is converted is seen: the
+    check can fail.
+    """
     cfg, params = wider(tied, kind)
     token = jnp.zeros(slots, jnp.int32)
     state = make_kv_segments(cfg, slots, segment_edges(CAPACITY, 16, 16)), make_token_counts(cfg, slots)
     sampling = sampling_of(slots), make_token_masks(slots, cfg.vocab)
     arguments = *state, token, CacheRows(token, token, token, token), *sampling, jnp.int32(2), jnp.bool_(True)
-    assert bool(made_of_a_weights_size(params, decode_slots.lower(cfg, params, *arguments))) == (kind == "full")
+    assert bool(made_of_a_weights_size(params, decode_slots.lower(cfg, params, *arguments))) == (
+        kind == "full"
+    )

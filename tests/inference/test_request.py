@@ -44,7 +44,14 @@ def test_a_field_that_cannot_be_is_named(name, value):
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
-anything = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(), max_size=3)
+anything = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.lists(st.integers(), max_size=3)
+)
 
 
 @given(st.dictionaries(st.sampled_from(list(BAD)), anything, max_size=4))
@@ -71,7 +78,11 @@ def test_what_a_model_cannot_serve_is_refused_with_both_counts():
         (request_of((1,), 5, stop_token_ids=(41,)), "stop_token_ids", outside),
         (request_of((1,), 5, logit_bias={-1: 1.0}), "logit_bias", outside),
         (request_of((1, 2), 69), "prompt", "2 tokens and max_tokens is 69; together at most 70 fit"),
-        (request_of((1,) * 70, 1), "prompt", "The prompt has 70 tokens, and at most 70 fit with the answer. Shorten"),
+        (
+            request_of((1,) * 70, 1),
+            "prompt",
+            "The prompt has 70 tokens, and at most 70 fit with the answer. Shorten",
+        ),
     ):
         with pytest.raises(InvalidField, match=sentence) as caught:
             check_request(request, 41, 70)
@@ -82,7 +93,11 @@ def test_a_request_keeps_its_values_even_if_the_caller_changes_them():
     prompt, bias, ends = [1, 2], {3: 1.0}, [4]
     request = request_of(prompt, 5, stop_token_ids=ends, logit_bias=bias)
     prompt.append(9), bias.update({5: 2.0}), ends.append(6)
-    assert (request.prompt, request.sampling.logit_bias, request.sampling.stop_token_ids) == ((1, 2), {3: 1.0}, {4})
+    assert (request.prompt, request.sampling.logit_bias, request.sampling.stop_token_ids) == (
+        (1, 2),
+        {3: 1.0},
+        {4},
+    )
 
 
 def test_rows_differ_in_their_seeds_alone():

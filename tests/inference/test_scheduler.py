@@ -3,7 +3,14 @@
 from tiny import request_of
 
 from engine.inference.constraints import ForcedTokens
-from engine.inference.scheduler import OLDEST_EVERY, STEPS_BETWEEN_DRAFTS, Decode, Prefill, Scheduler, Sequence
+from engine.inference.scheduler import (
+    OLDEST_EVERY,
+    STEPS_BETWEEN_DRAFTS,
+    Decode,
+    Prefill,
+    Scheduler,
+    Sequence,
+)
 
 SLOTS, CHUNK = 5, 16
 
@@ -41,9 +48,11 @@ class Model:
 
 
 def test_a_long_prompt_holds_nobody_up():
-    """Beside prompts of three chunks each a short one is prefilled second at the latest, and decoded next.
+    """Beside prompts of three chunks each a short one is prefilled second at the latest, and
+    decoded next.
 
-    Steps prefill and decode in turns: two prefills and the decodes before, between and after them make five.
+    Steps prefill and decode in turns: two prefills and the decodes before, between and after them
+    make five.
     """
     for wait in range(OLDEST_EVERY + 2):
         model = Model()
@@ -94,7 +103,10 @@ def test_a_lone_text_is_soon_looked_at_again_for_drafts_and_others_take_longer_d
 def test_sequences_share_the_free_rows_to_check_forced_tokens():
     """Beside a plain sequence, which no row is for; more tokens than rows, and fewer."""
     forced = [[1, 2, 3, 4, 5, 6], [7, 8]]
-    model = Model(slots=6, next_token=lambda sequence: (sequence.constraint.tokens if sequence.constraint else range(9))[0])
+    model = Model(
+        slots=6,
+        next_token=lambda sequence: (sequence.constraint.tokens if sequence.constraint else range(9))[0],
+    )
     plain = model.submit(1, 9)
     ids = [model.submit(1, len(tokens), ForcedTokens(tokens)) for tokens in forced]
     model.scheduler.admit()
@@ -102,4 +114,6 @@ def test_sequences_share_the_free_rows_to_check_forced_tokens():
     own = [model.sequences[id].slot for id in (plain, *ids)]
     assert batch.drafts == {own[1]: [1], own[2]: [7]}
     checked = [(row.slot, row.token, row.position) for row in batch.rows[3:]]
-    assert checked == [(own[1], 1, 1), (own[2], 7, 1)], "of six rows three are free, and the second has no use for another"
+    assert checked == [(own[1], 1, 1), (own[2], 7, 1)], (
+        "of six rows three are free, and the second has no use for another"
+    )

@@ -1,5 +1,6 @@
 """The engine and the server under any schedule: each request gets what it gets alone, on a device made of lists; planted faults
-are found."""
+are found.
+"""
 
 import contextlib
 from types import SimpleNamespace
@@ -31,7 +32,11 @@ FAULTS = {
     "a slot is not cleared": (FakeRunner, "clear", lambda *_: None),
     "a copy is not made": (FakeRunner, "copy", lambda *_: None),
     "copies are not freed": (Scheduler, "_free_copies", lambda _: None),
-    "every draft is accepted": (Sequence, "accept", lambda sequence, sampled, drafts=None: accept(sequence, sampled)),
+    "every draft is accepted": (
+        Sequence,
+        "accept",
+        lambda sequence, sampled, drafts=None: accept(sequence, sampled),
+    ),
     "a chunk's key is its tokens alone": (engine, "chunk_key", lambda parent, tokens: chunk_key(b"", tokens)),
     "a namespace is not in the key": (engine, "root_key", lambda _, adapter: root_key("", adapter)),
     "an adapter is not in the key": (engine, "root_key", lambda namespace, _: root_key(namespace)),
@@ -50,18 +55,30 @@ FAULTS = {
 SERVER_FAULTS = {
     "a place is not given back": (Admission, "release", lambda _: None),
     "a place is given to everybody": (Admission, "check", lambda _, sender, *__: sender),
-    "a slot stays empty": (Admission, "__init__", lambda self, slots, queue: admission(self, max(1, slots - 1), queue)),
+    "a slot stays empty": (
+        Admission,
+        "__init__",
+        lambda self, slots, queue: admission(self, max(1, slots - 1), queue),
+    ),
     "the bytes of a body count for ever": (Admission, "remove_bytes", lambda *_: None),
     "who has left is answered": (EngineThread, "submit", lambda *each: submit(*each) and (lambda: None)),
     "who reads nothing is waited for": (app, "SEND_SECONDS", 10_000.0),
-    "a log that is full ends a request": (guard, "contextlib", SimpleNamespace(suppress=lambda *_: contextlib.nullcontext())),
+    "a log that is full ends a request": (
+        guard,
+        "contextlib",
+        SimpleNamespace(suppress=lambda *_: contextlib.nullcontext()),
+    ),
     "an adapter that is gone is still used": (ServerState, "adapter_of", lambda _, model: model.adapter),
     "an adapter's index is free at once": (
         engine.Engine,
         "free_adapter_index",
         lambda _, others: 1 if 1 not in others else None,
     ),
-    "a grammar masks nothing": (engine.Engine, "_masks", lambda self, _, R: make_token_masks(R, self.cfg.vocab)),
+    "a grammar masks nothing": (
+        engine.Engine,
+        "_masks",
+        lambda self, _, R: make_token_masks(R, self.cfg.vocab),
+    ),
     "events go to the request before": (
         EngineThread,
         "_deliver",

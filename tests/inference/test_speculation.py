@@ -11,7 +11,9 @@ texts = st.lists(st.integers(0, 2), max_size=40)
 
 
 def plain_draft(text: list[int], count: int) -> list[int]:
-    """By looking at every place, for the longest end first and from the back, while the product of CHANCES is high enough."""
+    """By looking at every place, for the longest end first and from the back, while the product of
+    CHANCES is high enough.
+    """
     drafts, likely = [], 1.0
     while len(drafts) < count:
         places = (

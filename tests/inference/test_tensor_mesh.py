@@ -1,6 +1,7 @@
 """Inference over several devices: the same tokens, bits that depend on a request alone, and weights that stay as they are.
 
-A process has one device unless its environment says otherwise, so a child process with three does the work.
+A process has one device unless its environment says otherwise, so a child process with three does
+the work.
 """
 
 import json
@@ -26,7 +27,9 @@ def complete(engine, prompts):
     """Returns the sampled tokens of each prompt, and their log-probabilities as hex."""
     from engine.inference.request import Request, SamplingParams
 
-    sampling = [SamplingParams(max_tokens=12, temperature=0.9, seed=row, logprobs=2) for row in range(len(prompts))]
+    sampling = [
+        SamplingParams(max_tokens=12, temperature=0.9, seed=row, logprobs=2) for row in range(len(prompts))
+    ]
     texts = {engine.submit(Request(prompt, params)): ([], []) for prompt, params in zip(prompts, sampling)}
     while engine.busy:
         for event in engine.step():
@@ -36,7 +39,9 @@ def complete(engine, prompts):
 
 
 def facts_of(weights, tied):
-    """Runs one model on one device and on three; returns what must be true, and the largest share of a device."""
+    """Runs one model on one device and on three; returns what must be true, and the largest share
+    of a device.
+    """
     import jax
     import numpy as np
     from tiny import lively_params
@@ -53,11 +58,14 @@ def facts_of(weights, tied):
     cfg = wide_config(tied=tied)
     params = lively_params(cfg)
     prepared = prepare_params(cfg, quantize(params) if weights == "int8" else params)
-    prompts = [tuple(np.random.default_rng(row).integers(0, cfg.vocab, 5 + 9 * row).tolist()) for row in range(3)]
+    prompts = [
+        tuple(np.random.default_rng(row).integers(0, cfg.vocab, 5 + 9 * row).tolist()) for row in range(3)
+    ]
     kv_dtype = "int8" if weights == "int8" else "float32"
     config = EngineConfig(3, kv_dtype=kv_dtype, prefix_cache_bytes=10**6, chunk=16, tail=8)
     make = lambda params: Engine(cfg, params, config)
-    # In int8 a last bit of attention, which sums in another order, can become a whole step of the next rounding.
+    # In int8 a last bit of attention, which sums in another order, can become a whole step of the
+    # next rounding.
     one = complete(make(prepared), prompts) if weights == "float32" else None
     with jax.set_mesh(layout.make_inference_mesh(f"tensor={DEVICES}")):
         with host_memory(True):
@@ -74,11 +82,15 @@ def facts_of(weights, tied):
     sampled = lambda completions: [tokens for tokens, _ in completions]
     return {
         "sampled tokens are those of one device": not one or sampled(one) == sampled(together),
-        "one device makes the weights that are placed": {len(leaf.devices()) for leaf in jax.tree.leaves(waiting)} == {1},
+        "one device makes the weights that are placed": {
+            len(leaf.devices()) for leaf in jax.tree.leaves(waiting)
+        }
+        == {1},
         "neighbours change no bit": together[0] == lone[0],
         "nothing compiles after warm": weights != "int8" or compiles.count == 0,
         "weights are unchanged": digest(engine.params) == before and engine.params is placed,
-        "each device holds its key heads": keys.addressable_shards[0].data.shape[1] == cfg.kv_heads // DEVICES,
+        "each device holds its key heads": keys.addressable_shards[0].data.shape[1]
+        == cfg.kv_heads // DEVICES,
     }, sum(shares) / sum(leaf.nbytes for leaf in jax.tree.leaves(placed))
 
 
@@ -91,14 +103,34 @@ def child(folder):
     from chat_models import save_chat_model
 
     save_chat_model(folder, width=24, ff=36)
-    words = ["--model", str(folder), "--prompt", "Hello", "--max-tokens", "9", "--temperature", "0", "--verbose"]
-    for mesh in ([], ["--mesh", "tensor=3"], ["--mesh", "tensor=2"], ["--mesh", "fsdp=3"], ["--mesh", "tensor=4"]):
+    words = [
+        "--model",
+        str(folder),
+        "--prompt",
+        "Hello",
+        "--max-tokens",
+        "9",
+        "--temperature",
+        "0",
+        "--verbose",
+    ]
+    for mesh in (
+        [],
+        ["--mesh", "tensor=3"],
+        ["--mesh", "tensor=2"],
+        ["--mesh", "fsdp=3"],
+        ["--mesh", "tensor=4"],
+    ):
         print("---", *mesh, flush=True)
         print("exit", main([*words, *mesh]), flush=True)
     (text := folder / "sea.txt").write_text("Ships with red sails lay at anchor. " * 20)
     for mesh in ([], ["--mesh", "tensor=3"], ["--mesh", "fsdp=3"]):
         print("---", flush=True)
-        print("exit", evaluate.main(["--model", str(folder), "--data", str(text), "--context", "16", *mesh]), flush=True)
+        print(
+            "exit",
+            evaluate.main(["--model", str(folder), "--data", str(text), "--context", "16", *mesh]),
+            flush=True,
+        )
     print(json.dumps(results))
 
 
@@ -110,7 +142,11 @@ def outcome(tmp_path_factory):
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     done = subprocess.run(
-        [sys.executable, __file__, folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        [sys.executable, __file__, folder],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
@@ -127,7 +163,11 @@ def test_the_command_takes_a_mesh_or_says_why_not(outcome):
     text = lambda output: re.sub("(model|device|weights) .*|.* tokens, .*", "", output.partition("exit 0")[0])
     assert "weights unchanged" in three
     assert text(alone).split() == text(three).removeprefix(" --mesh tensor=3").split()
-    for refused, reason in ((two, "tensor may be 1 or 3"), (fsdp, "along tensor alone"), (four, "there are 3")):
+    for refused, reason in (
+        (two, "tensor may be 1 or 3"),
+        (fsdp, "along tensor alone"),
+        (four, "there are 3"),
+    ):
         assert "exit 2" in refused
         assert reason in refused
 

@@ -17,11 +17,25 @@ TARGETS = {
     "rocm": "gpu",
     "tpu": "tpu",
 }  # as the compiler calls them, and as JAX's default device is called
-_BYTES = {"f64": 8, "i64": 8, "ui64": 8, "f32": 4, "i32": 4, "ui32": 4, "bf16": 2, "f16": 2, "i8": 1, "ui8": 1, "i1": 1}
+_BYTES = {
+    "f64": 8,
+    "i64": 8,
+    "ui64": 8,
+    "f32": 4,
+    "i32": 4,
+    "ui32": 4,
+    "bf16": 2,
+    "f16": 2,
+    "i8": 1,
+    "ui8": 1,
+    "i1": 1,
+}
 _PLACE = re.compile(r' loc\((?:#\w+|"[^"]*")\)')  # in the source
 _RESULT = re.compile(r"^ *%\S+ = .*tensor<((?:\d+x)*)(\w+)>\)?$", re.MULTILINE)
 _KERNEL = re.compile(r"stablehlo\.custom_call @(\S+?)\(")
-_MAIN = re.compile(r"^  func\.func public @main\((.*?)\) -> .*?^    return (.*?) :.*?^  \}", re.MULTILINE | re.DOTALL)
+_MAIN = re.compile(
+    r"^  func\.func public @main\((.*?)\) -> .*?^    return (.*?) :.*?^  \}", re.MULTILINE | re.DOTALL
+)
 _ARGUMENT = re.compile(r"%arg(\d+): tensor<[^>]*>((?: \{[^%]*\})?)")
 _ALIASED = re.compile(r"tf\.aliasing_output|jax\.buffer_donor")
 
@@ -63,7 +77,9 @@ def make_for[T](platform: str, make: Callable[[ModelConfig], T], cfg: ModelConfi
 
 
 def export(function: Any, arguments: tuple[Any, ...], platform: str) -> jax.export.Exported:
-    """Exports a jitted function for a platform of TARGETS. Raises what JAX raises for what cannot run there."""
+    """Exports a jitted function for a platform of TARGETS. Raises what JAX raises for what cannot
+    run there.
+    """
     # JAX promises few kernels' names for later; what is exported here is read at once.
     checks = [jax.export.DisabledSafetyCheck.custom_call("ALL")]
     traced = _TracedFor(function, TARGETS[platform])
@@ -71,26 +87,36 @@ def export(function: Any, arguments: tuple[Any, ...], platform: str) -> jax.expo
 
 
 def kernels(exported: jax.export.Exported) -> dict[str, int]:
-    """Returns how often a program's functions call each custom kernel; blocks that are alike share a function."""
+    """Returns how often a program's functions call each custom kernel; blocks that are alike share
+    a function.
+    """
     return dict(Counter(_KERNEL.findall(exported.mlir_module())))
 
 
 def largest_temporary(exported: jax.export.Exported) -> Temporary | None:
-    """Returns the largest result of an operation, before the compiler fuses any; None of a program without operations."""
+    """Returns the largest result of an operation, before the compiler fuses any; None of a program
+    without operations.
+    """
     results = {(dtype, shape) for shape, dtype in _RESULT.findall(_text(exported)) if dtype in _BYTES}
     values = [Temporary(dtype, tuple(map(int, shape.split("x")[:-1]))) for dtype, shape in results]
     return max(values, key=lambda value: (value.bytes, value), default=None)
 
 
 def weights_given_away(exported: jax.export.Exported, weights: Any) -> list[str]:
-    """Returns how a program gives away one of its first arguments, `weights`: it may overwrite or returns it, or its like."""
+    """Returns how a program gives away one of its first arguments, `weights`: it may overwrite or
+    returns it, or its like.
+    """
     leaves = jax.tree.leaves(weights)
     given = [f"argument {place}" for place in sorted(_aliased_arguments(exported) & {*range(len(leaves))})]
-    return given + [f"a result {out.shape}" for out in exported.out_avals if out.shape in {leaf.shape for leaf in leaves}]
+    return given + [
+        f"a result {out.shape}" for out in exported.out_avals if out.shape in {leaf.shape for leaf in leaves}
+    ]
 
 
 def _aliased_arguments(exported: jax.export.Exported) -> set[int]:
-    """Returns the flat arguments whose memory a program may write to, or that it returns as they came."""
+    """Returns the flat arguments whose memory a program may write to, or that it returns as they
+    came.
+    """
     match = _MAIN.search(_text(exported))
     assert match, "a module has a main function"
     signature, results = match.groups()

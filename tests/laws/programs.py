@@ -3,8 +3,8 @@
     program = PROGRAMS["train step, LoRA"](cfg)
     program.function.lower(*program.arguments).compile(program.options)
 
-Arguments are shapes without a device, so a program is as large as its config and costs nothing until it is compiled, and it
-can be exported for another platform.
+Arguments are shapes without a device, so a program is as large as its config and costs nothing
+until it is compiled, and it can be exported for another platform.
 """
 
 import dataclasses
@@ -61,14 +61,18 @@ from engine.training.step import (
 )
 
 B, T = 4, 256  # of a training batch: two blocks of queries
-ROWS, CAPACITY, CHUNK = 5, 192, 64  # of inference; ROWS is no other size, so that a shape tells what it is
+# of inference; ROWS is no other size, so that a shape tells what it is
+ROWS, CAPACITY, CHUNK = 5, 192, 64
 LORA = LoraConfig(rank=4)
 TAIL = 16  # tokens of a short chunk
-# Two members of the family that share few options, large enough for XLA to choose the kernels of real models. One layer, for
-# the programs are many; two where layers differ or a loop goes over them: `step_program`.
+# Two members of the family that share few options, large enough for XLA to choose the kernels of
+# real models. One layer, for the programs are many; two where layers differ or a loop goes over
+# them: `step_program`.
 QWEN3 = ModelConfig(300, 96, 1, 6, 160, 512, kv_heads=3, head_dim=16, qk_norm=True)
 PAIRED = dataclasses.replace(QWEN3, kv_heads=2)  # which tensor=2 divides
-QWEN2 = ModelConfig(300, 96, 1, 6, 160, 512, kv_heads=6, head_dim=16, qkv_bias=True, tied=True, dtype="float32")
+QWEN2 = ModelConfig(
+    300, 96, 1, 6, 160, 512, kv_heads=6, head_dim=16, qkv_bias=True, tied=True, dtype="float32"
+)
 
 
 class Program(NamedTuple):
@@ -107,14 +111,18 @@ def params_shapes(cfg: ModelConfig) -> Any:
 
 
 def serving_params(cfg: ModelConfig, weights: Any = "plain") -> Any:
-    """Returns shapes of weights as served: `plain` in the compute dtype, `int8` as W8A8, `full` as int8 that is widened."""
+    """Returns shapes of weights as served: `plain` in the compute dtype, `int8` as W8A8, `full` as
+    int8 that is widened.
+    """
     return _serving_params(cfg, weights, platform(), layout.column_shards() == 1)
 
 
 @functools.cache
 def _serving_params(cfg: ModelConfig, weights: Any, _: str, whole: bool) -> Any:
     """By platform, because each has its own layout of int8 weights."""
-    make = lambda params: prepare_params(cfg, params if weights == "plain" else quantize(params, weights), whole)
+    make = lambda params: prepare_params(
+        cfg, params if weights == "plain" else quantize(params, weights), whole
+    )
     return jax.eval_shape(make, params_shapes(cfg))
 
 
@@ -135,7 +143,8 @@ def step_program(
     remat: Any = None,
     **rules: list[str],
 ) -> Make:
-    """Makes a training step of what `rules` select, or of an adapter on a base that is `lora`: plain or int8.
+    """Makes a training step of what `rules` select, or of an adapter on a base that is `lora`:
+    plain or int8.
 
     With `remat` (none or block) the layers are a scan.
     """
@@ -161,7 +170,9 @@ def step_program(
 def prefill_program(weights: str = "plain", rows: int = ROWS) -> Make:
     def make(cfg: ModelConfig) -> Program:
         cache, lengths = jax.eval_shape(lambda: make_cache(cfg, rows, CAPACITY)), shape_of(jnp.int32, rows)
-        return Program(prefill, (cfg, serving_params(cfg, weights), shape_of(jnp.int32, rows, CHUNK), lengths, cache))
+        return Program(
+            prefill, (cfg, serving_params(cfg, weights), shape_of(jnp.int32, rows, CHUNK), lengths, cache)
+        )
 
     return make
 
@@ -194,7 +205,9 @@ def rollout_shapes() -> PolicyBatch:
 
 def initial_state(kind: Any) -> Make:
     """Makes random weights and the optimizer's state at once, as `stages.train` does."""
-    make = lambda cfg: init_state(make_optimizer(OptimizerConfig(kind=kind)), init_params(cfg, jax.random.key(0)))
+    make = lambda cfg: init_state(
+        make_optimizer(OptimizerConfig(kind=kind)), init_params(cfg, jax.random.key(0))
+    )
     return lambda cfg: Program(jax.jit(make, static_argnums=0), (cfg,))
 
 
@@ -215,7 +228,9 @@ TRAINING: dict[str, Make] = {
     "train step, AdamW": step_program(),
     "train step, Muon": step_program(kind="muon"),
     "train step, microbatches": step_program(microbatches=2),
-    "train step, Muon, scan": step_program(data=text_shapes, kind="muon", remat="none"),  # as stages.train runs off a CPU
+    "train step, Muon, scan": step_program(
+        data=text_shapes, kind="muon", remat="none"
+    ),  # as stages.train runs off a CPU
     "train step, scan and remat": step_program(data=text_shapes, remat="block"),
     "train step, LoRA, remat": step_program(lora="plain", remat="block"),
     "train step, bottom frozen": step_program(freeze=["bottom:1"]),
@@ -228,8 +243,12 @@ TRAINING: dict[str, Make] = {
     "train step, KTO": step_program(preference_objective("kto"), preference_shapes, lora="plain"),
     "train step, reinforce": step_program(grpo(0.2, 0.1), rollout_shapes, lora="plain"),
     "gradient norms": lambda cfg: Program(gradient_norms, (cfg, params_shapes(cfg), {}, batch_shapes())),
-    "loss": lambda cfg: Program(jax.jit(summed_loss, static_argnums=0), (cfg, params_shapes(cfg), batch_shapes())),
-    "pair log-probabilities": lambda cfg: Program(pair_logprobs, (cfg, serving_params(cfg), preference_shapes())),
+    "loss": lambda cfg: Program(
+        jax.jit(summed_loss, static_argnums=0), (cfg, params_shapes(cfg), batch_shapes())
+    ),
+    "pair log-probabilities": lambda cfg: Program(
+        pair_logprobs, (cfg, serving_params(cfg), preference_shapes())
+    ),
     "log-probabilities": lambda cfg: Program(log_probabilities, (cfg, serving_params(cfg), batch_shapes())),
     "loss with an adapter": adapter_loss("plain"),
     "loss with an adapter on int8": adapter_loss("int8"),
@@ -246,11 +265,20 @@ def engine_program(
 ) -> Make:
     """Makes a program of an engine by its name in `idle_programs`."""
     config = EngineConfig(
-        slots, CAPACITY, kv_dtype=kv_dtype, prefix_cache_bytes=1, chunk=CHUNK, tail=TAIL, embeds=embeds, adapters=adapters
+        slots,
+        CAPACITY,
+        kv_dtype=kv_dtype,
+        prefix_cache_bytes=1,
+        chunk=CHUNK,
+        tail=TAIL,
+        embeds=embeds,
+        adapters=adapters,
     )
 
     def make(cfg: ModelConfig) -> Program:
-        backend = ByXla() if name in ("clear_slot", "copy_slot") else choose_backend()  # the kernels do without these
+        backend = (
+            ByXla() if name in ("clear_slot", "copy_slot") else choose_backend()
+        )  # the kernels do without these
         segments = jax.eval_shape(lambda: backend.make_segments(cfg, slots, config.edges(backend), kv_dtype))
         counts = jax.eval_shape(lambda: make_token_counts(cfg, config.rows))
         params = serving_params(cfg, weights)
@@ -264,7 +292,8 @@ def engine_program(
 
 INFERENCE: dict[str, Make] = {  # the weights are the second argument
     "forward": lambda cfg: Program(
-        jax.jit(forward, static_argnums=0), (cfg, serving_params(cfg), *[shape_of(jnp.int32, ROWS, CHUNK)] * 2)
+        jax.jit(forward, static_argnums=0),
+        (cfg, serving_params(cfg), *[shape_of(jnp.int32, ROWS, CHUNK)] * 2),
     ),
     "score": lambda cfg: Program(score, (cfg, serving_params(cfg), batch_shapes(ROWS, CHUNK))),
     "score, int8": lambda cfg: Program(score, (cfg, serving_params(cfg, "int8"), batch_shapes(ROWS, CHUNK))),
@@ -288,24 +317,34 @@ INFERENCE: dict[str, Make] = {  # the weights are the second argument
 }
 
 WITHOUT_WEIGHTS: dict[str, Make] = {  # they read none, or make them
-    "quantize": lambda cfg: Program(int8._quantize_jitted, (shape_of(jnp.float32, cfg.width, cfg.ff), "int8", 1)),  # noqa: SLF001
+    "quantize": lambda cfg: Program(
+        int8._quantize_jitted,  # noqa: SLF001
+        (shape_of(jnp.float32, cfg.width, cfg.ff), "int8", 1),
+    ),
     "round to blocks": lambda cfg: Program(round_to_blocks, (shape_of(jnp.float32, GROUP, cfg.ff), "Q4_1")),
     "factors to train": lambda cfg: Program(factors_to_train, (blocks_shape(cfg),)),
     "with factors": lambda cfg: Program(with_factors, (blocks_shape(cfg), factors_shape(cfg))),
     "Blocks.weight_of": lambda cfg: Program(Blocks.weight_of, (blocks_shape(cfg), factors_shape(cfg))),
-    "Rounding.weight_of": lambda cfg: Program(Rounding.weight_of, (Rounding("Q4_0", 1), shape_of(jnp.float32, GROUP, cfg.ff))),
+    "Rounding.weight_of": lambda cfg: Program(
+        Rounding.weight_of, (Rounding("Q4_0", 1), shape_of(jnp.float32, GROUP, cfg.ff))
+    ),
     "scatter": lambda cfg: Program(
         segmented._scatter,  # noqa: SLF001
         (*[shape_of(jnp.float32, ROWS, 2, CHUNK, 1)] * 2, shape_of(jnp.int32, ROWS, 2)),
     ),
-    **{name: engine_program(name) for name in ("clear_slot", "copy_slot", "set_token_counts", "read_chunk", "write_chunk")},
+    **{
+        name: engine_program(name)
+        for name in ("clear_slot", "copy_slot", "set_token_counts", "read_chunk", "write_chunk")
+    },
 }
 
 PROGRAMS = TRAINING | INFERENCE | WITHOUT_WEIGHTS
 
 
 def lay_out(program: Program, mesh: Any) -> Program:
-    """Cuts a program's weights and moments over the mesh that it is traced on, by the rules of `engine/mesh/layout.py`."""
+    """Cuts a program's weights and moments over the mesh that it is traced on, by the rules of
+    `engine/mesh/layout.py`.
+    """
 
     def place(keys: Any, leaf: Any) -> Any:
         spec = leaf_spec(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf.shape, mesh.shape)

@@ -1,9 +1,10 @@
 """No program of ours holds a product that XLA gets wrong on a CPU.
 
-From jaxlib 0.10.2 to 0.12 a product whose right side is one number spread over a matrix is garbage when its result is summed
-in the same loop: `sum(x @ full_like(x, 2.5), -1)` of 5 x 60 x 60 numbers is off by 1e30, for nobody writes the spread
-matrix to memory. So no product of ours reads a broadcast that is made beside it, of one number or of many; behind
-`jax.lax.optimization_barrier` it is made first, and is an array like any other.
+From jaxlib 0.10.2 to 0.12 a product whose right side is one number spread over a matrix is garbage
+when its result is summed in the same loop: `sum(x @ full_like(x, 2.5), -1)` of 5 x 60 x 60 numbers
+is off by 1e30, for nobody writes the spread matrix to memory. So no product of ours reads a
+broadcast that is made beside it, of one number or of many; behind `jax.lax.optimization_barrier` it
+is made first, and is an array like any other.
 """
 
 import functools
@@ -17,7 +18,8 @@ import pytest
 from programs import PROGRAMS, QWEN2, QWEN3, WITHOUT_WEIGHTS
 from tiny import normal, tiny_config
 
-# Vocabularies whose logits are made in parts: of the columns or rows of a batch, of int8 columns, of a served head.
+# Vocabularies whose logits are made in parts: of the columns or rows of a batch, of int8 columns,
+# of a served head.
 LARGE = {
     "train step, AdamW": 140_000,
     "train step, LoRA": 20_000,
@@ -27,9 +29,21 @@ LARGE = {
     "decode_slots, int8": 20_000,
 }
 CASES = {f"{name}, Qwen3": (name, QWEN3) for name in PROGRAMS}
-OTHERWISE = ("train step, AdamW", "train step, LoRA", "score", "prefill, one prompt", "decode_steps", "decode_slots")
-CASES |= {f"{name}, Qwen2": (name, QWEN2) for name in OTHERWISE}  # tied, with biases, one query head for each key head
-CASES |= {f"{name}, {vocab}": (name, tiny_config(vocab=vocab, width=64, dtype="bfloat16")) for name, vocab in LARGE.items()}
+OTHERWISE = (
+    "train step, AdamW",
+    "train step, LoRA",
+    "score",
+    "prefill, one prompt",
+    "decode_steps",
+    "decode_slots",
+)
+CASES |= {
+    f"{name}, Qwen2": (name, QWEN2) for name in OTHERWISE
+}  # tied, with biases, one query head for each key head
+CASES |= {
+    f"{name}, {vocab}": (name, tiny_config(vocab=vocab, width=64, dtype="bfloat16"))
+    for name, vocab in LARGE.items()
+}
 # The results of these are arrays in memory, or differ from place to place.
 MATERIALIZED = {
     "parameter",
@@ -50,13 +64,18 @@ MATERIALIZED = {
 
 
 def spread_operands(text: str) -> list[str]:
-    """Finds each product in a module's HLO with an operand that is made of broadcasts alone, in the same computation."""
+    """Finds each product in a module's HLO with an operand that is made of broadcasts alone, in the
+    same computation.
+    """
     return [name for computation in re.split(r"\n(?=\S)", text) for name in _spread_operands(computation)]
 
 
 def _spread_operands(computation: str) -> list[str]:
     lines = re.findall(r"^\s+(?:ROOT )?%?(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)", computation, re.MULTILINE)
-    instructions = {name: (shape, opcode, re.findall(r"[\w.-]+(?=,|$)", operands)) for name, shape, opcode, operands in lines}
+    instructions = {
+        name: (shape, opcode, re.findall(r"[\w.-]+(?=,|$)", operands))
+        for name, shape, opcode, operands in lines
+    }
 
     @functools.cache
     def is_spread(name: str) -> bool:
@@ -65,7 +84,11 @@ def _spread_operands(computation: str) -> list[str]:
             return "[]" in shape
         return opcode == "broadcast" or (opcode not in MATERIALIZED and all(map(is_spread, operands)))
 
-    return [name for name, (_, opcode, operands) in instructions.items() if opcode == "dot" and any(map(is_spread, operands))]
+    return [
+        name
+        for name, (_, opcode, operands) in instructions.items()
+        if opcode == "dot" and any(map(is_spread, operands))
+    ]
 
 
 def spread_in(program, *arguments) -> list[str]:
@@ -74,16 +97,24 @@ def spread_in(program, *arguments) -> list[str]:
     return spread_operands(lowered.as_text("hlo")) + spread_operands(lowered.compile().as_text())
 
 
-# Qwen2's own products are those of a training step and of scoring too; these steps multiply as AdamW's, Muon's, LoRA's and a
-# preference's do, and these programs of inference as those that read more tokens, rows or slots.
+# Qwen2's own products are those of a training step and of scoring too; these steps multiply as
+# AdamW's, Muon's, LoRA's and a preference's do, and these programs of inference as those that read
+# more tokens, rows or slots.
 ALIKE = ("microbatches", "bottom frozen", "top frozen", "Muon, scan", "LoRA, remat", "preference, all")
-NIGHT = {f"{name}, Qwen2" for name in ("train step, LoRA", "prefill, one prompt", "decode_steps", "decode_slots")}
+NIGHT = {
+    f"{name}, Qwen2" for name in ("train step, LoRA", "prefill, one prompt", "decode_steps", "decode_slots")
+}
 NIGHT |= {f"train step, {kind}, Qwen3" for kind in ALIKE}
-NIGHT |= {f"{name}, Qwen3" for name in ("decode_slots, float32 cache", "decode in one slot", "prefill_tail", "decode_steps")}
+NIGHT |= {
+    f"{name}, Qwen3"
+    for name in ("decode_slots, float32 cache", "decode in one slot", "prefill_tail", "decode_steps")
+}
 assert {*CASES} >= NIGHT
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.night] * (case in NIGHT)) for case in sorted(CASES)])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.night] * (case in NIGHT)) for case in sorted(CASES)]
+)
 def test_no_product_reads_a_broadcast(case):
     name, cfg = CASES[case]
     program = PROGRAMS[name](cfg)
@@ -126,6 +157,11 @@ def test_every_program_of_the_engine_is_looked_at():
     """The list holds each jitted function that a module of the engine names."""
     kind = type(jax.jit(abs))
     modules = [module for name, module in sys.modules.items() if name.startswith("engine.")]
-    jitted = {value.__wrapped__: name for module in modules for name, value in vars(module).items() if isinstance(value, kind)}
+    jitted = {
+        value.__wrapped__: name
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, kind)
+    }
     listed = {make(QWEN3).function.__wrapped__ for make in PROGRAMS.values()}
     assert {name for function, name in jitted.items() if function not in listed} == set()

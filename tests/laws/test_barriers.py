@@ -11,7 +11,9 @@ from programs import PROGRAMS
 from engine.model.config import ModelConfig
 
 CFG = ModelConfig(vocab=512, width=128, layers=1, heads=4, kv_heads=2, ff=352, context=256, qk_norm=True)
-CASES = [  # a program, its model, and the functions whose barriers it would miss: by what figure, more than how many times
+# a program, its model, and the functions whose barriers it would miss: by what figure, more than
+# how many times
+CASES = [
     (
         "train step, AdamW",
         CFG,
@@ -48,15 +50,20 @@ CASES = [  # a program, its model, and the functions whose barriers it would mis
         dataclasses.replace(CFG, width=768, ff=2048, layers=3),
         (("_multiply_widened", "temporaries", 2),),
     ),
-    ("train step, LoRA", dataclasses.replace(CFG, width=512, ff=1408, layers=4), (("_after", "temporaries", 1.1),)),
+    (
+        "train step, LoRA",
+        dataclasses.replace(CFG, width=512, ff=1408, layers=4),
+        (("_after", "temporaries", 1.1),),
+    ),
     ("decode_slots", CFG, (("_threshold", "sorts", 0),)),
 ]
 BARRIER = jax.lax.optimization_barrier
 
 
 def figures(name: str, cfg: ModelConfig, without: str, monkeypatch) -> dict[str, float]:
-    """Compiles a program without the barriers of one function, and returns what it costs. A product whose left side is read
-    along its first axis takes XLA's slow path: see `ops.transpose`."""
+    """Compiles a program without the barriers of one function, and returns what it costs. A product
+    whose left side is read along its first axis takes XLA's slow path: see `ops.transpose`.
+    """
     removed = []
 
     def barrier(operand):

@@ -39,11 +39,15 @@ def test_completing_prompts_changes_no_weight_and_remembers_none(weights, rows):
 
 
 def test_serving_many_changes_no_weight_and_remembers_no_request():
-    """All that an engine can do, twice over: prefix-cache hits, draft tokens, penalties, cancelling."""
+    """All that an engine can do, twice over: prefix-cache hits, draft tokens, penalties,
+    cancelling.
+    """
     cfg, params = served_model("bfloat16")
     params = prepare_params(cfg, quantize(params))
     before, answers = digest(params), []
-    engine = Engine(cfg, params, EngineConfig(3, 32, kv_dtype="int8", prefix_cache_bytes=10**6, chunk=16, tail=4))
+    engine = Engine(
+        cfg, params, EngineConfig(3, 32, kv_dtype="int8", prefix_cache_bytes=10**6, chunk=16, tail=4)
+    )
     for _ in range(2):
         ids = [
             engine.submit(

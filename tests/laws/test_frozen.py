@@ -42,16 +42,24 @@ SETUPS = {
 
 
 @pytest.mark.parametrize(
-    "setup", [pytest.param(setup, marks=[pytest.mark.night] * (setup in ("upper half, Muon", "LoRA"))) for setup in SETUPS]
+    "setup",
+    [
+        pytest.param(setup, marks=[pytest.mark.night] * (setup in ("upper half, Muon", "LoRA")))
+        for setup in SETUPS
+    ],
 )
 def test_frozen_parameters_are_the_same_to_the_bit_after_a_thousand_steps(setup):
     make, kind = SETUPS[setup]
     trainable, frozen = make()
     frozen = jax.tree.map(jnp.array, frozen)
     before, start = digest(frozen), jax.tree.map(np.asarray, trainable)
-    tx = make_optimizer(OptimizerConfig(kind=kind, learning_rate=0.01, weight_decay=0.5, clip=0.1, momentum=0.95))
+    tx = make_optimizer(
+        OptimizerConfig(kind=kind, learning_rate=0.01, weight_decay=0.5, clip=0.1, momentum=0.95)
+    )
     state = init_state(tx, trainable)
-    shapes = {leaf.shape for leaf in jax.tree.leaves(frozen)} - {leaf.shape for leaf in jax.tree.leaves(start)}
+    shapes = {leaf.shape for leaf in jax.tree.leaves(frozen)} - {
+        leaf.shape for leaf in jax.tree.leaves(start)
+    }
     assert shapes
     state_shapes = {leaf.shape for leaf in jax.tree.leaves(state.opt_state)}
     assert not state_shapes & shapes, "the optimizer remembers something of a frozen weight's shape"

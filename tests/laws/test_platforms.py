@@ -18,13 +18,17 @@ from engine.model.attention_in_blocks import QUERY_BLOCK
 DISPATCH = importlib.import_module("jax._src.dispatch")
 CUDNN = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
 # They read whole texts, so that a kernel computes their attention where there is one.
-ATTENDING = [name for name in PROGRAMS if name.startswith(("train step", "loss", "pair log-prob", "log-prob"))]
+ATTENDING = [
+    name for name in PROGRAMS if name.startswith(("train step", "loss", "pair log-prob", "log-prob"))
+]
 PREFILLING = [name for name in PROGRAMS if name.startswith("prefill") and "_" not in name]
 
 
 @functools.cache
 def make(name: str, device: str, cfg):
-    """A program as a kind of device gets it, made once: JAX finds what it has traced by its arguments' identity."""
+    """A program as a kind of device gets it, made once: JAX finds what it has traced by its
+    arguments' identity.
+    """
     with jax.default_device(device):
         return PROGRAMS[name](cfg)
 
@@ -36,7 +40,9 @@ def exported(name: str, platform: str, cfg=QWEN3, with_cudnn=False):
 
 @pytest.fixture(scope="module")
 def cudnn():
-    """From here to the end of this file JAX believes that cuDNN is here, with a GPU that it serves: enough to lower."""
+    """From here to the end of this file JAX believes that cuDNN is here, with a GPU that it serves:
+    enough to lower.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CUDNN, "check_cudnn_version", lambda: 91000)
         patch.setattr(CUDNN, "check_compute_capability", lambda _: True)
@@ -47,7 +53,9 @@ def cudnn():
 
 
 # By day of training steps these; the others attend as they do, and train other parameters.
-BY_DAY = {f"train step, {kind}" for kind in ("AdamW", "scan and remat", "LoRA, remat", "preference", "reinforce")}
+BY_DAY = {
+    f"train step, {kind}" for kind in ("AdamW", "scan and remat", "LoRA, remat", "preference", "reinforce")
+}
 OTHERS = ("train step, Muon, scan", "train step, LoRA on int8")  # what else lowers otherwise
 DAILY = [name for name in PROGRAMS if " step, " not in name or name in (*BY_DAY, *OTHERS)]
 
@@ -59,7 +67,10 @@ DAILY = [name for name in PROGRAMS if " step, " not in name or name in (*BY_DAY,
         pytest.param("cpu", INFERENCE, id="cpu"),
         pytest.param("cuda", DAILY, id="cuda"),
         pytest.param("tpu", DAILY, id="tpu"),
-        *(pytest.param(name, PROGRAMS, id=f"all, {name}", marks=pytest.mark.night) for name in ("cuda", "rocm", "tpu")),
+        *(
+            pytest.param(name, PROGRAMS, id=f"all, {name}", marks=pytest.mark.night)
+            for name in ("cuda", "rocm", "tpu")
+        ),
     ],
 )
 def test_every_program_lowers_and_no_weight_is_given_away(platform, names):
@@ -91,8 +102,13 @@ def test_the_check_sees_what_is_given_away():
 
 
 def test_the_largest_temporary_is_found():
-    big = Program(jax.jit(lambda x: (x[:, None] * x[None]).sum()), (jax.ShapeDtypeStruct((70,), jnp.bfloat16),))
-    assert largest_temporary(export(*big[:2], "cuda")) in (Temporary("f32", (70, 70)), Temporary("bf16", (70, 70)))
+    big = Program(
+        jax.jit(lambda x: (x[:, None] * x[None]).sum()), (jax.ShapeDtypeStruct((70,), jnp.bfloat16),)
+    )
+    assert largest_temporary(export(*big[:2], "cuda")) in (
+        Temporary("f32", (70, 70)),
+        Temporary("bf16", (70, 70)),
+    )
 
 
 def test_the_other_family_lowers_too():
@@ -102,15 +118,22 @@ def test_the_other_family_lowers_too():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.night] * (" step" in name and name not in BY_DAY)) for name in ATTENDING]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.night] * (" step" in name and name not in BY_DAY))
+        for name in ATTENDING
+    ],
 )
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_no_scores_reach_memory_where_a_kernel_exists(name, platform, cudnn):
-    """Attention is a kernel, and no value is as large as the scores of a block of queries, (rows, N, QUERY_BLOCK, T).
+    """Attention is a kernel, and no value is as large as the scores of a block of queries, (rows,
+    N, QUERY_BLOCK, T).
 
     Splash attention keeps LANES numbers a query and head, here as many.
     """
-    program = exported(name, "cuda", QWEN3, True) if platform == "cuda" else exported(name, "tpu")  # which was lowered above
+    program = (
+        exported(name, "cuda", QWEN3, True) if platform == "cuda" else exported(name, "tpu")
+    )  # which was lowered above
     assert kernels(program), "blocks that are alike may share one call"
     rows = B * (2 if "preference" in name or name.startswith("pair") else 1)
     block = 4 * rows * QWEN3.heads * QUERY_BLOCK * T
@@ -128,8 +151,11 @@ MESHED = ["train step, AdamW", "train step, LoRA", "train step, preference", "tr
 @pytest.mark.parametrize("name", [*MESHED, "prefill", "decode_steps"])
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_on_a_mesh_a_kernel_computes_the_rows_and_heads_of_its_device(name, platform, cudnn, monkeypatch):
-    """No value around a kernel is as large as a device's share of a block of scores, none elsewhere as the whole block."""
-    # JAX wants to see the devices where it meets cuDNN's primitives, though inside `shard_map` it does without.
+    """No value around a kernel is as large as a device's share of a block of scores, none elsewhere
+    as the whole block.
+    """
+    # JAX wants to see the devices where it meets cuDNN's primitives, though inside `shard_map` it
+    # does without.
     monkeypatch.setattr(DISPATCH, "prim_requires_devices_during_lowering", set())
     trains, tensor = name not in INFERENCE, 2
     mesh = AbstractMesh((1, 2 if trains else 1, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
@@ -139,7 +165,9 @@ def test_on_a_mesh_a_kernel_computes_the_rows_and_heads_of_its_device(name, plat
     text, called = program.mlir_module(), sum(kernels(program).values())
     assert program.nr_devices == mesh.size
     assert trains or not weights_given_away(program, arguments[1])
-    assert (called > 0) == (trains or (name, platform) == ("prefill", "cuda")), "other products are XLA's to cut"
+    assert (called > 0) == (trains or (name, platform) == ("prefill", "cuda")), (
+        "other products are XLA's to cut"
+    )
     inputs = re.findall(r"custom_call @(?:__cudnn|tpu).*: \((.*)\) -> ", text)
     rows, heads = B * (2 if "preference" in name else 1) if trains else ROWS, PAIRED.heads
     queries = rf"<{rows // mesh.shape['fsdp']}x(\d+x)?{heads // tensor}x(\d+x)?{PAIRED.head_dim}x"
@@ -148,5 +176,7 @@ def test_on_a_mesh_a_kernel_computes_the_rows_and_heads_of_its_device(name, plat
         limit = (1 if platform == "cuda" else 1.01) * rows * heads * QUERY_BLOCK * T
         assert largest_temporary(program).bytes < 4 * limit
         around = "".join(re.findall(r"sdy.manual_computation.*?\n(.*?)sdy.return", text, re.DOTALL))
-        sizes = [math.prod(map(int, sides[:-1].split("x"))) for sides in re.findall(r"tensor<((?:\d+x)+)", around)]
+        sizes = [
+            math.prod(map(int, sides[:-1].split("x"))) for sides in re.findall(r"tensor<((?:\d+x)+)", around)
+        ]
         assert max(sizes) < limit / mesh.size

@@ -1,6 +1,7 @@
 """Each layer and its gradient, compiled, beside the ones by hand in NumPy's float64, at the sizes of real models.
 
-XLA chooses its kernels by size: one that is wrong at width 320 can be right at width 20, where other tests look.
+XLA chooses its kernels by size: one that is wrong at width 320 can be right at width 20, where
+other tests look.
 """
 
 import functools
@@ -25,7 +26,10 @@ from engine.training.step import loss_and_gradient
 
 B, T, D, F, V, N, K, H = 5, 62, 320, 864, 700, 6, 3, 64
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
-TOLERANCE = {F32: 5e-6, BF16: 2.5e-2}  # of a result's largest number; bfloat16 has 8 bits, and the layers round on the way
+TOLERANCE = {
+    F32: 5e-6,
+    BF16: 2.5e-2,
+}  # of a result's largest number; bfloat16 has 8 bits, and the layers round on the way
 EPS = 0.1  # large enough to be felt
 BOTH = pytest.mark.parametrize("module", [layers, backward], ids=["layers", "backward"])
 ATTENTION = pytest.mark.parametrize("module", [layers, attention], ids=["layers", "attention"])
@@ -42,7 +46,9 @@ def exact(tree):
 
 
 def compare(ours, forward, gradients, arguments, dtype) -> None:
-    """ours(*arguments) and its gradients beside forward(*arguments) and gradients(dy, *arguments) by hand."""
+    """ours(*arguments) and its gradients beside forward(*arguments) and gradients(dy, *arguments)
+    by hand.
+    """
 
     @jax.jit
     def run(arguments, dy):
@@ -56,8 +62,11 @@ def compare(ours, forward, gradients, arguments, dtype) -> None:
     assert_near((out, slopes), (expected, gradients(exact(dy), *exact(arguments))), TOLERANCE[dtype])
 
 
-# One row alone, rows of which the product has fewer numbers than the weight, and many; wider than tall, and taller than wide.
-PROJECTIONS = pytest.mark.parametrize(("rows", "columns"), [((1, 1), F), ((3, 7), F), ((B, T), F), ((B, T), D // 2)])
+# One row alone, rows of which the product has fewer numbers than the weight, and many; wider than
+# tall, and taller than wide.
+PROJECTIONS = pytest.mark.parametrize(
+    ("rows", "columns"), [((1, 1), F), ((3, 7), F), ((B, T), F), ((B, T), D // 2)]
+)
 
 
 @DTYPES
@@ -74,7 +83,9 @@ def test_project(dtype, rows, columns):
 @DTYPES
 def test_matmul(module, dtype):
     arguments = numbers(0, B * T, D, dtype=dtype), numbers(1, D, F, dtype=dtype)
-    compare(lambda x, w: module.matmul(x, w, dtype), by_hand.project, by_hand.project_backward, arguments, dtype)
+    compare(
+        lambda x, w: module.matmul(x, w, dtype), by_hand.project, by_hand.project_backward, arguments, dtype
+    )
 
 
 @DTYPES
@@ -82,10 +93,16 @@ def test_project_each(dtype):
     """Two weights, of different widths."""
 
     def gradients(dys, x, *weights):
-        (dx, dleft), (more, dright) = (by_hand.project_backward(dy, x, w) for dy, w in zip(dys, weights, strict=True))
+        (dx, dleft), (more, dright) = (
+            by_hand.project_backward(dy, x, w) for dy, w in zip(dys, weights, strict=True)
+        )
         return dx + more, dleft, dright
 
-    arguments = numbers(0, B * T, D, dtype=dtype), numbers(1, D, F, dtype=dtype), numbers(2, D, D // 2, dtype=dtype)
+    arguments = (
+        numbers(0, B * T, D, dtype=dtype),
+        numbers(1, D, F, dtype=dtype),
+        numbers(2, D, D // 2, dtype=dtype),
+    )
     each = lambda x, *weights: [by_hand.project(x, w) for w in weights]
     compare(lambda x, *weights: list(project_each(x, weights, dtype)), each, gradients, arguments, dtype)
 
@@ -126,10 +143,22 @@ def test_rms_norm(module, dtype, gained):
     if gained:
         forward = lambda x, gain: by_hand.rms_norm(x, gain, EPS)
         gradients = lambda dy, x, gain: by_hand.rms_norm_backward(dy, x, gain, EPS)
-        compare(lambda x, gain: module.rms_norm(x, gain, EPS, dtype), forward, gradients, (x, numbers(1, D)), dtype)
+        compare(
+            lambda x, gain: module.rms_norm(x, gain, EPS, dtype),
+            forward,
+            gradients,
+            (x, numbers(1, D)),
+            dtype,
+        )
     else:
         gradients = lambda dy, x: by_hand.rms_norm_backward(dy, x, one, EPS)[:1]
-        compare(lambda x: module.rms_norm(x, None, EPS, dtype), lambda x: by_hand.rms_norm(x, one, EPS), gradients, (x,), dtype)
+        compare(
+            lambda x: module.rms_norm(x, None, EPS, dtype),
+            lambda x: by_hand.rms_norm(x, one, EPS),
+            gradients,
+            (x,),
+            dtype,
+        )
 
 
 @BOTH
@@ -139,7 +168,8 @@ def test_rope(module, dtype):
     positions, scale = positions_of(B, T) + 100, 0.7
     tables = by_hand.rope_tables(cfg, positions, np.dtype("float64"))
     ours = jax.jit(layers.rope_tables, static_argnums=0)(cfg, positions)
-    assert_near(ours, [table[:, :, 0] for table in tables], 5e-5)  # float32 holds an angle of 160 to 8e-6
+    # float32 holds an angle of 160 to 8e-6
+    assert_near(ours, [table[:, :, 0] for table in tables], 5e-5)
     cos, sin = (jnp.asarray(table[:, :, 0], F32) for table in tables)
     gradients = lambda dy, x: [by_hand.rope_backward(dy, *tables) * scale]
     forward, x = lambda x: by_hand.rope(x * scale, *tables), numbers(0, B, T, N, H, dtype=dtype)
@@ -166,7 +196,9 @@ def attention_by_hand(K: int, mask: np.ndarray):
     def gradients(dy, q, k, v):
         queries, keys, values = grouped(q, k, v)
         weights = by_hand.attention_weights(queries, keys, mask)
-        dweights, dv = by_hand.weighted_values_backward(by_hand.group_heads(dy.reshape(q.shape), K), weights, values)
+        dweights, dv = by_hand.weighted_values_backward(
+            by_hand.group_heads(dy.reshape(q.shape), K), weights, values
+        )
         dq, dk = by_hand.attention_weights_backward(dweights, weights, queries, keys)
         return [by_hand.ungroup_heads(x, q.shape[1]) for x in (dq * H**0.5, dk, dv)]
 
@@ -201,15 +233,26 @@ def test_attention_to_a_cache(module, dtype, K):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("base", ["plain", "int8"])
 def test_the_step_of_a_model_and_of_an_adapter_at_its_start(base, tied, monkeypatch):
-    """Loss and gradient, with the logits at once, a chunk of the vocabulary at a time, or a few rows; over int8 weights too."""
-    cfg = ModelConfig(V, D, 2, N, F, 512, N if tied else K, H, tied=tied, qkv_bias=tied, qk_norm=not tied, dtype="float32")
+    """Loss and gradient, with the logits at once, a chunk of the vocabulary at a time, or a few
+    rows; over int8 weights too.
+    """
+    cfg = ModelConfig(
+        V, D, 2, N, F, 512, N if tied else K, H, tied=tied, qkv_bias=tied, qk_norm=not tied, dtype="float32"
+    )
     params, head = lively_params(cfg), "embed" if tied else "head"
     params |= {head: params[head].astype(BF16).astype(F32)}
     # A head in another type than float32 is a frozen one.
     frozen = quantize(params, "full") if base == "int8" else params | {head: params[head].astype(BF16)}
-    params = map_paths(lambda _, leaf: dequantize(leaf) if isinstance(leaf, Int8) else leaf.astype(F32), frozen)
-    segments, mask = np.sort(tokens_of(3, B, T, vocab=3), axis=1), np.random.default_rng(4).random((B, T)) < 0.7
-    batch = Batch(tokens_of(0, B, T, vocab=V), tokens_of(1, B, T, vocab=V), mask, positions_of(B, T) + 9, segments)
+    params = map_paths(
+        lambda _, leaf: dequantize(leaf) if isinstance(leaf, Int8) else leaf.astype(F32), frozen
+    )
+    segments, mask = (
+        np.sort(tokens_of(3, B, T, vocab=3), axis=1),
+        np.random.default_rng(4).random((B, T)) < 0.7,
+    )
+    batch = Batch(
+        tokens_of(0, B, T, vocab=V), tokens_of(1, B, T, vocab=V), mask, positions_of(B, T) + 9, segments
+    )
     expected = by_hand_gradient(cfg, exact(params), *batch)
     run = lambda *trees: jax.jit(functools.partial(loss_and_gradient, cfg))(*trees, batch)
     if base == "plain":
@@ -220,7 +263,10 @@ def test_the_step_of_a_model_and_of_an_adapter_at_its_start(base, tied, monkeypa
     monkeypatch.setattr(loss, "ROWS_LIMIT", 4 * V * 100)
     value, gradient = run(init_lora(cfg, jax.random.key(0), LoraConfig(rank=4)), frozen)
     np.testing.assert_allclose(value, expected[0], rtol=1e-5)
-    adapters, slopes = leaf_paths(init_lora(cfg, jax.random.key(0), LoraConfig(rank=4))), leaf_paths(expected[1])
+    adapters, slopes = (
+        leaf_paths(init_lora(cfg, jax.random.key(0), LoraConfig(rank=4))),
+        leaf_paths(expected[1]),
+    )
     for path, leaf in leaf_paths(gradient).items():
         assert not leaf.a.any(), "where b is 0, a has no slope"
         assert_near(leaf.b, adapters[path].scale * exact(adapters[path].a).T @ slopes[path], 5e-5)

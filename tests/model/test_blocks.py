@@ -29,7 +29,12 @@ from engine.model.weights.blocks import (
 from engine.model.weights.lora import to_dense
 from engine.model.weights.matmul import lookup, norm_and_project, swiglu_and_project
 
-WIDTHS = [(32, 5), (64, 16), (160, 70), (576, 701)]  # one block and several; whole strips of columns and others; several parts
+WIDTHS = [
+    (32, 5),
+    (64, 16),
+    (160, 70),
+    (576, 701),
+]  # one block and several; whole strips of columns and others; several parts
 F32 = jnp.dtype("float32")
 
 
@@ -38,7 +43,9 @@ def random_blocks(seed: int, kind: str, shape: tuple[int, int]) -> np.ndarray:
     inputs, out = shape
     generator, size = np.random.default_rng(seed), KINDS[kind] // 16
     data, count = generator.integers(0, 256, (out, inputs // 32, size), np.uint8), 2 if kind == "Q4_1" else 1
-    factors = generator.standard_normal((out, inputs // 32, count)) * 10.0 ** generator.integers(-6, 2, (out, 1, 1))
+    factors = generator.standard_normal((out, inputs // 32, count)) * 10.0 ** generator.integers(
+        -6, 2, (out, 1, 1)
+    )
     data[..., : 2 * count] = factors.astype(np.float16).view(np.uint8)
     return data.reshape(out, -1)
 
@@ -83,9 +90,15 @@ def rows_of(seed: int, rows: int, width: int, spoil: float) -> np.ndarray:
 def test_both_ways_give_the_products_of_the_files_numbers(kind, shape, rows, seed, spoil):
     leaf, x = weight(seed % 3, kind, shape), rows_of(seed, rows, shape[0], spoil)
     rounded = np.asarray(round_groups(jnp.asarray(x)), np.float64)
-    dense = gguf.dequantize(random_blocks(seed % 3, kind, shape), gguf.GGMLQuantizationType[kind]).astype(np.float64)
-    # Minima of a block are added to numbers that may be as large: what is added up in float32 is that large.
-    largest = np.abs(rounded) @ (np.abs(dense).reshape(len(dense), -1, 32).max(-1).repeat(32, -1) + 2 * np.abs(dense)).T
+    dense = gguf.dequantize(random_blocks(seed % 3, kind, shape), gguf.GGMLQuantizationType[kind]).astype(
+        np.float64
+    )
+    # Minima of a block are added to numbers that may be as large: what is added up in float32 is
+    # that large.
+    largest = (
+        np.abs(rounded)
+        @ (np.abs(dense).reshape(len(dense), -1, 32).max(-1).repeat(32, -1) + 2 * np.abs(dense)).T
+    )
     for multiply in (multiply_by_xla, multiply_as_here):
         ours = np.asarray(multiply(x, leaf))
         is_finite = np.isfinite(x).all(1)
@@ -128,7 +141,9 @@ def by_xla(name: str, *arguments: object) -> jax.Array:
 def test_a_norm_or_swiglu_before_a_product_is_computed_by_both_ways(name, kind, shape, rows, seed, spoil):
     leaf, generator, width = weight(seed % 3, kind, shape), np.random.default_rng(seed), shape[0]
     gain = generator.standard_normal(width).astype(np.float32)
-    x = generator.standard_normal((rows, width * (1 + (name == "SwiGLU")))) * 10.0 ** generator.integers(-3, 3, (rows, 1))
+    x = generator.standard_normal((rows, width * (1 + (name == "SwiGLU")))) * 10.0 ** generator.integers(
+        -3, 3, (rows, 1)
+    )
     x[(seed + 1) % rows] = 0
     x[(seed + 2) % rows, seed % width] += spoil
     x = x.astype(np.float32)
@@ -138,7 +153,8 @@ def test_a_norm_or_swiglu_before_a_product_is_computed_by_both_ways(name, kind, 
     else:
         before = wide[:, :width] / (1 + np.exp(-wide[:, :width])) * wide[:, width:]
     dense = np.asarray(dense_blocks(leaf), np.float64)
-    # Where float32 is off by a bit a number is rounded to the next step: half a step is the bound for both.
+    # Where float32 is off by a bit a number is rounded to the next step: half a step is the bound
+    # for both.
     groups = np.abs(before).reshape(rows, -1, 32)
     step = groups.max(-1).repeat(32, -1) / 127
     bound = (0.501 * step + 1e-37) @ np.abs(dense) + 4e-6 * np.abs(before) @ np.abs(dense) + 1e-37
@@ -157,7 +173,11 @@ def test_a_norm_or_swiglu_before_a_product_is_computed_by_both_ways(name, kind, 
 @given(st.sampled_from(WIDTHS), st.integers(0, 2**32 - 1))
 def test_a_row_has_the_same_bits_alone_and_among_any_others(kernel, kind, name, shape, seed):
     """By the kernel: in calls of 1 to 9 rows and many, at each place, beside rows that are spoiled."""
-    leaf, generator, width = weight(0, kind, shape), np.random.default_rng(seed), shape[0] * (1 + (name == "SwiGLU"))
+    leaf, generator, width = (
+        weight(0, kind, shape),
+        np.random.default_rng(seed),
+        shape[0] * (1 + (name == "SwiGLU")),
+    )
     row, gain = (generator.standard_normal(size).astype(np.float32) for size in ((1, width), shape[0]))
     multiply = multiply_as_here if name == "product" else lambda x, leaf: as_here[name](x, gain, leaf)
     alone = np.asarray(multiply(row, leaf)).tobytes()
@@ -182,7 +202,9 @@ def bits() -> bytes:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_weight_is_rounded_to_the_nearest_of_its_blocks(kind, axis):
-    """No number is off by more than half a step, as llama.cpp reads the rows; what was rounded once stays as it is."""
+    """No number is off by more than half a step, as llama.cpp reads the rows; what was rounded once
+    stays as it is.
+    """
     rows = np.asarray(normal(0, 70, 160)) * 10.0 ** np.random.default_rng(0).integers(-3, 2, (70, 1))
     rows[:, :32], rows[0, 32:64] = 0, 0.3  # a block of zeros, and one without a range
     leaf = round_to_blocks(jnp.asarray(rows.T if axis else rows, jnp.float32), kind, axis)
@@ -207,7 +229,9 @@ def test_a_weight_is_rounded_to_the_nearest_of_its_blocks(kind, axis):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_factors_train_and_integers_stay(kind, axis):
-    """As they begin they give the very weight; moved, what trains is what is served, and the gradient is that of both."""
+    """As they begin they give the very weight; moved, what trains is what is served, and the
+    gradient is that of both.
+    """
     leaf = round_to_blocks(normal(0, *((96, 70) if axis else (70, 96))), kind, axis)
     begun = factors_to_train(leaf)
     assert begun.shape == (5, 3, 2 if kind == "Q4_1" else 1, 16)
@@ -218,7 +242,8 @@ def test_factors_train_and_integers_stay(kind, axis):
     np.testing.assert_array_equal(values, dense_blocks(served))
     np.testing.assert_array_equal(served.packed[..., :end], leaf.packed[..., :end])
     assert (served.packed[..., end:] != leaf.packed[..., end:]).any()
-    # A number of Q4_1 is 2 (quarter (n - 8) / 4 / 2 + half the center): without the rounding it is linear in both.
+    # A number of Q4_1 is 2 (quarter (n - 8) / 4 / 2 + half the center): without the rounding it is
+    # linear in both.
     g = normal(2, *values.shape)
     linear = jax.vjp(leaf.weight_of, trained)[1](g)[0]
     step = jnp.zeros_like(trained).at[2, 1, :, 5].set(0.5)  # of the second block of output 37

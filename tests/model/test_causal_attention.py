@@ -13,10 +13,19 @@ from engine.model import layers, ops
 from engine.model.attention_in_blocks import causal_attention_in_blocks
 from engine.model.native.library import native_problem
 
-# Texts, tokens, query heads, key heads, head width: less than a vector and than a tile, whole tiles, odd numbers of all.
-SHAPES = [(3, 7, 6, 3, 4), (2, 64, 2, 2, 64), (2, 130, 6, 2, 20), (1, 256, 2, 1, 128), (1, 201, 3, 3, 33), (2, 2, 2, 1, 5)]
-# Furthest from the layers in float32, in parts of the largest number of value and gradients, as in test_beside_numpy.py; where
-# one is a small difference of large numbers, twice as far as XLA's attention is.
+# Texts, tokens, query heads, key heads, head width: less than a vector and than a tile, whole
+# tiles, odd numbers of all.
+SHAPES = [
+    (3, 7, 6, 3, 4),
+    (2, 64, 2, 2, 64),
+    (2, 130, 6, 2, 20),
+    (1, 256, 2, 1, 128),
+    (1, 201, 3, 3, 33),
+    (2, 2, 2, 1, 5),
+]
+# Furthest from the layers in float32, in parts of the largest number of value and gradients, as in
+# test_beside_numpy.py; where one is a small difference of large numbers, twice as far as XLA's
+# attention is.
 DTYPES = {"float32": 5e-6, "bfloat16": 2.5e-2}
 TEXTS = ("one", "packed", "mixed")  # in a row: segments that follow each other, or in any order
 
@@ -38,10 +47,16 @@ def inputs(shape: int, dtype: str, texts: str, seed: int):
     """Queries scaled for scores up to 20 and more, keys, values, segments and a gradient."""
     B, T, N, K, H = SHAPES[shape]
     rng = np.random.default_rng(seed)
-    numbers = lambda *sizes: jnp.asarray(rng.standard_normal(sizes) * rng.choice([0.1, 1, 3], (*sizes[:-1], 1)), dtype)
+    numbers = lambda *sizes: jnp.asarray(
+        rng.standard_normal(sizes) * rng.choice([0.1, 1, 3], (*sizes[:-1], 1)), dtype
+    )
     segments = rng.integers(0, 3, (B, T)).astype(np.int32)
     segments = None if texts == "one" else np.sort(segments, axis=1) if texts == "packed" else segments
-    return [numbers(B, T, N, H) * H**-0.5, numbers(B, T, K, H), numbers(B, T, K, H)], segments, numbers(B, T, N * H)
+    return (
+        [numbers(B, T, N, H) * H**-0.5, numbers(B, T, K, H), numbers(B, T, K, H)],
+        segments,
+        numbers(B, T, N * H),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -30,7 +30,9 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_has_the_shapes_it_promises(name):
-    """The engine makes the leaves that the formulas count: traced, not computed, and in two blocks, for they are all alike."""
+    """The engine makes the leaves that the formulas count: traced, not computed, and in two blocks,
+    for they are all alike.
+    """
     assert count_params(preset(name)).total == PUBLISHED.get(name, count_params(preset(name)).total)
     cfg = dataclasses.replace(preset(name), layers=2)
     params = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
@@ -41,13 +43,17 @@ def test_every_preset_has_the_shapes_it_promises(name):
     assert ("head" in params) == (not cfg.tied)
 
     tokens = jax.ShapeDtypeStruct((2, 7), np.int32)
-    logits, cache = jax.eval_shape(lambda params, tokens: forward(cfg, params, tokens, tokens), params, tokens)
+    logits, cache = jax.eval_shape(
+        lambda params, tokens: forward(cfg, params, tokens, tokens), params, tokens
+    )
     assert (logits.shape, logits.dtype, cache) == ((2, 7, cfg.vocab), np.float32, None)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_starts_at_chance(name):
-    """The first loss is within 1% of ln V whatever the key, as if nothing were known, at a width where the own logit shows."""
+    """The first loss is within 1% of ln V whatever the key, as if nothing were known, at a width
+    where the own logit shows.
+    """
     cfg = preset(name)
     cfg = dataclasses.replace(
         cfg,
@@ -164,7 +170,9 @@ def test_an_unknown_preset_names_the_nearest_and_lists_all():
 
 def test_how_a_model_is_computed_is_not_its_architecture():
     cfg = tiny_config()
-    assert cfg.architecture_differences(tiny_config(dtype="bfloat16", scan=True, remat="block", context=9)) == []
+    assert (
+        cfg.architecture_differences(tiny_config(dtype="bfloat16", scan=True, remat="block", context=9)) == []
+    )
     assert cfg.architecture_differences(tiny_config(ff=30, qk_norm=False)) == ["ff", "qk_norm"]
 
 

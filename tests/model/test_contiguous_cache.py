@@ -32,7 +32,9 @@ def fill_unwritten(cache: KVCache, with_: float) -> KVCache:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rubbish", [1e4, float("nan"), float("inf"), float("-inf")])
 def test_what_lies_beyond_a_row_does_not_matter_to_the_bit(dtype, rubbish):
-    """A slot may hold another request's numbers, or ones that are none: 0 x NaN would poison every token after."""
+    """A slot may hold another request's numbers, or ones that are none: 0 x NaN would poison every
+    token after.
+    """
     cfg = tiny_config(dtype=dtype)
     params = lively_params(cfg)
     tokens, lengths = tokens_of(0, B, 5), jnp.array([5, 3])
@@ -42,7 +44,9 @@ def test_what_lies_beyond_a_row_does_not_matter_to_the_bit(dtype, rubbish):
     def after(cache: KVCache, T: int) -> np.ndarray:
         logits, cache = run(cfg, params, tokens_of(1, B, T), lengths[:, None] + jnp.arange(T), cache)
         assert cache.length.tolist() == [5, 3]
-        again, _ = run(cfg, params, tokens_of(2, B, 1), lengths[:, None] + T, cache._replace(length=lengths + T))
+        again, _ = run(
+            cfg, params, tokens_of(2, B, 1), lengths[:, None] + T, cache._replace(length=lengths + T)
+        )
         return np.concatenate([logits, again], axis=1)
 
     for T in (1, 5):

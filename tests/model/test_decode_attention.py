@@ -22,8 +22,8 @@ from engine.model.cache.segmented import CacheRows, KVSegments, make_kv_segments
 from engine.model.native.library import native_problem
 
 DTYPES = ("float32", "bfloat16", "int8")
-# Furthest from XLA's result, in parts of the largest value, for scores up to 50: XLA rounds the softmax to bfloat16's 8 bits,
-# and with int8 queries and softmax to 15.
+# Furthest from XLA's result, in parts of the largest value, for scores up to 50: XLA rounds the
+# softmax to bfloat16's 8 bits, and with int8 queries and softmax to 15.
 NEAR = {"float32": 2e-5, "bfloat16": 8e-3, "int8": 1e-3}
 # Slots, key heads, queries of each, head width; where the cache begins and ends.
 SHAPES = [
@@ -51,15 +51,21 @@ def attend(by_kernel: bool, qkv, segments, rows):
 
 
 def inputs(shape: int, dtype: str, seed: int):
-    """q, k and v of a step, a layer full of numbers of very different sizes, and rows at any positions, some not in use."""
+    """q, k and v of a step, a layer full of numbers of very different sizes, and rows at any
+    positions, some not in use.
+    """
     (slots, K, G, H), edges = SHAPES[shape]
     rng, R = np.random.default_rng(seed), max(slots, 2)
-    numbers = lambda *sizes: (rng.standard_normal(sizes) * 10.0 ** rng.uniform(-3, 0.5, (*sizes[:-1], 1))).astype(np.float32)
+    numbers = lambda *sizes: (
+        rng.standard_normal(sizes) * 10.0 ** rng.uniform(-3, 0.5, (*sizes[:-1], 1))
+    ).astype(np.float32)
 
     def fill(array):
         if array.dtype == jnp.int8:
             return jnp.asarray(rng.integers(-127, 128, array.shape), jnp.int8)
-        return jnp.asarray(np.abs(numbers(*array.shape)) / 127 if array.ndim == 3 else numbers(*array.shape), array.dtype)
+        return jnp.asarray(
+            np.abs(numbers(*array.shape)) / 127 if array.ndim == 3 else numbers(*array.shape), array.dtype
+        )
 
     cfg = tiny_config(layers=1, heads=K * G, kv_heads=K, head_dim=H)
     segments = jax.tree.map(fill, make_kv_segments(cfg, slots, edges, dtype))
@@ -79,12 +85,20 @@ def inputs(shape: int, dtype: str, seed: int):
 @given(SIZES, ANY_SEED)
 def test_near_what_xla_gives_and_the_same_is_written(dtype, shape, seed):
     qkv, segments, rows = inputs(shape, dtype, seed)
-    (ours, written), (theirs, expected) = (attend(by_kernel, qkv, segments, rows) for by_kernel in (True, False))
+    (ours, written), (theirs, expected) = (
+        attend(by_kernel, qkv, segments, rows) for by_kernel in (True, False)
+    )
     in_use = np.asarray(rows.position) >= 0
     assert np.isnan(np.asarray(ours)[~in_use]).all()
-    largest = max(float(jnp.abs(array).max()) for array in jax.tree.leaves((segments.v, qkv[2])) if array.dtype != jnp.int8)
+    largest = max(
+        float(jnp.abs(array).max())
+        for array in jax.tree.leaves((segments.v, qkv[2]))
+        if array.dtype != jnp.int8
+    )
     largest *= 127 if dtype == "int8" else 1
-    np.testing.assert_allclose(np.asarray(ours)[in_use], np.asarray(theirs)[in_use], rtol=0, atol=NEAR[dtype] * largest)
+    np.testing.assert_allclose(
+        np.asarray(ours)[in_use], np.asarray(theirs)[in_use], rtol=0, atol=NEAR[dtype] * largest
+    )
     for array, other in zip(written, expected, strict=True):
         np.testing.assert_array_equal(np.asarray(array), np.asarray(other))
 
@@ -93,7 +107,9 @@ def test_near_what_xla_gives_and_the_same_is_written(dtype, shape, seed):
 @settings(max_examples=25)
 @given(SIZES, ANY_SEED, st.sampled_from([np.nan, np.inf, 1e30]))
 def test_a_row_depends_on_its_own_text_alone(dtype, shape, seed, rubbish):
-    """Other rows elsewhere or not in use, and rubbish behind its own position and in all other slots: the same bits."""
+    """Other rows elsewhere or not in use, and rubbish behind its own position and in all other
+    slots: the same bits.
+    """
     qkv, segments, rows = inputs(shape, dtype, seed)
     expected, _ = attend(True, qkv, segments, rows)
     slots, rng = segments.slots, np.random.default_rng(seed)
@@ -107,11 +123,15 @@ def test_a_row_depends_on_its_own_text_alone(dtype, shape, seed, rubbish):
         return jnp.where(beyond, 99 if array.dtype == jnp.int8 else rubbish, array).astype(array.dtype)
 
     spoilt = segmented.map_segments(
-        lambda segment, start: jax.tree.map(functools.partial(spoil, start=start), segment), segments, segments.edges[:-1]
+        lambda segment, start: jax.tree.map(functools.partial(spoil, start=start), segment),
+        segments,
+        segments.edges[:-1],
     )
     if slots > 1:
         others = rng.integers(-1, segments.edges[-1], len(position))
-        rows = rows._replace(position=jnp.asarray(np.where(np.arange(len(position)) == row, position, others), jnp.int32))
+        rows = rows._replace(
+            position=jnp.asarray(np.where(np.arange(len(position)) == row, position, others), jnp.int32)
+        )
     ours, _ = attend(True, qkv, spoilt, rows)
     assert np.asarray(ours)[row].tobytes() == np.asarray(expected)[row].tobytes()
 
@@ -150,8 +170,9 @@ def test_what_is_no_number_spoils_its_own_row(dtype, spoilt):
 def prefill(
     by_kernel: bool, chunk, segments, start: int, slot: int, tokens: int | None = None
 ) -> tuple[np.ndarray, KVSegments]:
-    """Attention of a chunk's queries, (1, T, N * H), of which the first are `tokens`, and the segments with its keys and
-    values."""
+    """Attention of a chunk's queries, (1, T, N * H), of which the first are `tokens`, and the
+    segments with its keys and values.
+    """
     at = [jnp.full(1, number, jnp.int32) for number in (start, slot, 0, slot)]
     is_token = None if tokens is None else jnp.arange(chunk[0].shape[1])[None] < tokens
     out, arrays = attend(by_kernel, chunk, segments, CacheRows(*at, is_token))
@@ -162,12 +183,16 @@ def prefill(
 @settings(max_examples=10)
 @given(st.sampled_from([1, 2]), ANY_SEED, st.sampled_from([np.nan, np.inf, 1e30]))
 def test_a_token_of_a_prompt_has_the_same_bits_however_it_is_cut(dtype, shape, seed, rubbish):
-    """At once and in chunks, which rubbish fills up, with rubbish behind each and in all other slots; near what XLA gives."""
+    """At once and in chunks, which rubbish fills up, with rubbish behind each and in all other
+    slots; near what XLA gives.
+    """
     (slots, K, G, H), (_, S) = SHAPES[shape]
     rng = np.random.default_rng(seed)
     slot, length = int(rng.integers(slots)), int(rng.choice([S, S // 2 + 1]))
     empty = make_kv_segments(tiny_config(layers=1, heads=K * G, kv_heads=K, head_dim=H), slots, (0, S), dtype)
-    spoilt = jax.tree.map(lambda array: jnp.full_like(array, 99 if array.dtype == jnp.int8 else rubbish), empty)
+    spoilt = jax.tree.map(
+        lambda array: jnp.full_like(array, 99 if array.dtype == jnp.int8 else rubbish), empty
+    )
     sizes = ((K * G, 4 * H**-0.5), (K, 1), (K, 1))
     qkv = [(rng.standard_normal((1, length, heads, H)) * size).astype(np.float32) for heads, size in sizes]
     whole, filled = prefill(True, qkv, spoilt, 0, slot)
@@ -184,7 +209,9 @@ def test_a_token_of_a_prompt_has_the_same_bits_however_it_is_cut(dtype, shape, s
     for array, other, theirs in zip(*map(jax.tree.leaves, (segments, filled, near)), strict=True):
         ours, other = np.array(array), np.array(other)
         np.testing.assert_array_equal(ours[slot, :, :length], theirs[slot, :, :length])
-        assert ours.ndim == 3 or not ours[slot, :, length : min(start + size, S)].any()  # 3: the scales of int8
+        assert (
+            ours.ndim == 3 or not ours[slot, :, length : min(start + size, S)].any()
+        )  # 3: the scales of int8
         ours[slot, :, length:] = other[slot, :, length:]
         assert ours.tobytes() == other.tobytes()
     assert np.isnan(prefill(True, qkv, spoilt, 0, slots)[0]).all()
@@ -193,7 +220,9 @@ def test_a_token_of_a_prompt_has_the_same_bits_however_it_is_cut(dtype, shape, s
 def bits(by_kernel: bool) -> bytes:
     """What the kernels, or XLA, give for each shape and type."""
     assert not native_problem()
-    steps = (attend(by_kernel, *inputs(shape, dtype, 11))[0] for shape in range(len(SHAPES)) for dtype in DTYPES)
+    steps = (
+        attend(by_kernel, *inputs(shape, dtype, 11))[0] for shape in range(len(SHAPES)) for dtype in DTYPES
+    )
     segments, rng = inputs(1, "bfloat16", 11)[1], np.random.default_rng(11)
     chunk = [jnp.asarray(rng.standard_normal((1, 100, heads, 64)), jnp.float32) for heads in (9, 3, 3)]
     chunks = (prefill(by_kernel, chunk, segments, start, 2)[0] for start in (0, 512, 677))
@@ -201,17 +230,25 @@ def bits(by_kernel: bool) -> bytes:
 
 
 def all_bits() -> bytes:
-    """What the two ways here, the kernel of training and the two ways of blocks give; the products of int8 are exact."""
+    """What the two ways here, the kernel of training and the two ways of blocks give; the products
+    of int8 are exact.
+    """
     return bits(True) + bits(False) + test_causal_attention.bits() + test_blocks.bits()
 
 
 def run_here(program: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
     here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here.parents[1], here.parent, here)))} | environment
+    environment = (
+        os.environ
+        | {"PYTHONPATH": os.pathsep.join(map(str, (here.parents[1], here.parent, here)))}
+        | environment
+    )
     return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=False)
 
 
 def test_the_same_with_one_thread():
     one = "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
-    result = run_here(f"{one}; from test_decode_attention import all_bits; sys.stdout.buffer.write(all_bits())")
+    result = run_here(
+        f"{one}; from test_decode_attention import all_bits; sys.stdout.buffer.write(all_bits())"
+    )
     assert result.stdout == all_bits(), result.stderr.decode()

@@ -13,7 +13,14 @@ from tiny import lively_params, normal, tiny_config
 from engine.errors import UserError
 from engine.model.paths import leaf_paths
 from engine.model.weights.convert import cast_matrices
-from engine.model.weights.int8 import Int8, dequantize, int8_matmul, quantize, quantize_matrix, store_transposed
+from engine.model.weights.int8 import (
+    Int8,
+    dequantize,
+    int8_matmul,
+    quantize,
+    quantize_matrix,
+    store_transposed,
+)
 from engine.model.weights.matmul import lookup, project, project_each
 
 D, F, V = 20, 28, 41
@@ -55,7 +62,10 @@ def test_rounding_again_changes_nothing(weight):
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_integers_are_multiplied_exactly(axis, dtype):
-    x = np.asarray(normal(0, 9, D, dtype=dtype), np.float32) * np.logspace(-6, 6, 9, dtype=np.float32)[:, None]
+    x = (
+        np.asarray(normal(0, 9, D, dtype=dtype), np.float32)
+        * np.logspace(-6, 6, 9, dtype=np.float32)[:, None]
+    )
     x[4] = 0
     leaf = quantize_matrix(normal(1, D, F) if axis == 1 else normal(1, F, D), axis=axis)
     ours = jax.jit(lambda x: int8_matmul(x, leaf, F32))(jnp.asarray(x))
@@ -64,7 +74,9 @@ def test_integers_are_multiplied_exactly(axis, dtype):
     scale[4] = 1
     rows = np.rint(x / scale).astype(np.int64)
     values = np.asarray(leaf.values, np.int64)
-    expected = (rows @ (values if axis == 1 else values.T)).astype(np.float32) * scale * np.asarray(leaf.scale)
+    expected = (
+        (rows @ (values if axis == 1 else values.T)).astype(np.float32) * scale * np.asarray(leaf.scale)
+    )
     np.testing.assert_array_equal(ours, expected)
     assert (np.abs(ours - x @ wide(leaf)) <= 0.02 * np.abs(expected).max(1, keepdims=True)).all()
 
@@ -121,7 +133,11 @@ def test_every_way_to_use_a_weight_knows_int8(kind):
 
 def test_only_plain_matrices_are_quantised_down_by_two_digits():
     params = lively_params(tiny_config())
-    kinds = {path: leaf.activations for path, leaf in leaf_paths(quantize(params)).items() if isinstance(leaf, Int8)}
+    kinds = {
+        path: leaf.activations
+        for path, leaf in leaf_paths(quantize(params)).items()
+        if isinstance(leaf, Int8)
+    }
     assert (kinds["blocks/1/down"], kinds["blocks/0/q"], kinds["head"]) == ("int16", "int8", "int8")
     assert len(kinds) == 2 * 7 + 1
     assert quantize(params, "full")["blocks"]["0"]["down"].activations == "full"
@@ -141,14 +157,18 @@ def test_casting_leaves_int8_and_gains_alone():
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("rows", [3, 40])
 def test_two_digits_of_x_are_a_hundred_times_nearer_than_one(axis, rows):
-    """Of rows with one number far above the rest, where one digit is coarse; on either path, few rows or many."""
+    """Of rows with one number far above the rest, where one digit is coarse; on either path, few
+    rows or many.
+    """
     x = normal(0, rows, D).at[:, 4].mul(50.0)
     weight = quantize_matrix(normal(1, D, V) if axis else normal(1, V, D), axis=axis)
     exact = np.asarray(x, np.float64) @ np.asarray(wide(weight), np.float64)
     for transposed in (False, True):
         leaf = store_transposed(weight) if transposed else weight
         error = {
-            kind: np.abs(np.asarray(int8_matmul(x, dataclasses.replace(leaf, activations=kind), F32)) - exact).max()
+            kind: np.abs(
+                np.asarray(int8_matmul(x, dataclasses.replace(leaf, activations=kind), F32)) - exact
+            ).max()
             for kind in ("int8", "int16")
         }
         assert error["int16"] < error["int8"] / 100

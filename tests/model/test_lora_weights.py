@@ -46,7 +46,9 @@ def test_at_first_it_changes_no_bit(dtype, rows):
 
 @pytest.mark.parametrize("rows", [FEW, MANY])
 def test_on_int8_it_is_its_base_and_what_it_adds(rows):
-    """On the other kinds, `test_its_gradient_is_that_of_the_weight_it_stands_for` compares the product too."""
+    """On the other kinds, `test_its_gradient_is_that_of_the_weight_it_stands_for` compares the
+    product too.
+    """
     x, base = normal(0, *rows, D), normal(1, D, F)
     under = quantize_matrix(base, "int8")
     leaf = adapter().on(under)
@@ -66,7 +68,10 @@ def test_its_gradient_is_that_of_the_weight_it_stands_for(dtype, rows, kind, ada
     beside = [normal(2, D, F).astype(dtype)] if adapted == "one of two" else []
 
     def ours(adapters, x):
-        return [out.astype(F32) for out in project_each(x, [*(alone.on(under) for alone in adapters), *beside], dtype)]
+        return [
+            out.astype(F32)
+            for out in project_each(x, [*(alone.on(under) for alone in adapters), *beside], dtype)
+        ]
 
     def reference(adapters, x):
         weights = [explicit(alone, wide) for alone in adapters] + [weight.astype(F32) for weight in beside]
@@ -112,7 +117,9 @@ def test_a_base_of_another_shape_is_refused():
 
 
 def test_casting_reaches_the_base_and_the_pair():
-    cast = cast_matrices({"w": adapter().on(normal(1, D, F)), "v": adapter().on(quantize_matrix(normal(1, D, F)))}, BF16)
+    cast = cast_matrices(
+        {"w": adapter().on(normal(1, D, F)), "v": adapter().on(quantize_matrix(normal(1, D, F)))}, BF16
+    )
     assert {leaf.dtype for leaf in jax.tree.leaves(cast["w"])} == {BF16}
     assert cast["v"].base.values.dtype == jnp.int8
     assert cast["v"].a.dtype == BF16

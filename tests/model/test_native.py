@@ -101,7 +101,8 @@ def test_compilers_that_hang_are_waited_for_together_and_named_together(fresh, t
     fresh.setattr(library.importlib.util, "find_spec", lambda name: None)
     begun = time.monotonic()
     assert re.fullmatch(
-        rf"{first} failed: it took longer than \S+ s; {second} failed: it took longer than \S+ s", native_problem()
+        rf"{first} failed: it took longer than \S+ s; {second} failed: it took longer than \S+ s",
+        native_problem(),
     )
     assert time.monotonic() - begun < 30
     assert not [*(tmp_path / "cache" / "native").iterdir()]
@@ -152,14 +153,20 @@ def test_it_is_built_once_for_each_processor_and_compiler(kernel, fresh, tmp_pat
     assert read_library("block_matmul").data == kernel
     flags = library.processor()[1]
     fresh.setattr(library, "processor", lambda: ("another", flags + " more"))
-    fresh.setattr(subprocess, "run", lambda command, **_: "-o" in command and Path(command[-1]).write_bytes(kernel + b"more"))
+    fresh.setattr(
+        subprocess,
+        "run",
+        lambda command, **_: "-o" in command and Path(command[-1]).write_bytes(kernel + b"more"),
+    )
     assert read_library("block_matmul").data == kernel + b"more"
     assert len([*(tmp_path / "cache" / "native").iterdir()]) == 2
 
 
 @pytest.fixture
 def cached(kernel, fresh, tmp_path):
-    """The library in the cache, built by a compiler that copies the real one's, so that it is quick to build again."""
+    """The library in the cache, built by a compiler that copies the real one's, so that it is quick
+    to build again.
+    """
     copy = tmp_path / "copy.so"
     copy.write_bytes(kernel)
     fresh.setenv("CC", str(make_program(tmp_path / "cc", COPY.format(copy))))
@@ -171,7 +178,15 @@ def cached(kernel, fresh, tmp_path):
 def test_a_damaged_library_is_built_again(cached):
     """A bit flipped, a file cut short, one grown, an empty one, and bytes of anything."""
     intact, draw = cached.read_bytes(), np.random.default_rng(0)
-    damaged = [b"", intact[:1], intact[: len(intact) // 2], intact[:-1], intact + b"x", bytes(len(intact)), intact[:-32]]
+    damaged = [
+        b"",
+        intact[:1],
+        intact[: len(intact) // 2],
+        intact[:-1],
+        intact + b"x",
+        bytes(len(intact)),
+        intact[:-32],
+    ]
     for place in draw.integers(0, 8 * len(intact), 32):
         flipped = bytearray(intact)
         flipped[place // 8] ^= 1 << place % 8
@@ -230,7 +245,11 @@ def test_nothing_is_used_of_a_cache_that_others_can_write(cached, fresh, tmp_pat
         os.chown(tmp_path / name, 65534, -1)
     else:
         pytest.skip("only root can give a folder to another user")
-    reason = f"others can write to {tmp_path / name}" if way == "writable" else f"{tmp_path / name} belongs to another user"
+    reason = (
+        f"others can write to {tmp_path / name}"
+        if way == "writable"
+        else f"{tmp_path / name} belongs to another user"
+    )
     with pytest.warns(UserWarning, match=rf"cache is not used \({reason}\).*set THRICE_CACHE") as sentences:
         assert [read_library("block_matmul").data, read_library("block_matmul").data] == [intact[:-32]] * 2
     assert len(sentences) == 1
@@ -239,9 +258,18 @@ def test_nothing_is_used_of_a_cache_that_others_can_write(cached, fresh, tmp_pat
 
 
 def test_a_cache_from_which_nothing_can_be_executed(kernel, tmp_path):
-    """As /home is on some machines, and /dev/shm in a container, where a read-only one has its cache (S13)."""
+    """As /home is on some machines, and /dev/shm in a container, where a read-only one has its
+    cache (S13).
+    """
     (tmp_path / "cache").mkdir()
-    mount = ["unshare", "-Urm", "sh", "-c", f'mount -t tmpfs -o noexec,mode=700 tmpfs {tmp_path}/cache && exec "$@"', "sh"]
+    mount = [
+        "unshare",
+        "-Urm",
+        "sh",
+        "-c",
+        f'mount -t tmpfs -o noexec,mode=700 tmpfs {tmp_path}/cache && exec "$@"',
+        "sh",
+    ]
     if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True).returncode:
         pytest.skip("a user may mount nothing here")
     ask = "from engine.model.native.library import native_problem; print([native_problem()])"

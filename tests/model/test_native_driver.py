@@ -19,19 +19,30 @@ FAMILIES = ["", *["-mno-avx512f"] * ("avx512f" in processor()[1].split())]
 
 
 def check(folder: Path, sanitisers: str, family: str, calls: int) -> None:
-    """Makes so many calls of each kernel, and again from several threads. Skips where the compiler has no such sanitiser."""
+    """Makes so many calls of each kernel, and again from several threads. Skips where the compiler
+    has no such sanitiser.
+    """
     compiler, machine = shutil.which("cc"), os.uname().machine
     if not compiler or machine not in TUNING:
         pytest.skip("no kernel can be built here")
-    options = [compiler, f"-fsanitize={sanitisers}", "-fno-sanitize-recover=all", "-g", f"-I{jax.ffi.include_dir()}"]
+    options = [
+        compiler,
+        f"-fsanitize={sanitisers}",
+        "-fno-sanitize-recover=all",
+        "-g",
+        f"-I{jax.ffi.include_dir()}",
+    ]
 
     def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
-        return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, env=environment)
+        return subprocess.run(
+            [*map(str, command)], capture_output=True, text=True, check=False, env=environment
+        )
 
     def build(kernel: str) -> Path:
         library = folder / f"{kernel}.so"
-        flags = [*FLAGS, KERNELS[kernel], TUNING[machine], *family.split(), "-O1"]  # quickly compiled
+        # quickly compiled
+        flags = [*FLAGS, KERNELS[kernel], TUNING[machine], *family.split(), "-O1"]
         built = run(*options, *flags, FOLDER / f"{kernel}.c", "-o", library)
         assert not built.returncode, built.stderr
         return library
@@ -46,7 +57,9 @@ def check(folder: Path, sanitisers: str, family: str, calls: int) -> None:
     assert not built.returncode, built.stderr
     done = run(driver, 5, calls, *libraries)
     assert not done.returncode, done.stdout + done.stderr
-    functions = {name for kernel in KERNELS for name in FUNCTIONS.get(kernel, (kernel,))} - {"empty_cache"}  # touches no memory
+    functions = {name for kernel in KERNELS for name in FUNCTIONS.get(kernel, (kernel,))} - {
+        "empty_cache"
+    }  # touches no memory
     assert {line.split()[0] for line in done.stdout.splitlines()} == {*map(target, functions)}
 
 
@@ -55,6 +68,8 @@ def test_calls_from_several_threads_share_no_memory_and_have_the_same_bits(tmp_p
 
 
 @pytest.mark.night
-@pytest.mark.parametrize(("sanitisers", "family"), list(itertools.product(["address,undefined", "thread"], FAMILIES)))
+@pytest.mark.parametrize(
+    ("sanitisers", "family"), list(itertools.product(["address,undefined", "thread"], FAMILIES))
+)
 def test_many_calls_touch_their_own_memory_and_have_the_same_bits(tmp_path, sanitisers, family):
     check(tmp_path, sanitisers, family, 300)

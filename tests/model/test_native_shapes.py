@@ -11,9 +11,15 @@ import pytest
 from engine.model.native.library import native_problem, target
 
 A, B, G, H, K, N, P, R, S, T, U = 3, 2, 2, 4, 3, 6, 6, 3, 9, 8, 5
-COLUMNS, GROUPS, ROWS, WIDTH = 32, 2, 3, 64  # of a weight in blocks: 2 strips of 16 columns, and 2 groups of 32 inputs
+COLUMNS, GROUPS, ROWS, WIDTH = (
+    32,
+    2,
+    3,
+    64,
+)  # of a weight in blocks: 2 strips of 16 columns, and 2 groups of 32 inputs
 
-REFUSAL = (ValueError, jax.errors.JaxRuntimeError)  # of JAX's quick way to a program, and of its other
+# of JAX's quick way to a program, and of its other
+REFUSAL = (ValueError, jax.errors.JaxRuntimeError)
 Shape = tuple[str, tuple[int, ...]]
 
 
@@ -43,16 +49,26 @@ NEW = ("bfloat16", (R, K, 1, H))
 INT8_NEW = (("int8", (R, K, 1, H)), ("float32", (R, K, 1)))
 
 KERNELS = {
-    "norm": Kernel("block_matmul", (("float32", (ROWS, WIDTH)), WEIGHT, ("float32", (WIDTH,)), EPS), (ADDED,)),
+    "norm": Kernel(
+        "block_matmul", (("float32", (ROWS, WIDTH)), WEIGHT, ("float32", (WIDTH,)), EPS), (ADDED,)
+    ),
     "swiglu, adapters": Kernel(
-        "block_matmul", (("float32", (ROWS, 2 * WIDTH)), WEIGHT, ("float32", (0,)), EPS, *PAIRS), (ADDED, ADDED)
+        "block_matmul",
+        (("float32", (ROWS, 2 * WIDTH)), WEIGHT, ("float32", (0,)), EPS, *PAIRS),
+        (ADDED, ADDED),
     ),
     "adapters": Kernel("adapter_matmul", (("float32", (ROWS, WIDTH)), *PAIRS), (ADDED,)),
     "decode": Kernel("decode_attention", (*STEP, NEW, NEW), (STEP[0], SIDE, SIDE)),
-    "decode, int8": Kernel("decode_attention", (*STEP, *INT8_NEW, *INT8_NEW), (STEP[0], *INT8_SIDE, *INT8_SIDE)),
-    "prefill": Kernel("prefill_attention", (("bfloat16", (R, T, N, H)), *IN_USE, SIDE, SIDE), (("bfloat16", (R, T, N * H)),)),
+    "decode, int8": Kernel(
+        "decode_attention", (*STEP, *INT8_NEW, *INT8_NEW), (STEP[0], *INT8_SIDE, *INT8_SIDE)
+    ),
+    "prefill": Kernel(
+        "prefill_attention", (("bfloat16", (R, T, N, H)), *IN_USE, SIDE, SIDE), (("bfloat16", (R, T, N * H)),)
+    ),
     "prefill, int8": Kernel(
-        "prefill_attention", (("float32", (R, T, N, H)), *IN_USE, *INT8_SIDE, *INT8_SIDE), (("float32", (R, T, N * H)),)
+        "prefill_attention",
+        (("float32", (R, T, N, H)), *IN_USE, *INT8_SIDE, *INT8_SIDE),
+        (("float32", (R, T, N * H)),),
     ),
     "forward": Kernel("causal_attention", (*QKV, ("int32", (B, T))), MIXED),
     "forward, one segment": Kernel("causal_attention", (*QKV, ("int32", (0,))), MIXED),
@@ -69,7 +85,11 @@ def kernel():
 def zeros(shape: Shape) -> np.ndarray:
     """Returns zeros; in place of the edges of adapters' columns, some that are right."""
     dtype, dims = shape
-    return np.linspace(0, COLUMNS, P + 1).astype(np.int32) if shape == PAIRS[-1] else np.zeros(dims, jnp.dtype(dtype))
+    return (
+        np.linspace(0, COLUMNS, P + 1).astype(np.int32)
+        if shape == PAIRS[-1]
+        else np.zeros(dims, jnp.dtype(dtype))
+    )
 
 
 def call(name: str, arguments: list[np.ndarray], results: tuple[Shape, ...]) -> None:
@@ -78,7 +98,9 @@ def call(name: str, arguments: list[np.ndarray], results: tuple[Shape, ...]) -> 
 
 
 def changes(shape: Shape) -> Iterator[Shape]:
-    """Yields a buffer of another type, of another number of dimensions, and with each dimension larger by one."""
+    """Yields a buffer of another type, of another number of dimensions, and with each dimension
+    larger by one.
+    """
     dtype, dims = shape
     yield ("float16" if dtype == "float32" else "float32", dims)
     yield (dtype, dims[:-1] if dims else (1,))

@@ -7,7 +7,9 @@ from engine.model.paths import leaf_paths, map_paths, merge, split, unflatten
 
 names = st.text("ab01_", min_size=1, max_size=3)
 trees = st.dictionaries(
-    names, st.recursive(st.integers(), lambda inner: st.dictionaries(names, inner, min_size=1), max_leaves=9), min_size=1
+    names,
+    st.recursive(st.integers(), lambda inner: st.dictionaries(names, inner, min_size=1), max_leaves=9),
+    min_size=1,
 )
 
 

@@ -28,8 +28,8 @@ N, K, H = CFG.heads, CFG.kv_heads, CFG.head_dim
 SLOTS, CAPACITY, FIRST = 5, 70, 8
 EDGES = (0, 8, 16, 32, 64, 72)
 DTYPES = ("float32", "bfloat16", "int8")
-# Furthest from attention over the very stored keys and values, of numbers near 1: bfloat16 rounds the weights of
-# the softmax to 8 bits, int8 keeps them to 15.
+# Furthest from attention over the very stored keys and values, of numbers near 1: bfloat16 rounds
+# the weights of the softmax to 8 bits, int8 keeps them to 15.
 NEAR = {"float32": 2e-6, "bfloat16": 1e-2, "int8": 3e-4}
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 # By the kernel in C, where there is one, and by XLA: each compiled by itself.
@@ -56,12 +56,16 @@ def new_qkv(rng: np.random.Generator, rows: int, tokens: int = 1) -> list[np.nda
 
 def joined(layer) -> np.ndarray:
     """A layer's segments side by side, (B, K, S, H) float64, as the numbers they stand for."""
-    wide = lambda segment: segment.values * segment.scale[..., None] if isinstance(segment, QuantizedKV) else segment
+    wide = lambda segment: (
+        segment.values * segment.scale[..., None] if isinstance(segment, QuantizedKV) else segment
+    )
     return np.concatenate([np.asarray(wide(segment), np.float64) for segment in layer], axis=2)
 
 
 def plain(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """q (T, N, H) at positions (T,) over k and v (K, S, H), one head and one query after the other -> (T, N * H)."""
+    """q (T, N, H) at positions (T,) over k and v (K, S, H), one head and one query after the other
+    -> (T, N * H).
+    """
     out = np.zeros(q.shape)
     for t, position in enumerate(positions):
         for n in range(N):
@@ -83,13 +87,20 @@ def layer_at(segments: KVSegments, rows: CacheRows) -> SegmentedLayer:
 
 @functools.cache
 def filled(dtype: str) -> tuple[KVSegments, list[np.ndarray]]:
-    """KVSegments in which every slot holds CAPACITY tokens, read 8 at a time, and the keys and values that were put in."""
-    rng, segments = np.random.default_rng(0), make_kv_segments(CFG, SLOTS, segment_edges(CAPACITY, FIRST, FIRST), dtype)
+    """KVSegments in which every slot holds CAPACITY tokens, read 8 at a time, and the keys and
+    values that were put in.
+    """
+    rng, segments = (
+        np.random.default_rng(0),
+        make_kv_segments(CFG, SLOTS, segment_edges(CAPACITY, FIRST, FIRST), dtype),
+    )
     numbers = [normal(rng, SLOTS, EDGES[-1], K, H) for _ in range(2)]
     for slot in range(SLOTS):
         for start in range(0, EDGES[-1], FIRST):
             k, v = (side[slot : slot + 1, start : start + FIRST] for side in numbers)
-            _, layer = PATHS["XLA"](normal(rng, 1, FIRST, N, H), k, v, layer_at(segments, rows_of([start], [slot])))
+            _, layer = PATHS["XLA"](
+                normal(rng, 1, FIRST, N, H), k, v, layer_at(segments, rows_of([start], [slot]))
+            )
             segments = KVSegments((layer.k,) * 2, (layer.v,) * 2)
     return segments, numbers
 
@@ -117,7 +128,9 @@ def test_segments_double_up_to_the_capacity_and_hold_what_is_written(dtype):
 
 
 def check_attention(attention, dtype: str, segments: KVSegments, q, k, v, starts, slots) -> None:
-    """Each row's tokens see in its slot what plain attention sees over the very keys and values that are stored."""
+    """Each row's tokens see in its slot what plain attention sees over the very keys and values
+    that are stored.
+    """
     out, layer = attention(q, k, v, layer_at(segments, rows_of(starts, slots)))
     rounded = np.asarray(jnp.asarray(q, "bfloat16") if dtype == "bfloat16" else q, np.float64)
     keys, values = joined(layer.k), joined(layer.v)
@@ -128,17 +141,23 @@ def check_attention(attention, dtype: str, segments: KVSegments, q, k, v, starts
 
 @EVERY_DTYPE
 def test_a_step_and_a_chunk_see_what_plain_attention_sees_at_every_length_in_every_slot(attention, dtype):
-    """Rows stand at different lengths: all from 1 to the capacity, the ones around every edge among them."""
+    """Rows stand at different lengths: all from 1 to the capacity, the ones around every edge among
+    them.
+    """
     (segments, _), rng = filled_for(attention, dtype), np.random.default_rng(1)
     for lengths in np.stack([np.roll(np.arange(EDGES[-1]), 31 * row) for row in range(SLOTS)], 1):
         check_attention(attention, dtype, segments, *new_qkv(rng, SLOTS), lengths, range(SLOTS))
     for start in range(0, EDGES[-1], FIRST):
-        check_attention(attention, dtype, segments, *new_qkv(rng, 1, FIRST), [start], [start // FIRST % SLOTS])
+        check_attention(
+            attention, dtype, segments, *new_qkv(rng, 1, FIRST), [start], [start // FIRST % SLOTS]
+        )
 
 
 @EVERY_DTYPE
 def test_int8_keys_and_values_are_near_the_ones_that_came(attention, dtype):
-    """Against the numbers before they were rounded: what a type costs, root mean square, of outputs near 0.3."""
+    """Against the numbers before they were rounded: what a type costs, root mean square, of outputs
+    near 0.3.
+    """
     segments, (k, v) = filled_for(attention, dtype)
     q = normal(np.random.default_rng(3), SLOTS, 1, N, H)
     at = np.full(SLOTS, EDGES[-1] - 1)
@@ -151,7 +170,9 @@ def test_int8_keys_and_values_are_near_the_ones_that_came(attention, dtype):
 
 @EVERY_DTYPE
 def test_a_row_is_the_same_to_the_bit_however_far_the_others_are(attention, dtype):
-    """Alone among rows that are not in use, and beside rows that reach further, whose slots hold NaN and infinity."""
+    """Alone among rows that are not in use, and beside rows that reach further, whose slots hold
+    NaN and infinity.
+    """
     (segments, _), rng = filled_for(attention, dtype), np.random.default_rng(4)
     qkv = new_qkv(rng, 1)
     for length in (0, 7, 8, 15, 16, 40, 63, 64, 71):
@@ -166,7 +187,9 @@ def test_a_row_is_the_same_to_the_bit_however_far_the_others_are(attention, dtyp
                     return array if array.dtype == jnp.int8 else jnp.where(keep, array, rubbish)
 
                 rows = rows_of(np.where(own, length, other_length), range(SLOTS))
-                company = [np.where(own.reshape(-1, 1, 1, 1), x, normal(rng, SLOTS, *x.shape[1:])) for x in qkv]
+                company = [
+                    np.where(own.reshape(-1, 1, 1, 1), x, normal(rng, SLOTS, *x.shape[1:])) for x in qkv
+                ]
                 out, layer = attention(*company, layer_at(jax.tree.map(place, segments), rows))
                 bits = [np.asarray(leaf)[slot].tobytes() for leaf in jax.tree.leaves((layer.k, layer.v))]
                 results.add((np.asarray(out)[slot].tobytes(), *bits))
@@ -175,7 +198,9 @@ def test_a_row_is_the_same_to_the_bit_however_far_the_others_are(attention, dtyp
 
 @EVERY_DTYPE
 def test_what_a_row_may_not_see_does_not_matter(attention, dtype):
-    """Behind its own position other numbers, in its own slot: the same bits. (Cleared slots hold no NaN there.)"""
+    """Behind its own position other numbers, in its own slot: the same bits. (Cleared slots hold no
+    NaN there.)
+    """
     segments, _ = filled_for(attention, dtype)
     new, rows = new_qkv(np.random.default_rng(5), SLOTS), rows_of([3, 15, 16, 33, 70], range(SLOTS))
 
@@ -185,7 +210,8 @@ def test_what_a_row_may_not_see_does_not_matter(attention, dtype):
         return jnp.where(beyond, (3 * array).astype(array.dtype), array)
 
     change = lambda layer: tuple(
-        jax.tree.map(functools.partial(changed, start=start), segment) for segment, start in zip(layer, segments.edges)
+        jax.tree.map(functools.partial(changed, start=start), segment)
+        for segment, start in zip(layer, segments.edges)
     )
     other = KVSegments((change(segments.k[0]),), (change(segments.v[0]),))
     ours, expected = (attention(*new, layer_at(each, rows))[0] for each in (other, segments))
@@ -198,7 +224,9 @@ def test_rows_are_written_where_they_are_sent_and_nowhere_else(attention):
     rng = np.random.default_rng(6)
     k = normal(rng, SLOTS, 1, K, H)
     position, source, target = [5, 72, -1, 16, 71], [0, 1, 2, 3, 4, 0, 3, 3], [0, 1, 2, 3, 4, 1, 0, SLOTS]
-    _, layer = attention(normal(rng, SLOTS, 1, N, H), k, k, layer_at(segments, rows_of(position, target, source)))
+    _, layer = attention(
+        normal(rng, SLOTS, 1, N, H), k, k, layer_at(segments, rows_of(position, target, source))
+    )
     expected = joined(segments.k[0])
     for slot, at, row in ((0, 5, 0), (1, 5, 0), (3, 16, 3), (0, 16, 3), (4, 71, 4)):
         expected[slot, :, at] = k[row, 0]
@@ -206,9 +234,15 @@ def test_rows_are_written_where_they_are_sent_and_nowhere_else(attention):
 
 
 def all_arrays(segments: KVSegments) -> list[np.ndarray]:
-    """A writable copy of all that lies in segments: of the 2 L layers, the numbers (and the scales), (B, K, S, ...)."""
+    """A writable copy of all that lies in segments: of the 2 L layers, the numbers (and the
+    scales), (B, K, S, ...).
+    """
     layers = [zip(*map(jax.tree.leaves, layer)) for layer in (*segments.k, *segments.v)]
-    return [np.concatenate([np.asarray(array) for array in arrays], axis=2) for layer in layers for arrays in layer]
+    return [
+        np.concatenate([np.asarray(array) for array in arrays], axis=2)
+        for layer in layers
+        for arrays in layer
+    ]
 
 
 def check_same(segments: KVSegments, expected: list[np.ndarray]) -> None:
@@ -235,8 +269,12 @@ def test_a_chunk_that_is_read_and_written_arrives_and_touches_nothing_else(dtype
             for array in expected:
                 array[slot : slot + 1, :, start : start + count] = array[2, :, start : start + count]
                 array[slot : slot + 1, :, start + count : start + FIRST] = 0
-            spoilt = jax.tree.map(lambda x, n=count: x if x.dtype == jnp.int8 else x.at[:, :, n:].set(np.nan), chunk)
-            check_same(write_chunk(segments, spoilt, np.int32(slot), np.int32(start), np.int32(count)), expected)
+            spoilt = jax.tree.map(
+                lambda x, n=count: x if x.dtype == jnp.int8 else x.at[:, :, n:].set(np.nan), chunk
+            )
+            check_same(
+                write_chunk(segments, spoilt, np.int32(slot), np.int32(start), np.int32(count)), expected
+            )
 
 
 @EVERY_DTYPE
@@ -250,7 +288,9 @@ def test_a_slot_is_cleared_and_copied_as_far_as_it_will_be_read_and_others_stay(
         array[targets[:count], :, : reached(reach)] = array[slot, :, : reached(reach)]
     check_same(copy(segments, np.int32(slot), np.array(targets, np.int32), np.int32(reach)), expected)
 
-    spoilt = jax.tree.map(lambda array: array if array.dtype == jnp.int8 else array.at[slot].set(np.nan), segments)
+    spoilt = jax.tree.map(
+        lambda array: array if array.dtype == jnp.int8 else array.at[slot].set(np.nan), segments
+    )
     for cleared in (slot, SLOTS):
         expected = all_arrays(spoilt)
         for array in expected:

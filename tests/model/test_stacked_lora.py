@@ -15,7 +15,8 @@ from engine.model.weights.blocks import round_to_blocks
 from engine.model.weights.matmul import project
 from engine.model.weights.stacked_lora import StackedLoRA, adapter_product
 
-# Rows, inputs, adapters, columns of each matrix, rank: less than a vector and more, and odd numbers of all.
+# Rows, inputs, adapters, columns of each matrix, rank: less than a vector and more, and odd numbers
+# of all.
 SHAPES = [(1, 32, 1, (5,), 1), (4, 64, 2, (64, 16, 16), 8), (7, 96, 3, (17, 1), 5), (2, 576, 2, (300,), 16)]
 F32 = jnp.dtype("float32")
 BASES = {
@@ -40,14 +41,23 @@ def test_near_what_xla_gives(dtype, base, shape, seed):
     stored = lambda *sizes: rng.integers(-127, 128, sizes) if dtype == "int8" else numbers(*sizes)
     scale = numbers(count + 1, ranks).reshape(count + 1, len(columns), rank)
     for adapter, part in itertools.product(range(count + 1), range(len(columns))):
-        scale[adapter, part, rng.integers(rank + 1) if adapter else 0 :] = 0  # ranks that it does not have
-    a, b = (jnp.asarray(stored(count + 1, *sizes), dtype) for sizes in ((ranks, inputs), (rank, sum(columns))))
+        # ranks that it does not have
+        scale[adapter, part, rng.integers(rank + 1) if adapter else 0 :] = 0
+    a, b = (
+        jnp.asarray(stored(count + 1, *sizes), dtype) for sizes in ((ranks, inputs), (rank, sum(columns)))
+    )
     index = jnp.asarray(rng.integers(0, count + 1, rows), jnp.int32)
     make, x = BASES[base], jnp.asarray(numbers(rows, 1, inputs), F32)
     under = make and make(jnp.asarray(numbers(inputs, sum(columns)), F32))
     weight = StackedLoRA(under, a, b, jnp.asarray(scale.reshape(count + 1, ranks), F32), index, columns)
-    plain = np.asarray(jax.jit(lambda x: project(x, under, F32))(x)) if make else np.zeros((rows, 1, sum(columns)), np.float32)
-    product = (lambda x, weight: project(x, weight, F32)) if make else lambda x, weight: adapter_product(x, weight)
+    plain = (
+        np.asarray(jax.jit(lambda x: project(x, under, F32))(x))
+        if make
+        else np.zeros((rows, 1, sum(columns)), np.float32)
+    )
+    product = (
+        (lambda x, weight: project(x, weight, F32)) if make else lambda x, weight: adapter_product(x, weight)
+    )
     ours = np.asarray(jax.jit(product)(x, weight))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stacked_lora, "computes_in_c", lambda: False)

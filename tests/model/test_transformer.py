@@ -16,7 +16,9 @@ QWEN3, QWEN2 = FAMILY["qwen3"], FAMILY["qwen2"]
 
 
 def leave_the_cpu(monkeypatch) -> None:
-    """From here on programs are traced as for another platform, without what a CPU does in its own way."""
+    """From here on programs are traced as for another platform, without what a CPU does in its own
+    way.
+    """
     monkeypatch.setattr("engine.model.ops.platform", lambda: "gpu")
 
 
@@ -49,12 +51,18 @@ SEGMENTS = np.array([[0, 0, 0, 1, 1, 1, 1], [2, 2, 5, 5, 5, 6, 6]], np.int32)
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one text a row", "packed"])
 def test_a_token_knows_what_came_before_it_and_nothing_else(cfg, params, segments, reads):
-    """d logits[b, t] / d embedding[b', t'] is exactly 0 unless b' = b, t' <= t and both stand in one text."""
-    tokens = np.random.default_rng(0).permutation(cfg.vocab)[: B * T].reshape(B, T).astype(np.int32)  # no two alike
+    """d logits[b, t] / d embedding[b', t'] is exactly 0 unless b' = b, t' <= t and both stand in
+    one text.
+    """
+    tokens = (
+        np.random.default_rng(0).permutation(cfg.vocab)[: B * T].reshape(B, T).astype(np.int32)
+    )  # no two alike
     mixing = np.random.default_rng(1).standard_normal(cfg.vocab).astype(np.float32)
 
     def outputs(embed):
-        logits, _ = reads.__wrapped__(cfg, params | {"embed": embed}, tokens, positions_of(B, T), None, segments)
+        logits, _ = reads.__wrapped__(
+            cfg, params | {"embed": embed}, tokens, positions_of(B, T), None, segments
+        )
         return logits @ mixing
 
     jacobian = jax.jit(jax.jacrev(outputs))(params["embed"])  # (B, T, V, D)
@@ -75,7 +83,8 @@ def test_texts_packed_into_a_row_are_read_as_if_alone(cfg, params):
         np.testing.assert_allclose(packed[b, start:end], expected[0, : end - start], atol=2e-5, rtol=0)
 
 
-PIECES = [(0, 5), (5, 10), (10, 11), (11, 12), (12, 13)]  # prefill in two chunks, then token by token
+# prefill in two chunks, then token by token
+PIECES = [(0, 5), (5, 10), (10, 11), (11, 12), (12, 13)]
 
 
 def assert_cached_is_uncached(reads, cfg, tolerance: float) -> None:
@@ -104,8 +113,13 @@ def test_cached_is_uncached_on_other_devices(elsewhere):
 
 
 def test_no_layout_changes_what_is_computed(cfg, params):
-    """Unrolled or scanned, saved or recomputed: one value and one gradient. And each is really another program."""
-    tokens, weights = tokens_of(0, B, T), np.random.default_rng(1).standard_normal((B, T, cfg.vocab)).astype(np.float32)
+    """Unrolled or scanned, saved or recomputed: one value and one gradient. And each is really
+    another program.
+    """
+    tokens, weights = (
+        tokens_of(0, B, T),
+        np.random.default_rng(1).standard_normal((B, T, cfg.vocab)).astype(np.float32),
+    )
 
     def slope(**layout):
         def value(params):
@@ -113,7 +127,10 @@ def test_no_layout_changes_what_is_computed(cfg, params):
             return (logits * weights).sum()
 
         text = str(jax.make_jaxpr(value)(params))
-        return jax.jit(jax.value_and_grad(value))(params), (" scan[" in text, "checkpoint" in text or "remat" in text)
+        return jax.jit(jax.value_and_grad(value))(params), (
+            " scan[" in text,
+            "checkpoint" in text or "remat" in text,
+        )
 
     expected, signs = slope()
     assert signs == (False, False)
@@ -125,7 +142,9 @@ def test_no_layout_changes_what_is_computed(cfg, params):
 
 
 def test_a_fresh_model_knows_nothing():
-    """Each block starts as the identity and an untied head at zero: the first loss is ln V to the bit, tied nearly so."""
+    """Each block starts as the identity and an untied head at zero: the first loss is ln V to the
+    bit, tied nearly so.
+    """
     tokens = tokens_of(0, B, T)
     params = init(QWEN3, jax.random.key(3))
     logits, _ = run(QWEN3, params, tokens, positions_of(B, T))

@@ -92,7 +92,9 @@ def test_an_adapter_trains_on_it(model, rows, monkeypatch):
     if rows == "a few":
         monkeypatch.setattr(module, "ROWS_LIMIT", 4 * 5 * cfg.vocab)
     differentiate = jax.jit(lambda frozen: loss_and_gradient(cfg, adapters, frozen, batch()))
-    for ours, theirs in zip(*(jax.tree.leaves(differentiate(frozen)) for frozen in (sums, params)), strict=True):
+    for ours, theirs in zip(
+        *(jax.tree.leaves(differentiate(frozen)) for frozen in (sums, params)), strict=True
+    ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=NEAR)
 
 

@@ -1,8 +1,9 @@
 """The promises of serving and training (README.md): options, the servers, and a line for each promise at the end.
 
-A test of promise S4 is marked `promises(name="S4")`, and tried on a server of its own process, over loopback; some are tried by
-default too, in a few repetitions and without their bars of time, on the tiny server of tests/serve: see `servers`. A promise
-that could not be tried is not kept. Without `-n 0` the workers disturb each other's timing.
+A test of promise S4 is marked `promises(name="S4")`, and tried on a server of its own process, over
+loopback; some are tried by default too, in a few repetitions and without their bars of time, on the
+tiny server of tests/serve: see `servers`. A promise that could not be tried is not kept. Without
+`-n 0` the workers disturb each other's timing.
 """
 
 import dataclasses
@@ -33,10 +34,17 @@ FOUND: list[dict[str, Any]] = []  # what each trial of a promise found
 def pytest_addoption(parser):
     group = parser.getgroup("promises", "the promises of training and serving")
     group.addoption("--quick", action="store_true", help="few repetitions of each promise")
-    group.addoption("--promises-model", default="smollm2-135m-instruct", help="what `--model` of stages.serve takes")
-    group.addoption("--promises-slots", type=int, default=8, help="requests the server answers at the same time")
     group.addoption(
-        "--promises-out", type=Path, metavar="FOLDER", help="keep the figures in FOLDER/promises.json, beside older ones"
+        "--promises-model", default="smollm2-135m-instruct", help="what `--model` of stages.serve takes"
+    )
+    group.addoption(
+        "--promises-slots", type=int, default=8, help="requests the server answers at the same time"
+    )
+    group.addoption(
+        "--promises-out",
+        type=Path,
+        metavar="FOLDER",
+        help="keep the figures in FOLDER/promises.json, beside older ones",
     )
 
 
@@ -70,13 +78,18 @@ def rng():
 
 @pytest.fixture(scope="session")
 def make_server(pytestconfig):
-    """Makes a server of the model in a process of its own: `make_server(*flags, preamble=...)`, for `async with`."""
+    """Makes a server of the model in a process of its own: `make_server(*flags, preamble=...)`, for
+    `async with`.
+    """
     flags = ["--slots", str(pytestconfig.getoption("--promises-slots"))]
 
     def make(*more, preamble=""):
         server = Server(pytestconfig.getoption("--promises-model"), [*flags, *more])
         if preamble:
-            server.command[1:3] = ["-c", f"{preamble}\nimport sys, stages.serve.__main__ as serve\nsys.exit(serve.main())"]
+            server.command[1:3] = [
+                "-c",
+                f"{preamble}\nimport sys, stages.serve.__main__ as serve\nsys.exit(serve.main())",
+            ]
         return server
 
     return make
@@ -85,14 +98,17 @@ def make_server(pytestconfig):
 @pytest.fixture(scope="session")
 async def real_server(anyio_backend, make_server):
     """The server that most promises are tried on, so that S3 finds it after everything else."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # however this ends, its servers end too
+    # however this ends, its servers end too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     async with make_server() as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 async def tiny_promised(anyio_backend):
-    """A tiny one in this process, for one file: between two the process may drop what it has compiled (`workers.py`)."""
+    """A tiny one in this process, for one file: between two the process may drop what it has
+    compiled (`workers.py`).
+    """
     with TinyServer() as tiny:
         yield SimpleNamespace(port=tiny.port, client=Client(tiny.port), process=None)
 
@@ -100,7 +116,9 @@ async def tiny_promised(anyio_backend):
 @pytest.fixture(params=["real"])
 def server(request):
     """The real server, or the tiny one: see `servers`."""
-    return request.getfixturevalue(real_server.__name__ if request.param == "real" else tiny_promised.__name__)
+    return request.getfixturevalue(
+        real_server.__name__ if request.param == "real" else tiny_promised.__name__
+    )
 
 
 @pytest.fixture
@@ -115,7 +133,9 @@ def slots(pytestconfig, is_real):
 
 @pytest.fixture
 def expect(record_property, is_real):
-    """Records figures and fails when one misses its bar: `expect(*figures, over="how many of what")`."""
+    """Records figures and fails when one misses its bar: `expect(*figures, over="how many of
+    what")`.
+    """
 
     def expect(*figures: Figure, over: str = "") -> None:
         record_property("figures", [figure._asdict() for figure in figures])
@@ -159,7 +179,9 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def keep(path: Path, quick: bool) -> None:
-    """Writes what was found in place of older figures of the same trials. The others stay, each with its date and commit."""
+    """Writes what was found in place of older figures of the same trials. The others stay, each
+    with its date and commit.
+    """
     about = circumstances(["pytest", *sys.argv[1:]], Options())
     own = {"date": about["date"][:10], "commit": about["commit"], "load": about["load"], "quick": quick}
     older = json.loads(path.read_text())["rows"] if path.exists() else []

@@ -37,11 +37,14 @@ class Figure(NamedTuple):
 
 at_most = lambda name, value, bar, unit="": Figure(name, value, "≤", bar, unit)
 at_least = lambda name, value, bar, unit="": Figure(name, value, "≥", bar, unit)
-milliseconds = lambda name, seconds, bar: Figure(name, 1e3 * seconds, "≤", bar, " ms")  # bar in milliseconds
+# bar in milliseconds
+milliseconds = lambda name, seconds, bar: Figure(name, 1e3 * seconds, "≤", bar, " ms")
 
 
 def slowest(name: str, seconds: Sequence[float], bar: float) -> Figure:
-    """Returns the highest percentile that enough of the samples lie above, in milliseconds; the bar is in milliseconds too."""
+    """Returns the highest percentile that enough of the samples lie above, in milliseconds; the bar
+    is in milliseconds too.
+    """
     p, value = tail(seconds)
     return milliseconds(f"{name} p{p}", value, bar)
 
@@ -50,6 +53,8 @@ exactly = lambda name, value, bar: Figure(name, math.nan if value is None else v
 
 
 def servers(name: str, fixture: str = "server") -> pytest.MarkDecorator:
-    """Tries a promise on the tiny server in the default run, and on the real one under `-m promises`; `fixture` makes both."""
+    """Tries a promise on the tiny server in the default run, and on the real one under `-m
+    promises`; `fixture` makes both.
+    """
     marks = pytest.mark.promises(name=name)
     return pytest.mark.parametrize(fixture, ["tiny", pytest.param("real", marks=marks)], indirect=True)

@@ -27,7 +27,8 @@ from engine.storage.adapter import base_digest, save_adapter
 pytestmark = pytest.mark.anyio
 
 LARGE = (2, 4, 8)  # completions, or candidates, of a request
-PUNCTUAL_SECONDS = 1.0  # that a client on a busy machine may come late; one that comes later is not counted
+# that a client on a busy machine may come late; one that comes later is not counted
+PUNCTUAL_SECONDS = 1.0
 KINDS = ("plain", "grammar", "adapter", "score")
 TEXT = "[a-z ]{4,12}"
 
@@ -94,13 +95,20 @@ class Crowd:
         self.turns: list[Turn] = []
 
     async def gather(self, small: int, obedient: bool) -> None:
-        """Sends requests of one completion from `small` clients, and of more from one client of each size."""
-        large = [asyncio.create_task(self.client(size, KINDS[n], True)) for n, size in enumerate((*LARGE, LARGE[0]))]
+        """Sends requests of one completion from `small` clients, and of more from one client of
+        each size.
+        """
+        large = [
+            asyncio.create_task(self.client(size, KINDS[n], True))
+            for n, size in enumerate((*LARGE, LARGE[0]))
+        ]
         asking = lambda _: not all(task.done() for task in large)
         clients = [asyncio.create_task(self.client(1, KINDS[n % 4], obedient, asking)) for n in range(small)]
         await asyncio.gather(*large, *clients)
 
-    async def client(self, size: int, kind: str, obedient: bool, goes_on: Callable[[int], bool] | None = None) -> None:
+    async def client(
+        self, size: int, kind: str, obedient: bool, goes_on: Callable[[int], bool] | None = None
+    ) -> None:
         goes_on = goes_on or (lambda served: served < self.rounds or clock() < self.end)
         served = 0
         async with httpx.AsyncClient(base_url=self.server.url, timeout=600) as http:
@@ -156,16 +164,24 @@ async def test_large_requests_are_not_starved_by_small_ones(crowded, quick, is_r
     each = (clock() - begin) / len(crowd.turns)  # seconds between two ends
     large = [turn for turn in crowd.turns if turn.size > 1]
     # Beside what was ahead: the second to which Retry-After is rounded up.
-    waits = [(turn.admitted - turn.first) / ((turn.ahead + 1) * each + 1) for turn in large if turn.kind != "score"]
+    waits = [
+        (turn.admitted - turn.first) / ((turn.ahead + 1) * each + 1) for turn in large if turn.kind != "score"
+    ]
     figures = [
         exactly("not answered", sum(turn.status != 200 for turn in crowd.turns), 0),
         at_least("sizes served", len({turn.size for turn in large}), len(LARGE)),
         at_least("kinds served", len({turn.kind for turn in crowd.turns}), len(KINDS)),
         at_most("times that a large one was passed over", max(turn.passed_over for turn in large), 1),
     ]
-    longest = at_most("longest wait of a large one over the service of what was ahead", max(waits, default=0.0), 2)
+    longest = at_most(
+        "longest wait of a large one over the service of what was ahead", max(waits, default=0.0), 2
+    )
     median = percentile(waits, 0.5)
-    expect(*figures, *[longest] * is_real, over=f"{len(crowd.turns)} requests, {len(large)} large; the median {median:.2f}")
+    expect(
+        *figures,
+        *[longest] * is_real,
+        over=f"{len(crowd.turns)} requests, {len(large)} large; the median {median:.2f}",
+    )
 
 
 @servers("S16", "crowded")

@@ -31,19 +31,26 @@ REQUESTS = (
     completion_request("one two three one two three one two", 20, logprobs=1, stream=False),
     chat_request("Name a colour.", 12, logprobs=True, top_logprobs=3),
     chat_request("Tell me about the sea.", 16, logprobs=True, temperature=1, top_p=0.9, seed=11),
-    completion_request("The assistant answers what the user asks; the system says ", 8, logprobs=1, stream=False),
-    completion_request("A list: apples, pears,", 14, logprobs=1, temperature=1, seed=3, frequency_penalty=0.5, stop=["\n"]),
-    completion_request("It was the best of times, it was", 12, logprobs=1, logit_bias={"30": 2}, stream=False),
+    completion_request(
+        "The assistant answers what the user asks; the system says ", 8, logprobs=1, stream=False
+    ),
+    completion_request(
+        "A list: apples, pears,", 14, logprobs=1, temperature=1, seed=3, frequency_penalty=0.5, stop=["\n"]
+    ),
+    completion_request(
+        "It was the best of times, it was", 12, logprobs=1, logit_bias={"30": 2}, stream=False
+    ),
 )
 
 
 async def repeat_under_load(
     client: Client, requests: Sequence[dict[str, Any]], slots: int, repetitions: int, rng: random.Random
 ) -> tuple[int, int, int]:
-    """Sends `requests` over and over, in random order, among others that come, go and hang up at random, then alone.
+    """Sends `requests` over and over, in random order, among others that come, go and hang up at
+    random, then alone.
 
-    Returns the most distinct outputs of one request, the outputs beyond the first of each when log-probabilities count
-    too, and how many were not answered.
+    Returns the most distinct outputs of one request, the outputs beyond the first of each when
+    log-probabilities count too, and how many were not answered.
     """
     completions: dict[int, list[Completion]] = defaultdict(list)
     order = [place % len(requests) for place in range(repetitions)]
@@ -78,21 +85,34 @@ async def repeat_under_load(
     return max(map(len, texts)), sum(len(outputs) - 1 for outputs in bits), unanswered
 
 
-@pytest.mark.promises(name="S1")  # by day: tests/serve/test_serve_load.py and tests/inference/test_engine_company.py
+@pytest.mark.promises(
+    name="S1"
+)  # by day: tests/serve/test_serve_load.py and tests/inference/test_engine_company.py
 async def test_the_same_request_gives_the_same_bits(client, slots, quick, rng, expect):
-    """Three of eight at temperature 1, by their seeds; log-probabilities are compared as floats, which JSON carries whole."""
+    """Three of eight at temperature 1, by their seeds; log-probabilities are compared as floats,
+    which JSON carries whole.
+    """
     await expect_same_bits(client, slots, 96 if quick else 1000, rng, expect)
 
 
 @pytest.mark.promises(name="S1")
 @pytest.mark.parametrize("weights", ["bfloat16", "float32"])
-async def test_the_same_bits_by_weights_that_no_kernel_multiplies(make_server, weights, slots, quick, rng, expect):
+async def test_the_same_bits_by_weights_that_no_kernel_multiplies(
+    make_server, weights, slots, quick, rng, expect
+):
     async with make_server("--weights", weights) as server:
-        await expect_same_bits(server.client, slots, 96 if quick else 400, rng, expect, f", {weights} weights")
+        await expect_same_bits(
+            server.client, slots, 96 if quick else 400, rng, expect, f", {weights} weights"
+        )
 
 
 async def expect_same_bits(
-    client: Client, slots: int, repetitions: int, rng: random.Random, expect: Callable[..., None], with_what: str = ""
+    client: Client,
+    slots: int,
+    repetitions: int,
+    rng: random.Random,
+    expect: Callable[..., None],
+    with_what: str = "",
 ) -> None:
     health = (await client.get("/health")).json()
     texts, different_bits, unanswered = await repeat_under_load(client, REQUESTS, slots, repetitions, rng)
@@ -128,14 +148,17 @@ async def exchange_secrets(client: Client, streams: int, count: int, rng: random
 
     async def stream() -> None:
         for secret in remaining:
-            shared = random_text(random.Random(9), rng.choice((0, 140)))  # many begin alike, by whole chunks
+            # many begin alike, by whole chunks
+            shared = random_text(random.Random(9), rng.choice((0, 140)))
             prompt = f"{shared} The password is {secret}. Repeat: the password is {secret}. The password is"
             fields = {"temperature": rng.choice((0, 1)), "seed": rng.randrange(2**32)}
             texts.append((secret, (await complete(client, completion_request(prompt, 14, **fields))).text))
 
     await asyncio.gather(*(stream() for _ in range(streams)))
     owner = {part: secret for secret in secrets for part in _parts(secret)}
-    leaked = sum(any(owner.get(part, own) != own and part not in own for part in _parts(text)) for own, text in texts)
+    leaked = sum(
+        any(owner.get(part, own) != own and part not in own for part in _parts(text)) for own, text in texts
+    )
     echoed = sum(any(owner.get(part) == own for part in _parts(text)) for own, text in texts)
     return leaked, echoed
 
@@ -149,7 +172,9 @@ async def test_a_disconnect_frees_the_slot(client, slots, quick, rng, expect):
     clients = slots + 2  # two of them wait for a slot
     bodies = [completion_request(random_text(rng, 12), 40, ignore_eos=True) for _ in range(slots)]
     completions, _ = await closed_loop(client, bodies, slots)
-    step = percentile([completion.time_per_output_token for completion in completions], 0.5)  # when every slot is in use
+    step = percentile(
+        [completion.time_per_output_token for completion in completions], 0.5
+    )  # when every slot is in use
     waits: list[float] = []
     stuck = 0
     for wave in range(-(-(60 if quick else 1000) // clients)):
@@ -164,9 +189,11 @@ async def test_a_disconnect_frees_the_slot(client, slots, quick, rng, expect):
 
 
 async def _leave_in_turn(client: Client, count: int, rng: random.Random) -> list[float]:
-    """One after the other leaves at a random moment -> seconds from each abort until the server holds one fewer.
+    """One after the other leaves at a random moment -> seconds from each abort until the server
+    holds one fewer.
 
-    Nobody comes meanwhile, and the next leaves when the last one is gone, so that no wait is another's.
+    Nobody comes meanwhile, and the next leaves when the last one is gone, so that no wait is
+    another's.
     """
     connections = [await _open(client, rng) for _ in range(count)]
     while await _requests_held(client) < count:
@@ -182,9 +209,12 @@ async def _leave_in_turn(client: Client, count: int, rng: random.Random) -> list
 
 
 async def _leave_at_once(client: Client, count: int, rng: random.Random) -> list[float]:
-    """All leave at once, before the server may have seen them -> for each, seconds until it holds nobody."""
+    """All leave at once, before the server may have seen them -> for each, seconds until it holds
+    nobody.
+    """
     connections = [await _open(client, rng) for _ in range(count)]
-    return [await _cut(client, connections, 0, rng, first_look=0.05)] * count  # by then it has seen them
+    # by then it has seen them
+    return [await _cut(client, connections, 0, rng, first_look=0.05)] * count
 
 
 async def _open(client: Client, rng: random.Random) -> Any:
@@ -196,8 +226,12 @@ async def _open(client: Client, rng: random.Random) -> Any:
     return writer
 
 
-async def _cut(client: Client, writers: list[Any], left: int, rng: random.Random, first_look: float = 0.002) -> float:
-    """Ends connections, by a reset or politely -> seconds until the server holds `left` requests or fewer."""
+async def _cut(
+    client: Client, writers: list[Any], left: int, rng: random.Random, first_look: float = 0.002
+) -> float:
+    """Ends connections, by a reset or politely -> seconds until the server holds `left` requests or
+    fewer.
+    """
     begin = clock()
     for writer in writers:
         writer.transport.abort() if rng.random() < 0.5 else writer.close()
@@ -223,7 +257,9 @@ async def _still_held(client: Client, timeout: float = 5.0) -> int:
 
 @pytest.mark.promises(name="S5")
 async def test_overload_is_refused(server, slots, quick, rng, expect):
-    """Ten times what the server can do, arriving whether it answers or not, in turns with as much as it can take."""
+    """Ten times what the server can do, arriving whether it answers or not, in turns with as much
+    as it can take.
+    """
     seconds = 3.0 if quick else 12.0
     peaks: list[float] = []
     overloaded: list[float] = []
@@ -250,7 +286,9 @@ async def test_overload_is_refused(server, slots, quick, rng, expect):
 
 
 async def _peak_throughput(server: Server, slots: int, seconds: float, rng: random.Random) -> float:
-    """Tokens a second while every slot and a short queue are always full, after a moment to fill them."""
+    """Tokens a second while every slot and a short queue are always full, after a moment to fill
+    them.
+    """
     end = clock() + seconds + 1
 
     async def stream() -> None:
@@ -279,7 +317,9 @@ def _medium_request(rng: random.Random) -> dict[str, Any]:
 
 @pytest.mark.promises(name="S11")
 async def test_a_short_request_beside_long_prompts(server, client, quick, rng, expect):
-    """Short requests one after another, alone and while a prompt as long as fits is being read beside them all the time."""
+    """Short requests one after another, alone and while a prompt as long as fits is being read
+    beside them all the time.
+    """
     count = 12 if quick else 60
     length = (await server.model())["max_model_len"] - 40
     begin = clock()
@@ -309,7 +349,10 @@ async def test_a_short_request_beside_long_prompts(server, client, quick, rng, e
 
 async def _ttfts(client: Client, count: int, rng: random.Random) -> list[float]:
     """Seconds to the first token of short requests, one after another."""
-    return [(await complete(client, completion_request(random_text(rng, 8), 4, ignore_eos=True))).ttft for _ in range(count)]
+    return [
+        (await complete(client, completion_request(random_text(rng, 8), 4, ignore_eos=True))).ttft
+        for _ in range(count)
+    ]
 
 
 def _long_request(length: int, rng: random.Random) -> dict[str, Any]:

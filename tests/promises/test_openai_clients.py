@@ -16,17 +16,28 @@ from figures import exactly
 
 pytestmark = [pytest.mark.anyio, pytest.mark.promises(name="S10")]
 
-SMALL_CAPACITY = 80  # tokens where schemas are fuzzed: sound requests without a limit run until it is full
+# tokens where schemas are fuzzed: sound requests without a limit run until it is full
+SMALL_CAPACITY = 80
 FUZZING_SECONDS = 1200  # in which schemathesis is to end
 
 MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello there"}]
 TOO_LONG: Any = [{"role": "user", "content": "word " * 50_000}]
-CHAT: dict[str, Any] = {"model": "default", "messages": MESSAGES, "max_completion_tokens": 8, "temperature": 0}
+CHAT: dict[str, Any] = {
+    "model": "default",
+    "messages": MESSAGES,
+    "max_completion_tokens": 8,
+    "temperature": 0,
+}
 
 
 @pytest.fixture
 def options(server) -> dict[str, Any]:
-    return {"base_url": f"http://127.0.0.1:{server.port}/v1", "api_key": "any", "max_retries": 8, "timeout": 60}
+    return {
+        "base_url": f"http://127.0.0.1:{server.port}/v1",
+        "api_key": "any",
+        "max_retries": 8,
+        "timeout": 60,
+    }
 
 
 @pytest.fixture
@@ -69,7 +80,10 @@ def test_a_chat(ai):
     assert answer.role == "assistant"
     parts = [{"type": "text", "text": "Say "}, {"type": "text", "text": "hello."}]
     longer = [*MESSAGES, answer.model_dump(), {"role": "user", "content": parts}]
-    assert ai.chat.completions.create(**CHAT | {"messages": longer}).choices[0].finish_reason in ("length", "stop")
+    assert ai.chat.completions.create(**CHAT | {"messages": longer}).choices[0].finish_reason in (
+        "length",
+        "stop",
+    )
 
 
 def test_a_chat_streamed(ai):
@@ -106,12 +120,15 @@ def test_errors_are_the_clients_own(ai, fields, param):
 async def test_schema_fuzzing(make_server, quick, tmp_path, expect):
     """Sound and unsound requests that schemathesis makes of our OpenAPI.
 
-    That a sound request is answered is not among its checks: a prompt that does not fit is refused, which no schema can
-    say. `--quick` leaves out its walk over every boundary of every field.
+    That a sound request is answered is not among its checks: a prompt that does not fit is refused,
+    which no schema can say. `--quick` leaves out its walk over every boundary of every field.
     """
     async with make_server("--capacity", str(SMALL_CAPACITY)) as server:
         code, summary = await asyncio.to_thread(_run_schemathesis, server.port, quick, tmp_path)
-    expect(exactly("exit code of schema fuzzing", code, 0), over=f"openai {openai.__version__}; schemathesis: {summary}")
+    expect(
+        exactly("exit code of schema fuzzing", code, 0),
+        over=f"openai {openai.__version__}; schemathesis: {summary}",
+    )
 
 
 def _run_schemathesis(port: int, quick: bool, folder: Path) -> tuple[int, str]:
@@ -139,7 +156,9 @@ def _run_schemathesis(port: int, quick: bool, folder: Path) -> tuple[int, str]:
         "positive_data_acceptance",
     ]
     try:
-        run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=FUZZING_SECONDS)
+        run = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=False, timeout=FUZZING_SECONDS
+        )
     except subprocess.TimeoutExpired:
         return 1, f"did not end in {FUZZING_SECONDS} s"
     output = run.stdout + run.stderr

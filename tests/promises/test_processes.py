@@ -20,8 +20,9 @@ from engine.text.template import WORKER
 
 pytestmark = pytest.mark.anyio
 
-# While a file is there, the real engine stands still after a step that has made some tokens of an answer, not all. The product
-# has no such hook: this is code that runs before it, in the process of this one test.
+# While a file is there, the real engine stands still after a step that has made some tokens of an
+# answer, not all. The product has no such hook: this is code that runs before it, in the process of
+# this one test.
 FREEZE = """
 import os, time, engine.inference.engine as engine
 whole = engine.Engine.step
@@ -35,7 +36,9 @@ engine.Engine.step = frozen
 
 @pytest.mark.promises(name="S8")
 async def test_sigterm_drains(make_server, slots, quick, rng, expect):
-    """SIGTERM while every slot is in use: what is under way is answered to its end, new requests are refused."""
+    """SIGTERM while every slot is in use: what is under way is answered to its end, new requests
+    are refused.
+    """
     tokens = 60 if quick else 200
     async with make_server() as server:
         streams = await _fill(server, slots, tokens, rng)
@@ -53,7 +56,9 @@ async def test_sigterm_drains(make_server, slots, quick, rng, expect):
         abort_code = await server.wait(20)
         abort_seconds = clock() - begin
         await asyncio.gather(*streams)
-    completed = sum(completion.finished and completion.completion_tokens == tokens for completion in completions)
+    completed = sum(
+        completion.finished and completion.completion_tokens == tokens for completion in completions
+    )
     expect(
         at_least("complete", completed / slots, 1),
         at_most("new ones that were let in", float(late.status == 200), 0),
@@ -77,7 +82,9 @@ def _request(tokens: int, rng: random.Random) -> dict[str, Any]:
 
 @pytest.mark.promises(name="S9")
 async def test_a_frozen_engine_is_unhealthy(make_server, rng, tmp_path, expect):
-    """The engine's thread stands still in the middle of an answer, and goes on later; what /health and /live say."""
+    """The engine's thread stands still in the middle of an answer, and goes on later; what /health
+    and /live say.
+    """
     flag = tmp_path / "frozen"
     async with make_server(preamble=FREEZE.format(flag=str(flag))) as server:
         flag.touch()
@@ -96,7 +103,8 @@ async def test_a_frozen_engine_is_unhealthy(make_server, rng, tmp_path, expect):
     )
 
 
-# Each run of the decoding program takes so many seconds more, and stands still while a file is there.
+# Each run of the decoding program takes so many seconds more, and stands still while a file is
+# there.
 SLOW = """
 import os, time, engine.inference.runner as runner
 whole = runner.ModelRunner.decode
@@ -146,7 +154,8 @@ async def _seconds_until_health(server: Server, status: int) -> float:
     return math.nan
 
 
-# Writes what Python's audit hooks hear of the whole start and of serving, but imports, which read compiled Python.
+# Writes what Python's audit hooks hear of the whole start and of serving, but imports, which read
+# compiled Python.
 AUDIT_HOOK = """
 import json, os, sys
 file = os.open({log!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -177,12 +186,18 @@ FORBIDDEN = (
     "os.startfile",
     "pty.spawn",
 )
-# The server's own: the address it listens on, and the program it starts, known by all there is to its command: this
-# Python, alone with the one file that renders chat templates (which X2 is about), and nothing of the environment. A first start
-# also runs a C compiler on a copy of the server's own files, and this Python, alone, which loads what the compiler wrote.
+# The server's own: the address it listens on, and the program it starts, known by all there is to
+# its command: this Python, alone with the one file that renders chat templates (which X2 is about),
+# and nothing of the environment. A first start also runs a C compiler on a copy of the server's own
+# files, and this Python, alone, which loads what the compiler wrote.
 OWN_ADDRESS = ("socket.getaddrinfo", "('127.0.0.1'")
-OWN_CHECK = repr((sys.executable, [sys.executable, "-I", "-S", "-c", CHECK]))[:-2]  # the library and its functions follow
-OWN_PROGRAM = ["subprocess.Popen", repr((sys.executable, [sys.executable, "-I", "-S", "-B", str(WORKER)], None, {}))]
+OWN_CHECK = repr((sys.executable, [sys.executable, "-I", "-S", "-c", CHECK]))[
+    :-2
+]  # the library and its functions follow
+OWN_PROGRAM = [
+    "subprocess.Popen",
+    repr((sys.executable, [sys.executable, "-I", "-S", "-B", str(WORKER)], None, {})),
+]
 
 
 def audit_hook(log: Path) -> str:
@@ -202,7 +217,9 @@ def foreign_events(log: Path) -> list[list[str]]:
     return [
         event
         for event in events
-        if event != OWN_PROGRAM and not builds_kernel(*event) and not (event[0] == name and event[1].startswith(start))
+        if event != OWN_PROGRAM
+        and not builds_kernel(*event)
+        and not (event[0] == name and event[1].startswith(start))
     ]
 
 
@@ -210,7 +227,9 @@ def foreign_events(log: Path) -> list[list[str]]:
 async def test_a_start_runs_nothing_foreign(make_server, rng, tmp_path, expect):
     """A server's start and some of its work under an audit hook."""
     async with make_server(preamble=audit_hook(tmp_path / "log")) as server:
-        completion = await complete(server.client, completion_request(random_text(rng, 8), 8, ignore_eos=True))
+        completion = await complete(
+            server.client, completion_request(random_text(rng, 8), 8, ignore_eos=True)
+        )
     events = foreign_events(tmp_path / "log")
     names = "; ".join(sorted({f"{event} {args[:200]}" for event, args in events}))[:300]
     expect(

@@ -15,15 +15,35 @@ DIGEST = "test_requests.py::test_the_digest_is_that_of_load[real]"
 
 
 def test_a_figure_meets_its_bar_or_not():
-    figures = at_most("a", 1, 1), at_least("b", 0.94, 0.95), exactly("code", None, 0), at_most("c", float("nan"), 1)
+    figures = (
+        at_most("a", 1, 1),
+        at_least("b", 0.94, 0.95),
+        exactly("code", None, 0),
+        at_most("c", float("nan"), 1),
+    )
     assert [figure.is_met for figure in figures] == [True, False, False, False]
-    assert [str(figure) for figure in figures[:3]] == ["a 1 (at most 1)", "b 0.94 (at least 0.95)", "code nan (wanted 0)"]
+    assert [str(figure) for figure in figures[:3]] == [
+        "a 1 (at most 1)",
+        "b 0.94 (at least 0.95)",
+        "code nan (wanted 0)",
+    ]
 
 
 def run_promises(model, names, *options):
     """Exit code and output of the command for these promises of serving, in a process of its own."""
     chosen = " or ".join(f"promises(name='{name}')" for name in names)
-    command = [sys.executable, "-m", "pytest", "tests/promises", "-m", chosen, "--quick", "-p", "no:cacheprovider", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/promises",
+        "-m",
+        chosen,
+        "--quick",
+        "-p",
+        "no:cacheprovider",
+        *options,
+    ]
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     run = subprocess.run(
         [*command, "--promises-slots", "2", "--promises-model", model],
@@ -40,7 +60,9 @@ def test_promises_of_a_real_server(tmp_path):
     """What was found takes the place of what the same trials found before; figures of other promises stay."""
     save_chat_model(tmp_path)
     kept = tmp_path / "promises.json"
-    older = [{"promise": name, "trial": trial, "figures": []} for name, trial in (("T1", "of T1"), ("S3", DIGEST))]
+    older = [
+        {"promise": name, "trial": trial, "figures": []} for name, trial in (("T1", "of T1"), ("S3", DIGEST))
+    ]
     kept.write_text(json.dumps({"rows": older}))
     code, output = run_promises(str(tmp_path), ["X4", "S3"], "-n", "0", "--promises-out", str(tmp_path))
     assert code == 0, output
@@ -50,7 +72,10 @@ def test_promises_of_a_real_server(tmp_path):
     assert rows[0]["figures"][0]["value"] == 1
     assert rows[2] == older[0]
     assert "2 of 2 promises kept." in output
-    assert [line.split()[:2] for line in output.splitlines() if " kept: " in line] == [["S3", "kept:"], ["X4", "kept:"]]
+    assert [line.split()[:2] for line in output.splitlines() if " kept: " in line] == [
+        ["S3", "kept:"],
+        ["X4", "kept:"],
+    ]
 
 
 @pytest.mark.night

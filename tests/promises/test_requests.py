@@ -85,7 +85,10 @@ BODIES = (
     b'{"prompt":"\\ud800 \\udfff","max_tokens":1}',
     b'{"prompt":"a","max_tokens":' + b"9" * 5000 + b"}",
     b'{"prompt":"a","prompt":"b","max_tokens":1,"max_tokens":2}',
-    *(b'{"prompt":' + left * 30_000 + right * 30_000 + b"}" for left, right in ((b"[", b"]"), (b'{"a":', b"}"))),
+    *(
+        b'{"prompt":' + left * 30_000 + right * 30_000 + b"}"
+        for left, right in ((b"[", b"]"), (b'{"a":', b"}"))
+    ),
 )
 
 
@@ -100,11 +103,18 @@ SOUND: dict[str, dict[str, Any]] = {
 
 
 def fuzzed_request(rng: random.Random) -> tuple[str, str, bytes | None, dict[str, str]]:
-    """Returns (method, path, body, headers): a sound and small request (one of four), or one damaged in one way or several."""
+    """Returns (method, path, body, headers): a sound and small request (one of four), or one
+    damaged in one way or several.
+    """
     path, kind, headers = rng.choice((*POSTS[:2] * 2, *SOUND)), rng.randrange(8), {}
-    text, fields = random_text(rng, rng.randint(1, 12)), {"stream": rng.random() < 0.5, "temperature": rng.choice((0, 1))}
+    text, fields = (
+        random_text(rng, rng.randint(1, 12)),
+        {"stream": rng.random() < 0.5, "temperature": rng.choice((0, 1))},
+    )
     make = chat_request if "chat" in path else completion_request
-    body: dict[str, Any] = dict(SOUND[path]) if path in SOUND else make(text, 2, seed=rng.randrange(99), **fields)
+    body: dict[str, Any] = (
+        dict(SOUND[path]) if path in SOUND else make(text, 2, seed=rng.randrange(99), **fields)
+    )
     if kind == 0:
         return rng.choice(METHODS[:-3]), rng.choice(PATHS), rng.choice((None, b"{}", b"")), {}
     if kind == 1:
@@ -114,18 +124,29 @@ def fuzzed_request(rng: random.Random) -> tuple[str, str, bytes | None, dict[str
             _damage(body, rng)
         path = rng.choice((path, path, path, *POSTS))
     elif rng.random() < 0.2:
-        headers = {rng.choice(("content-type", "accept", "x-a")): rng.choice(("text/plain", "", "\xff", "v" * 9000))}
+        headers = {
+            rng.choice(("content-type", "accept", "x-a")): rng.choice(("text/plain", "", "\xff", "v" * 9000))
+        }
     data = json.dumps(body).encode()
-    return "POST", path, data[: rng.randrange(len(data))] if kind < 6 and rng.random() < 0.1 else data, headers
+    return (
+        "POST",
+        path,
+        data[: rng.randrange(len(data))] if kind < 6 and rng.random() < 0.1 else data,
+        headers,
+    )
 
 
 def _damage(body: dict[str, Any], rng: random.Random) -> None:
-    """One field is lost, invented, or becomes what it should not be; a request that is sound all the same stays a small one."""
+    """One field is lost, invented, or becomes what it should not be; a request that is sound all
+    the same stays a small one.
+    """
     way = rng.randrange(4)
     if way == 0:
         body.pop(rng.choice([*body, "prompt"]), None)
     elif way == 1:
-        body["messages"] = [{"role": rng.choice(ROLES), "content": rng.choice(VALUES)} for _ in range(rng.randint(0, 4))]
+        body["messages"] = [
+            {"role": rng.choice(ROLES), "content": rng.choice(VALUES)} for _ in range(rng.randint(0, 4))
+        ]
     else:
         body[rng.choice(FIELDS) if way == 2 else rng.choice([*body, "prompt"])] = rng.choice(VALUES)
     if body.keys() & {"prompt", "messages"} and not body.get("options") and body.get("max_tokens") is None:
@@ -134,13 +155,17 @@ def _damage(body: dict[str, Any], rng: random.Random) -> None:
 
 @servers("S6")
 async def test_nothing_disturbs_the_server(client, slots, quick, rng, expect):
-    """Each request has an answer, and each refusal OpenAI's form; no program is compiled, and /health answers meanwhile."""
+    """Each request has an answer, and each refusal OpenAI's form; no program is compiled, and
+    /health answers meanwhile.
+    """
     requests = [fuzzed_request(rng) for _ in range(800 if quick else 10_000)]
     compiles = (await client.get("/health")).json()["compiles_after_ready"]
     responses, probes = await beside_probes(client, requests, slots)
     compiles = (await client.get("/health")).json()["compiles_after_ready"] - compiles
     sound = sum(response.status == 200 for response in responses)
-    bad = [request for request, response in zip(requests, responses) if not is_in_form(*request[:2], response)]
+    bad = [
+        request for request, response in zip(requests, responses) if not is_in_form(*request[:2], response)
+    ]
     expect(
         at_most("compiles after ready", compiles, 0),
         at_most("5xx", sum(response.status >= 500 for response in responses), 0),
@@ -154,21 +179,31 @@ async def test_nothing_disturbs_the_server(client, slots, quick, rng, expect):
 
 def is_in_form(method: str, path: str, response: Response) -> bool:
     """Whether a refusal is as OpenAI's clients read it, or Ollama's, who read a sentence."""
-    if response.status == 200 or response.error or method in ("HEAD", "OPTIONS"):  # those unanswered count by themselves
+    if (
+        response.status == 200 or response.error or method in ("HEAD", "OPTIONS")
+    ):  # those unanswered count by themselves
         return True
     problem = response.json().get("error", {})
-    is_known = isinstance(problem, str) if path.startswith("/api/") else problem.keys() == {"message", "type", "param", "code"}
+    is_known = (
+        isinstance(problem, str)
+        if path.startswith("/api/")
+        else problem.keys() == {"message", "type", "param", "code"}
+    )
     return is_known and response.status in (400, 404, 405, 413, 415, 429, 431)
 
 
-async def beside_probes(client: Client, requests: Iterable[Any], streams: int) -> tuple[list[Response], list[float]]:
-    """Sends requests, `streams` at a time -> their responses in order, and seconds of each GET of /health meanwhile; one that
-    is not 200 counts as never answered."""
+async def beside_probes(
+    client: Client, requests: Iterable[Any], streams: int
+) -> tuple[list[Response], list[float]]:
+    """Sends requests, `streams` at a time -> their responses in order, and seconds of each GET of
+    /health meanwhile; one that is not 200 counts as never answered.
+    """
     free, stop = asyncio.Semaphore(streams), asyncio.Event()
 
     async def send(method: str, path: str, body: Any, headers: dict[str, str]) -> Response:
         async with free:
-            # One without a limit may fill the context, which takes several of them at once more than a minute.
+            # One without a limit may fill the context, which takes several of them at once more
+            # than a minute.
             return await client.request(method, path, body, headers=headers, timeout=300)
 
     async def probe() -> list[float]:
@@ -203,14 +238,18 @@ async def test_a_megabyte_is_tokenized_in_a_second(client, rng, expect):
         for (name, text), response in zip(texts.items(), responses)
     ]
     counted = sum(response.status == 200 and response.json()["count"] > 0 for response in responses)
-    expect(exactly("counted", counted, 4), *figures, milliseconds("/health p50", percentile(probes, 0.5), 100))
+    expect(
+        exactly("counted", counted, 4), *figures, milliseconds("/health p50", percentile(probes, 0.5), 100)
+    )
 
 
 # Requests that a server must refuse, as (method, target, headers)
 Attempt = tuple[str, str, dict[str, str]]
 KEY = "sk-tests-3b1f0a"
-OPEN = ("/", "/live", "/health")  # the page, which asks for the key; and for whoever starts and stops servers
-# Ways to write a path so that it might be taken for liveness, or for none of the routes that need a key.
+# the page, which asks for the key; and for whoever starts and stops servers
+OPEN = ("/", "/live", "/health")
+# Ways to write a path so that it might be taken for liveness, or for none of the routes that need a
+# key.
 SPELLINGS = (
     "/{}",
     "//{}",
@@ -274,7 +313,9 @@ SIMPLE_TYPES = (
 
 
 def without_the_key(routes: Iterable[tuple[str, str]], port: int) -> Iterator[Attempt]:
-    """Every route, a method and a path, written in every way, without the key or with almost the key."""
+    """Every route, a method and a path, written in every way, without the key or with almost the
+    key.
+    """
     own = {"host": f"127.0.0.1:{port}"}
     almost: list[dict[str, str]] = [
         *({"authorization": key} for key in WRONG_KEYS),
@@ -303,7 +344,9 @@ def without_the_key(routes: Iterable[tuple[str, str]], port: int) -> Iterator[At
 
 
 def from_elsewhere(port: int) -> Iterator[Attempt]:
-    """What a browser would send for a page of another origin, under another name for this host, or as a simple POST."""
+    """What a browser would send for a page of another origin, under another name for this host, or
+    as a simple POST.
+    """
     own, chat, models = f"127.0.0.1:{port}", "/v1/chat/completions", "/v1/models"
     origins = (
         "http://evil.example",
@@ -323,7 +366,10 @@ def from_elsewhere(port: int) -> Iterator[Attempt]:
     for origin in origins:
         for kind in (JSON, *SIMPLE_TYPES):
             yield "POST", chat, {"host": own, "origin": origin, "content-type": kind}
-        preflight = {"access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+        preflight = {
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "content-type",
+        }
         yield "OPTIONS", chat, {"host": own, "origin": origin, **preflight}
         yield "GET", models, {"host": own, "origin": origin}
     hosts = (  # a page whose name was pointed at 127.0.0.1 after it was loaded
@@ -354,7 +400,9 @@ def from_elsewhere(port: int) -> Iterator[Attempt]:
 
 
 async def attempt(port: int, method: str, target: str, headers: dict[str, str]) -> Response:
-    """The response to a request written by hand, with a small completion as its body where it is a POST."""
+    """The response to a request written by hand, with a small completion as its body where it is a
+    POST.
+    """
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     body = json.dumps(completion_request("a", 1, stream=False)).encode() if method == "POST" else b""
     head = f"{method} {target} HTTP/1.1\r\n{lines}content-length: {len(body)}\r\nconnection: close\r\n\r\n"
@@ -376,14 +424,20 @@ async def locked(anyio_backend, make_server, request):
 @servers("X3", "locked")
 async def test_without_the_key_nothing_but_liveness_and_health_is_open(locked, expect):
     """Every route, every method, written in every way, without the key or with almost the key."""
-    routes = [(route.method, route.path.replace("{model}", "default")) for route in ROUTES if route.path not in OPEN]
+    routes = [
+        (route.method, route.path.replace("{model}", "default")) for route in ROUTES if route.path not in OPEN
+    ]
     attempts = list(without_the_key(routes, locked.port))
     responses = [await attempt(locked.port, *each) for each in attempts]
-    wrong = [each for each, response in zip(attempts, responses) if response.status not in (400, 401, 403, 404)]
+    wrong = [
+        each for each, response in zip(attempts, responses) if response.status not in (400, 401, 403, 404)
+    ]
     opened = await locked.client.get("/v1/models", headers={"authorization": f"Bearer {KEY}"})
     expect(
         at_most(f"answers without the key {wrong[:1]}", len(wrong), 0),
-        at_least("that the key would have opened", sum(response.status == 401 for response in responses), 100),
+        at_least(
+            "that the key would have opened", sum(response.status == 401 for response in responses), 100
+        ),
         exactly("status with the key", opened.status, 200),
         over=f"{len(attempts)} requests to {len(routes)} routes",
     )
@@ -391,7 +445,9 @@ async def test_without_the_key_nothing_but_liveness_and_health_is_open(locked, e
 
 @servers("X4")
 async def test_a_page_elsewhere_is_refused(server, expect):
-    """What a browser would send for a page elsewhere: other origins, other names for this host, simple POSTs."""
+    """What a browser would send for a page elsewhere: other origins, other names for this host,
+    simple POSTs.
+    """
     attempts = list(from_elsewhere(server.port))
     responses = [await attempt(server.port, *each) for each in attempts]
     wrong = [

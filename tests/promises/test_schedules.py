@@ -26,8 +26,14 @@ def failures(seeds: range) -> list[str]:
 @pytest.mark.parametrize("part", range(PARTS))
 def test_any_schedule(part, quick, expect):
     count = 1_000_000 // PARTS // (100 if quick else 1)
-    blocks = [range(first, min(first + BLOCK, (part + 1) * count)) for first in range(part * count, (part + 1) * count, BLOCK)]
+    blocks = [
+        range(first, min(first + BLOCK, (part + 1) * count))
+        for first in range(part * count, (part + 1) * count, BLOCK)
+    ]
     with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         found = [*itertools.chain.from_iterable(pool.map(failures, blocks))]
     print(*found[:20], sep="\n")
-    expect(exactly("violations", len(found), 0), over=f"{count:,} schedules of the engine, and as many of the server")
+    expect(
+        exactly("violations", len(found), 0),
+        over=f"{count:,} schedules of the engine, and as many of the server",
+    )

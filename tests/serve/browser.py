@@ -34,7 +34,8 @@ class Visit:
     def focus(self) -> str:
         """What has the focus and can be seen: its id, else its text; empty when nothing has."""
         return self.chrome.execute_script(
-            "const it = document.activeElement; return it === document.body || !it.checkVisibility({visibilityProperty: true})"
+            "const it = document.activeElement; return it === document.body || "
+            "!it.checkVisibility({visibilityProperty: true})"
             " ? '' : it.id || it.textContent"
         )
 
@@ -42,8 +43,12 @@ class Visit:
         return WebDriverWait(self.chrome, seconds, 0.02).until(lambda _: true())
 
     def text(self, css: str) -> str:
-        """Of the last element of that kind, as it can be seen, which no NUL can; empty when there is none."""
-        text = self.chrome.execute_script("return [...document.querySelectorAll(arguments[0])].at(-1)?.innerText ?? ''", css)
+        """Of the last element of that kind, as it can be seen, which no NUL can; empty when there
+        is none.
+        """
+        text = self.chrome.execute_script(
+            "return [...document.querySelectorAll(arguments[0])].at(-1)?.innerText ?? ''", css
+        )
         return text.replace("\0", "")
 
     def texts(self, css: str) -> list[str]:
@@ -77,7 +82,9 @@ class Visit:
         self.until(lambda: len(self.texts(".figures")) > before)
 
     def partly(self, text: str) -> str:
-        """Asks, and returns what can be read of the answer when its first two pieces have come. Then the line is held."""
+        """Asks, and returns what can be read of the answer when its first two pieces have come.
+        Then the line is held.
+        """
         self.line.hold()
         self.type(text, Keys.ENTER)
         self.line.let_through(events=4)  # the first names the role, and of the last not all comes
@@ -90,5 +97,6 @@ class Visit:
     def listen(self) -> None:
         self.chrome.execute_script(
             "window.asked = []; const real = window.fetch; window.fetch = (url, how) => {"
-            " if (`${url}`.endsWith('/chat/completions')) window.asked.push(how.body); return real(url, how); }"
+            " if (`${url}`.endsWith('/chat/completions')) window.asked.push(how.body); return "
+            "real(url, how); }"
         )

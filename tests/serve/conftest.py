@@ -1,7 +1,7 @@
 """One tiny server for each file of tests.
 
-Not one for all files: between two of them a process may drop what it has compiled (`workers.py`), and a server that was ready
-would compile again.
+Not one for all files: between two of them a process may drop what it has compiled (`workers.py`),
+and a server that was ready would compile again.
 """
 
 import sys
@@ -36,7 +36,9 @@ def roomy():
         yield server
 
 
-@pytest.fixture(params=["in process", pytest.param("the command", marks=[pytest.mark.journeys, pytest.mark.night])])
+@pytest.fixture(
+    params=["in process", pytest.param("the command", marks=[pytest.mark.journeys, pytest.mark.night])]
+)
 def roomy_client(request, tmp_path):
     """Of a server with that room, at night of the real command too."""
     if request.param == "in process":

@@ -11,7 +11,8 @@ from typing import Any, Self
 import httpx
 
 ROOT = Path(__file__).resolve().parents[2]
-# While the file of the variable HOLD is there, no step is taken beyond those that give requests their slots.
+# While the file of the variable HOLD is there, no step is taken beyond those that give requests
+# their slots.
 HOLDS = """
 import os, sys, time, engine.inference.engine as s
 step = s.Engine.step
@@ -49,7 +50,9 @@ class Started:
         self.output = ""
         self.read_to(begun)
         address = self.url if "Ctrl-C" in self.output else ""
-        self.client = httpx.Client(base_url=address, timeout=300, headers={"Authorization": f"Bearer {key}"} if key else {})
+        self.client = httpx.Client(
+            base_url=address, timeout=300, headers={"Authorization": f"Bearer {key}"} if key else {}
+        )
 
     def read_to(self, words: str) -> None:
         while words not in self.output:

@@ -30,21 +30,35 @@ class Simulation:
         self.waiting: list[tuple[int, float, int]] = []  # priority, arrival, size
         self.events: list[tuple[float, int, Any]] = []
         self.order = itertools.count()
-        self.admitted: list[tuple[float, float, int, bool]] = []  # when, first asked, size, obedient
+        # when, first asked, size, obedient
+        self.admitted: list[tuple[float, float, int, bool]] = []
         self.passed_over: dict[int, int] = {}  # by the most that one request of a size was
 
     def at(self, now: float, call: Any) -> None:
         heapq.heappush(self.events, (now, next(self.order), call))
 
     def client(
-        self, size: int, obedient: bool, port: int = 0, first: float = 0.0, last: float = 0.0, passed: int = 0, tries: int = 0
+        self,
+        size: int,
+        obedient: bool,
+        port: int = 0,
+        first: float = 0.0,
+        last: float = 0.0,
+        passed: int = 0,
+        tries: int = 0,
     ) -> Any:
-        """Returns an ask of one request, first made at `first` and last at `last`, `tries` times; all 0 for a new one."""
+        """Returns an ask of one request, first made at `first` and last at `last`, `tries` times;
+        all 0 for a new one.
+        """
 
         def ask(now: float) -> None:
             nonlocal port
             if self.ports != "own" or not port:
-                port = self.idle[self.rng.randrange(4)] if self.ports in ("pool", "counted") else next(self.next_port)
+                port = (
+                    self.idle[self.rng.randrange(4)]
+                    if self.ports in ("pool", "counted")
+                    else next(self.next_port)
+                )
             begun = first or now
             since = bisect.bisect_right(self.admitted, (last, math.inf))
             overtaken = last > 0 and any(asked > begun for _, asked, *_ in self.admitted[since:])
@@ -58,7 +72,10 @@ class Simulation:
                 if obedient:
                     self.passed_over[size] = max(count, self.passed_over.get(size, 0))
                 wait = int(error.headers["Retry-After"]) + self.rng.random() * self.late if obedient else 0.02
-                self.at(now + wait, self.client(first=begun, last=now, passed=count, tries=tries + obedient, **again))
+                self.at(
+                    now + wait,
+                    self.client(first=begun, last=now, passed=count, tries=tries + obedient, **again),
+                )
                 return
             self.admitted.append((now, begun, size, obedient))
             heapq.heappush(self.waiting, (priority, now, size))
@@ -98,17 +115,22 @@ class Simulation:
     late=st.sampled_from([0.0, 0.5]),
     seed=st.integers(0, 99),
 )
-def test_who_waits_as_told_is_not_passed_over_twice(slots, queue, seconds, impatient, sizes, ports, late, seed):
+def test_who_waits_as_told_is_not_passed_over_twice(
+    slots, queue, seconds, impatient, sizes, ports, late, seed
+):
     simulation = Simulation(slots, queue, seconds, ports, late, seed)
     for _ in range(impatient):
         simulation.at(simulation.rng.random() * seconds, simulation.client(1, False))
-    sizes = sizes | ({1} if ports == "counted" else set())  # even beside impatient ones of its own size
+    # even beside impatient ones of its own size
+    sizes = sizes | ({1} if ports == "counted" else set())
     for size in sizes:
         simulation.at(0.5 + simulation.rng.random(), simulation.client(size, True))
     simulation.run(30)
     own = simulation.passed_over.pop(1, 0) if ports == "counted" else 0
     assert own <= 4
-    assert max(simulation.passed_over.values(), default=0) <= 1 + (ports == "new")  # where clients are not told apart
+    assert max(simulation.passed_over.values(), default=0) <= 1 + (
+        ports == "new"
+    )  # where clients are not told apart
     assert {size for *_, size, obedient in simulation.admitted if obedient} == sizes
 
 

@@ -52,7 +52,9 @@ def test_an_answer_streams_and_says_what_it_cost(visit):
     assert float(visit.chrome.find_element("id", "meter").get_attribute("aria-valuenow") or 0) > 0
 
     assert [line for line in visit.chrome.get_log("browser") if line["level"] == "SEVERE"] == []
-    loaded = visit.chrome.execute_script("return performance.getEntriesByType('resource').map((each) => each.name)")
+    loaded = visit.chrome.execute_script(
+        "return performance.getEntriesByType('resource').map((each) => each.name)"
+    )
     assert loaded
     assert [url for url in loaded if not url.startswith((visit.line.address, "data:"))] == []
 
@@ -70,14 +72,16 @@ def test_stop_keeps_what_had_come_and_the_conversation_goes_on(visit):
 
     visit.ask("Go on.")
     assert [message["role"] for message in visit.requests()[-1]["messages"]] == ["user", "assistant", "user"]
-    sent = visit.requests()[-1]["messages"][1]["content"].replace("\0", "")  # which a page does not show
+    # which a page does not show
+    sent = visit.requests()[-1]["messages"][1]["content"].replace("\0", "")
     assert sent.startswith(part.split("\n")[0])
 
 
 def test_an_answer_comes_though_its_tokens_cannot_be_counted(visit):
     visit.chrome.execute_script(
         "const real = window.fetch; window.fetch = async (url, how) => `${url}`.endsWith('/tokenize')"
-        " ? {ok: true, json: () => Promise.reject(new DOMException('stopped meanwhile', 'AbortError'))} : real(url, how)"
+        " ? {ok: true, json: () => Promise.reject(new DOMException('stopped meanwhile', "
+        "'AbortError'))} : real(url, how)"
     )
     visit.ask("Hello.")
     assert "12 tokens" in visit.text(".figures")
@@ -116,11 +120,15 @@ def test_a_refusal_shows_the_servers_sentence_once(visit, tiny_server, monkeypat
 
 
 def test_a_message_too_long_by_itself_is_refused_at_once_and_nothing_is_lost(visit):
-    """Nothing is sent or set aside, and what was typed stays, over a reload too; so also where a question is edited."""
+    """Nothing is sent or set aside, and what was typed stays, over a reload too; so also where a
+    question is edited.
+    """
     visit.listen()
     visit.ask("Hello.")
     field, long = visit.chrome.find_element("id", "ask"), "word " * 4000
-    refused = lambda: re.search(r"[\d,]+ tokens are too many for this model: at most 149 leave room", visit.text("#alert"))
+    refused = lambda: re.search(
+        r"[\d,]+ tokens are too many for this model: at most 149 leave room", visit.text("#alert")
+    )
     visit.paste(long)
     visit.type("!", Keys.ENTER)
     visit.until(refused)
@@ -147,7 +155,9 @@ def test_a_message_too_long_by_itself_is_refused_at_once_and_nothing_is_lost(vis
 
 
 def test_conversations_stay_in_a_list_to_open_search_export_and_delete(visit, tmp_path):
-    visit.chrome.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    visit.chrome.execute_cdp_cmd(
+        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}
+    )
     titles = lambda: visit.texts("#list li button:first-child")
     visit.listen()
     visit.ask("Hello.")
@@ -184,19 +194,23 @@ def test_conversations_stay_in_a_list_to_open_search_export_and_delete(visit, tm
     assert (visit.texts("article"), titles()) == ([], ["Another."])
     visit.reload()
     assert not visit.chrome.find_element("id", "undo").is_displayed()
-    assert "everything" not in visit.chrome.execute_script("return JSON.stringify([localStorage, sessionStorage])")
+    assert "everything" not in visit.chrome.execute_script(
+        "return JSON.stringify([localStorage, sessionStorage])"
+    )
 
 
 def test_the_oldest_conversations_make_room(visit):
     """Of a bounded number, and where the browser holds no more."""
     visit.chrome.execute_script(
-        "for (let at = 1; at < 211; at += 1) put({id: `${at}`, changed: at, spent: 0, turns: [{role: 'user', text: `t${at}`}]})"
+        "for (let at = 1; at < 211; at += 1) put({id: `${at}`, changed: at, spent: 0, turns: "
+        "[{role: 'user', text: `t${at}`}]})"
     )
     kept = lambda: visit.chrome.execute_script("return conversations().map(({id}) => id)")
     assert kept() == [f"{at}" for at in range(210, 10, -1)]
     visit.chrome.execute_script(
         "const real = Storage.prototype.setItem; Storage.prototype.setItem = function (...pair) {"
-        " if (localStorage.length > 150) throw new DOMException('full', 'QuotaExceededError'); real.apply(this, pair); };"
+        " if (localStorage.length > 150) throw new DOMException('full', 'QuotaExceededError'); "
+        "real.apply(this, pair); };"
         "put({id: 'more', changed: 300, spent: 0, turns: [{role: 'user', text: 'more'}]})"
     )
     assert kept()[:2] == ["more", "210"]
@@ -205,12 +219,24 @@ def test_the_oldest_conversations_make_room(visit):
 
 def test_settings_are_sent_and_a_wrong_one_is_not(visit):
     visit.listen()
-    for name, value in {"system": "Be brief.", "temperature": "0.5", "top_p": "0.25", "max_tokens": "4", "seed": "7"}.items():
+    for name, value in {
+        "system": "Be brief.",
+        "temperature": "0.5",
+        "top_p": "0.25",
+        "max_tokens": "4",
+        "seed": "7",
+    }.items():
         visit.set(name, value)
     visit.ask("Hello.")
     (request,) = visit.requests()
-    assert request["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello."}]
-    assert request.items() >= {"temperature": 0.5, "top_p": 0.25, "max_tokens": 4, "seed": 7, "stream": True}.items()
+    assert request["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello."},
+    ]
+    assert (
+        request.items()
+        >= {"temperature": 0.5, "top_p": 0.25, "max_tokens": 4, "seed": 7, "stream": True}.items()
+    )
     visit.set("top_p", "2")
     visit.type("Hello again.", Keys.ENTER)
     assert len(visit.requests()) == 1
@@ -252,12 +278,16 @@ def test_the_page_asks_for_a_key_and_keeps_it_in_its_tab(browser, tiny_server):
 
 
 def test_no_key_locks_the_page(browser, tiny_server):
-    """Whatever is typed or was stored: what no header can hold is refused in words, and any other key reaches the server."""
+    """Whatever is typed or was stored: what no header can hold is refused in words, and any other
+    key reaches the server.
+    """
     until = lambda true: WebDriverWait(browser, 120).until(lambda _: true())
     find = lambda id: browser.find_element("id", id)
     stored = lambda: browser.execute_script("return sessionStorage.getItem('thrice key')")
     send = lambda key: browser.execute_script(
-        "const form = document.getElementById('unlock'); form.elements.key.value = arguments[0]; form.requestSubmit()", key
+        "const form = document.getElementById('unlock'); form.elements.key.value = arguments[0]; "
+        "form.requestSubmit()",
+        key,
     )
     key = "ké…y 🔑"
     with locked(tiny_server, key) as port:
@@ -316,13 +346,17 @@ print("<b>")
 ```
 """
 HTML = (
-    '<h3 dir="auto">Title</h3><ul dir="auto"><li>one<ol><li>two <strong>bold</strong></li></ol></li><li>☑ three</li></ul>'
-    '<div class="wide" tabindex="0" dir="auto"><table><thead><tr><th>a</th><th align="right">b</th></tr></thead>'
+    '<h3 dir="auto">Title</h3><ul dir="auto"><li>one<ol><li>two '
+    "<strong>bold</strong></li></ol></li><li>☑ three</li></ul>"
+    '<div class="wide" tabindex="0" dir="auto"><table><thead><tr><th>a</th><th '
+    'align="right">b</th></tr></thead>'
     '<tbody><tr><td>1</td><td align="right"><code>2</code></td></tr></tbody></table></div><hr dir="auto">'
-    '<p dir="auto">A <a href="https://example.org" title="title" target="_blank" rel="noopener noreferrer">link</a>,'
+    '<p dir="auto">A <a href="https://example.org" title="title" target="_blank" rel="noopener '
+    'noreferrer">link</a>,'
     " <del>not</del><br><em>this</em>"
     ' <a href="https://example.org/x.png" target="_blank" rel="noopener noreferrer">picture</a></p>'
-    '<blockquote dir="auto"><p>said</p></blockquote><figure dir="ltr"><figcaption>python<button type="button" class="copy">'
+    '<blockquote dir="auto"><p>said</p></blockquote><figure dir="ltr"><figcaption>python<button '
+    'type="button" class="copy">'
     'Copy</button></figcaption><pre tabindex="0"><code>print("&lt;b&gt;")</code></pre></figure>'
 )
 REPLACE = "const turn = turns.at(-1); turn.text = arguments[0]; show(turn)"
@@ -406,22 +440,30 @@ ALLOWED = {
 
 
 def test_no_markup_of_a_models_own_reaches_the_page(visit):
-    """Neither elements nor attributes nor addresses of it, alone and put together at random; and its text is all there."""
+    """Neither elements nor attributes nor addresses of it, alone and put together at random; and
+    its text is all there.
+    """
     rng = random.Random(0)
     texts = HOSTILE + ["".join(rng.choices(HOSTILE, k=rng.randint(2, 6))) for _ in range(500)]
     elements = visit.chrome.execute_script(
-        "return arguments[0].flatMap((text) => { const body = document.createElement('div'); show({text, blocks: [], body});"
+        "return arguments[0].flatMap((text) => { const body = document.createElement('div'); "
+        "show({text, blocks: [], body});"
         " return [...body.querySelectorAll('*')].map((each) =>"
-        "  [each.tagName, Object.fromEntries([...each.attributes].map(({name, value}) => [name, value]))]); })",
+        "  [each.tagName, Object.fromEntries([...each.attributes].map(({name, value}) => [name, "
+        "value]))]); })",
         texts,
     )
     assert {tag for tag, _ in elements} - ALLOWED == set()
     names = {name for _, attributes in elements for name in attributes}
     assert names <= {"href", "title", "start", "align", "class", "dir", "target", "rel", "tabindex", "type"}
-    assert {attributes["href"].split(":")[0] for _, attributes in elements if "href" in attributes} <= {"https"}
+    assert {attributes["href"].split(":")[0] for _, attributes in elements if "href" in attributes} <= {
+        "https"
+    }
     for text in (*HOSTILE[:2], "> " * 5000):  # the last one is nested deeper than the parser goes
         assert visit.chrome.execute_script(f"{SHOW} return body.textContent", text) == text
-    with pytest.raises(JavascriptException, match="TrustedHTML"):  # even the page itself can write no HTML past the sanitizer
+    with pytest.raises(
+        JavascriptException, match="TrustedHTML"
+    ):  # even the page itself can write no HTML past the sanitizer
         visit.chrome.execute_script("document.body.innerHTML = '<b>'")
 
 
@@ -431,7 +473,8 @@ def test_each_block_has_the_direction_of_its_script(visit):
         "const turn = turns.at(-1); turn.text = arguments[0]; show(turn)", "Hello\n\n- سلام\n\n```\nx\n```"
     )
     directions = visit.chrome.execute_script(
-        "return [...document.querySelectorAll('.text > *, .user .text, #ask')].map((each) => getComputedStyle(each).direction)"
+        "return [...document.querySelectorAll('.text > *, .user .text, #ask')].map((each) => "
+        "getComputedStyle(each).direction)"
     )
     assert directions == ["rtl", "ltr", "rtl", "ltr", "ltr"]
 
@@ -446,7 +489,8 @@ def test_it_fits_its_screen(visit, width):
     )
     visit.chrome.execute_script("addTurn('user', 'x')")  # far down
     widths = visit.chrome.execute_script(
-        "return ['html', '#scroll', 'header'].map((css) => document.querySelector(css)).map((each) => each.scrollWidth)"
+        "return ['html', '#scroll', 'header'].map((css) => document.querySelector(css)).map((each) "
+        "=> each.scrollWidth)"
     )
     code = visit.chrome.execute_script(
         "const {x, width} = document.querySelector('pre').getBoundingClientRect(); return x + width"

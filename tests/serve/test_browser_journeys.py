@@ -25,13 +25,16 @@ CLOCK = {
 }
 # A tiny model calls no tool by itself.
 REQUIRE = (
-    "const real = window.fetch; const required = (body) => JSON.stringify({...JSON.parse(body), tool_choice: 'required'});"
-    "window.fetch = (url, how) => real(url, `${url}`.endsWith('/chat/completions') ? {...how, body: required(how.body)} : how)"
+    "const real = window.fetch; const required = (body) => JSON.stringify({...JSON.parse(body), "
+    "tool_choice: 'required'});"
+    "window.fetch = (url, how) => real(url, `${url}`.endsWith('/chat/completions') ? {...how, "
+    "body: required(how.body)} : how)"
 )
 
 
 @pytest.fixture(
-    scope="module", params=["in process", pytest.param("the command", marks=[pytest.mark.journeys, pytest.mark.night])]
+    scope="module",
+    params=["in process", pytest.param("the command", marks=[pytest.mark.journeys, pytest.mark.night])],
 )
 def served(request, tmp_path_factory):
     """The port of a server with documents and room, and how many turns are to be had with it."""
@@ -81,7 +84,8 @@ def test_an_adapter_is_chosen_by_its_name(adapters, browser):
         assert visit.texts("option") == ["tiny", "wave"]
         choose_model(visit, "wave")
         choose_model(visit, "tiny")
-        assert visit.texts(".who:not(.unseen)") == ["wave"]  # of another model than that which is asked now
+        # of another model than that which is asked now
+        assert visit.texts(".who:not(.unseen)") == ["wave"]
         assert visit.texts(".error") == []
         visit.leave()
 
@@ -90,7 +94,9 @@ def test_a_document_a_json_answer_and_a_tool(roomy_visit):
     roomy_visit.chrome.get_log("browser")
     visit, answer = roomy_visit, lambda: visit.text("article.assistant:last-of-type .text")
     code = lambda: json.loads(visit.text("article.assistant:last-of-type pre"))
-    fill = lambda name, value: visit.chrome.execute_script("settings[arguments[0]].value = arguments[1]", name, value)
+    fill = lambda name, value: visit.chrome.execute_script(
+        "settings[arguments[0]].value = arguments[1]", name, value
+    )
     visit.ask("When does the tide turn?")
     assert re.match(r"1 passage of documents: \d+ tokens, about [\d.]+ s", visit.text("summary"))
     visit.click("summary")
@@ -123,7 +129,9 @@ def test_a_document_a_json_answer_and_a_tool(roomy_visit):
     assert result == {"role": "tool", "content": "12:00", "tool_call_id": call["tool_calls"][0]["id"]}
     assert call["tool_calls"][0]["function"] == {"name": "clock", "arguments": '{"zone": "Isla"}'}
     row = visit.chrome.execute_script("return asRow([...turns, {role: 'user', text: 'unanswered'}])")
-    assert [message["role"] for message in row] == ["user", "assistant"] * 2, "no call, and no question without an answer"
+    assert [message["role"] for message in row] == ["user", "assistant"] * 2, (
+        "no call, and no question without an answer"
+    )
     assert visit.texts(".error") == []
     assert [line for line in visit.chrome.get_log("browser") if line["level"] == "SEVERE"] == []
 

@@ -28,11 +28,14 @@ def test_a_full_context_sets_the_oldest_turns_aside(visit):
     aside, rest = visit.texts("article.aside .text"), visit.texts("article:not(.aside) .text")
     assert visit.text(".note") == f"Set aside: the model does not see the {len(aside)} turns above."
     assert len(aside) % 2 == 0
-    as_shown = lambda text: re.sub(r"[\x00-\x20\x7f]+", " ", text).strip()  # no browser shows control characters
+    as_shown = lambda text: re.sub(
+        r"[\x00-\x20\x7f]+", " ", text
+    ).strip()  # no browser shows control characters
     assert [*map(as_shown, contents(visit.requests()[-1]))] == [*map(as_shown, rest[:-1])]
-    assert sum(int(n) for n in re.findall(r"context was full: (\d+) turns set aside", "".join(visit.texts(".figures")))) == len(
-        aside
-    )
+    assert sum(
+        int(n)
+        for n in re.findall(r"context was full: (\d+) turns set aside", "".join(visit.texts(".figures")))
+    ) == len(aside)
     used, context = map(int, visit.text("#context").split(" of "))
     assert used <= context
 
@@ -40,7 +43,9 @@ def test_a_full_context_sets_the_oldest_turns_aside(visit):
 def test_a_conversation_survives_a_reload_in_this_browser_alone(visit):
     visit.ask("Hello.")
     visit.set("system", "Be brief.")
-    visible = lambda: [visit.texts(css) for css in ("article .text", ".figures", "#context", "#resent", "#time")]
+    visible = lambda: [
+        visit.texts(css) for css in ("article .text", ".figures", "#context", "#resent", "#time")
+    ]
     before = visible()
     visit.reload()
     assert visible() == before
@@ -49,7 +54,9 @@ def test_a_conversation_survives_a_reload_in_this_browser_alone(visit):
     assert contents(visit.requests()[-1]) == ["Be brief.", "Hello.", before[0][1], "And then?"]
     assert visit.chrome.get_cookies() == []
 
-    visit.chrome.switch_to.new_window("tab")  # begins with the newest conversation and does not disturb this tab's
+    visit.chrome.switch_to.new_window(
+        "tab"
+    )  # begins with the newest conversation and does not disturb this tab's
     visit.chrome.get(visit.line.address)
     visit.ready()
     assert visit.texts("article .text")[0] == "Hello."
@@ -115,7 +122,9 @@ def test_an_answer_that_a_reload_cut_goes_on(visit, tiny_server, monkeypatch):
 
 
 def test_what_cannot_be_kept_is_said(visit):
-    visit.chrome.execute_script("Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); }")
+    visit.chrome.execute_script(
+        "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); }"
+    )
     visit.ask("Hello.")
     assert visit.text("#alert").startswith("This browser keeps no more of the conversation")
 
@@ -127,12 +136,15 @@ def test_a_turn_of_ones_own_is_edited_and_copied(visit):
     first = lambda css: visit.chrome.find_elements("css selector", css)[0]
     visit.chrome.execute_script(
         "navigator.clipboard.writeText = async (text) => { window.copied = text; };"
-        "const real = setTimeout; window.setTimeout = (act, after) => after === 1500 || real(act, after)"  # "Copied" stays
+        # "Copied" stays
+        "const real = setTimeout; window.setTimeout = (act, after) => after === 1500 || real(act, after)"
     )
     first("article.user .copy").click()
     visit.until(lambda: first("article.user .copy").text == "Copied")
     assert visit.chrome.execute_script("return window.copied") == "One"
-    visit.chrome.execute_script("navigator.clipboard.writeText = () => Promise.reject()")  # as over plain http from elsewhere
+    visit.chrome.execute_script(
+        "navigator.clipboard.writeText = () => Promise.reject()"
+    )  # as over plain http from elsewhere
     visit.click("article.user .copy")
     visit.until(lambda: visit.text("article.user .copy") == "Copied")
     assert visit.focus == "Copied"
@@ -248,7 +260,10 @@ def test_the_focus_is_never_lost(visit):
 @pytest.fixture
 def phone(visit):
     cdp = visit.chrome.execute_cdp_cmd
-    cdp("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True})
+    cdp(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True},
+    )
     cdp("Emulation.setTouchEmulationEnabled", {"enabled": True})
     visit.reload()
     yield visit

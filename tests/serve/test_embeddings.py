@@ -26,7 +26,9 @@ def test_an_embedding_is_the_mean_of_the_last_hidden_states(embed, client, tiny_
     for text, vector in zip(TEXTS, vectors(reply)):
         tokens = jnp.array([client.tokens(text)])
         positions = jnp.arange(tokens.shape[1])[None]
-        mean = np.asarray(hidden_states(tiny_server.engine.cfg, tiny_server.engine.params, tokens, positions)[0][0]).mean(0)
+        mean = np.asarray(
+            hidden_states(tiny_server.engine.cfg, tiny_server.engine.params, tokens, positions)[0][0]
+        ).mean(0)
         np.testing.assert_allclose(vector, mean / np.linalg.norm(mean), atol=2e-5)
     assert reply.usage.prompt_tokens == sum(len(client.tokens(text)) for text in TEXTS)
     assert [each.index for each in reply.data] == [0, 1, 2]
@@ -34,11 +36,15 @@ def test_an_embedding_is_the_mean_of_the_last_hidden_states(embed, client, tiny_
 
 def test_forms_and_dimensions(embed, client):
     whole = vectors(embed(TEXTS))
-    np.testing.assert_array_equal(vectors(embed(TEXTS, encoding_format="float")).astype(np.float32), whole.astype(np.float32))
+    np.testing.assert_array_equal(
+        vectors(embed(TEXTS, encoding_format="float")).astype(np.float32), whole.astype(np.float32)
+    )
     np.testing.assert_array_equal(vectors(embed([client.tokens(text) for text in TEXTS])), whole)
     np.testing.assert_array_equal(vectors(embed(TEXTS[0]))[0], whole[0])
     cut = vectors(embed(TEXTS, dimensions=5))
-    np.testing.assert_allclose(cut, whole[:, :5] / np.linalg.norm(whole[:, :5], axis=1, keepdims=True), rtol=1e-6)
+    np.testing.assert_allclose(
+        cut, whole[:, :5] / np.linalg.norm(whole[:, :5], axis=1, keepdims=True), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(

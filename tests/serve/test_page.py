@@ -53,17 +53,27 @@ def test_it_is_one_small_document(html, tags):
 
 def test_its_libraries_are_as_released():
     vendor = FOLDER / "vendor"
-    rows = re.findall(r"\| `(\S+)` \| (\w+) \| ([\d.]+) \|.*\| `(\w{64})` \|", (vendor / "README.md").read_text())
+    rows = re.findall(
+        r"\| `(\S+)` \| (\w+) \| ([\d.]+) \|.*\| `(\w{64})` \|", (vendor / "README.md").read_text()
+    )
     assert {name for name, *_ in rows} == {file.name for file in vendor.glob("*.js")}
     for name, library, version, digest in rows:
         assert hashlib.sha256((vendor / name).read_bytes()).hexdigest() == digest
-        assert re.search(rf"{library} v?{re.escape(version)} ", (vendor / name).read_text()[:300], re.IGNORECASE)
+        assert re.search(
+            rf"{library} v?{re.escape(version)} ", (vendor / name).read_text()[:300], re.IGNORECASE
+        )
         assert (vendor / f"LICENSE-{library}").exists()
 
 
 def test_it_asks_for_nothing_outside_itself(own, tags):
-    assert re.findall(r"https?://[^\s'\"]*", own) == ["http://www.w3.org/2000/svg"]  # a name, not a place
-    links = [attrs[name] for _, attrs in tags for name in ("src", "href", "action", "srcset", "data") if name in attrs]
+    # a name, not a place
+    assert re.findall(r"https?://[^\s'\"]*", own) == ["http://www.w3.org/2000/svg"]
+    links = [
+        attrs[name]
+        for _, attrs in tags
+        for name in ("src", "href", "action", "srcset", "data")
+        if name in attrs
+    ]
     assert [link for link in links if not str(link).startswith("data:image/svg+xml,")] == []
     assert not re.search(r"@import|url\(|\bimport\(|//cdn", own)
     routes = set(re.findall(r"(?<!\.)\b(?:get|post)\('([^']+)'", own))
@@ -78,13 +88,17 @@ def test_the_policy_allows_exactly_the_parts_inside_it(html):
     assert (policy["trusted-types"], policy["require-trusted-types-for"]) == ("dompurify", "'script'")
     for tag in ("style", "script"):
         parts = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-        assert len(parts) == len([SHARED, *FOLDER.rglob("*.css")] if tag == "style" else [*FOLDER.rglob("*.js")])
+        assert len(parts) == len(
+            [SHARED, *FOLDER.rglob("*.css")] if tag == "style" else [*FOLDER.rglob("*.js")]
+        )
         hashes = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in parts]
         assert policy[f"{tag}-src"].split() == [f"'sha256-{each}'" for each in hashes]
 
 
 def test_no_text_can_become_html_and_no_handler_or_style_is_an_attribute(own, tags):
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|DOMParser", own)
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|DOMParser", own
+    )
     assert not [name for _, attrs in tags for name in attrs if name == "style" or name.startswith("on")]
 
 
@@ -100,17 +114,28 @@ def test_every_field_and_button_has_a_name(html, tags):
 def _luminance(colour: str) -> float:
     """Relative luminance of #rrggbb (WCAG 2.2, section 1.4.3)."""
     parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
-    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    red, green, blue = (
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    )
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_text_stands_out_from_what_is_behind_it(theme):
-    themes = [re.findall(r":root \{(.*?)\}", path.read_text(), re.DOTALL) for path in (SHARED, FOLDER / "page.css")]
+    themes = [
+        re.findall(r":root \{(.*?)\}", path.read_text(), re.DOTALL) for path in (SHARED, FOLDER / "page.css")
+    ]
     named = " ".join(light if theme == "light" else dark for light, dark in themes)
     colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", named))
     text = [(ink, back) for ink in ("ink", "soft") for back in ("page", "faint", "shade")]
-    text += [("good", "faint"), ("good", "page"), ("bad", "faint"), ("bad", "bad-back"), ("on-link", "link"), ("link", "page")]
+    text += [
+        ("good", "faint"),
+        ("good", "page"),
+        ("bad", "faint"),
+        ("bad", "bad-back"),
+        ("on-link", "link"),
+        ("link", "page"),
+    ]
     edges = [("edge", "page"), ("edge", "faint"), ("link", "shade"), ("link", "faint")]
     for (front, back), least in [*((pair, 4.5) for pair in text), *((pair, 3.0) for pair in edges)]:
         darker, lighter = sorted(_luminance(colours[name]) for name in (front, back))

@@ -31,7 +31,9 @@ def listening(tiny: TinyServer, root_path: str, *keys: str) -> Iterator[int]:
 
 @contextlib.contextmanager
 def proxy(port: int, strips: bool) -> Iterator[int]:
-    """A proxy that passes on what lies below ROOT, which it `strips` or not, and refuses everything else."""
+    """A proxy that passes on what lies below ROOT, which it `strips` or not, and refuses everything
+    else.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def pass_on(self) -> None:
@@ -65,7 +67,13 @@ def proxy(port: int, strips: bool) -> Iterator[int]:
 
 @pytest.mark.parametrize(
     ("strips", "root_path", "address"),
-    [(True, "", "llm/"), (True, "", "llm"), (True, ROOT, "llm/"), (False, ROOT, "llm/"), (False, ROOT, "llm")],
+    [
+        (True, "", "llm/"),
+        (True, "", "llm"),
+        (True, ROOT, "llm/"),
+        (False, ROOT, "llm/"),
+        (False, ROOT, "llm"),
+    ],
 )
 def test_the_page_works_behind_a_proxy_with_a_prefix(tiny_server, browser, strips, root_path, address):
     with listening(tiny_server, root_path) as port, proxy(port, strips) as proxied, Line(proxied) as line:
@@ -82,7 +90,10 @@ def test_the_page_works_behind_a_proxy_with_a_prefix(tiny_server, browser, strip
 
 
 def test_a_route_has_one_meaning_with_and_without_the_prefix(tiny_server):
-    with listening(tiny_server, ROOT, KEY) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
+    with (
+        listening(tiny_server, ROOT, KEY) as port,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client,
+    ):
         for prefix in (ROOT, ""):
             for route in ROUTES:
                 path = prefix + route.path.replace("{model}", "tiny")
@@ -105,7 +116,11 @@ def test_a_route_has_one_meaning_with_and_without_the_prefix(tiny_server):
 
 
 def test_a_root_path_is_a_path():
-    assert [_root_path(text) for text in ("/llm", "/llm/", " /a/b-c_1.2~ ")] == ["/llm", "/llm", "/a/b-c_1.2~"]
+    assert [_root_path(text) for text in ("/llm", "/llm/", " /a/b-c_1.2~ ")] == [
+        "/llm",
+        "/llm",
+        "/a/b-c_1.2~",
+    ]
     for text in ("", "/", "llm", "//llm", "/l m", "/llm?x", "http://a.example/llm", "/l%6c", "/ü"):
         with pytest.raises(ValueError, match="wanted the path"):
             _root_path(text)

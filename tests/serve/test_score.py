@@ -21,7 +21,9 @@ def test_a_completion_scored_has_the_log_probabilities_it_was_given_with(client,
     """To the bit: they come from one program, whether the tokens were sampled or are given."""
     tokenizer = tiny_server.model.tokenizer
     ids = {token_text(tokenizer, token)[0]: token for token in range(tokenizer.vocab)}
-    said = good(client.complete(PROMPT, 12, logprobs=0, ignore_eos=True, seed=1, temperature=1))["choices"][0]["logprobs"]
+    said = good(client.complete(PROMPT, 12, logprobs=0, ignore_eos=True, seed=1, temperature=1))["choices"][
+        0
+    ]["logprobs"]
     (result,) = score(prompt=PROMPT, candidates=[[ids[name] for name in said["tokens"]]])["data"]
     assert result["token_logprobs"] == said["token_logprobs"]
     assert result["logprob"] == math.fsum(result["token_logprobs"])
@@ -36,7 +38,11 @@ def test_candidates_are_compared(client, score, tiny_server):
     for each in reply["data"]:
         assert math.isclose(each["share"] / first["share"], math.exp(each["logprob"] - first["logprob"]))
     assert reply["data"] == [
-        {**score(prompt=PROMPT, candidates=[text])["data"][0], "index": index, "share": reply["data"][index]["share"]}
+        {
+            **score(prompt=PROMPT, candidates=[text])["data"][0],
+            "index": index,
+            "share": reply["data"][index]["share"],
+        }
         for index, text in enumerate(tiny)
     ]  # the bits of a candidate do not depend on the others
     counts = [len(client.tokens(text, add_special_tokens=False)) for text in tiny]
@@ -56,14 +62,21 @@ def test_echo_has_the_prompts_log_probabilities(tiny_server, client):
     with openai.OpenAI(base_url=f"{tiny_server.url}/v1", api_key="any") as ai:
         reply = ai.completions.create(model="tiny", prompt=SEVERAL, max_tokens=0, echo=True, logprobs=2)
         plain = ai.completions.create(model="tiny", prompt=SEVERAL, max_tokens=4, temperature=0, logprobs=2)
-        both = ai.completions.create(model="tiny", prompt=SEVERAL, max_tokens=4, temperature=0, echo=True, logprobs=2)
+        both = ai.completions.create(
+            model="tiny", prompt=SEVERAL, max_tokens=4, temperature=0, echo=True, logprobs=2
+        )
     for text, choice, own, joined in zip(SEVERAL, reply.choices, plain.choices, both.choices, strict=True):
         count, scores = len(client.tokens(text)), choice.logprobs
         assert (choice.text, choice.finish_reason) == (text, "length")
         assert len(scores.tokens) == len(scores.token_logprobs) == len(scores.top_logprobs) == count
         assert (scores.token_logprobs[0], scores.top_logprobs[0]) == (None, None)
-        assert all(value <= max(top.values()) for value, top in zip(scores.token_logprobs[1:], scores.top_logprobs[1:]))
-        assert [text[offset:][: len(name)] for offset, name in zip(scores.text_offset, scores.tokens)] == scores.tokens
+        assert all(
+            value <= max(top.values())
+            for value, top in zip(scores.token_logprobs[1:], scores.top_logprobs[1:])
+        )
+        assert [
+            text[offset:][: len(name)] for offset, name in zip(scores.text_offset, scores.tokens)
+        ] == scores.tokens
         assert joined.text == text + own.text
         assert joined.logprobs.token_logprobs == scores.token_logprobs + own.logprobs.token_logprobs
     assert reply.usage.completion_tokens == 0

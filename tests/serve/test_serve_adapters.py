@@ -46,7 +46,9 @@ def adapter(seed: int, rank: int = 2, cfg: ModelConfig | None = None) -> Any:
     cfg = cfg or tiny_model().cfg
     return unflatten(
         {
-            f"blocks/{layer}/{name}": LoRA(None, normal(seed, rows, rank) * rows**-0.5, normal(seed + 1, rank, columns), 0.5)
+            f"blocks/{layer}/{name}": LoRA(
+                None, normal(seed, rows, rank) * rows**-0.5, normal(seed + 1, rank, columns), 0.5
+            )
             for layer in range(cfg.layers)
             for name, (rows, columns) in cfg.matrices.items()
         }
@@ -55,7 +57,9 @@ def adapter(seed: int, rank: int = 2, cfg: ModelConfig | None = None) -> Any:
 
 def save(folder: Path, seed: int, rank: int = 2, base: str = "") -> Path:
     model = tiny_model()
-    return save_adapter(folder, model.cfg, adapter(seed, rank), base=base or base_digest(model.params), base_name="tiny")
+    return save_adapter(
+        folder, model.cfg, adapter(seed, rank), base=base or base_digest(model.params), base_name="tiny"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +118,23 @@ def test_every_dialect_answers_with_the_adapter_that_is_named(client, server):
     def answers(name: str) -> tuple[Any, ...]:
         replies = [
             good(client.chat("Hello", 6, model=name)),
-            good(client.post("/v1/responses", json={"input": "Hello", "max_output_tokens": 6, "model": name, **greedy})),
-            good(client.post("/v1/messages", json={"messages": user, "max_tokens": 6, "model": name, **greedy})),
+            good(
+                client.post(
+                    "/v1/responses", json={"input": "Hello", "max_output_tokens": 6, "model": name, **greedy}
+                )
+            ),
+            good(
+                client.post("/v1/messages", json={"messages": user, "max_tokens": 6, "model": name, **greedy})
+            ),
             good(
                 client.post(
                     "/api/chat",
-                    json={"messages": user, "model": name, "stream": False, "options": {"num_predict": 6, "temperature": 0}},
+                    json={
+                        "messages": user,
+                        "model": name,
+                        "stream": False,
+                        "options": {"num_predict": 6, "temperature": 0},
+                    },
                 )
             ),
         ]
@@ -132,9 +147,15 @@ def test_every_dialect_answers_with_the_adapter_that_is_named(client, server):
         }
         assert len(texts) == 1
         completion = good(client.complete("Hello there", 6, model=name))
-        score = good(client.post("/v1/score", json={"prompt": "Hello", "candidates": [" sea", " rock"], "model": name}))
+        score = good(
+            client.post("/v1/score", json={"prompt": "Hello", "candidates": [" sea", " rock"], "model": name})
+        )
         vector = good(client.post("/v1/embeddings", json={"input": "Hello", "model": name}))
-        assert completion["system_fingerprint"] == score["system_fingerprint"] == replies[0]["system_fingerprint"]
+        assert (
+            completion["system_fingerprint"]
+            == score["system_fingerprint"]
+            == replies[0]["system_fingerprint"]
+        )
         assert {completion["model"], score["model"], vector["model"]} == {name}
         return (
             texts.pop(),
@@ -158,16 +179,27 @@ def test_every_dialect_answers_with_the_adapter_that_is_named(client, server):
 
 
 def test_adapters_come_and_go_while_others_are_answered(client, server):
-    """Streams under way end as they would have; an index is used again only when nobody reads it; the base stays."""
-    before, compiled = good(client.get("/v1/attestation")), good(client.get("/health"))["compiles_after_ready"]
+    """Streams under way end as they would have; an index is used again only when nobody reads it;
+    the base stays.
+    """
+    before, compiled = (
+        good(client.get("/v1/attestation")),
+        good(client.get("/health"))["compiles_after_ready"],
+    )
     good(add(client, "sea", "sea"))
     good(add(client, "rock", "ours/rock"))
     body = ask("Hello", 120, ignore_eos=True, logprobs=1)
-    alone = [good(client.post("/v1/completions", json=body | {"model": name}))["choices"] for name in ("tiny", "sea", "rock")]
+    alone = [
+        good(client.post("/v1/completions", json=body | {"model": name}))["choices"]
+        for name in ("tiny", "sea", "rock")
+    ]
     go, step = threading.Event(), server.engine.step
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(3) as pool:
         patch.setattr(server.engine, "step", lambda: step() if go.wait(0.01) or server.engine.waiting else [])
-        sent = [pool.submit(client.post, "/v1/completions", json=body | {"model": name}) for name in ("tiny", "sea", "rock")]
+        sent = [
+            pool.submit(client.post, "/v1/completions", json=body | {"model": name})
+            for name in ("tiny", "sea", "rock")
+        ]
         assert until(lambda: server.engine.running == 3)
         assert good(client.delete("/v1/adapters/sea")) == {"id": "sea", "deleted": True, "object": "model"}
         refused(client.complete(model="sea"), 404)
@@ -244,7 +276,9 @@ def test_one_that_can_share_no_batch_is_to_be_merged(client, folder, tmp_path):
         if "lora_B" in name
     }
     whole = {
-        "base_model.model.model.embed_tokens.weight": np.ones((tiny_model().cfg.vocab, tiny_model().cfg.width), np.float32)
+        "base_model.model.model.embed_tokens.weight": np.ones(
+            (tiny_model().cfg.vocab, tiny_model().cfg.width), np.float32
+        )
     }
     for name, more, changes in (("a-dora", magnitudes, {"use_dora": True}), ("a-whole", whole, {})):
         (folder / name).mkdir()
@@ -312,7 +346,9 @@ def test_flags_that_do_not_go_together_are_refused(options, has_keys, message):
 
 @pytest.fixture(scope="module")
 def in_blocks(tmp_path_factory):
-    """A folder with a GGUF file in blocks, and adapters: one that was trained on its numbers, one on others."""
+    """A folder with a GGUF file in blocks, and adapters: one that was trained on its numbers, one
+    on others.
+    """
     folder = tmp_path_factory.mktemp("blocks")
     save_chat_model(folder / "model", width=64, ff=96, tied=True)
     assert export(["--model", str(folder / "model"), "--out", str(folder / "x.gguf"), "--dtype", "q4_1"]) == 0
@@ -325,13 +361,17 @@ def in_blocks(tmp_path_factory):
 
 @pytest.mark.parametrize("weights", ["file", "q4"])
 def test_adapters_are_served_over_a_files_blocks(in_blocks, weights, count_compiles):
-    """Which are known by the digest of their numbers; what was compiled while they were read is what is asked for."""
+    """Which are known by the digest of their numbers; what was compiled while they were read is
+    what is asked for.
+    """
 
     def load(*names: str) -> tuple[ServerState, CompileAhead]:
         config = EngineConfig(2, weights=weights, prefix_cache_bytes=10**6, adapters=2, adapter_rank=2)
         folders = [(name, in_blocks / name) for name in names]
         device = start_jax(one_arena=False)
-        return load_state(str(in_blocks / "x.gguf"), config, device, Console(), ServerOptions(adapters=folders))
+        return load_state(
+            str(in_blocks / "x.gguf"), config, device, Console(), ServerOptions(adapters=folders)
+        )
 
     with pytest.raises(UserError, match="was trained on another model"):
         load("sea", "other")
@@ -345,7 +385,10 @@ def test_adapters_are_served_over_a_files_blocks(in_blocks, weights, count_compi
     assert count_compiles == []
     models = [state.find_model(name) for name in ("default", "sea", "rock")]
     assert len({model.fingerprint for model in models}) == 3
-    ids = [engine.submit(Request((5, 6, 7), SamplingParams(9, temperature=0.0), adapter=model.adapter)) for model in models]
+    ids = [
+        engine.submit(Request((5, 6, 7), SamplingParams(9, temperature=0.0), adapter=model.adapter))
+        for model in models
+    ]
     output: dict[int, list[int]] = {id: [] for id in ids}
     while engine.busy:
         for event in engine.step():
@@ -356,16 +399,22 @@ def test_adapters_are_served_over_a_files_blocks(in_blocks, weights, count_compi
 @pytest.mark.journeys
 @pytest.mark.parametrize("blocks", [False, True])
 def test_the_command_serves_adapters_by_name(folder, tmp_path_factory, in_blocks, blocks):
-    """One named at the start and one added, beside the model: answers that differ, no program compiled, no weight changed."""
+    """One named at the start and one added, beside the model: answers that differ, no program
+    compiled, no weight changed.
+    """
     save_chat_model(model := tmp_path_factory.mktemp("models") / "tiny")
     if blocks:
         model, folder = in_blocks / "x.gguf", in_blocks
     flags = "--adapter", f"sea={folder / 'sea'}", "--adapter-folder", folder, "--max-rank", 3
-    with Started(model, *flags, env={"THRICE_API_KEY": "one"}, key="one", program=("-m", "stages.serve")) as server:
+    with Started(
+        model, *flags, env={"THRICE_API_KEY": "one"}, key="one", program=("-m", "stages.serve")
+    ) as server:
         assert re.search(r"adapters +sea; at most 8 at once, of rank 3", server.output)
         good(add(server.client, "rock", "rock" if blocks else "ours/rock"))
         texts = [
-            good(server.client.post("/v1/completions", json=ask(most=12, ignore_eos=True, model=name)))["choices"][0]["text"]
+            good(server.client.post("/v1/completions", json=ask(most=12, ignore_eos=True, model=name)))[
+                "choices"
+            ][0]["text"]
             for name in ("default", "sea", "rock")
         ]
         assert len({*texts}) == 3

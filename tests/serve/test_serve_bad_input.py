@@ -68,7 +68,10 @@ BAD_COMPLETION = [
     {"best_of": 2},
     {"suffix": "end"},
     {"messages": []},
-    *({"prompt": value} for value in (None, [], [[]], ["a", 1], [334], [[1], [334]], "", {"a": 1}, ["a"] * 65)),
+    *(
+        {"prompt": value}
+        for value in (None, [], [[]], ["a", 1], [334], [[1], [334]], "", {"a": 1}, ["a"] * 65)
+    ),
 ]
 BAD_CHAT: list[dict[str, Any]] = [
     {"messages": []},
@@ -89,7 +92,10 @@ BAD_CHAT: list[dict[str, Any]] = [
 BAD_GRAMMARS: list[dict[str, Any]] = [
     {"response_format": {"type": "json_schema"}},
     {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}},
-    *({"guided_json": schema} for schema in ({"type": "integer", "minimum": 5, "maximum": 3}, {"$ref": "#"}, nested(120))),
+    *(
+        {"guided_json": schema}
+        for schema in ({"type": "integer", "minimum": 5, "maximum": 3}, {"$ref": "#"}, nested(120))
+    ),
     {"guided_regex": "(a"},
     {"guided_choice": []},
     {"grammar": "b", "guided_regex": "a"},
@@ -111,7 +117,11 @@ BAD_MESSAGES: list[tuple[str, dict[str, Any]]] = [
         *((PATHS[1], change, next(iter(change))) for change in (*BAD_FIELDS, *BAD_CHAT, *BAD_GRAMMARS)),
         *((PATHS[1], {"messages": [message]}, f"messages[0].{field}") for field, message in BAD_MESSAGES),
         *(
-            (path, {"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation")
+            (
+                path,
+                {"stream": True, "stream_options": {"include_obfuscation": True}},
+                "stream_options.include_obfuscation",
+            )
             for path in PATHS[:2]
         ),
         (PATHS[0], {"logit_bias": {"1": 101}}, "logit_bias[0]"),
@@ -169,7 +179,10 @@ USUAL: dict[str, Any] = {
     ("path", "more"),
     [
         (PATHS[0], {"echo": False, "add_special_tokens": True}),
-        (PATHS[1], {"echo": False, "add_special_tokens": False, "logprobs": False, "top_logprobs": 0, "tools": None}),
+        (
+            PATHS[1],
+            {"echo": False, "add_special_tokens": False, "logprobs": False, "top_logprobs": 0, "tools": None},
+        ),
     ],
 )
 def test_fields_of_other_engines_at_their_usual_values_change_nothing(client, path, more):
@@ -190,7 +203,9 @@ def test_a_field_of_another_engine_at_another_value_is_refused_with_the_reason(c
         ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "Only the last chunk"),
     ):
         assert reason in refused(client.complete(**fields))["message"]
-    schema = good(client.get("/openapi.json"))["components"]["schemas"]["ChatRequest"]["properties"]["priority"]
+    schema = good(client.get("/openapi.json"))["components"]["schemas"]["ChatRequest"]["properties"][
+        "priority"
+    ]
     assert "order" in schema["description"]
 
 
@@ -201,8 +216,12 @@ def test_fields_of_other_engines_that_are_granted(client, tiny_server, monkeypat
         for stream in (False, True):
             reply = client.complete("Hello there", 12, stop=[stop], stream=stream, **{name: True})
             parts = events(reply.text) if stream else [good(reply)]
-            assert "".join(part["choices"][0]["text"] for part in parts) == text[: text.index(stop) + len(stop)]
-    (choice,) = good(client.complete("Hello there", 3, logprobs=1, return_tokens_as_token_ids=True, echo=True))["choices"]
+            assert (
+                "".join(part["choices"][0]["text"] for part in parts) == text[: text.index(stop) + len(stop)]
+            )
+    (choice,) = good(
+        client.complete("Hello there", 3, logprobs=1, return_tokens_as_token_ids=True, echo=True)
+    )["choices"]
     prompt = client.tokens("Hello there")
     names = [int(name.removeprefix("token_id:")) for name in choice["logprobs"]["tokens"]]
     assert (names[: len(prompt)], len(names)) == (prompt, len(prompt) + 3)
@@ -210,13 +229,18 @@ def test_fields_of_other_engines_that_are_granted(client, tiny_server, monkeypat
     assert choice["logprobs"]["content"][0]["top_logprobs"][0]["token"].startswith("token_id:")
     tokenizer = tiny_server.model.tokenizer
     monkeypatch.setattr(tokenizer, "bos_ids", (tokenizer.eos_id,))
-    counts = [good(client.complete(add_special_tokens=wish))["usage"]["prompt_tokens"] for wish in (True, False, None)]
+    counts = [
+        good(client.complete(add_special_tokens=wish))["usage"]["prompt_tokens"]
+        for wish in (True, False, None)
+    ]
     assert counts == [len(prompt) + 1, len(prompt), len(prompt) + 1]
 
 
 def test_a_cache_salt_keeps_the_prefix_cache_apart(client):
     """Another salt finds nothing of a prompt in the cache, and the same one all that no salt would."""
-    cached = lambda salt: good(client.complete("salted " * 8, 1, cache_salt=salt))["usage"]["prompt_tokens_details"]
+    cached = lambda salt: good(client.complete("salted " * 8, 1, cache_salt=salt))["usage"][
+        "prompt_tokens_details"
+    ]
     assert [cached(salt)["cached_tokens"] > 0 for salt in (None, None, "a", "a", "b", None)] == [
         False,
         True,
@@ -230,7 +254,10 @@ def test_a_cache_salt_keeps_the_prefix_cache_apart(client):
 def test_special_tokens_of_a_conversation_are_its_templates(client):
     fields = {"messages": say()["messages"]}
     for wish in (True, False):
-        assert refused(client.post("/tokenize", json=fields | {"add_special_tokens": wish}))["param"] == "add_special_tokens"
+        assert (
+            refused(client.post("/tokenize", json=fields | {"add_special_tokens": wish}))["param"]
+            == "add_special_tokens"
+        )
     assert client.post("/tokenize", json=fields).status_code == 200
 
 
@@ -269,7 +296,10 @@ def test_fields_that_change_nothing_are_accepted_and_named(client):
         reply = client.post("/v1/chat/completions", json=say(stream=stream) | ignored | granted)
         assert reply.status_code == 200, reply.text
         assert reply.headers["x-ignored-fields"] == ", ".join(ignored)
-    assert good(client.post("/v1/chat/completions", json=say() | ignored))["choices"] == good(client.chat())["choices"]
+    assert (
+        good(client.post("/v1/chat/completions", json=say() | ignored))["choices"]
+        == good(client.chat())["choices"]
+    )
     reply = client.complete(echo=False, suffix="", best_of=1, logprobs=None, user=None)
     assert (reply.status_code, reply.headers.get("x-ignored-fields")) == (200, None)
     assert client.complete(user="me").headers["x-ignored-fields"] == "user"
@@ -320,7 +350,9 @@ def test_invalid_json(client, path, content):
 
 
 def test_integers_in_any_spelling(client):
-    result = client.post_bytes("/v1/completions", b'{"prompt":[5.0,6e0],"max_tokens":2.0,"temperature":0}').json()
+    result = client.post_bytes(
+        "/v1/completions", b'{"prompt":[5.0,6e0],"max_tokens":2.0,"temperature":0}'
+    ).json()
     assert result["choices"] == client.complete([5, 6], 2).json()["choices"]
     refused(client.post_bytes("/v1/completions", b'{"prompt":[5.5]}'))
 
@@ -334,10 +366,16 @@ def with_nulls(value: Any, names: list[str]) -> Any:
     return {name: with_nulls(inner, names) for name, inner in value.items()} | dict.fromkeys(names)
 
 
-@pytest.mark.parametrize("names", [["async"], ["caller", "of a newer client", "q`. -"], [f"new_{n}" for n in range(8)]])
+@pytest.mark.parametrize(
+    "names", [["async"], ["caller", "of a newer client", "q`. -"], [f"new_{n}" for n in range(8)]]
+)
 def test_an_unknown_field_that_is_null_asks_for_nothing(client, names):
-    """In every object of the body, as newer clients send their own fields; with any other value it is refused by name."""
-    turns = [{"role": "user", "content": [{"type": "text", "text": "Hello"}, {"type": "text", "text": " there"}]}]
+    """In every object of the body, as newer clients send their own fields; with any other value it
+    is refused by name.
+    """
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "Hello"}, {"type": "text", "text": " there"}]}
+    ]
     turns += [{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "there"}]
     body = say(messages=turns, stream_options=None, response_format={"type": "text"})
     plain = good(client.post("/v1/chat/completions", json=body))["choices"]
@@ -374,14 +412,23 @@ def test_context_overflow_names_both_counts(client):
 
 
 def test_a_long_conversation_is_counted_before_it_is_rendered(client):
-    """A template renders a conversation once for each of its answers; for this one that would take minutes."""
-    turns = [{"role": ("user", "assistant")[n % 2], "content": "Hello there, how are you? " * 150} for n in range(801)]
+    """A template renders a conversation once for each of its answers; for this one that would take
+    minutes.
+    """
+    turns = [
+        {"role": ("user", "assistant")[n % 2], "content": "Hello there, how are you? " * 150}
+        for n in range(801)
+    ]
     problem = refused(client.post("/v1/chat/completions", json=say() | {"messages": turns}, timeout=300))
     assert problem["code"] == "context_length_exceeded"
 
 
 def test_an_unknown_model_gets_a_404_that_names_the_served_one(client):
-    for path, fields in (("/v1/completions", ask()), ("/v1/chat/completions", say()), ("/tokenize", {"prompt": "a"})):
+    for path, fields in (
+        ("/v1/completions", ask()),
+        ("/v1/chat/completions", say()),
+        ("/tokenize", {"prompt": "a"}),
+    ):
         problem = refused(client.post(path, json=fields | {"model": "gpt-5" * 50}), 404)
         assert problem["code"] == "model_not_found"
         assert problem["param"] == "model"
@@ -406,14 +453,25 @@ def test_wrong_methods(client, method):
 
 
 def test_unknown_routes(client):
-    for path in ("/v1", "/v1/", "/favicon.ico", "/v1/completions/", "/v1/models/", "/docs", "/static/x", "/update_weights"):
+    for path in (
+        "/v1",
+        "/v1/",
+        "/favicon.ico",
+        "/v1/completions/",
+        "/v1/models/",
+        "/docs",
+        "/static/x",
+        "/update_weights",
+    ):
         assert refused(client.get(path), 404)["code"] in ("not_found", "model_not_found")
 
 
 def test_a_body_that_is_too_large(client, tiny_server):
     large = b'{"prompt":"' + b"a" * requests.MAX_BYTES + b'"}'
     refused(client.post_bytes("/v1/completions", large), 413)
-    refused(client.post_bytes("/v1/completions", iter([large[: 1 << 20]] * 6)), 413)  # in chunks, of unknown length
+    refused(
+        client.post_bytes("/v1/completions", iter([large[: 1 << 20]] * 6)), 413
+    )  # in chunks, of unknown length
     # Only announced: nothing of it is read before it is refused.
     with tiny_server.connect() as connection:
         connection.sendall(post_head("/tokenize", 99999999999))
@@ -421,7 +479,9 @@ def test_a_body_that_is_too_large(client, tiny_server):
 
 
 def test_bodies_of_all_requests_together_are_bounded(client, tiny_server, monkeypatch):
-    """By received bytes, not by Content-Length; however a request ends, its bytes are subtracted again."""
+    """By received bytes, not by Content-Length; however a request ends, its bytes are subtracted
+    again.
+    """
     admission = tiny_server.state.admission
     monkeypatch.setattr(admission, "max_body_bytes", 1000)
     sound = b'{"prompt":"' + b"a" * 388 + b'"}'
@@ -471,7 +531,10 @@ def test_a_request_is_gone_with_its_answer(client, path, body):
 @pytest.mark.parametrize("encoding", ["gzip", "br", "deflate, gzip"])
 def test_a_compressed_body(client, encoding):
     refused(client.post_bytes("/v1/completions", b"{}", **{"Content-Encoding": encoding}), 415)
-    refused(client.post_bytes("/v1/completions", b"{}", **{"Content-Type": "application/json; charset=utf-16"}), 415)
+    refused(
+        client.post_bytes("/v1/completions", b"{}", **{"Content-Type": "application/json; charset=utf-16"}),
+        415,
+    )
 
 
 @pytest.mark.parametrize(
@@ -509,13 +572,21 @@ def test_malformed_http(tiny_server, request_):
         assert json.JSONDecoder().raw_decode(rest.decode())[0]["error"]["message"]
 
 
-@pytest.mark.parametrize("before", [b"", b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n", post_head("/none", 3) + b"{} "])
+@pytest.mark.parametrize(
+    "before", [b"", b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n", post_head("/none", 3) + b"{} "]
+)
 @pytest.mark.parametrize("end", [b"", b"\r\n\r\n"])
 @pytest.mark.parametrize("padding", [b" ", b"\r\nA: b"])
 def test_a_head_that_is_too_large(tiny_server, before, end, padding):
-    """Refused by its own bytes, whether it comes at once, piece by piece, without an end, or behind another request."""
+    """Refused by its own bytes, whether it comes at once, piece by piece, without an end, or behind
+    another request.
+    """
     start = b"GET /live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX: "
-    for size, status in ((server.MAX_HEAD_BYTES - 10, b"200"), (server.MAX_HEAD_BYTES + 10, b"431"), (100_000, b"431")):
+    for size, status in (
+        (server.MAX_HEAD_BYTES - 10, b"200"),
+        (server.MAX_HEAD_BYTES + 10, b"431"),
+        (100_000, b"431"),
+    ):
         if status == b"200" and not end:
             continue  # it may yet fit
         head = start + (padding * size)[: size - len(start) - 5] + (end or padding)
@@ -526,7 +597,9 @@ def test_a_head_that_is_too_large(tiny_server, before, end, padding):
                         connection.sendall((before + head)[at : at + piece])
                         time.sleep(0.002 * (piece == 9_000))
                 statuses = re.findall(rb"HTTP/1.1 (\d+) ", answer := read_all(connection))
-            assert statuses == ([b"200", status] if b"/live" in before else [b"404", status] if before else [status])
+            assert statuses == (
+                [b"200", status] if b"/live" in before else [b"404", status] if before else [status]
+            )
             assert (b"may have at most 32,768 bytes." in answer) == (status == b"431")
 
 

@@ -66,7 +66,9 @@ def running(server: Started, count: int, status: str = "ok") -> bool:
 
 @pytest.fixture
 def hold(tmp_path):
-    """A file: while it is there, the servers that are started with its variable hold the requests that have a slot."""
+    """A file: while it is there, the servers that are started with its variable hold the requests
+    that have a slot.
+    """
     (tmp_path / "hold").touch()
     return tmp_path / "hold"
 
@@ -78,9 +80,13 @@ def test_a_signal_lets_what_is_under_way_end(folder, hold):
         assert server.client.get("/llm/openapi.json").json()["servers"] == [{"url": "/llm"}]
         assert re.search(r"compiling \.\.\. \d", server.output)
         replies: list[httpx.Response] = []
-        body = ask("Hello " * 20, 100, ignore_eos=True, model="sea", logprobs=2, presence_penalty=0.5) | {"temperature": 1}
+        body = ask("Hello " * 20, 100, ignore_eos=True, model="sea", logprobs=2, presence_penalty=0.5) | {
+            "temperature": 1
+        }
         threads = [
-            in_background(lambda more=more: replies.append(server.client.post("/v1/completions", json=body | more)))
+            in_background(
+                lambda more=more: replies.append(server.client.post("/v1/completions", json=body | more))
+            )
             for more in ({"stream": True}, {})
         ]
         assert running(server, 2)
@@ -97,8 +103,14 @@ def test_a_signal_lets_what_is_under_way_end(folder, hold):
         assert {reply.status_code for reply in replies} == {200}
         assert sum(reply.text.count("[DONE]") for reply in replies) == 1
         assert sum('"completion_tokens":100' in reply.text for reply in replies) == 1
-        assert "Finishing what is under way; another signal ends it at once. Requests under way: 2." in server.output
-        assert re.search(r"Weights unchanged: SHA-256 [0-9a-f]{16}; 0 programs compiled since all were there", server.output)
+        assert (
+            "Finishing what is under way; another signal ends it at once. Requests under way: 2."
+            in server.output
+        )
+        assert re.search(
+            r"Weights unchanged: SHA-256 [0-9a-f]{16}; 0 programs compiled since all were there",
+            server.output,
+        )
         assert "Traceback" not in server.output
 
 
@@ -116,7 +128,9 @@ def test_a_damaged_kernel_is_built_again_and_one_cut_while_in_use_harms_nothing(
         assert "; kernels in C" in server.output
         rebuilt = [name for name, data in intact.items() if (place / name).read_bytes() == data]
         assert len(rebuilt) == len(KERNELS)
-        answer = lambda: server.client.post("/v1/completions", json=ask(most=9, model="default")).json()["choices"]
+        answer = lambda: server.client.post("/v1/completions", json=ask(most=9, model="default")).json()[
+            "choices"
+        ]
         before = answer()
         for name in rebuilt:
             os.truncate(place / name, 0)
@@ -134,7 +148,11 @@ def test_a_second_signal_ends_it_at_once(folder, hold):
 
         def asks():
             with contextlib.suppress(httpx.HTTPError):
-                replies.append(server.client.post("/v1/completions", json=ask(most=100, ignore_eos=True, model="default")))
+                replies.append(
+                    server.client.post(
+                        "/v1/completions", json=ask(most=100, ignore_eos=True, model="default")
+                    )
+                )
 
         thread = in_background(asks)
         assert running(server, 1)
@@ -170,7 +188,9 @@ def test_a_signal_that_comes_with_its_ready_line_ends_it_in_order_though_nobody_
 
 def test_ctrl_c_while_it_compiles(folder):
     compiles = "import threading, engine.inference.engine as s\n"
-    compiles += "s.Engine.warm = lambda *_, **__: (print('compiles', flush=True), threading.Event().wait())\n" + HOLDS
+    compiles += (
+        "s.Engine.warm = lambda *_, **__: (print('compiles', flush=True), threading.Event().wait())\n" + HOLDS
+    )
     with Started(folder, program=("-c", compiles), begun="compiles") as server:
         server.process.send_signal(signal.SIGINT)
         assert server.ends() == 130
@@ -207,7 +227,9 @@ def test_without_its_extra_it_says_how_to_get_it(folder):
         "u.find_spec = lambda name, *a: None if name in ('starlette', 'uvicorn') else find(name, *a)\n"
         "from stages.serve.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
-    result = subprocess.run([sys.executable, "-c", program, "--model", "x"], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", program, "--model", "x"], cwd=ROOT, capture_output=True, text=True
+    )
     assert result.returncode == 2
     assert "needs starlette, uvicorn" in result.stderr
     assert "uv run --extra serve python -m stages.serve --model x" in result.stderr
@@ -227,7 +249,9 @@ def test_the_type_of_the_weights(folder, weights, capsys, count_compiles):
     state, ahead = load_state(folder, weights=weights, slots=3, prefix_cache_bytes=10**6, adapters=adapters)
     state.tokenizer.close()
     output = capsys.readouterr().out
-    assert re.search(rf"weights +{INT8 if weights == 'int8' else weights}, [\d.]+ kB, SHA-256 {state.digest[:16]}", output)
+    assert re.search(
+        rf"weights +{INT8 if weights == 'int8' else weights}, [\d.]+ kB, SHA-256 {state.digest[:16]}", output
+    )
     assert kernels_note().removeprefix("; ") in " ".join(output.split())
     assert (state.engine.capacity, state.name) == (150, "sea")
     programs, reports = list(ahead), []
@@ -279,7 +303,8 @@ def test_the_capacity_is_the_models_context_where_half_the_free_memory_holds_it(
         capacities = [config.with_capacity(cfg, free).capacity for free in (needed, needed - 2)]
         assert capacities == [capacity, less]
     assert dataclasses.replace(config, capacity=300).with_capacity(cfg, 0).capacity == 300
-    for context, size in ((100, 64 * 10**6), (10**6, 96_006_144)):  # 7,813 chunks of 128 tokens of 96 bytes
+    # 7,813 chunks of 128 tokens of 96 bytes
+    for context, size in ((100, 64 * 10**6), (10**6, 96_006_144)):
         unsized = dataclasses.replace(config, prefix_cache_bytes=None)
         assert unsized.with_capacity(tiny_config(context=context), 10**12).prefix_cache_bytes == size
     monkeypatch.setattr(hardware, "free_memory_bytes", lambda: 0)
@@ -304,7 +329,9 @@ def test_too_many_slots_for_memory_is_a_sentence_and_ends_what_compiles_ahead():
         asyncio.run(start_engine(state, ahead, asyncio.Event(), Console()))
     state.engine.stop()
     assert stopped == [True]
-    assert "fewer --slots; a smaller --capacity; --keys-values int8" in str(explain_error(caught.value, ServeFlags()))
+    assert "fewer --slots; a smaller --capacity; --keys-values int8" in str(
+        explain_error(caught.value, ServeFlags())
+    )
 
 
 @pytest.mark.parametrize("foreseen", [True, False])

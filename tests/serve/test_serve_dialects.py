@@ -20,7 +20,9 @@ CLAUDE, GEMMA, GPT = "claude-opus-5", "gemma3", "gpt-5"
 
 @pytest.fixture(autouse=True)
 def named(tiny_server, monkeypatch):
-    """As `--name` names it, for examples whose model nobody changed; greedy, as answers are compared."""
+    """As `--name` names it, for examples whose model nobody changed; greedy, as answers are
+    compared.
+    """
     monkeypatch.setattr(tiny_server.state, "names", ["tiny", CLAUDE, GEMMA, GPT])
     monkeypatch.setattr(tiny_server.state, "sampling", tiny_server.state.sampling.__class__(temperature=0))
 
@@ -53,8 +55,14 @@ def test_responses(gpt, answer):
     assert response.output_text == answer(9)
     assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     assert response.usage.output_tokens == 9
-    history = [*HELLO, *response.output, {"role": "user", "content": [{"type": "input_text", "text": "there"}]}]
-    longer = gpt.responses.create(model=GPT, instructions="Be brief.", input=history, max_output_tokens=3, store=False)
+    history = [
+        *HELLO,
+        *response.output,
+        {"role": "user", "content": [{"type": "input_text", "text": "there"}]},
+    ]
+    longer = gpt.responses.create(
+        model=GPT, instructions="Be brief.", input=history, max_output_tokens=3, store=False
+    )
     assert longer.usage.input_tokens > response.usage.total_tokens
     assert (longer.instructions, longer.store) == ("Be brief.", False)
     counted = gpt.responses.input_tokens.count(model=GPT, instructions="Be brief.", input=history)
@@ -65,7 +73,9 @@ def test_responses_streamed(gpt, answer):
     text = answer(30)
     with gpt.responses.stream(model=GPT, input=HELLO, max_output_tokens=30) as stream:
         events = list(stream)
-        final = stream.get_final_response() if events[-1].type == "response.completed" else events[-1].response
+        final = (
+            stream.get_final_response() if events[-1].type == "response.completed" else events[-1].response
+        )
     assert [event.sequence_number for event in events] == list(range(len(events)))
     assert [event.type.removeprefix("response.") for event in events if "delta" not in event.type] == [
         "created",
@@ -77,7 +87,9 @@ def test_responses_streamed(gpt, answer):
         "output_item.done",
         final.status,
     ]
-    assert "".join(event.delta for event in events if event.type.endswith("delta")) == text == final.output_text
+    assert (
+        "".join(event.delta for event in events if event.type.endswith("delta")) == text == final.output_text
+    )
 
 
 WEATHER: dict[str, Any] = {
@@ -101,7 +113,13 @@ def wide_gpt(roomy):
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "get_weather"}])
 def test_a_response_calls_a_function(wide_gpt, choice):
-    fields: dict[str, Any] = {"model": "tiny", "input": HELLO, "tools": [WEATHER], "tool_choice": choice, "temperature": 0}
+    fields: dict[str, Any] = {
+        "model": "tiny",
+        "input": HELLO,
+        "tools": [WEATHER],
+        "tool_choice": choice,
+        "temperature": 0,
+    }
     response = wide_gpt.responses.create(**fields, parallel_tool_calls=False, max_output_tokens=200)
     (call,) = response.output
     assert (call.type, call.name, response.status) == ("function_call", "get_weather", "completed")
@@ -121,7 +139,9 @@ def test_a_response_calls_a_function(wide_gpt, choice):
         "completed",
     ]
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny."}
-    final = wide_gpt.responses.create(**fields | {"input": [*HELLO, call, result], "tool_choice": "none"}, max_output_tokens=5)
+    final = wide_gpt.responses.create(
+        **fields | {"input": [*HELLO, call, result], "tool_choice": "none"}, max_output_tokens=5
+    )
     assert final.output[0].type == "message"
     assert final.usage.input_tokens > len(call.arguments)
     for dumped in (call.model_dump(), call.model_dump(by_alias=True)):
@@ -130,7 +150,9 @@ def test_a_response_calls_a_function(wide_gpt, choice):
         assert same.output_text == final.output_text
 
 
-class Visit(pydantic.BaseModel, extra="forbid"):  # other keys a model without sense may write until its context is full
+class Visit(
+    pydantic.BaseModel, extra="forbid"
+):  # other keys a model without sense may write until its context is full
     city: Literal["Rome", "Oslo"]
     days: Literal[1, 2, 30]
 
@@ -176,14 +198,29 @@ REASONING: dict[str, Any] = {
 
 
 def test_a_response_repeats_how_it_was_sampled(gpt, tiny_server, monkeypatch):
-    monkeypatch.setattr(tiny_server.state, "sampling", tiny_server.state.sampling.__class__(temperature=0.3, top_p=0.8))
+    monkeypatch.setattr(
+        tiny_server.state, "sampling", tiny_server.state.sampling.__class__(temperature=0.3, top_p=0.8)
+    )
     default = gpt.responses.create(model=GPT, input="Hello there", max_output_tokens=2)
     options: Any = {"include_obfuscation": False}
-    events = gpt.responses.create(model=GPT, input="Hello there", max_output_tokens=2, stream=True, stream_options=options)
+    events = gpt.responses.create(
+        model=GPT, input="Hello there", max_output_tokens=2, stream=True, stream_options=options
+    )
     assert [event.type for event in events][-1] == "response.incomplete"
-    assert (default.temperature, default.top_p, default.truncation, default.background) == (0.3, 0.8, "disabled", False)
+    assert (default.temperature, default.top_p, default.truncation, default.background) == (
+        0.3,
+        0.8,
+        "disabled",
+        False,
+    )
     own = gpt.responses.create(
-        model=GPT, input="Hello there", max_output_tokens=2, temperature=0, top_p=0.5, truncation="auto", include=[]
+        model=GPT,
+        input="Hello there",
+        max_output_tokens=2,
+        temperature=0,
+        top_p=0.5,
+        truncation="auto",
+        include=[],
     )
     assert (own.temperature, own.top_p, own.truncation, own.top_logprobs) == (0, 0.5, "auto", 0)
 
@@ -191,27 +228,43 @@ def test_a_response_repeats_how_it_was_sampled(gpt, tiny_server, monkeypatch):
 def test_reasoning_among_the_items_changes_nothing(gpt):
     plain: Any = {"model": GPT, "max_output_tokens": 6}
     answer = gpt.responses.create(**plain, input=HELLO).output_text
-    for item in (REASONING, REASONING | {"content": None, "encrypted_content": None}, REASONING | {"content": []}):
-        reply = gpt.responses.with_raw_response.create(**plain, input=[*HELLO, item], include=["reasoning.encrypted_content"])
+    for item in (
+        REASONING,
+        REASONING | {"content": None, "encrypted_content": None},
+        REASONING | {"content": []},
+    ):
+        reply = gpt.responses.with_raw_response.create(
+            **plain, input=[*HELLO, item], include=["reasoning.encrypted_content"]
+        )
         assert (reply.parse().output_text, reply.headers["x-ignored-fields"]) == (answer, "input.reasoning")
     with pytest.raises(openai.BadRequestError, match=r"input\[0\]\.content has no parts"):
         gpt.responses.create(**plain, input=[{"role": "user", "content": []}])
 
 
 def test_what_a_response_includes(gpt, client):
-    """Log-probabilities are those of a chat; of tools that there are none of there is nothing to include."""
+    """Log-probabilities are those of a chat; of tools that there are none of there is nothing to
+    include.
+    """
     fields: Any = {"model": GPT, "input": "Hello there", "max_output_tokens": 5, "top_logprobs": 2}
     include = ["message.output_text.logprobs", "file_search_call.results", "web_search_call.action.sources"]
     chat = good(client.chat(logprobs=True, top_logprobs=2))["choices"][0]["logprobs"]["content"]
     reply = gpt.responses.create(**fields, include=include)
     assert [each.model_dump() for each in reply.output[0].content[0].logprobs] == chat
     *_, last = events = list(gpt.responses.create(**fields, include=include, stream=True))
-    parts = [each for event in events if event.type == "response.output_text.delta" for each in event.logprobs]
+    parts = [
+        each for event in events if event.type == "response.output_text.delta" for each in event.logprobs
+    ]
     assert [part.token for part in parts] == [each["token"] for each in chat]
     assert last.response.output[0].content[0].logprobs == reply.output[0].content[0].logprobs
     history = [*HELLO, *reply.output, *HELLO]
-    assert gpt.responses.create(model=GPT, input=history, max_output_tokens=1).usage.input_tokens > reply.usage.input_tokens
-    for more, words in (({}, "top_logprobs is given without"), ({"include": include, "tools": [WEATHER]}, "beside tools")):
+    assert (
+        gpt.responses.create(model=GPT, input=history, max_output_tokens=1).usage.input_tokens
+        > reply.usage.input_tokens
+    )
+    for more, words in (
+        ({}, "top_logprobs is given without"),
+        ({"include": include, "tools": [WEATHER]}, "beside tools"),
+    ):
         with pytest.raises(openai.BadRequestError, match=words):
             gpt.responses.create(**fields, **more)
     with pytest.raises(openai.BadRequestError, match="include"):
@@ -219,7 +272,9 @@ def test_what_a_response_includes(gpt, client):
 
 
 def test_a_model_that_must_call_ends(roomy):
-    """A call is required and several are allowed: one without sense would call until the context is full."""
+    """A call is required and several are allowed: one without sense would call until the context is
+    full.
+    """
     with openai.OpenAI(base_url=f"{roomy.url}/v1", api_key="any") as client:
         answer = client.chat.completions.create(
             model="tiny",
@@ -234,10 +289,14 @@ def test_a_model_that_must_call_ends(roomy):
 
 
 def test_a_response_may_call_or_speak(wide_gpt):
-    response = wide_gpt.responses.create(model="tiny", input="Hello there", tools=[WEATHER], max_output_tokens=9, temperature=0)
+    response = wide_gpt.responses.create(
+        model="tiny", input="Hello there", tools=[WEATHER], max_output_tokens=9, temperature=0
+    )
     assert {item.type for item in response.output} <= {"message", "function_call"}
     with pytest.raises(openai.BadRequestError, match="no tool 'other'"):
-        wide_gpt.responses.create(model="tiny", input="a", tools=[WEATHER], tool_choice={"type": "function", "name": "other"})
+        wide_gpt.responses.create(
+            model="tiny", input="a", tools=[WEATHER], tool_choice={"type": "function", "name": "other"}
+        )
 
 
 @pytest.mark.parametrize(
@@ -289,24 +348,38 @@ def test_messages_streamed(claude, answer):
 def test_thinking_changes_nothing_and_is_named(claude, thinking):
     asked: Any = {"model": CLAUDE, "max_tokens": 6}
     spoken: Any = [{"type": "text", "text": "Hi"}]
-    thoughts = [{"type": "thinking", "thinking": "Hm.", "signature": "s"}, {"type": "redacted_thinking", "data": "d"}]
+    thoughts = [
+        {"type": "thinking", "thinking": "Hm.", "signature": "s"},
+        {"type": "redacted_thinking", "data": "d"},
+    ]
     replies = []
-    for content, more in (([*thoughts, *spoken], {"thinking": thinking}), (spoken, {"thinking": {"type": "disabled"}})):
+    for content, more in (
+        ([*thoughts, *spoken], {"thinking": thinking}),
+        (spoken, {"thinking": {"type": "disabled"}}),
+    ):
         messages: Any = [*HELLO, {"role": "assistant", "content": content}, *HELLO]
         replies.append(claude.messages.with_raw_response.create(**asked, messages=messages, **more))
         counted = claude.messages.count_tokens(model=CLAUDE, messages=messages, **more)
         usage = replies[-1].parse().usage
         assert counted.input_tokens == usage.input_tokens + usage.cache_read_input_tokens
-    assert [reply.headers.get("x-ignored-fields") for reply in replies] == ["thinking, messages.thinking", None]
+    assert [reply.headers.get("x-ignored-fields") for reply in replies] == [
+        "thinking, messages.thinking",
+        None,
+    ]
     assert replies[0].parse().content == replies[1].parse().content
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
 def test_earlier_thoughts_change_nothing_and_are_named(client, name):
-    """They come from clients of vLLM, and from litellm's proxy in place of Anthropic's thinking blocks."""
+    """They come from clients of vLLM, and from litellm's proxy in place of Anthropic's thinking
+    blocks.
+    """
     spoken = {"role": "assistant", "content": "Hi"}
     thought = spoken | {name: "Hm."}
-    replies = [client.chat(messages=[*HELLO, turn, *HELLO], max_tokens=5) for turn in (spoken, thought, spoken | {name: None})]
+    replies = [
+        client.chat(messages=[*HELLO, turn, *HELLO], max_tokens=5)
+        for turn in (spoken, thought, spoken | {name: None})
+    ]
     answers = [good(reply)["choices"][0]["message"] for reply in replies]
     assert answers[0] == answers[1] == answers[2]
     assert [reply.headers.get("x-ignored-fields") for reply in replies] == [None, f"messages.{name}", None]
@@ -314,13 +387,18 @@ def test_earlier_thoughts_change_nothing_and_are_named(client, name):
 
 def test_a_document_of_plain_text_is_read_before_the_question(claude):
     def tokens(*blocks: Any) -> int:
-        return claude.messages.count_tokens(model=CLAUDE, messages=[{"role": "user", "content": [*blocks]}]).input_tokens
+        return claude.messages.count_tokens(
+            model=CLAUDE, messages=[{"role": "user", "content": [*blocks]}]
+        ).input_tokens
 
     question = {"type": "text", "text": "Who?"}
     source = {"type": "text", "media_type": "text/plain", "data": "Ann is here."}
     document = {"type": "document", "source": source, "title": "Notes", "citations": {"enabled": False}}
     assert tokens(document, question) == tokens({"type": "text", "text": "Notes\nAnn is here.\n\nWho?"})
-    parts = {"type": "content", "content": [{"type": "text", "text": "Ann is"}, {"type": "text", "text": " here."}]}
+    parts = {
+        "type": "content",
+        "content": [{"type": "text", "text": "Ann is"}, {"type": "text", "text": " here."}],
+    }
     assert tokens(document | {"source": parts}, question) == tokens(document, question)
     pdf = {"type": "base64", "media_type": "application/pdf", "data": "aGk="}
     for block, words in (
@@ -335,7 +413,11 @@ def test_a_tool_may_return_documents(claude):
     def tokens(content: Any) -> int:
         call: Any = {"type": "tool_use", "id": "toolu_1", "name": "look", "input": {}}
         result: Any = {"type": "tool_result", "tool_use_id": "toolu_1", "content": content}
-        messages: Any = [*HELLO, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+        messages: Any = [
+            *HELLO,
+            {"role": "assistant", "content": [call]},
+            {"role": "user", "content": [result]},
+        ]
         return claude.messages.count_tokens(model=CLAUDE, messages=messages).input_tokens
 
     source = {"type": "text", "media_type": "text/plain", "data": "Ann is here."}
@@ -359,7 +441,13 @@ def test_models_as_anthropic_describes_them(claude, client, tiny_server):
 
 def test_ids_of_anthropics_are_told_by_their_beginnings(roomy):
     tool: Any = {"name": "get_weather", "input_schema": WEATHER["parameters"], "eager_input_streaming": True}
-    asked: Any = {"model": "tiny", "max_tokens": 200, "messages": HELLO, "tools": [tool], "tool_choice": {"type": "any"}}
+    asked: Any = {
+        "model": "tiny",
+        "max_tokens": 200,
+        "messages": HELLO,
+        "tools": [tool],
+        "tool_choice": {"type": "any"},
+    }
     with anthropic.Anthropic(base_url=roomy.url, api_key="any") as client:
         reply = client.messages.with_raw_response.create(**asked)
         assert {block.id[:6] for block in reply.parse().content if block.type == "tool_use"} == {"toolu_"}
@@ -374,7 +462,10 @@ def test_ids_of_anthropics_are_told_by_their_beginnings(roomy):
 @pytest.mark.parametrize(
     ("kwargs", "named"),
     [
-        ({"enable_thinking": False, "messages": []}, "chat_template_kwargs.enable_thinking, chat_template_kwargs.messages"),
+        (
+            {"enable_thinking": False, "messages": []},
+            "chat_template_kwargs.enable_thinking, chat_template_kwargs.messages",
+        ),
         ({"odd\r\nname": 1, "thinking": 1}, "chat_template_kwargs"),
         ({f"name_{n}": n for n in range(17)}, "chat_template_kwargs"),
         ({}, None),
@@ -410,7 +501,9 @@ def test_an_error_of_a_message_is_its_clients_own(claude, tiny_server):
     with pytest.raises(anthropic.NotFoundError, match="There is no model"):
         claude.messages.create(model="claude-none", max_tokens=9, messages=HELLO)
     with pytest.raises(anthropic.BadRequestError, match=r"tools.*name") as caught:
-        claude.messages.create(model=CLAUDE, max_tokens=9, messages=HELLO, tools=[{"name": "f g", "input_schema": {}}])
+        claude.messages.create(
+            model=CLAUDE, max_tokens=9, messages=HELLO, tools=[{"name": "f g", "input_schema": {}}]
+        )
     assert caught.value.body["error"]["type"] == "invalid_request_error"
 
 
@@ -434,7 +527,11 @@ def test_ollama_continues_a_raw_prompt(gemma, client):
 
 def test_ollama_lists_and_shows_the_model(gemma, client, tiny_server):
     models = gemma.list().models
-    assert [model.model for model in models] == [model.model for model in gemma.ps().models] == ["tiny", CLAUDE, GEMMA, GPT]
+    assert (
+        [model.model for model in models]
+        == [model.model for model in gemma.ps().models]
+        == ["tiny", CLAUDE, GEMMA, GPT]
+    )
     assert models[0].size > 0
     shown = gemma.show(GEMMA)
     assert (shown.capabilities, shown.modelinfo["llama.context_length"]) == (
@@ -442,14 +539,16 @@ def test_ollama_lists_and_shows_the_model(gemma, client, tiny_server):
         tiny_server.engine.capacity,
     )
     loaded = gemma.ps().models[0]
-    assert (loaded.size_vram, loaded.context_length) == (0, tiny_server.engine.capacity)  # on a processor
+    # on a processor
+    assert (loaded.size_vram, loaded.context_length) == (0, tiny_server.engine.capacity)
     assert loaded.expires_at - datetime.datetime.now(datetime.UTC) > datetime.timedelta(days=365)
     for name, status in ((GEMMA, 200), ("none", 404)):
         assert client.post("/api/show", json={"name": name}).status_code == status
     assert client.get("/api/version").json()["version"].count(".") == 2
 
 
-FORM = {"Content-Type": "application/x-www-form-urlencoded"}  # of curl's -d, and of the simple POST of a page
+# of curl's -d, and of the simple POST of a page
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 PLAIN = {"Content-Type": "text/plain;charset=UTF-8"}  # of a text that fetch sends
 BYTES = {"Content-Type": "application/octet-stream"}  # of litellm's proxy
 UTF_16 = {"Content-Type": "text/plain; charset=utf-16"}
@@ -463,9 +562,13 @@ def test_only_ollamas_routes_take_a_body_without_a_type_or_with_any(client):
         assert client.post("/v1/completions", headers=headers, content=body).status_code == 415
 
 
-@pytest.mark.parametrize("path", [route.path for route in ROUTES if route.path.startswith("/api/") and route.body])
+@pytest.mark.parametrize(
+    "path", [route.path for route in ROUTES if route.path.startswith("/api/") and route.body]
+)
 def test_a_page_elsewhere_may_send_ollamas_routes_no_form(client, path):
-    """By its Origin, which a browser sends with each POST to another site, or by the site that it names where that is lost."""
+    """By its Origin, which a browser sends with each POST to another site, or by the site that it
+    names where that is lost.
+    """
     foreign = [{"Origin": origin} for origin in ("http://evil.example", "null", "http://127.0.0.1:1")]
     foreign += [{"Sec-Fetch-Site": site} for site in ("cross-site", "same-site")]
     for headers in foreign:
@@ -479,7 +582,12 @@ def test_ollama_loads_a_model_by_an_empty_prompt(gemma, client, tiny_server):
         reply = gemma.generate(model=GEMMA, prompt="", keep_alive=keep_alive)
         assert (reply.response, reply.done, reply.done_reason) == ("", True, reason)
         reply = gemma.chat(model=GEMMA, messages=[], keep_alive=keep_alive)
-        assert (reply.message.role, reply.message.content, reply.done, reply.done_reason) == ("assistant", "", True, reason)
+        assert (reply.message.role, reply.message.content, reply.done, reply.done_reason) == (
+            "assistant",
+            "",
+            True,
+            reason,
+        )
     assert [part.done_reason for part in gemma.generate(model=GEMMA, stream=True)] == ["load"]
     for path in ("/api/generate", "/api/chat"):
         assert good(client.post(path, json={"model": GEMMA}))["done_reason"] == "load"
@@ -492,8 +600,14 @@ def test_ollama_loads_a_model_by_an_empty_prompt(gemma, client, tiny_server):
 
 def test_ollama_names_the_options_that_it_ignores(client):
     """Those that the server does not know too, whatever they are called; a known one has its type."""
-    options = {"num_predict": 1, "num_ctx": 64, "typical_p": 0.7, "mirostat": 1, "ü\n,": None} | {f"x{n}": n for n in range(99)}
-    for path, body in (("/api/generate", {"prompt": "a"}), ("/api/chat", {"messages": HELLO}), ("/api/embed", {"input": "a"})):
+    options = {"num_predict": 1, "num_ctx": 64, "typical_p": 0.7, "mirostat": 1, "ü\n,": None} | {
+        f"x{n}": n for n in range(99)
+    }
+    for path, body in (
+        ("/api/generate", {"prompt": "a"}),
+        ("/api/chat", {"messages": HELLO}),
+        ("/api/embed", {"input": "a"}),
+    ):
         reply = client.post(path, json=body | {"options": options})
         good(reply) if path == "/api/embed" else reply.raise_for_status()
         named = reply.headers["x-ignored-fields"].split(", ")
@@ -508,11 +622,21 @@ def test_ollama_names_the_options_that_it_ignores(client):
 
 def test_ollama_returns_logprobs(gemma, client):
     options = {"num_predict": 4}
-    fields: dict[str, Any] = {"model": GEMMA, "messages": HELLO, "options": options, "logprobs": True, "top_logprobs": 2}
+    fields: dict[str, Any] = {
+        "model": GEMMA,
+        "messages": HELLO,
+        "options": options,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
     scores = gemma.chat(**fields).logprobs
     wanted = good(client.chat(most=4, logprobs=True, top_logprobs=2))["choices"][0]["logprobs"]["content"]
-    assert [(each.token, each.logprob) for each in scores] == [(each["token"], each["logprob"]) for each in wanted]
-    assert [top.token for top in scores[0].top_logprobs] == [top["token"] for top in wanted[0]["top_logprobs"]]
+    assert [(each.token, each.logprob) for each in scores] == [
+        (each["token"], each["logprob"]) for each in wanted
+    ]
+    assert [top.token for top in scores[0].top_logprobs] == [
+        top["token"] for top in wanted[0]["top_logprobs"]
+    ]
     parts = [score for part in gemma.chat(**fields, stream=True) for score in part.logprobs or ()]
     assert parts == scores
     assert len(gemma.generate(GEMMA, "Hello there", options=options, logprobs=True).logprobs) == 4
@@ -523,7 +647,9 @@ def test_ollama_returns_logprobs(gemma, client):
 
 def test_ollama_embeds(gemma, client, tiny_server):
     texts = ["Hello there", "1234"]
-    wanted = [each["embedding"] for each in good(client.post("/v1/embeddings", json={"input": texts}))["data"]]
+    wanted = [
+        each["embedding"] for each in good(client.post("/v1/embeddings", json={"input": texts}))["data"]
+    ]
     reply = gemma.embed(GEMMA, texts)
     assert reply.embeddings == wanted
     assert reply.prompt_eval_count == sum(len(client.tokens(text)) for text in texts)
@@ -557,19 +683,28 @@ def test_an_error_of_ollamas_is_a_sentence(gemma, client):
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/api/chat"])
 def test_a_stream_that_fails_ends_with_an_error(client, tiny_server, monkeypatch, path):
     step = tiny_server.engine.step
-    monkeypatch.setattr(tiny_server.engine, "step", lambda: [event._replace(finish_reason="error") for event in step()])
-    body = {"input": "Hello"} if "responses" in path else {"messages": HELLO} | ({"max_tokens": 5} if "v1" in path else {})
+    monkeypatch.setattr(
+        tiny_server.engine, "step", lambda: [event._replace(finish_reason="error") for event in step()]
+    )
+    body = (
+        {"input": "Hello"}
+        if "responses" in path
+        else {"messages": HELLO} | ({"max_tokens": 5} if "v1" in path else {})
+    )
     last = client.post(path, json=body | {"stream": True}).text.strip().split("\n")[-1]
     assert "finite logits" in json.dumps(json.loads(last.removeprefix("data: ")))
 
 
-# The bodies that `vllm-router` 0.1.17 sends to its workers for requests with a model, messages or a prompt, and max_tokens.
+# The bodies that `vllm-router` 0.1.17 sends to its workers for requests with a model, messages or a
+# prompt, and max_tokens.
 ROUTED_CHAT = (
     b'{"model":"tiny","messages":[{"role":"user","content":"Hello there"}],"stream":false,"max_tokens":5,"logprobs":false,'
     b'"no_stop_trim":false,"ignore_eos":false,"continue_final_message":false,"skip_special_tokens":true,'
     b'"separate_reasoning":true,"stream_reasoning":true,"return_hidden_states":false,"include_reasoning":true}'
 )
-ROUTED_STREAM = ROUTED_CHAT.replace(b'"stream":false', b'"stream":true,"stream_options":{"include_usage":true}')
+ROUTED_STREAM = ROUTED_CHAT.replace(
+    b'"stream":false', b'"stream":true,"stream_options":{"include_usage":true}'
+)
 ROUTED_COMPLETION = (
     b'{"model":"tiny","prompt":"Hello there","max_tokens":5,"stream":false,"echo":false,"no_stop_trim":false,'
     b'"ignore_eos":false,"skip_special_tokens":true,"return_hidden_states":false}'
@@ -581,14 +716,21 @@ def test_the_bodies_of_vllms_router(client, answer):
     parts = events(client.post_bytes("/v1/chat/completions", ROUTED_STREAM).text)
     streamed = "".join(choice["delta"].get("content", "") for part in parts for choice in part["choices"])
     assert whole == streamed == answer(5)
-    assert good(client.post_bytes("/v1/completions", ROUTED_COMPLETION))["choices"] == good(client.complete())["choices"]
-    assert good(client.post_bytes("/v1/embeddings", b'{"model":"tiny","input":"Hello"}'))["data"][0]["embedding"]
+    assert (
+        good(client.post_bytes("/v1/completions", ROUTED_COMPLETION))["choices"]
+        == good(client.complete())["choices"]
+    )
+    assert good(client.post_bytes("/v1/embeddings", b'{"model":"tiny","input":"Hello"}'))["data"][0][
+        "embedding"
+    ]
 
 
 def test_every_dialect_counts_its_tokens_alike(client, gpt, claude, gemma):
     count = len(client.tokens(messages=HELLO))
     assert good(client.chat())["usage"]["prompt_tokens"] == count
-    assert gpt.responses.create(model=GPT, input="Hello there", max_output_tokens=1).usage.input_tokens == count
+    assert (
+        gpt.responses.create(model=GPT, input="Hello there", max_output_tokens=1).usage.input_tokens == count
+    )
     assert claude.messages.count_tokens(model=CLAUDE, messages=HELLO).input_tokens == count
     assert gemma.chat(model=GEMMA, messages=HELLO, options={"num_predict": 1}).prompt_eval_count == count
     assert say()["messages"] == HELLO

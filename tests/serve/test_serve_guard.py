@@ -27,11 +27,15 @@ def listed():
 
 
 def every_route() -> list[tuple[str, str]]:
-    return [(route.method, route.path.replace("{model}", "tiny")) for route in ROUTES if route.path not in OPEN]
+    return [
+        (route.method, route.path.replace("{model}", "tiny")) for route in ROUTES if route.path not in OPEN
+    ]
 
 
 def send(server: TinyServer, method: str, target: str, headers: dict[str, str]) -> tuple[int, bytes]:
-    """The status and the reply to a request that is sent as it is written, with a prompt as its body where it is a POST."""
+    """The status and the reply to a request that is sent as it is written, with a prompt as its
+    body where it is a POST.
+    """
     body = b'{"prompt":"a"}' if method == "POST" else b""
     lines = [f"{name}: {value}" for name, value in headers.items()]
     return server.raw(f"{method} {target} HTTP/1.1", *lines, f"Content-Length: {len(body)}", body=body)
@@ -39,11 +43,21 @@ def send(server: TinyServer, method: str, target: str, headers: dict[str, str]) 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_each_key_opens_all(locked, key):
-    for name, value in (("authorization", f"Bearer {key}"), ("authorization", f"bearer  {key}"), ("x-api-key", key)):
+    for name, value in (
+        ("authorization", f"Bearer {key}"),
+        ("authorization", f"bearer  {key}"),
+        ("x-api-key", key),
+    ):
         for method, path in every_route():
             reply = httpx.request(method, locked.url + path, headers={name.encode(): value.encode()})
-            empty = 400 if path.startswith("/api/") else 415  # without a body, whose type only Ollama's routes take for granted
-            assert reply.status_code in (200, empty, 503, 404 if method == "DELETE" else 200), (method, path, reply.text)
+            empty = (
+                400 if path.startswith("/api/") else 415
+            )  # without a body, whose type only Ollama's routes take for granted
+            assert reply.status_code in (200, empty, 503, 404 if method == "DELETE" else 200), (
+                method,
+                path,
+                reply.text,
+            )
 
 
 def test_the_page_live_and_health_need_no_key(locked):
@@ -65,16 +79,28 @@ def test_a_wrong_key_is_asked_for_again_after_all_were_compared_whole(locked, mo
     assert [len(side) for pair in compared for side in pair] == [32] * 16
     headers = {"host": "localhost", "authorization": "Bearer wrong"}
     status, reply = send(locked, "GET", "/v1/models", headers)
-    assert (status, b"invalid_api_key" in reply, b"\r\nwww-authenticate: Bearer\r\n" in reply) == (401, True, True), reply
+    assert (status, b"invalid_api_key" in reply, b"\r\nwww-authenticate: Bearer\r\n" in reply) == (
+        401,
+        True,
+        True,
+    ), reply
     right = f"Bearer {KEYS[0]}"
     for wrong in ({"x-api-key": ""}, {"x-api-key": KEYS[0], "authorization": "Bearer wrong"}):
         assert send(locked, "GET", "/v1/models", {"host": "localhost", **wrong})[0] == 401
-    assert send(locked, "GET", "/v1/models", {"host": "localhost", "authorization": right, "Authorization": right})[0] == 401
+    assert (
+        send(
+            locked, "GET", "/v1/models", {"host": "localhost", "authorization": right, "Authorization": right}
+        )[0]
+        == 401
+    )
 
 
 def test_pages_of_a_listed_origin(listed):
     """The preflight needs no key, and what follows it does; no other origin is let in beside it."""
-    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-stainless-os"}
+    preflight = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,x-stainless-os",
+    }
     asked = httpx.options(f"{listed.url}/v1/chat/completions", headers={"Origin": APP} | preflight)
     assert (asked.status_code, asked.content) == (200, b"OK")
     assert asked.headers["access-control-allow-headers"] == "authorization,x-stainless-os"
@@ -134,7 +160,14 @@ def test_a_body_with_two_lengths_is_refused_and_its_connection_closed(tiny_serve
 
 
 def test_own_hosts(tiny_server):
-    for host in ("localhost", "LOCALHOST:1234", "127.0.0.1", f"127.0.0.1:{tiny_server.port}", "[::1]:8000", "localhost."):
+    for host in (
+        "localhost",
+        "LOCALHOST:1234",
+        "127.0.0.1",
+        f"127.0.0.1:{tiny_server.port}",
+        "[::1]:8000",
+        "localhost.",
+    ):
         assert tiny_server.raw("GET /v1/models HTTP/1.1", f"Host: {host}")[0] == 200
     assert tiny_server.raw("GET /v1/models HTTP/1.0")[0] == 400  # none at all
     assert tiny_server.raw("GET /v1/models HTTP/1.1", "Host: localhost", "Host: localhost")[0] == 400
@@ -148,7 +181,15 @@ def test_its_own_page_may_use_it(tiny_server):
         ("/", "none", "navigate"),
         ("/v1/models", "same-origin", "cors"),
     ):
-        assert send(tiny_server, "GET", path, {"host": "localhost", "sec-fetch-site": site, "sec-fetch-mode": mode})[0] == 200
+        assert (
+            send(
+                tiny_server,
+                "GET",
+                path,
+                {"host": "localhost", "sec-fetch-site": site, "sec-fetch-mode": mode},
+            )[0]
+            == 200
+        )
 
 
 def test_every_reply_has_security_headers(tiny_server):

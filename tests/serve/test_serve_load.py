@@ -1,5 +1,6 @@
 """Under load: first come, first served; one too many is refused at once (S5), health tells the truth (S9), and an answer has
-the same bits whatever else is asked (S1). Clients that leave or read nothing (S4) are in test_simulation.py."""
+the same bits whatever else is asked (S1). Clients that leave or read nothing (S4) are in test_simulation.py.
+"""
 
 import asyncio
 import random
@@ -34,7 +35,9 @@ def held(tiny_server, monkeypatch):
 
 
 def test_one_request_too_many_gets_a_429_at_once(client, tiny_server, held):
-    """While the engine does nothing: no refusal waits for it. Then as many are answered as there are places."""
+    """While the engine does nothing: no refusal waits for it. Then as many are answered as there
+    are places.
+    """
     places = SLOTS + QUEUE
     with ThreadPoolExecutor(places) as pool:
         first = [pool.submit(client.complete) for _ in range(places)]
@@ -74,7 +77,9 @@ def test_a_429_comes_before_a_large_body_is_read(tiny_server, monkeypatch):
 
 
 def test_a_stream_tells_its_place_in_the_queue(client, tiny_server, monkeypatch):
-    """In comments, which clients leave out. A request that wants several answers is one in the queue."""
+    """In comments, which clients leave out. A request that wants several answers is one in the
+    queue.
+    """
     monkeypatch.setattr(generation, "WAIT_SECONDS", 0.002)
     engine, step, lines = tiny_server.engine, tiny_server.engine.step, list[str]()
 
@@ -113,15 +118,20 @@ def test_a_stream_tells_how_much_of_its_prompt_is_read(client, tiny_server, monk
     with client.stream("POST", "/v1/completions", json=ask(stream=True) | {"prompt": prompt}) as reply:
         for line in reply.iter_lines():
             lines.append(line)
-    told = [int(match[1]) for match in (re.match(r": reading (\d+) of 60 tokens", line) for line in lines) if match]
+    told = [
+        int(match[1])
+        for match in (re.match(r": reading (\d+) of 60 tokens", line) for line in lines)
+        if match
+    ]
     assert told == sorted(set(told))
     assert len(told) >= 60 // engine.config.chunk
     assert "data: [DONE]" in lines
 
 
 def test_sixty_clients_are_served_in_the_order_in_which_they_came(tiny_server, held, monkeypatch):
-    """Requests of 1 to 8 answers on three slots: none is refused or overtaken, and each answer has its own bits. The first
-    request's text becomes tokens last."""
+    """Requests of 1 to 8 answers on three slots: none is refused or overtaken, and each answer has
+    its own bits. The first request's text becomes tokens last.
+    """
     state, scheduler = tiny_server.state, tiny_server.engine.scheduler
     wishes = [1, 2, 4, 8] * 15
     random.Random(2).shuffle(wishes)
@@ -134,10 +144,15 @@ def test_sixty_clients_are_served_in_the_order_in_which_they_came(tiny_server, h
             await asyncio.sleep(0.01)
         return await encode(texts, *options)
 
-    with tiny_server.client(limits=httpx.Limits(max_connections=60)) as client, ThreadPoolExecutor(60) as pool:
+    with (
+        tiny_server.client(limits=httpx.Limits(max_connections=60)) as client,
+        ThreadPoolExecutor(60) as pool,
+    ):
         monkeypatch.setattr(scheduler, "admit", lambda: admitted.extend(new := admit()) or new)
         monkeypatch.setattr(state.admission, "limit", 60)
-        monkeypatch.setattr(state.admission, "held_places", 0)  # for those whom the tests before this one refused
+        monkeypatch.setattr(
+            state.admission, "held_places", 0
+        )  # for those whom the tests before this one refused
         monkeypatch.setattr(state.tokenizer, "encode", encode_late)
         asked = [pool.submit(client.complete, "first", n=wishes[0], **options)]
         assert until(lambda: state.admission.reserved == 1)
@@ -158,10 +173,16 @@ def test_sixty_clients_are_served_in_the_order_in_which_they_came(tiny_server, h
     ("path", "different", "body"),
     [
         ("/v1/score", 3, {"prompt": "Hello", "candidates": ["a", "Hello there, how are you", "é" * 9] * 8}),
-        ("/v1/embeddings", 1, {"input": ["The assistant answers what the user asks; the system says how. " * 3] * 6}),
+        (
+            "/v1/embeddings",
+            1,
+            {"input": ["The assistant answers what the user asks; the system says how. " * 3] * 6},
+        ),
     ],
 )
-def test_scores_and_embeddings_are_what_they_are_alone_and_so_is_a_completion(client, tiny_server, path, different, body):
+def test_scores_and_embeddings_are_what_they_are_alone_and_so_is_a_completion(
+    client, tiny_server, path, different, body
+):
     """No weight is changed, and nothing compiled."""
     completion = lambda: good(client.complete(most=40, ignore_eos=True, logprobs=1))["choices"]
     results = lambda: good(client.post(path, json=body))["data"]
@@ -191,15 +212,17 @@ def test_health_tells_that_the_engine_is_stuck(client, tiny_server, held, monkey
 
 
 def test_health_waits_for_a_program_as_long_as_it_is_known_to_take(client, tiny_server, monkeypatch):
-    """Up to three times its longest run so far, 5 seconds at least, and a minute for a first run: on a clock that goes on while
-    a program runs."""
+    """Up to three times its longest run so far, 5 seconds at least, and a minute for a first run:
+    on a clock that goes on while a program runs.
+    """
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0])
     monkeypatch.setattr(engine_thread, "time", clock)
     monkeypatch.setattr(step_times, "time", clock)
     monkeypatch.setattr(tiny_server.engine, "step_times", StepTimes())
     monkeypatch.setattr(tiny_server.state.engine, "_start_seconds", 1.0)
-    seconds: dict[str, list[float]] = {}  # of the next run of each program, after which /health is asked
+    # of the next run of each program, after which /health is asked
+    seconds: dict[str, list[float]] = {}
     seen: list[Any] = []
 
     def slow_down(name: str) -> None:
@@ -286,7 +309,9 @@ def test_a_failed_engine_answers_every_request():
 
 def test_logits_that_are_not_finite_are_a_server_error(client, tiny_server, monkeypatch):
     step = tiny_server.engine.step
-    monkeypatch.setattr(tiny_server.engine, "step", lambda: [event._replace(finish_reason="error") for event in step()])
+    monkeypatch.setattr(
+        tiny_server.engine, "step", lambda: [event._replace(finish_reason="error") for event in step()]
+    )
     assert refused(client.complete(most=1), 500)["type"] == "server_error"
     streamed = client.complete(most=1, stream=True)
     assert '"type":"server_error"' in streamed.text

@@ -44,13 +44,22 @@ def test_a_chat(client):
     result = good(client.chat())
     assert result["object"] == "chat.completion"
     assert result["choices"][0]["message"]["role"] == "assistant"
-    parts = [{"role": "user", "content": [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}]}]
+    parts = [
+        {"role": "user", "content": [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}]}
+    ]
     again = good(client.post("/v1/chat/completions", json=say() | {"messages": parts}))
     assert again["choices"] == result["choices"]
     history = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": "Hello"},
-        {"role": "assistant", "content": "I am well.", "refusal": None, "annotations": [], "tool_calls": None, "audio": None},
+        {
+            "role": "assistant",
+            "content": "I am well.",
+            "refusal": None,
+            "annotations": [],
+            "tool_calls": None,
+            "audio": None,
+        },
         {"role": "user", "content": "there"},
     ]
     longer = good(client.post("/v1/chat/completions", json=say() | {"messages": history}))
@@ -74,7 +83,9 @@ def test_a_cut_answer_goes_on(client):
         (flags | {"messages": cut["messages"][1:]}, "messages"),
     ):
         assert refused(client.post("/v1/chat/completions", json=say() | wrong))["param"] == param
-    assert refused(client.post("/tokenize", json={"prompt": "a"} | flags))["param"] == "continue_final_message"
+    assert (
+        refused(client.post("/tokenize", json={"prompt": "a"} | flags))["param"] == "continue_final_message"
+    )
 
 
 def test_an_answer_after_a_name_goes_on_behind_its_space():
@@ -90,24 +101,35 @@ def test_max_completion_tokens_and_the_default(client):
     assert reply["usage"]["total_tokens"] == CAPACITY
     assert reply["choices"][0]["finish_reason"] == "length"
     assert good(client.chat(most=2**31 - 1, ignore_eos=True))["choices"] == reply["choices"]  # as many as fit
-    streamed = client.complete(most=CAPACITY, ignore_eos=True, stream=True, stream_options={"include_usage": True})
+    streamed = client.complete(
+        most=CAPACITY, ignore_eos=True, stream=True, stream_options={"include_usage": True}
+    )
     assert events(streamed.text)[-1]["usage"]["total_tokens"] == CAPACITY
 
 
 def test_an_answer_that_is_cut_inside_a_character_ends_before_it(client, tiny_server):
     tokenizer = tiny_server.model.tokenizer
-    first, second = (next(token for token in range(256) if tokenizer.bytes_of(token) == bytes([byte])) for byte in b"\xf0\x9f")
+    first, second = (
+        next(token for token in range(256) if tokenizer.bytes_of(token) == bytes([byte]))
+        for byte in b"\xf0\x9f"
+    )
     for bias, text in (({first: 100}, ""), ({72: 100, first: -100, second: -100}, tokenizer.decode([72]))):
         fields = {"most": 1, "logit_bias": {str(token): value for token, value in bias.items()}}
         texts = {good(client.complete(**fields))["choices"][0]["text"]}
         texts.add(good(client.chat(**fields))["choices"][0]["message"]["content"])
-        texts.add("".join(chunk["choices"][0]["text"] for chunk in events(client.complete(**fields, stream=True).text)))
+        texts.add(
+            "".join(
+                chunk["choices"][0]["text"] for chunk in events(client.complete(**fields, stream=True).text)
+            )
+        )
         assert texts == {text}
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_a_stream_equals_the_whole_reply(client, path):
-    body = (say if "chat" in path else ask)(most=20, n=2, temperature=1, seed=5, logprobs=True if "chat" in path else 2)
+    body = (say if "chat" in path else ask)(
+        most=20, n=2, temperature=1, seed=5, logprobs=True if "chat" in path else 2
+    )
     expected = good(client.post(path, json=body))
     reply = client.post(path, json=body | {"stream": True, "stream_options": {"include_usage": True}})
     assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
@@ -116,10 +138,16 @@ def test_a_stream_equals_the_whole_reply(client, path):
     assert last["usage"] == expected["usage"]
     assert all(chunk["usage"] is None for chunk in chunks)
     for choice in expected["choices"]:
-        pieces = [piece for chunk in chunks for piece in chunk["choices"] if piece["index"] == choice["index"]]
-        text = "".join(piece["delta"].get("content", "") if "chat" in path else piece["text"] for piece in pieces)
+        pieces = [
+            piece for chunk in chunks for piece in chunk["choices"] if piece["index"] == choice["index"]
+        ]
+        text = "".join(
+            piece["delta"].get("content", "") if "chat" in path else piece["text"] for piece in pieces
+        )
         assert text == (choice["message"]["content"] if "chat" in path else choice["text"])
-        assert [piece["finish_reason"] for piece in pieces if piece["finish_reason"]] == [choice["finish_reason"]]
+        assert [piece["finish_reason"] for piece in pieces if piece["finish_reason"]] == [
+            choice["finish_reason"]
+        ]
         result = [piece["logprobs"] for piece in pieces if piece["logprobs"]]
         if "chat" in path:
             assert [each for part in result for each in part["content"]] == choice["logprobs"]["content"]
@@ -137,7 +165,9 @@ def test_offsets_are_places_in_the_text_whatever_parts_its_characters_come_in():
         body=CompletionRequest(prompt="", logprobs=0),
     )
     writer = CompletionWriter(call)
-    choice = writer.choice(Piece(0, text, [LogProb(int(token), -1.0, ()) for token in tokenizer.encode(text)], None))
+    choice = writer.choice(
+        Piece(0, text, [LogProb(int(token), -1.0, ()) for token in tokenizer.encode(text)], None)
+    )
     assert choice.logprobs
     assert choice.logprobs.text_offset == [0, 1, 1, 1, 1, 2, 3, 3]
 
@@ -160,12 +190,17 @@ def test_what_a_request_leaves_out_is_sampled_as_the_model_recommends(client, ti
     text = lambda **more: good(client.post("/v1/completions", json=body | more))["choices"][0]["text"]
     hot, greedy = text(), text(temperature=0)
     assert hot == text(temperature=1) != greedy
-    monkeypatch.setattr(tiny_server.state, "sampling", SamplingParams(temperature=1.0, top_k=1, repetition_penalty=1.5))
+    monkeypatch.setattr(
+        tiny_server.state, "sampling", SamplingParams(temperature=1.0, top_k=1, repetition_penalty=1.5)
+    )
     assert text(repetition_penalty=1) == greedy
     assert text(repetition_penalty=1, top_k=-1) == hot
     assert text() not in (hot, greedy)
     (card,) = good(client.get("/v1/models"))["data"]
-    assert card["default_sampling"].items() >= {"temperature": 1.0, "top_p": 1.0, "top_k": 1, "repetition_penalty": 1.5}.items()
+    assert (
+        card["default_sampling"].items()
+        >= {"temperature": 1.0, "top_p": 1.0, "top_k": 1, "repetition_penalty": 1.5}.items()
+    )
 
 
 def test_stop_tokens_are_not_part_of_the_text(client, tiny_server):
@@ -182,7 +217,9 @@ def test_stop_tokens_are_not_part_of_the_text(client, tiny_server):
 def test_the_body_of_a_reply_does_not_wait_for_its_head_to_be_acknowledged(client, tiny_server):
     """Nagle's algorithm would hold back each on a connection that stays open, for 40 ms."""
     good(client.get("/live"))
-    sockets = [each.transport.get_extra_info("socket") for each in tiny_server.server.server_state.connections]
+    sockets = [
+        each.transport.get_extra_info("socket") for each in tiny_server.server.server_state.connections
+    ]
     assert sockets
     assert all(each.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for each in sockets)
 
@@ -208,8 +245,18 @@ def test_the_fingerprint_changes_with_all_that_can_change_an_answer(tiny_server,
     machine, version = module.machine_identity(), importlib.metadata.version
     kernel = lambda there: SimpleNamespace(in_c=there)
     facts = {"cfg": engine.cfg, "config": engine.config, "devices": 1, "backend": kernel(False)}
-    of = lambda digest="0", **changes: system_fingerprint(digest, SimpleNamespace(**facts | changes), template="a")
-    options = {"slots": 4, "capacity": 151, "chunk": 32, "tail": 4, "segment": 32, "kv_dtype": "int8", "weights": "int8"}
+    of = lambda digest="0", **changes: system_fingerprint(
+        digest, SimpleNamespace(**facts | changes), template="a"
+    )
+    options = {
+        "slots": 4,
+        "capacity": 151,
+        "chunk": 32,
+        "tail": 4,
+        "segment": 32,
+        "kv_dtype": "int8",
+        "weights": "int8",
+    }
     replace = lambda **changes: of(config=dataclasses.replace(engine.config, **changes))
     same, others = (
         of(),
@@ -231,7 +278,9 @@ def test_the_fingerprint_changes_with_all_that_can_change_an_answer(tiny_server,
     monkeypatch.setattr(module, "native_digest", lambda: "another compiler's")
     others.append(of(backend=kernel(True)))
     for library in module.LIBRARIES:
-        monkeypatch.setattr(importlib.metadata, "version", lambda name, new=library: version(name) + "x" * (name == new))
+        monkeypatch.setattr(
+            importlib.metadata, "version", lambda name, new=library: version(name) + "x" * (name == new)
+        )
         others.append(of())
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
@@ -257,11 +306,21 @@ def test_metrics(client):
     before = {name: value(name) for name in names}
     result = good(client.complete(most=7, ignore_eos=True))
     grown = {name: value(name) - before[name] for name in names}
-    assert list(grown.values()) == [result["usage"]["prompt_tokens"], 7, 1, 1, 1, 1, result["usage"]["prompt_tokens"]]
+    assert list(grown.values()) == [
+        result["usage"]["prompt_tokens"],
+        7,
+        1,
+        1,
+        1,
+        1,
+        result["usage"]["prompt_tokens"],
+    ]
     before = value("vllm:generation_tokens_total")
     with client.stream("POST", "/v1/completions", json=ask(most=100, ignore_eos=True, stream=True)) as reply:
         next(reply.iter_lines())
-    assert value("vllm:generation_tokens_total") > before, "tokens count as they come, those of a client that leaves too"
+    assert value("vllm:generation_tokens_total") > before, (
+        "tokens count as they come, those of a client that leaves too"
+    )
     before = [value(name) for name in ("vllm:prompt_tokens_total", "vllm:prefix_cache_queries_total")]
     count = client.post("/v1/embeddings", json={"input": "Hello there"}).json()["usage"]["prompt_tokens"]
     after = [value(name) for name in ("vllm:prompt_tokens_total", "vllm:prefix_cache_queries_total")]
@@ -301,7 +360,10 @@ def test_the_access_log_has_a_line_for_each_request_and_no_text(form, capfd):
     assert not any(word in output for word in ("Hello", "there", "how", "the-key"))
     if form == "json":
         entries, usage = list(map(json.loads, output.splitlines())), replies[0].json()["usage"]
-        assert [entries[0][f"{name}_tokens"] for name in ("prompt", "completion")] == [usage["prompt_tokens"], 12]
+        assert [entries[0][f"{name}_tokens"] for name in ("prompt", "completion")] == [
+            usage["prompt_tokens"],
+            12,
+        ]
         assert 0 < entries[0]["first_token_seconds"] < entries[0]["seconds"] < 60
         assert [entry.get("finish") for entry in (entries[0], entries[2])] == ["length+length", None]
         for entry, reply in zip(entries[5:7], replies[5:], strict=True):
@@ -334,7 +396,13 @@ def test_openapi_says_how_each_route_refuses_and_streams(client):
         name = replies["400"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
         msgspec.convert(refusal.json(), getattr(errors, name))
     messages = say()["messages"]
-    for path, bound in (("/v1/chat/completions", {"max_tokens": 3}), ("/api/chat", {"options": {"num_predict": 3}})):
+    for path, bound in (
+        ("/v1/chat/completions", {"max_tokens": 3}),
+        ("/api/chat", {"options": {"num_predict": 3}}),
+    ):
         stream = client.post(path, json={"messages": messages, "stream": True} | bound)
-        assert stream.headers["content-type"].partition(";")[0] in paths[path]["post"]["responses"]["200"]["content"]
+        assert (
+            stream.headers["content-type"].partition(";")[0]
+            in paths[path]["post"]["responses"]["200"]["content"]
+        )
         assert stream.headers["content-type"] != "application/json"

@@ -13,11 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_server import ask, events, good, say
 
-QUOTE = {"1": 2.5}  # the token of a quotation mark, so that strings of a model without sense have an end
+# the token of a quotation mark, so that strings of a model without sense have an end
+QUOTE = {"1": 2.5}
 
 
 def schema_strategy() -> st.SearchStrategy[dict[str, Any]]:
-    """Schemas of JSONSchemaBench's kind: records within lists within records, and what is said of their leaves."""
+    """Schemas of JSONSchemaBench's kind: records within lists within records, and what is said of
+    their leaves.
+    """
     few, names = st.integers(0, 3), st.sampled_from(["name", "a", "id 2", "größe", 'q"uote', "n\\t"])
     values = st.one_of(st.text(max_size=5), st.integers(-20, 20), st.booleans(), st.none(), st.just(1.5))
     span = lambda low, high: st.tuples(st.integers(low, high), few).map(lambda pair: (pair[0], sum(pair)))
@@ -26,24 +29,38 @@ def schema_strategy() -> st.SearchStrategy[dict[str, Any]]:
         st.sampled_from(["^[a-c]{2,4}$", "^\\d{3}-\\d{4}$", "^(yes|no)\\s?$", "^[^\\s]\\S.$"]).map(
             lambda p: {"type": "string", "pattern": p}
         ),
-        st.sampled_from(["date", "time", "uuid", "ipv4"]).map(lambda name: {"type": "string", "format": name}),
+        st.sampled_from(["date", "time", "uuid", "ipv4"]).map(
+            lambda name: {"type": "string", "format": name}
+        ),
         st.builds(lambda n: {"type": "integer", "minimum": n[0], "maximum": n[1]}, span(-9, 200)),
         st.builds(lambda n: {"type": "number", "minimum": n[0], "exclusiveMaximum": n[1] + 1}, span(-9, 9)),
-        st.sampled_from([{"type": "integer", "multipleOf": 7, "minimum": 0}, {"type": "boolean"}, {"type": "null"}]),
+        st.sampled_from(
+            [{"type": "integer", "multipleOf": 7, "minimum": 0}, {"type": "boolean"}, {"type": "null"}]
+        ),
         st.lists(values, min_size=1, max_size=3).map(lambda each: {"enum": each}),
         values.map(lambda value: {"const": value}),
-        st.just({"type": ["string", "null"], "maxLength": 3, "title": "T", "description": "D", "default": None}),
+        st.just(
+            {"type": ["string", "null"], "maxLength": 3, "title": "T", "description": "D", "default": None}
+        ),
         st.just({"$ref": "#/$defs/leaf"}),
     )
 
     def record(properties: dict[str, Any], required: int, closed: bool) -> dict[str, Any]:
-        kept = {"additionalProperties": False} if closed else {"additionalProperties": {"type": "integer", "maximum": 9}}
+        kept = (
+            {"additionalProperties": False}
+            if closed
+            else {"additionalProperties": {"type": "integer", "maximum": 9}}
+        )
         return {"type": "object", "properties": properties, "required": [*properties][:required], **kept}
 
     def grow(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
         return st.one_of(
             st.builds(record, st.dictionaries(names, inner, max_size=4), few, st.integers(0, 4).map(bool)),
-            st.builds(lambda item, n: {"type": "array", "items": item, "minItems": n[0], "maxItems": n[1]}, inner, span(0, 1)),
+            st.builds(
+                lambda item, n: {"type": "array", "items": item, "minItems": n[0], "maxItems": n[1]},
+                inner,
+                span(0, 1),
+            ),
             st.builds(
                 lambda items: {"type": "array", "prefixItems": items, "items": False, "minItems": len(items)},
                 st.lists(inner, min_size=1, max_size=2),
@@ -52,7 +69,11 @@ def schema_strategy() -> st.SearchStrategy[dict[str, Any]]:
             st.just({"$ref": "#/$defs/tree"}),
         )
 
-    tree = record({"value": {"$ref": "#/$defs/leaf"}, "below": {"type": "array", "items": {"$ref": "#/$defs/tree"}}}, 1, True)
+    tree = record(
+        {"value": {"$ref": "#/$defs/leaf"}, "below": {"type": "array", "items": {"$ref": "#/$defs/tree"}}},
+        1,
+        True,
+    )
     definitions = {"leaf": {"type": "integer", "minimum": 1, "maximum": 3}, "tree": tree}
     return st.recursive(leaf, grow, max_leaves=6).map(lambda schema: {"$defs": definitions, **schema})
 
@@ -75,12 +96,25 @@ def try_schemas(server, client, examples: int) -> None:
 
     compiled = server.state.engine.compiles_after_ready
 
-    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck], database=None)
-    @given(schemas=st.lists(schema_strategy(), min_size=4, max_size=4), temperature=st.sampled_from([0.0, 0.8, 1.5]))
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[*HealthCheck],
+        database=None,
+    )
+    @given(
+        schemas=st.lists(schema_strategy(), min_size=4, max_size=4),
+        temperature=st.sampled_from([0.0, 0.8, 1.5]),
+    )
     def answers_validate(schemas, temperature):
         with ThreadPoolExecutor(5) as pool:
             beside = pool.submit(client.post, "/v1/completions", json=plain)
-            reasons.extend(pool.map(lambda pair: answer_validates(client, pair[1], temperature, pair[0]), enumerate(schemas)))
+            reasons.extend(
+                pool.map(
+                    lambda pair: answer_validates(client, pair[1], temperature, pair[0]), enumerate(schemas)
+                )
+            )
             assert good(beside.result())["choices"] == alone
 
     answers_validate()
@@ -141,7 +175,9 @@ def test_every_kind_of_grammar_beside_stop_strings_and_log_probabilities(client)
     assert complete(guided_grammar='start: "x" /[yz]/ "!"')["text"] in ("xy!", "xz!")
     stopped = complete(guided_choice=["yes, no"], stop=[", "], logprobs=1)
     assert (stopped["text"], stopped["finish_reason"]) == ("yes", "stop")
-    anything = good(client.chat("Hi", 100, response_format={"type": "json_object"}, logit_bias=QUOTE))["choices"][0]
+    anything = good(client.chat("Hi", 100, response_format={"type": "json_object"}, logit_bias=QUOTE))[
+        "choices"
+    ][0]
     assert anything["message"]["content"].startswith("{")
     for ignore_eos in (False, True):
         ended = complete(guided_choice=["yes"], ignore_eos=ignore_eos)
@@ -156,7 +192,9 @@ def gpt(tiny_server):
 
 @pytest.fixture
 def structured(gpt):
-    """The answer of a chat with vLLM's `structured_outputs`, sent as people send it: by the client's extra_body."""
+    """The answer of a chat with vLLM's `structured_outputs`, sent as people send it: by the
+    client's extra_body.
+    """
 
     def answer(outputs: dict[str, Any], most: int = 60, **more: Any) -> str:
         fields: Any = {
@@ -190,7 +228,9 @@ def test_vllms_structured_outputs(structured, client):
     }
     assert structured({"choice": ["maybe"]} | usual) == "maybe"
     outputs = {"choice": ["yes, indeed"]}
-    assert good(client.complete("Hello", 40, structured_outputs=outputs))["choices"][0]["text"] == "yes, indeed"
+    assert (
+        good(client.complete("Hello", 40, structured_outputs=outputs))["choices"][0]["text"] == "yes, indeed"
+    )
 
 
 TAG = {
@@ -207,17 +247,30 @@ TAG = {
 @pytest.mark.parametrize("seed", range(4))
 def test_text_goes_on_with_a_structure_where_it_has_come_to_a_trigger(client, seed):
     bias = {str(client.tokens(mark)[-1]): 6 for mark in ("#", "<")}
-    body = ask("Hello", 60, structured_outputs={"structural_tag": json.dumps(TAG)}, temperature=1.3, seed=seed, logit_bias=bias)
+    body = ask(
+        "Hello",
+        60,
+        structured_outputs={"structural_tag": json.dumps(TAG)},
+        temperature=1.3,
+        seed=seed,
+        logit_bias=bias,
+    )
     text = good(client.post("/v1/completions", json=body))["choices"][0]["text"]
     for trigger, wholes in {"#": ["2", "3"], "<": ["a>1]", 'b>"x"]']}.items():
         assert trigger in text
         for match in re.finditer(trigger, text):
             rest = text[match.end() :]
-            assert any(rest.startswith(whole) or whole.startswith(rest) for whole in wholes)  # the last may be cut
+            assert any(
+                rest.startswith(whole) or whole.startswith(rest) for whole in wholes
+            )  # the last may be cut
 
 
 def test_the_structures_of_an_object_are_those_of_its_text(structured, gpt):
-    only = {"type": "structural_tag", "structures": [{"begin": "@", "schema": {"const": 7}, "end": "."}], "triggers": ["@"]}
+    only = {
+        "type": "structural_tag",
+        "structures": [{"begin": "@", "schema": {"const": 7}, "end": "."}],
+        "triggers": ["@"],
+    }
     texts = [structured({"structural_tag": tag}, 20) for tag in (only, json.dumps(only))]
     assert texts[0] == texts[1]
 
@@ -236,8 +289,14 @@ def test_the_structures_of_an_object_are_those_of_its_text(structured, gpt):
         ({"json": SCHEMA, "whitespace_pattern": " *"}, "structured_outputs.whitespace_pattern: .*one line"),
         ({"json": SCHEMA, "disable_additional_properties": True}, "Say additionalProperties: false"),
         ({"structural_tag": "{}"}, "structured_outputs.structural_tag: it is no structural tag: .*`type`"),
-        ({"structural_tag": {"type": "structural_tag"}}, "structured_outputs.structural_tag: it has no structures"),
-        ({"structural_tag": {"type": "structural_tag", "format": {"type": "any_text"}}}, "structures with triggers"),
+        (
+            {"structural_tag": {"type": "structural_tag"}},
+            "structured_outputs.structural_tag: it has no structures",
+        ),
+        (
+            {"structural_tag": {"type": "structural_tag", "format": {"type": "any_text"}}},
+            "structures with triggers",
+        ),
         ({"structural_tag": TAG | {"triggers": ["#"]}}, "no trigger begins the structure '<a>'"),
         ({"structural_tag": TAG | {"triggers": ["<", "#", "%"]}}, "no structure begins with the trigger '%'"),
     ],
@@ -249,21 +308,34 @@ def test_structured_outputs_that_cannot_be_granted_are_named(structured, outputs
 
 def test_only_one_grammar_is_kept_to(structured):
     fields = {"response_format": {"type": "json_object"}}
-    with pytest.raises(openai.BadRequestError, match=r"response_format is sent beside structured_outputs\.choice"):
+    with pytest.raises(
+        openai.BadRequestError, match=r"response_format is sent beside structured_outputs\.choice"
+    ):
         structured({"choice": ["a"]}, **fields)
-    with pytest.raises(openai.BadRequestError, match=r"guided_regex is sent beside structured_outputs\.choice"):
+    with pytest.raises(
+        openai.BadRequestError, match=r"guided_regex is sent beside structured_outputs\.choice"
+    ):
         structured({"choice": ["a"]}, guided_regex="a")
 
 
 def test_a_schema_needs_no_name_and_its_unknown_formats_are_notes(client):
-    """As in OpenAPI, whose `password` and `int32` are for people; a format that is known is enforced beside them."""
+    """As in OpenAPI, whose `password` and `int32` are for people; a format that is known is
+    enforced beside them.
+    """
     properties = {
         "note": {"const": "a", "format": "password"},
         "day": {"type": "string", "format": "date"},
         "format": {"type": "string", "format": "regex", "pattern": "^b$"},
     }
-    schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": properties,
+        "required": [*properties],
+        "additionalProperties": False,
+    }
     body = say("A", 100, response_format={"type": "json_schema", "json_schema": {"schema": schema}})
-    answer = json.loads(good(client.post("/v1/chat/completions", json=body))["choices"][0]["message"]["content"])
+    answer = json.loads(
+        good(client.post("/v1/chat/completions", json=body))["choices"][0]["message"]["content"]
+    )
     assert (answer["note"], answer["format"]) == ("a", "b")
     assert datetime.date.fromisoformat(answer["day"])

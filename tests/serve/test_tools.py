@@ -35,7 +35,10 @@ PARAMETERS = {
     "additionalProperties": False,
 }
 TOOLS = [
-    {"type": "function", "function": {"name": "get_weather", "description": "Tells it.", "parameters": PARAMETERS}},
+    {
+        "type": "function",
+        "function": {"name": "get_weather", "description": "Tells it.", "parameters": PARAMETERS},
+    },
     {"type": "function", "function": {"name": "wait"}, "cache_control": {"type": "ephemeral"}},
 ]
 LLAMA = ToolFormat("", "parameters", "")
@@ -90,7 +93,9 @@ ROOM = 150  # tokens: more than the letters of the longest call
 @pytest.mark.parametrize("choice", ["required", NAMED, "auto"])
 @pytest.mark.parametrize("parallel", [True, False])
 def test_a_call_satisfies_its_schema_streamed_or_not(client, choice, parallel):
-    body = say("Go", ROOM, tools=TOOLS, tool_choice=choice, parallel_tool_calls=parallel, temperature=1.0, seed=4)
+    body = say(
+        "Go", ROOM, tools=TOOLS, tool_choice=choice, parallel_tool_calls=parallel, temperature=1.0, seed=4
+    )
     if choice == "auto":  # a model without sense is led to begin a call
         body |= {"logit_bias": {str(token): 9 for token in chat_tokenizer().encode("<tool_call>").tolist()}}
     (whole,) = good(client.post("/v1/chat/completions", json=body))["choices"]
@@ -110,7 +115,9 @@ def test_a_call_satisfies_its_schema_streamed_or_not(client, choice, parallel):
 def test_an_answer_may_have_a_schema_beside_tools(client):
     answer = {"type": "json_schema", "json_schema": {"name": "x", "schema": PARAMETERS}}
     for seed in range(4):
-        choice = good(client.chat("Go", ROOM, tools=TOOLS, response_format=answer, temperature=1.5, seed=seed))["choices"][0]
+        choice = good(
+            client.chat("Go", ROOM, tools=TOOLS, response_format=answer, temperature=1.5, seed=seed)
+        )["choices"][0]
         if choice["finish_reason"] == "stop":
             jsonschema_rs.validate(PARAMETERS, json.loads(choice["message"]["content"]))
         elif choice["finish_reason"] == "tool_calls":
@@ -124,13 +131,17 @@ def test_an_answer_may_have_a_schema_beside_tools(client):
 )
 def test_an_answer_may_have_a_grammar_beside_tools(client, grammar):
     """Even one whose rules have the names of those around it."""
-    ask = lambda seed: client.chat("Go", ROOM, tools=TOOLS, guided_grammar=grammar, temperature=1.5, seed=seed)
+    ask = lambda seed: client.chat(
+        "Go", ROOM, tools=TOOLS, guided_grammar=grammar, temperature=1.5, seed=seed
+    )
     choices = [good(ask(seed))["choices"][0] for seed in range(4)]
     answers = [choice["message"]["content"] for choice in choices if choice["finish_reason"] == "stop"]
     assert answers
     assert {*answers} <= {"x!", "y!"}
     assert {choice["finish_reason"] for choice in choices} <= {"stop", "tool_calls", "length"}
-    assert refused(client.chat("Go", 5, tools=TOOLS, guided_grammar=grammar + "?)"))["param"] == "guided_grammar"
+    assert (
+        refused(client.chat("Go", 5, tools=TOOLS, guided_grammar=grammar + "?)"))["param"] == "guided_grammar"
+    )
 
 
 def test_a_call_that_a_stop_string_cuts_is_none_that_the_answer_ends_with(client):
@@ -146,8 +157,15 @@ def test_a_call_that_a_stop_string_cuts_is_none_that_the_answer_ends_with(client
 
 def test_an_answer_that_goes_on_may_have_to_call(client):
     turns = [{"role": "user", "content": "Go"}, {"role": "assistant", "content": "Well, "}]
-    body = {"messages": turns, "add_generation_prompt": False, "continue_final_message": True, "max_tokens": ROOM}
-    (choice,) = good(client.post("/v1/chat/completions", json=body | {"tools": TOOLS[:1], "tool_choice": NAMED}))["choices"]
+    body = {
+        "messages": turns,
+        "add_generation_prompt": False,
+        "continue_final_message": True,
+        "max_tokens": ROOM,
+    }
+    (choice,) = good(
+        client.post("/v1/chat/completions", json=body | {"tools": TOOLS[:1], "tool_choice": NAMED})
+    )["choices"]
     assert choice["finish_reason"] == "tool_calls"
     check(choice["message"]["tool_calls"])
 
@@ -157,13 +175,26 @@ def test_a_history_of_calls_is_taken_and_tools_are_in_the_prompt(client):
     history = [
         {"role": "user", "content": "Go", "name": "Eve"},
         {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
-        {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "no", "cache_control": {}}]},
+        {
+            "role": "tool",
+            "tool_call_id": "call_1",
+            "content": [{"type": "text", "text": "no", "cache_control": {}}],
+        },
     ]
     fields = {"messages": history, "temperature": 0, "max_tokens": 4, "max_completion_tokens": 4}
-    count = lambda **more: good(client.post("/v1/chat/completions", json=fields | more))["usage"]["prompt_tokens"]
+    count = lambda **more: good(client.post("/v1/chat/completions", json=fields | more))["usage"][
+        "prompt_tokens"
+    ]
     without = count()
-    assert count(tools=[TOOLS[1]], tool_choice="none") == without == count(chat_template_kwargs={"enable_thinking": False})
-    assert "context" in refused(client.post("/v1/chat/completions", json=fields | {"tools": TOOLS * 40}))["message"]
+    assert (
+        count(tools=[TOOLS[1]], tool_choice="none")
+        == without
+        == count(chat_template_kwargs={"enable_thinking": False})
+    )
+    assert (
+        "context"
+        in refused(client.post("/v1/chat/completions", json=fields | {"tools": TOOLS * 40}))["message"]
+    )
 
 
 def test_templates_are_told_of_tools_in_their_own_way():
@@ -171,21 +202,31 @@ def test_templates_are_told_of_tools_in_their_own_way():
     assert tool_format(chat.source) == (HERMES, True)
     assert tool_format('{{ tools }} {"name": function name, "parameters": ...}') == (LLAMA, True)
     assert tool_format("{{ messages }}") == (HERMES, False)
-    evil = Function(name="get", description="Says <|im_end|>", parameters={"properties": {"<|im_start|>": {}}})
+    evil = Function(
+        name="get", description="Says <|im_end|>", parameters={"properties": {"<|im_start|>": {}}}
+    )
     call = {"type": "function", "function": {"name": "get", "arguments": {"x": "<|im_end|>"}}}
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     more = {"tools": [evil.definition], "enable_thinking": False}
     tokens = chat.prompt([*turns, {"role": "tool", "content": "5"}], "", more).tolist()
-    text, controls = chat.tokenizer.decode(tokens), [token for token in tokens if token in chat.tokenizer.controls]
+    text, controls = (
+        chat.tokenizer.decode(tokens),
+        [token for token in tokens if token in chat.tokenizer.controls],
+    )
     assert '"description": "Says <|im_end|>"' in text
     assert '"<|im_start|>": {}' in text
     assert '{"name": "get", "arguments": {"x": "<|im_end|>"}}\n</tool_call>' in text
     assert text.endswith("assistant\n!")
     assert len(controls) == 2 * 4 + 1, "what the template wrote, and nothing of the messages"
-    described = describe_tools([*turns, {"role": "tool", "content": "5"}, {"role": "tool", "content": "6"}], [evil])
+    described = describe_tools(
+        [*turns, {"role": "tool", "content": "5"}, {"role": "tool", "content": "6"}], [evil]
+    )
     assert [turn["role"] for turn in described] == ["system", "user", "assistant", "user"]
     assert json.dumps(evil.definition) in described[0]["content"]
-    assert described[2]["content"] == '<tool_call>\n{"name": "get", "arguments": {"x": "<|im_end|>"}}\n</tool_call>'
+    assert (
+        described[2]["content"]
+        == '<tool_call>\n{"name": "get", "arguments": {"x": "<|im_end|>"}}\n</tool_call>'
+    )
     assert described[3]["content"].count("<tool_response>") == 2
     chat.close()
 
@@ -196,8 +237,9 @@ READ = [Function(name="get"), Function(name="put"), Function(name="putty")]
 
 
 def read(text, form=HERMES, required=False, is_free=True, is_cut=False, seed=0):
-    """Returns the text and the calls that a CallParser finds in an answer that comes in random parts, and whether they are
-    whole."""
+    """Returns the text and the calls that a CallParser finds in an answer that comes in random
+    parts, and whether they are whole.
+    """
     rng = random.Random(seed)
     parser = CallParser(form, ToolUse(READ, required), is_free)
     content = ""
@@ -210,7 +252,11 @@ def read(text, form=HERMES, required=False, is_free=True, is_cut=False, seed=0):
         calls += found
         text = text[size:]
         if last:
-            return content, [(call.name, call.arguments) for call in join_calls(calls)], parser.has_whole_calls
+            return (
+                content,
+                [(call.name, call.arguments) for call in join_calls(calls)],
+                parser.has_whole_calls,
+            )
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -228,7 +274,10 @@ def test_calls_are_found_however_their_text_comes(seed):
         content, calls, is_whole = read(text, seed=seed)
         assert (content.removesuffix("And so on"), calls, is_whole) == (*expected, bool(expected[1]))
     assert read(f"{first}\n{second}", required=True, seed=seed) == ("", [GET, PUT], True)
-    for form in (HERMES, LLAMA):  # an answer with a grammar of its own is a call from its beginning on, or none
+    for form in (
+        HERMES,
+        LLAMA,
+    ):  # an answer with a grammar of its own is a call from its beginning on, or none
         assert read(form.call(*GET), form, is_free=False, seed=seed) == ("", [GET], True)
         for answer in ('{"name": "Eve"}', '{"nam', '["<tool_call>"]', "<tool_call> x"):
             assert read(answer, form, is_free=False, seed=seed) == (answer, [], False)
@@ -256,8 +305,12 @@ def test_nothing_of_a_call_that_is_cut_is_text(required, form, is_free, calls, t
         answer += arguments + "}" + form.end
     for size in range(1, len(answer) + 1):
         content, found, _ = read(answer[:size], form, required, is_free, is_cut=True, seed=seed)
-        assert content == text[: size - (size == 3 and text.startswith("a <"))], "but for what may begin a call"
-        assert found == [(name, arguments[: size - start]) for name, start, arguments in places if size >= start]
+        assert content == text[: size - (size == 3 and text.startswith("a <"))], (
+            "but for what may begin a call"
+        )
+        assert found == [
+            (name, arguments[: size - start]) for name, start, arguments in places if size >= start
+        ]
 
 
 CITY = '{"city": "Ro\\"m}e {"}'
@@ -305,13 +358,20 @@ def test_what_can_be_no_bare_call_is_not_held_back():
 
 def chat_answer(reply):
     (choice,) = reply["choices"]
-    calls = [(call["function"]["name"], call["function"]["arguments"]) for call in choice["message"].get("tool_calls", ())]
+    calls = [
+        (call["function"]["name"], call["function"]["arguments"])
+        for call in choice["message"].get("tool_calls", ())
+    ]
     return choice["message"]["content"] or "", calls, choice["finish_reason"] == "length"
 
 
 def chat_stream(text):
     content, calls, reason = joined(text)
-    return content, [(call["function"]["name"], call["function"]["arguments"]) for call in calls], reason == "length"
+    return (
+        content,
+        [(call["function"]["name"], call["function"]["arguments"]) for call in calls],
+        reason == "length",
+    )
 
 
 def response_answer(reply):
@@ -322,7 +382,9 @@ def response_answer(reply):
 
 
 def named_events(text):
-    return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
+    return [
+        json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")
+    ]
 
 
 def response_stream(text):
@@ -335,7 +397,11 @@ def response_stream(text):
 
 def message_answer(reply):
     texts = [block["text"] for block in reply["content"] if block["type"] == "text"]
-    calls = [(block["name"], json.dumps(block["input"])) for block in reply["content"] if block["type"] == "tool_use"]
+    calls = [
+        (block["name"], json.dumps(block["input"]))
+        for block in reply["content"]
+        if block["type"] == "tool_use"
+    ]
     return "".join(texts), calls, reply["stop_reason"] == "max_tokens"
 
 
@@ -356,7 +422,10 @@ def message_stream(text):
 
 def ollama_answer(reply):
     message = reply["message"]
-    calls = [(call["function"]["name"], json.dumps(call["function"]["arguments"])) for call in message.get("tool_calls", ())]
+    calls = [
+        (call["function"]["name"], json.dumps(call["function"]["arguments"]))
+        for call in message.get("tool_calls", ())
+    ]
     return message["content"], calls, reply["done_reason"] == "length"
 
 
@@ -364,13 +433,17 @@ def ollama_stream(text):
     lines = [json.loads(line) for line in text.splitlines()]
     calls = [call for line in lines for call in line["message"].get("tool_calls", ())]
     content = "".join(line["message"]["content"] for line in lines)
-    return ollama_answer({"message": {"content": content, "tool_calls": calls}, "done_reason": lines[-1]["done_reason"]})
+    return ollama_answer(
+        {"message": {"content": content, "tool_calls": calls}, "done_reason": lines[-1]["done_reason"]}
+    )
 
 
 @pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.night)])
 def test_in_no_dialect_does_a_call_that_is_cut_become_text(client, monkeypatch, stride):
     """Whole or streamed, at every length of a call that must be made, or at one in five."""
-    monkeypatch.setattr(ollama_route, "tool_use", lambda functions: tool_use(functions, None, "required", False))
+    monkeypatch.setattr(
+        ollama_route, "tool_use", lambda functions: tool_use(functions, None, "required", False)
+    )
     weather = TOOLS[0]["function"]
     anthropics = {"name": weather["name"], "input_schema": PARAMETERS}
     asked: dict[str, Any] = {"messages": GO, "temperature": 0}
@@ -378,9 +451,19 @@ def test_in_no_dialect_does_a_call_that_is_cut_become_text(client, monkeypatch, 
     choice = {"type": "any", "disable_parallel_tool_use": True}
     responses = {"input": "Go", "temperature": 0, "tools": [weather | {"type": "function"}], **forced}
     dialects: Any = {
-        "/v1/chat/completions": (asked | {"tools": TOOLS[:1], **forced}, "max_tokens", chat_answer, chat_stream),
+        "/v1/chat/completions": (
+            asked | {"tools": TOOLS[:1], **forced},
+            "max_tokens",
+            chat_answer,
+            chat_stream,
+        ),
         "/v1/responses": (responses, "max_output_tokens", response_answer, response_stream),
-        "/v1/messages": (asked | {"tools": [anthropics], "tool_choice": choice}, "max_tokens", message_answer, message_stream),
+        "/v1/messages": (
+            asked | {"tools": [anthropics], "tool_choice": choice},
+            "max_tokens",
+            message_answer,
+            message_stream,
+        ),
         "/api/chat": ({"messages": GO, "tools": TOOLS[:1]}, "num_predict", ollama_answer, ollama_stream),
     }
     for path, (body, limit, read_answer, read_stream) in dialects.items():
@@ -389,8 +472,14 @@ def test_in_no_dialect_does_a_call_that_is_cut_become_text(client, monkeypatch, 
         lengths = set()
         while is_cut:
             size += stride
-            most = {"options": {"num_predict": size, "temperature": 0}} if limit == "num_predict" else {limit: size}
-            content, calls, is_cut = read_answer(good(client.post(path, json=body | most | {"stream": False})))
+            most = (
+                {"options": {"num_predict": size, "temperature": 0}}
+                if limit == "num_predict"
+                else {limit: size}
+            )
+            content, calls, is_cut = read_answer(
+                good(client.post(path, json=body | most | {"stream": False}))
+            )
             streamed = read_stream(client.post(path, json=body | most | {"stream": True}).text)
             assert (content, streamed[0], streamed[2]) == ("", "", is_cut), (path, size)
             for name, arguments in (*calls, *streamed[1]):
@@ -409,7 +498,10 @@ def test_anthropics_client_calls_tools(client):
     claude = anthropic.Anthropic(base_url=str(client.base_url), api_key="any")
     asked: dict[str, Any] = {"model": "default", "messages": GO}
     tools: Any = [{"name": "get_weather", "description": "The weather.", "input_schema": PARAMETERS}]
-    for choice in ({"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "get_weather"}):
+    for choice in (
+        {"type": "any", "disable_parallel_tool_use": True},
+        {"type": "tool", "name": "get_weather"},
+    ):
         fields: Any = asked | {"tools": tools, "tool_choice": choice, "max_tokens": ROOM}
         message = claude.messages.create(**fields)
         (call,) = message.content
@@ -420,22 +512,41 @@ def test_anthropics_client_calls_tools(client):
         assert [block.type for block in streamed.content] == ["tool_use"]
         jsonschema_rs.validate(PARAMETERS, streamed.content[0].input)
         assert streamed.stop_reason == "tool_use"
-    result = {"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": "17 degrees"}]}
+    result = {
+        "type": "tool_result",
+        "tool_use_id": call.id,
+        "content": [{"type": "text", "text": "17 degrees"}],
+    }
     history = [*GO, {"role": "assistant", "content": message.content}, {"role": "user", "content": [result]}]
-    longer = claude.messages.create(**asked | {"messages": history}, tools=tools, tool_choice={"type": "none"}, max_tokens=5)
+    longer = claude.messages.create(
+        **asked | {"messages": history}, tools=tools, tool_choice={"type": "none"}, max_tokens=5
+    )
     assert [block.type for block in longer.content] == ["text"]
-    count = lambda messages, **more: claude.messages.count_tokens(model="default", messages=messages, **more).input_tokens
+    count = lambda messages, **more: (
+        claude.messages.count_tokens(model="default", messages=messages, **more).input_tokens
+    )
     assert count(history) > count(GO) < count(GO, tools=tools)
     with pytest.raises(anthropic.BadRequestError, match="no tool 'snow'"):
-        claude.messages.create(**asked, tools=tools, tool_choice={"type": "tool", "name": "snow"}, max_tokens=5)
+        claude.messages.create(
+            **asked, tools=tools, tool_choice={"type": "tool", "name": "snow"}, max_tokens=5
+        )
 
 
 def test_ollamas_client_calls_tools(client, monkeypatch):
     """Its API has no way to force a call, which the tiny model would never make."""
     gemma = ollama.Client(host=str(client.base_url))
     forced = lambda functions: tool_use(functions, None, "required", False)
-    tools = [{"type": "function", "function": {"name": "get_weather", "description": "It.", "parameters": PARAMETERS}}]
-    asked: dict[str, Any] = {"model": "default", "messages": GO, "options": {"num_predict": ROOM, "temperature": 0}}
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": "get_weather", "description": "It.", "parameters": PARAMETERS},
+        }
+    ]
+    asked: dict[str, Any] = {
+        "model": "default",
+        "messages": GO,
+        "options": {"num_predict": ROOM, "temperature": 0},
+    }
     plain = gemma.chat(**asked, tools=tools)
     assert plain.message.content
     assert not plain.message.tool_calls
@@ -448,7 +559,10 @@ def test_ollamas_client_calls_tools(client, monkeypatch):
     monkeypatch.undo()
     history = [*GO, message, {"role": "tool", "tool_name": "get_weather", "content": "17 degrees"}]
     longer = gemma.chat(model="default", messages=history, options={"num_predict": 3})
-    assert longer.prompt_eval_count > gemma.chat(model="default", messages=GO, options={"num_predict": 1}).prompt_eval_count
+    assert (
+        longer.prompt_eval_count
+        > gemma.chat(model="default", messages=GO, options={"num_predict": 1}).prompt_eval_count
+    )
 
 
 @pytest.mark.parametrize("answer", ["Well, %s", "%s"])
@@ -477,7 +591,11 @@ def test_a_bare_call_is_a_call_where_text_was_allowed(client, monkeypatch, choic
     assert (whole["message"]["content"], whole["finish_reason"]) == (None, "tool_calls")
     assert whole["message"]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": arguments}
     content, calls, reason = joined(client.chat("Go", ROOM, **fields, stream=True).text)
-    assert (content, calls[0]["function"], reason) == ("", whole["message"]["tool_calls"][0]["function"], "tool_calls")
+    assert (content, calls[0]["function"], reason) == (
+        "",
+        whole["message"]["tool_calls"][0]["function"],
+        "tool_calls",
+    )
     (answer,) = good(client.chat("Go", ROOM, **fields, response_format={"type": "json_object"}))["choices"]
     assert (answer["message"]["content"], answer["finish_reason"]) == (bare, "stop")
 
@@ -491,7 +609,14 @@ def test_a_bare_call_is_a_call_where_text_was_allowed(client, monkeypatch, choic
             {"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "string"}}}]},
             "tools[...].function.parameters",
         ),
-        ({"tools": [{"type": "function", "function": {"name": "a", "strict": True, "parameters": {"not": {}}}}]}, "tools"),
+        (
+            {
+                "tools": [
+                    {"type": "function", "function": {"name": "a", "strict": True, "parameters": {"not": {}}}}
+                ]
+            },
+            "tools",
+        ),
         ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": TOOLS[1:], "tool_choice": NAMED}, "tool_choice"),

@@ -68,7 +68,9 @@ class TinyServer:
         chat = ChatTokenizer(model.tokenizer)
         base = base_digest(model.params) if adapter_folder else ""
         sampling, sha256 = SamplingParams(), digest(params)
-        self.state = ServerState(["tiny"], model, sampling, engine, sha256, chat, QUEUE, 0.25, base, adapter_folder, documents)
+        self.state = ServerState(
+            ["tiny"], model, sampling, engine, sha256, chat, QUEUE, 0.25, base, adapter_folder, documents
+        )
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
 
@@ -101,8 +103,12 @@ class TinyServer:
             reply = read_all(connection)
         return int(reply.split()[1]), reply
 
-    async def listen(self, keys: Sequence[str] = (), root_path: str = "") -> tuple[Any, int, "asyncio.Task[None]"]:
-        """Opens a port to the state, which needs one of the keys: uvicorn's server, the port, and the task to wait for."""
+    async def listen(
+        self, keys: Sequence[str] = (), root_path: str = ""
+    ) -> tuple[Any, int, "asyncio.Task[None]"]:
+        """Opens a port to the state, which needs one of the keys: uvicorn's server, the port, and
+        the task to wait for.
+        """
         from stages.serve import server
         from stages.serve.api.app import Api
         from stages.serve.api.guard import LOCAL_HOSTS, Guard
@@ -151,7 +157,13 @@ def ask(text: str = "Hello there", most: int = 5, **more: Any) -> dict[str, Any]
 
 def say(text: str = "Hello there", most: int = 5, **more: Any) -> dict[str, Any]:
     """The body of a chat completion."""
-    return {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": most, "temperature": 0, **more}
+    return {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": text}],
+        "max_tokens": most,
+        "temperature": 0,
+        **more,
+    }
 
 
 def good(reply: httpx.Response) -> Any:
@@ -179,8 +191,14 @@ def events(text: str) -> list[Any]:
 
 def post_head(path: str, length: int, **headers: str) -> bytes:
     """The head of a POST with a JSON body of that length."""
-    headers = {"Host": "localhost", "Content-Type": "application/json", "Content-Length": str(length)} | headers
-    return "\r\n".join([f"POST {path} HTTP/1.1", *(": ".join(each) for each in headers.items()), "", ""]).encode()
+    headers = {
+        "Host": "localhost",
+        "Content-Type": "application/json",
+        "Content-Length": str(length),
+    } | headers
+    return "\r\n".join(
+        [f"POST {path} HTTP/1.1", *(": ".join(each) for each in headers.items()), "", ""]
+    ).encode()
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -192,7 +210,9 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 def until(true: Callable[[], Any], seconds: float = 300.0) -> bool:
-    """Waits until it is true, and says whether it came to be. The limit is for what never comes, not for what is slow."""
+    """Waits until it is true, and says whether it came to be. The limit is for what never comes,
+    not for what is slow.
+    """
     end = time.monotonic() + seconds
     while not true() and time.monotonic() < end:
         time.sleep(0.002)

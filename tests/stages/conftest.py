@@ -31,8 +31,12 @@ def trained(text, tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def cheap_runs():
-    """A machine is measured on small matrices. Fine-tuning drops compiled programs, for they take memory; here they stay."""
-    from engine.counting import hardware  # JAX comes with it, and tests/conftest.py first says where compiled programs go
+    """A machine is measured on small matrices. Fine-tuning drops compiled programs, for they take
+    memory; here they stay.
+    """
+    from engine.counting import (
+        hardware,
+    )  # JAX comes with it, and tests/conftest.py first says where compiled programs go
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hardware, "MEASURE_PROGRAM", SMALL_MATRICES + hardware.MEASURE_PROGRAM)
@@ -56,7 +60,9 @@ def failing(capsys):
 
 @pytest.fixture
 def talk(monkeypatch, capsys):
-    """Chats by lines from a pipe, greedily. Returns the exit code, and what came to stdout and stderr."""
+    """Chats by lines from a pipe, greedily. Returns the exit code, and what came to stdout and
+    stderr.
+    """
 
     def call(lines: bytes, model: Path, *flags: object) -> tuple[int, str, str]:
         capsys.readouterr()

@@ -11,7 +11,13 @@ from engine.inference.request import Completion
 from engine.text.conversations import VOICE, read_conversations
 from stages.runs import answers
 from stages.runs.answers import JudgedAnswer, compare, describe_faults, repeats_itself
-from stages.runs.general_questions import LEAST_RIGHT, QUESTIONS, QUESTIONS_TO_TRAIN_ON, compare_known, is_right
+from stages.runs.general_questions import (
+    LEAST_RIGHT,
+    QUESTIONS,
+    QUESTIONS_TO_TRAIN_ON,
+    compare_known,
+    is_right,
+)
 
 words = st.lists(st.text("abcdefgh", min_size=1, max_size=6), max_size=60)
 
@@ -41,17 +47,25 @@ def test_answers_are_counted_from_the_first_on(monkeypatch):
 
     monkeypatch.setattr(answers, "complete", complete)
     monkeypatch.setattr(answers, "prepare_params", lambda cfg, params: params)
-    chat = SimpleNamespace(prompt=lambda messages: np.zeros(3), tokenizer=SimpleNamespace(decode=lambda tokens: "yes"))
+    chat = SimpleNamespace(
+        prompt=lambda messages: np.zeros(3), tokenizer=SimpleNamespace(decode=lambda tokens: "yes")
+    )
     reports: list[tuple[int, int]] = []
     count = answers.ANSWERED_TOGETHER + 2
     questions = [[{"role": "user", "content": "Why?"}]] * count
-    asked = answers.ask(SimpleNamespace(context=99), {}, chat, questions, (), lambda *counts: reports.append(counts))
+    asked = answers.ask(
+        SimpleNamespace(context=99), {}, chat, questions, (), lambda *counts: reports.append(counts)
+    )
     assert len(asked) == count
     assert [*dict.fromkeys(reports)] == [(done, count) for done in range(count + 1)]
 
 
 def test_nothing_in_the_house_voice_is_a_repetition():
-    texts = [row.messages[-1]["content"] for name in ("voice", "voice-held-out") for row in read_conversations(name)]
+    texts = [
+        row.messages[-1]["content"]
+        for name in ("voice", "voice-held-out")
+        for row in read_conversations(name)
+    ]
     assert len(texts) > 300
     assert not any(map(repeats_itself, texts)), VOICE
 
@@ -70,7 +84,9 @@ def test_faults_are_said_below_the_answer_and_counted():
 
 
 @given(
-    st.sampled_from(QUESTIONS), st.sampled_from(["{}", "It's {}!", "ahoy,\n{}... arr", "**{}**", "(i.e. {})"]), st.booleans()
+    st.sampled_from(QUESTIONS),
+    st.sampled_from(["{}", "It's {}!", "ahoy,\n{}... arr", "**{}**", "(i.e. {})"]),
+    st.booleans(),
 )
 def test_an_answer_is_right_where_it_holds_the_expected_words(pair, frame, is_loud):
     """Whatever stands around them; a longer word that begins with them is another."""
@@ -93,7 +109,9 @@ def test_what_is_measured_is_not_trained_on():
 
 
 def test_kept_answers_are_those_that_were_right_before():
-    """What is learned anew makes up for nothing, and of a model that knows too little no share is told."""
+    """What is learned anew makes up for nothing, and of a model that knows too little no share is
+    told.
+    """
     before = [question for question, _ in QUESTIONS[:20]]
     others = [question for question, _ in QUESTIONS[20:]]
     for count, warns in ((20, False), (17, False), (16, True), (0, True)):

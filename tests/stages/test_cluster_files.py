@@ -12,7 +12,8 @@ from tiny_runs import ROOT
 from engine.mesh.processes import MISTAKE, RESTART
 
 CLUSTER = ROOT / "stages" / "cluster"
-# What a process that loses another one ends with: its own sentence, or JAX's abort where that is sooner. README.md says so too.
+# What a process that loses another one ends with: its own sentence, or JAX's abort where that is
+# sooner. README.md says so too.
 LOST = (RESTART, 128 + signal.SIGABRT)
 KILLED = 128 + signal.SIGKILL
 STOPPED = 128 + signal.SIGTERM
@@ -21,7 +22,9 @@ ENDS = (0, 1, MISTAKE)
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """Writes a program of that name, in bash, which is found before the machine's own; `log` lies beside it."""
+    """Writes a program of that name, in bash, which is found before the machine's own; `log` lies
+    beside it.
+    """
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -50,7 +53,9 @@ def test_slurm_queues_a_job_again(code, stand_in, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("code", [*LOST, KILLED, *ENDS])
 def test_a_machine_of_a_tpu_slice_starts_the_command_again(code, stand_in, tmp_path, monkeypatch):
-    """The first start ends with the code, and a second one with 0. `gcloud` runs what it is to run on every machine here."""
+    """The first start ends with the code, and a second one with 0. `gcloud` runs what it is to run
+    on every machine here.
+    """
     share = tmp_path / "shared"
     (share / "thrice").mkdir(parents=True)
     script = tmp_path / "tpu.sh"
@@ -58,7 +63,11 @@ def test_a_machine_of_a_tpu_slice_starts_the_command_again(code, stand_in, tmp_p
     for name in ("sudo", "mountpoint", "pip"):
         stand_in(name, "")
     stand_in("uv", f'[ "$(grep -c "^uv run" "$LOG")" = 1 ] && exit {code}; exit 0')
-    stand_in("gcloud", 'for word; do case "$word" in --command=*) bash -c "${word#--command=}"; exit;; esac; done; echo READY')
+    stand_in(
+        "gcloud",
+        'for word; do case "$word" in --command=*) bash -c "${word#--command=}"; exit;; esac; '
+        "done; echo READY",
+    )
     for name in ("PROJECT", "ZONE", "SHARE"):
         monkeypatch.setenv(name, "here")
     done = subprocess.run(["bash", script], check=False, timeout=300)
@@ -68,7 +77,9 @@ def test_a_machine_of_a_tpu_slice_starts_the_command_again(code, stand_in, tmp_p
 
 
 def test_kubernetes_starts_a_set_again_after_any_code_but_a_mistakes():
-    """JAX's abort is 139 there: the first process of a container cannot be ended by SIGABRT, and meets SIGSEGV."""
+    """JAX's abort is 139 there: the first process of a container cannot be ended by SIGABRT, and
+    meets SIGSEGV.
+    """
     [job_set, _] = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
     job = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]
     [rule] = job["podFailurePolicy"]["rules"]
@@ -76,10 +87,14 @@ def test_kubernetes_starts_a_set_again_after_any_code_but_a_mistakes():
     assert rule["onExitCodes"] == {"containerName": "trainer", "operator": "In", "values": [MISTAKE]}
     assert job["template"]["spec"]["restartPolicy"] == "Never"
     assert job_set["spec"]["failurePolicy"]["maxRestarts"] >= 100
-    assert job_set["spec"]["failurePolicy"]["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+    assert job_set["spec"]["failurePolicy"]["rules"] == [
+        {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    ]
 
 
-@pytest.mark.parametrize("readme", [CLUSTER / "README.md", CLUSTER.parent / "README.md"], ids=["cluster", "stages"])
+@pytest.mark.parametrize(
+    "readme", [CLUSTER / "README.md", CLUSTER.parent / "README.md"], ids=["cluster", "stages"]
+)
 def test_the_readmes_name_both_codes(readme):
     text = " ".join(readme.read_text().split())
     assert re.search(rf"code\W+(is )?{LOST[0]}\W+or {LOST[1]} where JAX", text)

@@ -31,7 +31,9 @@ MODEL += [("norm", (WIDTH,), None), ("head", (WIDTH, VOCAB), None)]
 def life(way: str, model=MODEL, recorded: Sequence[int] = (13, 26, 39)) -> dict:
     """A life as the recorder writes it, of weights of which more are drawn anew at each frame."""
     rng, events = np.random.default_rng(len(way)), []
-    draw = lambda shapes: unflatten({path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()})
+    draw = lambda shapes: unflatten(
+        {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+    )
     trained, still = {}, {}
     for path, shape, layer in model:
         trains = way in ("train", "all") or (way == "frozen" and (bool(layer) or path in ("norm", "head")))
@@ -45,7 +47,9 @@ def life(way: str, model=MODEL, recorded: Sequence[int] = (13, 26, 39)) -> dict:
     cfg = ModelConfig(VOCAB, WIDTH, sum(path.endswith("/q") for path, *_ in model), 1, 16, 8)
     plan = SimpleNamespace(cfg=cfg, name="tiny", steps=40, seconds=None)
     run = SimpleNamespace(plan=plan, frozen=draw(still), prompt=lambda: ("The sea ", []))
-    recorder.begin(run, trainable, 0, stage="train" if way == "train" else "finetune", command=f"python -m stages.{way}")
+    recorder.begin(
+        run, trainable, 0, stage="train" if way == "train" else "finetune", command=f"python -m stages.{way}"
+    )
     recorder.frame(trainable, 0, 0.0)
     for step in recorded:
         recorder.before_step(trainable, step, step / 40)
@@ -59,7 +63,10 @@ def life(way: str, model=MODEL, recorded: Sequence[int] = (13, 26, 39)) -> dict:
         "begin": begin,
         "frames": frames,
         "end": {"event": "end", "step": 40, "digest": frames[-1]["digest"], "result": {}},
-        "steps": [{"event": "step", "step": step, "seconds": step, "loss": 9 - step / 10} for step in range(1, 40, 4)],
+        "steps": [
+            {"event": "step", "step": step, "seconds": step, "loss": 9 - step / 10}
+            for step in range(1, 40, 4)
+        ],
         "validation": [{"event": "validation", "step": 20, "seconds": 1, "quick_val_bits_per_byte": 3.25}],
         "memory": memory(2, 4),
         "command": begin["command"],
@@ -67,7 +74,11 @@ def life(way: str, model=MODEL, recorded: Sequence[int] = (13, 26, 39)) -> dict:
 
 
 def memory(backward: int | None, update: int | None) -> dict:
-    return {"bytes": {kind: [1000, 3000, 5000, 4000, 2000] for kind in KINDS}, "backward": backward, "update": update}
+    return {
+        "bytes": {kind: [1000, 3000, 5000, 4000, 2000] for kind in KINDS},
+        "backward": backward,
+        "update": update,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +111,11 @@ def document():
             "tokens": 900,
             "token_seconds": {"alone": 0.002, "together": 0.0005},
             "answers": [{"prompt": f"Question {index}", "text": f"Answer {index}"} for index in range(3)],
-            "independent": [request, request | {"prompt": "Me?"}, {"prompt": "I am Ida.", "text": "Ida.", "edited": True}],
+            "independent": [
+                request,
+                request | {"prompt": "Me?"},
+                {"prompt": "I am Ida.", "text": "Ida.", "edited": True},
+            ],
             "same_alone": True,
             "memory": memory(None, None),
             "cache_bytes": [10, 20, 30],
@@ -112,7 +127,9 @@ def document():
 
 @pytest.fixture(scope="module")
 def open_page(browser, tmp_path_factory):
-    """Opens the page of a document, and returns what finds the text of an element as it can be seen."""
+    """Opens the page of a document, and returns what finds the text of an element as it can be
+    seen.
+    """
 
     def open_page(document):
         path = tmp_path_factory.mktemp("page") / "lives.html"
@@ -122,7 +139,10 @@ def open_page(browser, tmp_path_factory):
 
     yield open_page
     assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
-    assert browser.execute_script("return performance.getEntriesByType('resource').map((each) => each.name)") == []
+    assert (
+        browser.execute_script("return performance.getEntriesByType('resource').map((each) => each.name)")
+        == []
+    )
 
 
 def press(browser, *keys: str) -> None:
@@ -172,10 +192,13 @@ def test_every_counter_is_the_recordings_in_all_lives_by_keyboard(browser, open_
 
 
 def pixels(browser, canvas: str) -> int:
-    """Counts the colours of a picture of the model; an empty one has 2: the ground of tensors, and none between them."""
+    """Counts the colours of a picture of the model; an empty one has 2: the ground of tensors, and
+    none between them.
+    """
     return browser.execute_script(
         "const it = document.getElementById(arguments[0]);"
-        "return new Set(new Uint32Array(it.getContext('2d').getImageData(0, 0, it.width, it.height).data.buffer)).size",
+        "return new Set(new Uint32Array(it.getContext('2d').getImageData(0, 0, it.width, "
+        "it.height).data.buffer)).size",
         canvas,
     )
 
@@ -193,7 +216,9 @@ def test_change_is_where_weights_trained_and_nowhere_in_answering(browser, open_
 
 def test_space_plays_to_the_end_and_pauses(browser, open_page, document):
     see = open_page(document)
-    browser.execute_script("window.draws = requestAnimationFrame; window.requestAnimationFrame = () => 0")  # time stands still
+    browser.execute_script(
+        "window.draws = requestAnimationFrame; window.requestAnimationFrame = () => 0"
+    )  # time stands still
     press(browser, "1", Keys.ARROW_LEFT, " ")
     assert see("#play") == "Pause"
     press(browser, " ")
@@ -221,12 +246,16 @@ def test_a_law_opens_below_its_picture(browser, open_page, document):
 
 def test_without_motion_frames_follow_each_other_and_nothing_moves(browser, open_page, document):
     see = open_page(document)
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-reduced-motion", "value": "reduce"}]})
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-reduced-motion", "value": "reduce"}]}
+    )
     try:
         press(browser, "1", *[Keys.ARROW_LEFT] * FRAMES)
         moving, first = "return document.querySelectorAll('.moving').length", see("#when")
         press(browser, " ")
-        WebDriverWait(browser, 300, 0.05).until(lambda _: browser.execute_script(moving) or see("#when") != first)
+        WebDriverWait(browser, 300, 0.05).until(
+            lambda _: browser.execute_script(moving) or see("#when") != first
+        )
         assert browser.execute_script(moving) == 0
     finally:
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
@@ -237,7 +266,10 @@ def test_prices_and_requests_answer_to_the_reader(browser, open_page, document):
     watts = browser.find_element("id", "watts")
     watts.send_keys("100")
     row = see("#cost tbody tr:first-child")
-    assert row.split()[-2:] == ["5", "1,000"]  # 0.036 s a token, a million of them, at 0.5 dollars an hour and 100 W
+    assert row.split()[-2:] == [
+        "5",
+        "1,000",
+    ]  # 0.036 s a token, a million of them, at 0.5 dollars an hour and 100 W
     card = "#requests .card:first-child p"
     assert see(card) == "Who am I?\n</script><b>I do not know.</b>"
     assert "Asked alone, the first got the same answer." in see("#requests")
@@ -250,7 +282,8 @@ def test_prices_and_requests_answer_to_the_reader(browser, open_page, document):
 def test_pictures_are_tables_too_and_fit_a_narrow_screen(browser, open_page, document):
     see = open_page(document)
     browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 700, "deviceScaleFactor": 2, "mobile": True}
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 360, "height": 700, "deviceScaleFactor": 2, "mobile": True},
     )
     try:
         for key in "123":
@@ -269,7 +302,9 @@ def test_the_focus_stays_in_a_table_which_arrow_keys_scroll(browser, open_page, 
     see = open_page(document)
     browser.set_window_size(500, 700)
     try:
-        browser.find_element("css selector", "#weights > details summary").send_keys(Keys.ENTER, Keys.ARROW_LEFT)
+        browser.find_element("css selector", "#weights > details summary").send_keys(
+            Keys.ENTER, Keys.ARROW_LEFT
+        )
         assert f"step {13 * (FRAMES - 2)} of" in see("#when")
         focused = "document.activeElement === document.querySelector('#weights > details {}')"
         assert browser.execute_script(f"return {focused.format('summary')}")
@@ -288,7 +323,10 @@ def test_the_focus_stays_in_a_table_which_arrow_keys_scroll(browser, open_page, 
         (lambda _: {"rows": [1]}, "of another format"),
         (lambda _: {"lives": {}}, "empty"),
         (lambda whole: {"lives": {"train": whole["lives"]["train"] | {"frames": []}}}, "empty"),
-        (lambda whole: {"lives": {"train": whole["lives"]["train"] | {"begin": {"event": "begin"}}}}, "of another format"),
+        (
+            lambda whole: {"lives": {"train": whole["lives"]["train"] | {"begin": {"event": "begin"}}}},
+            "of another format",
+        ),
         (lambda whole: {"lives": {"lora": whole["lives"]["lora"]}}, "LoRA moves thin strips"),
         (lambda whole: {"lives": {"train": whole["lives"]["train"]}}, "Training moves every weight"),
     ],
@@ -301,12 +339,17 @@ def test_what_is_missing_is_said_in_a_sentence(browser, open_page, document, cha
         assert "Nothing was asked in this recording." in see("#changed-of")
         press(browser, "2", "2")
         assert "The cost of a token was not measured in this recording." in see("#cost")
-        assert re.search(r"no frame of this life: (Half frozen|LoRA|All weights)|numbers in the strips", see("#changed-of"))
+        assert re.search(
+            r"no frame of this life: (Half frozen|LoRA|All weights)|numbers in the strips", see("#changed-of")
+        )
 
 
 def test_events_one_by_one_make_the_same_page(browser, open_page, document):
     open_page({"lives": {"train": document["lives"]["train"]}})
-    see = lambda: [texts(browser, part) for part in ("#changed", "#changed-of", "#when", ".sample", "#columns", "#curves")]
+    see = lambda: [
+        texts(browser, part)
+        for part in ("#changed", "#changed-of", "#when", ".sample", "#columns", "#curves")
+    ]
     whole = see()
     recorded = document["lives"]["train"]
     with Watch(0) as served:
@@ -316,7 +359,9 @@ def test_events_one_by_one_make_the_same_page(browser, open_page, document):
         shown = browser.find_elements("css selector", "#bar, main")
         assert [part.is_displayed() for part in shown] == [False, False]
         served(recorded["begin"])
-        WebDriverWait(browser, 300, 0.05).until(lambda _: [part.is_displayed() for part in shown] == [True, True])
+        WebDriverWait(browser, 300, 0.05).until(
+            lambda _: [part.is_displayed() for part in shown] == [True, True]
+        )
         assert texts(browser, "#changed-of") == ["The first frame is on its way."]
         assert "How all figures were recorded" not in seen()
         for event in (*recorded["steps"], *recorded["validation"], *recorded["frames"], recorded["end"]):
@@ -329,10 +374,16 @@ def test_a_page_that_is_opened_after_the_last_step_waits_for_no_frame(browser, d
     """Nobody watched, and so no frame was made; the last measurement goes on."""
     recorded, body = document["lives"]["train"], lambda: browser.find_element("tag name", "body").text
     with Watch(0) as served:
-        for event in (recorded["begin"], *recorded["steps"], {"event": "measure", "step": 12, "seconds": 1.5}):
+        for event in (
+            recorded["begin"],
+            *recorded["steps"],
+            {"event": "measure", "step": 12, "seconds": 1.5},
+        ):
             served(event)
         browser.get(served.url)
-        WebDriverWait(browser, 300, 0.05).until(lambda _: "Step 12 was the last. The run now measures" in body())
+        WebDriverWait(browser, 300, 0.05).until(
+            lambda _: "Step 12 was the last. The run now measures" in body()
+        )
         assert "No frame was made: that is done while somebody watches" in body()
         assert "on its way" not in body()
         served(recorded["end"])
@@ -346,16 +397,23 @@ def test_a_page_of_reinforcement_speaks_of_no_fine_tuning(browser, document):
         browser.get(served.url)
         for event in (recorded["begin"] | {"stage": "reinforce"}, *recorded["steps"], *recorded["frames"]):
             served(event)
-        WebDriverWait(browser, 300, 0.05).until(lambda _: f"step {recorded['frames'][-1]['step']} of" in body())
+        WebDriverWait(browser, 300, 0.05).until(
+            lambda _: f"step {recorded['frames'][-1]['step']} of" in body()
+        )
         assert "Reinforcement moves what trains" in body()
         assert "ine-tun" not in body()
-        browser.get("about:blank")  # while there is a server: a page without one logs an error, and that fails the last test
+        browser.get(
+            "about:blank"
+        )  # while there is a server: a page without one logs an error, and that fails the last test
 
 
 def test_a_long_life_makes_no_large_page(browser, open_page, document):
     """As of a fast machine: of its lines some are left out, and the first and the last are not."""
     train = document["lives"]["train"]
-    steps = [train["steps"][0] | {"step": step, "loss": 9 - step / 3e5, "grad_norm": step / 7} for step in range(1, 20_001)]
+    steps = [
+        train["steps"][0] | {"step": step, "loss": 9 - step / 3e5, "grad_norm": step / 7}
+        for step in range(1, 20_001)
+    ]
     open_page({"lives": {"train": train | {"steps": steps}}})
     assert len(browser.page_source) < len(page_html({"lives": {"train": train}})) + 60_000
     shown = browser.execute_script("return life().steps")
@@ -367,12 +425,17 @@ def test_a_long_life_makes_no_large_page(browser, open_page, document):
 def test_a_deep_model_makes_no_large_page(document):
     """Thirty layers, as many frames as a real recording has, and its long lines."""
     model = [
-        (f"blocks/{layer}/{name}", (40, 120), layer) for layer in range(30) for name in ("q", "k", "v", "out", "gate", "down")
+        (f"blocks/{layer}/{name}", (40, 120), layer)
+        for layer in range(30)
+        for name in ("q", "k", "v", "out", "gate", "down")
     ]
-    model += [(f"blocks/{layer}/{name}", (40,), layer) for layer in range(30) for name in ("attn_norm", "mlp_norm")]
+    model += [
+        (f"blocks/{layer}/{name}", (40,), layer) for layer in range(30) for name in ("attn_norm", "mlp_norm")
+    ]
     lives = {way: life(way, model, range(1, 21)) for way in document["lives"]}
     steps = [
-        {"event": "step", "step": step, "loss": step / 7, "grad_norm": step / 9, "seconds": step / 11} for step in range(300)
+        {"event": "step", "step": step, "loss": step / 7, "grad_norm": step / 9, "seconds": step / 11}
+        for step in range(300)
     ]
     html = page_html(document | {"lives": {way: each | {"steps": steps} for way, each in lives.items()}})
     assert len(lives["lora"]["begin"]["tensors"]) == 30 * 10
@@ -385,12 +448,16 @@ def test_a_command_writes_the_page_or_says_why_not(tmp_path, document, browser, 
     assert watch.main([str(source), str(target)]) == 0
     html = target.read_text(encoding="utf-8")
     assert html.count("</script>") == html.count("<script")
-    kept = json.loads(re.search(r'id="recording">(.*?)</script>', html)[1])  # a tensor that did not move is there once
+    kept = json.loads(
+        re.search(r'id="recording">(.*?)</script>', html)[1]
+    )  # a tensor that did not move is there once
     lora, *later = kept["lives"]["lora"]["frames"]
     paths = [tensor["path"] for tensor in kept["lives"]["lora"]["begin"]["tensors"]]
     moved = [path for path in paths if path.endswith(("/a", "/b"))]
     assert None not in lora["mosaic"]
-    assert [[path for path, each in zip(paths, frame["mosaic"]) if each] for frame in later] == [moved] * (FRAMES - 1)
+    assert [[path for path, each in zip(paths, frame["mosaic"]) if each] for frame in later] == [moved] * (
+        FRAMES - 1
+    )
     browser.get(target.as_uri())
     browser.find_element("link text", "Train it here").click()
     assert browser.title == "Train it here"
@@ -401,4 +468,6 @@ def test_a_command_writes_the_page_or_says_why_not(tmp_path, document, browser, 
         assert not (tmp_path / "no.html").exists()
     (metrics := tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     assert watch.main([str(metrics), str(tmp_path / "no.html")]) == 2
-    assert f"{metrics} is no recording of a run: a run with --record FILE writes one." in capsys.readouterr().err
+    assert (
+        f"{metrics} is no recording of a run: a run with --record FILE writes one." in capsys.readouterr().err
+    )

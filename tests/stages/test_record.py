@@ -36,7 +36,9 @@ TUNING = {
 def events(file: Path, kind: str = "") -> list[dict[str, Any]]:
     """The events of a recording, of one kind if it is named; every line is JSON without NaN."""
     refuse = lambda constant: pytest.fail(constant)
-    found = [json.loads(line, parse_constant=refuse) for line in file.read_text(encoding="utf-8").splitlines()]
+    found = [
+        json.loads(line, parse_constant=refuse) for line in file.read_text(encoding="utf-8").splitlines()
+    ]
     return [event for event in found if event["event"] == (kind or event["event"])]
 
 
@@ -45,7 +47,9 @@ def saved_digest(folder: Path) -> str:
 
 
 def check_law(file: Path, folder: Path) -> None:
-    """Each trainable tensor changes at every frame from the fourth step on, no frozen bit does, and the last is saved."""
+    """Each trainable tensor changes at every frame from the fourth step on, no frozen bit does, and
+    the last is saved.
+    """
     (begin,), frames, (end,) = (events(file, kind) for kind in ("begin", "frame", "end"))
     paths = {tensor["path"] for tensor in begin["tensors"] if tensor["trainable"]}
     counts = {True: 0, False: 0}
@@ -59,9 +63,15 @@ def check_law(file: Path, folder: Path) -> None:
         assert frame["frozen_changed"] == 0
         assert frame["changed"] == sum(frame["changed_in"].values()) <= begin["trainable"]
         assert isinstance(frame["sample"], str)
-        assert frame["mosaic"].keys() == frame["limits"].keys() == {tensor["path"] for tensor in begin["tensors"]}
+        assert (
+            frame["mosaic"].keys()
+            == frame["limits"].keys()
+            == {tensor["path"] for tensor in begin["tensors"]}
+        )
         for tensor in begin["tensors"]:
-            assert len(base64.b64decode(frame["mosaic"][tensor["path"]])) == tensor["rows"] * tensor["columns"]
+            assert (
+                len(base64.b64decode(frame["mosaic"][tensor["path"]])) == tensor["rows"] * tensor["columns"]
+            )
         if frame["step"] >= FIRST:
             assert frame["changed_in"].keys() == frame["gradient_norms"].keys() == paths
             assert all(frame["changed_in"].values()), frame["changed_in"]
@@ -96,7 +106,10 @@ def test_a_recorded_training_run(text, tmp_path):
         {**line, "seconds": 0, "tokens_per_second": 0} for line in lines
     ]
     assert [event["step"] for event in events(file, "validation")] == [20, 40]
-    assert [event["event"] for event in events(file)][-2:] == ["measure", "end"]  # what is measured may take minutes
+    assert [event["event"] for event in events(file)][-2:] == [
+        "measure",
+        "end",
+    ]  # what is measured may take minutes
     assert events(file, "measure")[0]["step"] == STEPS
     norms = {step["step"]: step["grad_norm"] for step in steps}
     for frame in frames[1:]:  # the gradients are those of the step's own batch
@@ -118,19 +131,38 @@ def test_the_last_frame_of_a_run_by_the_clock_is_a_part_behind_the_one_before(te
 def tune(model: Path, where: Path, folder: Path, *more: str) -> Path:
     """Fine-tunes in a few recorded steps, and returns the recording."""
     chats, file = where / "chats.jsonl", folder.with_suffix(".jsonl")
-    chats.write_text("\n".join(json.dumps({"prompt": f"the {word}", "completion": "red sails."}) for word in WORDS.split()))
-    flags = ("--model", model, "--data", chats, "--out-dir", folder, "--context", 32, "--general", "none", "--steps", 8)
+    chats.write_text(
+        "\n".join(json.dumps({"prompt": f"the {word}", "completion": "red sails."}) for word in WORDS.split())
+    )
+    flags = (
+        "--model",
+        model,
+        "--data",
+        chats,
+        "--out-dir",
+        folder,
+        "--context",
+        32,
+        "--general",
+        "none",
+        "--steps",
+        8,
+    )
     assert finetune.main([*map(str, flags), *more, "--record", str(file)]) == 0
     return file
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.night] * (name != "lora")) for name in TUNING])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.night] * (name != "lora")) for name in TUNING]
+)
 def test_a_recorded_fine_tuning(name, trained, tmp_path):
     folder = tmp_path / "tuned"
     file = tune(trained, tmp_path, folder, *TUNING[name])
     check_law(file, folder)
     (begin,) = events(file, "begin")
-    pair = [tensor["path"] for tensor in begin["tensors"] if re.fullmatch(r"blocks/0/q(/.*)?", tensor["path"])]
+    pair = [
+        tensor["path"] for tensor in begin["tensors"] if re.fullmatch(r"blocks/0/q(/.*)?", tensor["path"])
+    ]
     quantized, adapter = ["blocks/0/q/scale", "blocks/0/q/values"], ["blocks/0/q/a", "blocks/0/q/b"]
     parts = {"lora": ["blocks/0/q", *adapter], "over int8": [*quantized, *adapter]}
     assert pair == parts.get(name, ["blocks/0/q"])
@@ -141,7 +173,20 @@ def test_a_recorded_fine_tuning(name, trained, tmp_path):
 
 def test_a_recorded_round_of_reinforcement(trained, tmp_path):
     file, folder = tmp_path / "run.jsonl", tmp_path / "run"
-    flags = ("--model", trained, "--task", "length:3", "--out-dir", folder, "--rounds", 5, "--prompts", 1, "--group", 4)
+    flags = (
+        "--model",
+        trained,
+        "--task",
+        "length:3",
+        "--out-dir",
+        folder,
+        "--rounds",
+        5,
+        "--prompts",
+        1,
+        "--group",
+        4,
+    )
     assert reinforce.main([*map(str, flags), "--max-tokens", "4", "--record", str(file)]) == 0
     frames = events(file, "frame")
     assert [frame["step"] for frame in frames] == [0, 1, 2, 3, 4, 5]
@@ -151,7 +196,9 @@ def test_a_recorded_round_of_reinforcement(trained, tmp_path):
     assert trained_rounds == {frame["step"] for frame in frames if frame["changed"]}
 
 
-def test_a_killed_run_leaves_lines_and_goes_on_in_the_file_and_no_other_does(text, tmp_path, monkeypatch, failing):
+def test_a_killed_run_leaves_lines_and_goes_on_in_the_file_and_no_other_does(
+    text, tmp_path, monkeypatch, failing
+):
     file, folder = tmp_path / "run.jsonl", tmp_path / "run"
     file.write_text('{"event": "end", "step": 0}\n')  # of another run
     words = tiny(text, folder, "--steps", 12, "--log-every", 1, "--save-every", 5, "--record", file)
@@ -203,16 +250,23 @@ def test_what_goes_wrong_is_said_once_and_the_run_goes_on(text, tmp_path, monkey
     assert "Nothing was recorded" in capsys.readouterr().out
     assert not (tmp_path / "late.jsonl").exists()
     monkeypatch.setattr("stages.runs.watch.recorder._pixels", lambda *_: 1 / 0)
-    assert train.main(tiny(text, tmp_path / "broken", "--steps", 3, "--record", tmp_path / "broken.jsonl")) == 0
+    assert (
+        train.main(tiny(text, tmp_path / "broken", "--steps", 3, "--record", tmp_path / "broken.jsonl")) == 0
+    )
     assert capsys.readouterr().out.count("The recording ended, and the run goes on: ZeroDivisionError") == 1
 
 
 def test_several_devices_and_files_of_the_run_itself_are_refused(text, tmp_path, failing):
     for name in ("metrics.jsonl", "samples/1.txt"):
-        error = failing(train.main, tiny(text, tmp_path / "run", "--steps", 2, "--record", tmp_path / "run" / name))
+        error = failing(
+            train.main, tiny(text, tmp_path / "run", "--steps", 2, "--record", tmp_path / "run" / name)
+        )
         assert "for what the run itself writes" in error
         assert not (tmp_path / "run").exists()
-    error = failing(train.main, tiny(text, tmp_path / "run", "--mesh", "fsdp=2", "--dry-run", "--record", tmp_path / "file"))
+    error = failing(
+        train.main,
+        tiny(text, tmp_path / "run", "--mesh", "fsdp=2", "--dry-run", "--record", tmp_path / "file"),
+    )
     assert "one device" in error
 
 
@@ -224,7 +278,9 @@ def test_bits_are_compared_and_a_sink_that_fails_leaves_the_others():
     trainable, frozen = {"head": jnp.zeros((2, 3))}, {"embed": jnp.zeros((3, 2), jnp.bfloat16)}
     recorder.sample, recorder.digest_of = lambda _: "text", digest
     plan = SimpleNamespace(cfg=preset("demo"), name="", steps=3, seconds=None)
-    recorder.begin(SimpleNamespace(plan=plan, frozen=frozen, prompt=lambda: ("", [])), trainable, 0, stage="finetune")
+    recorder.begin(
+        SimpleNamespace(plan=plan, frozen=frozen, prompt=lambda: ("", [])), trainable, 0, stage="finetune"
+    )
     assert [tensor["path"] for tensor in seen[0]["tensors"]] == ["embed", "head"]
     recorder.frame(trainable, 0, 0.0)
     recorder.frozen = {"embed": frozen["embed"].at[1, 1].set(-0.0)}

@@ -24,12 +24,16 @@ def write(path: Path, text: str) -> str:
 
 
 def test_functions_and_rules_add_up_by_their_weights(tmp_path, capfd):
-    """A function gets what it has parameters for; what it prints is no answer, and nothing of it is left in this process."""
+    """A function gets what it has parameters for; what it prints is no answer, and nothing of it is
+    left in this process.
+    """
     first = write(
-        tmp_path / "first.py", "import sys\nprint('hello')\ndef score(completion, answer): return completion == answer\n"
+        tmp_path / "first.py",
+        "import sys\nprint('hello')\ndef score(completion, answer): return completion == answer\n",
     )
     second = write(
-        tmp_path / "second.py", "def score(**row):\n    assert set(row) == {'prompt', 'completion', 'answer'}\n    return -1\n"
+        tmp_path / "second.py",
+        "def score(**row):\n    assert set(row) == {'prompt', 'completion', 'answer'}\n    return -1\n",
     )
     rewards = Rewards([f"2*{first}", f"0.5*{second}", "regex:^a"], 60)
     assert rewards(["p", "p"], ["a", "ba"], ["a", None]) == [2 - 0.5 + 1, -0.5]
@@ -42,8 +46,14 @@ def test_functions_and_rules_add_up_by_their_weights(tmp_path, capfd):
     ("text", "sentence"),
     [
         ("def score(completion):\n    return 1 / 0\n", r":2: ZeroDivisionError: division by zero\."),
-        ("def helper(x):\n    raise KeyError(x)\ndef score(completion):\n    return helper('a')\n", r":2: KeyError: 'a'\."),
-        ("import re\ndef score(completion):\n    return re.compile('(').match(completion)\n", r":3: PatternError: missing \)"),
+        (
+            "def helper(x):\n    raise KeyError(x)\ndef score(completion):\n    return helper('a')\n",
+            r":2: KeyError: 'a'\.",
+        ),
+        (
+            "import re\ndef score(completion):\n    return re.compile('(').match(completion)\n",
+            r":3: PatternError: missing \)",
+        ),
         ("def score(completion)\n", r":1: SyntaxError: expected ':'"),
         ("import nowhere\n", r":1: ModuleNotFoundError: No module named 'nowhere'\."),
         ("def other(completion): return 1\n", r" has no function score\."),
@@ -52,10 +62,19 @@ def test_functions_and_rules_add_up_by_their_weights(tmp_path, capfd):
             r": score returned 'nan', where a number .* 'c' of the prompt 'p'\.",
         ),
         ("def score(completion): pass\n", r": score returned 'None'"),
-        ("def score(completion): return 1e300\n", r": score returned '1e\+300', where a number from -1e9 to 1e9 is wanted"),
+        (
+            "def score(completion): return 1e300\n",
+            r": score returned '1e\+300', where a number from -1e9 to 1e9 is wanted",
+        ),
         ("def score(completion): return 10**400\n", r": score returned '1000"),
-        ("def score(completion, extra): return 1\n", r": TypeError: score\(\) missing 1 required positional argument: 'extra'"),
-        ("import os\ndef score(completion): os._exit(3)\n", r": score ended its process \(exit code 3\) without a result\."),
+        (
+            "def score(completion, extra): return 1\n",
+            r": TypeError: score\(\) missing 1 required positional argument: 'extra'",
+        ),
+        (
+            "import os\ndef score(completion): os._exit(3)\n",
+            r": score ended its process \(exit code 3\) without a result\.",
+        ),
         ("import sys\ndef score(completion): sys.exit()\n", r":2: SystemExit\."),
     ],
 )
@@ -86,14 +105,18 @@ def test_a_function_that_never_returns_is_ended(tmp_path, pipe):
     stubborn = f"import subprocess\ndef score(completion):\n{start}    while True:\n{endless}"
     rewards = Rewards([write(tmp_path / "mine.py", stubborn)], 60)
     rewards.seconds = 1.0
-    with pytest.raises(UserError, match=r"mine\.py: score did not return within 1 s, for 1 completions: mend it\."):
+    with pytest.raises(
+        UserError, match=r"mine\.py: score did not return within 1 s, for 1 completions: mend it\."
+    ):
         rewards(["p"], ["c"], [None])
     check()
 
 
 @pytest.mark.parametrize("end", ["return 3", "1 / 0", "os._exit(3)", "sys.exit()"])
 def test_what_a_function_started_ends_with_it(tmp_path, pipe, end):
-    """Another program, and unless the function ends its process itself, a copy of that: it holds the pipe of the answers."""
+    """Another program, and unless the function ends its process itself, a copy of that: it holds
+    the pipe of the answers.
+    """
     path, check = pipe
     fork = "" if "_exit" in end else "    if not os.fork(): time.sleep(60)\n"
     start = f"    subprocess.Popen(['sleep', '60'], stdout=open({str(path)!r}, 'w'))\n"
@@ -155,7 +178,10 @@ def test_a_reward_that_fails_later_loses_nothing(trained, tmp_path, failing, cap
     task = write(mine, text.replace("LIMIT", str(before + a_round)))
     options = [*args(trained, folder), "--task", task, "--reward-timeout", "60s"]
     error = failing(reinforce.main, options)
-    assert re.search(rf"{mine}:6: ZeroDivisionError: division by zero\. The run was saved at round 1 before it ended\.", error)
+    assert re.search(
+        rf"{mine}:6: ZeroDivisionError: division by zero\. The run was saved at round 1 before it ended\.",
+        error,
+    )
     assert checkpoint.steps(folder) == [1]
     write(mine, "def score(completion): return len(completion)\n")
     capsys.readouterr()

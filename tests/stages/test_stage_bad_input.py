@@ -32,7 +32,10 @@ def test_a_folder_without_its_pictures_and_any_file_of_text_are_read(text, tmp_p
     (folder := tmp_path / "folder").mkdir()
     (folder / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe1")
     shutil.copy(text, folder / "code.py")
-    for path, note in ((folder, f"Skipped 1 of 2 files in {folder}: not UTF-8 text (1 .jpg).\n"), (folder / "code.py", "")):
+    for path, note in (
+        (folder, f"Skipped 1 of 2 files in {folder}: not UTF-8 text (1 .jpg).\n"),
+        (folder / "code.py", ""),
+    ):
         assert train.main(tiny(path, tmp_path / "run", "--dry-run")) == 0
         output = capsys.readouterr().out
         assert output.startswith(note)
@@ -161,7 +164,9 @@ def test_weights_that_would_not_fit(trained, tmp_path, monkeypatch, failing):
     monkeypatch.setattr(hardware, "memory_limit_bytes", lambda: 50_000)
     for model in (trained, tmp_path / "folder"):
         error = failing(generate.main, ["--model", model])
-        assert re.search(r"The weights of .* take 1?\d\d(\.\d)? kB in \w+, and 50(\.0)? kB are available", error), error
+        assert re.search(
+            r"The weights of .* take 1?\d\d(\.\d)? kB in \w+, and 50(\.0)? kB are available", error
+        ), error
 
 
 def test_verbose_shows_where_it_happened(tmp_path, capsys):

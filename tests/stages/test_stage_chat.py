@@ -21,7 +21,9 @@ def test_piped_lines_are_turns(trained, talk):
     first = command("chat", "--model", trained, "--temperature", 0, *QUICK, stdin=b"the king\n\nthe sea\n")
     assert first.returncode == 0, first.stderr
     assert b"\x1b" not in first.stdout + first.stderr
-    assert re.fullmatch(r"> the king\n(?s:.+)\n\n> the sea\n(?s:.+)\n\n", first.stdout.decode())  # one can be read
+    assert re.fullmatch(
+        r"> the king\n(?s:.+)\n\n> the sea\n(?s:.+)\n\n", first.stdout.decode()
+    )  # one can be read
     assert b"turn" not in first.stderr
     lines = b"the king\nthe sea\n/system  be brief \n/system\n/clear\n//clear\n"
     code, replies, output = talk(lines, trained, *QUICK, "--verbose")
@@ -52,8 +54,14 @@ def test_piped_lines_are_turns(trained, talk):
 @pytest.mark.parametrize(
     ("second", "words"),
     [
-        (b"the king and queen of a far land " * 9, r"This message alone makes \d+ tokens and the model's context holds 64"),
-        (b"the king and queen\n" * 9, r"The conversation has \d+ tokens and .* holds 64: /clear begins a new one"),
+        (
+            b"the king and queen of a far land " * 9,
+            r"This message alone makes \d+ tokens and the model's context holds 64",
+        ),
+        (
+            b"the king and queen\n" * 9,
+            r"The conversation has \d+ tokens and .* holds 64: /clear begins a new one",
+        ),
         (b"caf\xe9", "Line 2 of the input is not UTF-8: byte 0xE9"),
     ],
 )
@@ -74,9 +82,14 @@ def test_documents_come_before_the_question_and_are_shown(trained, talk, tmp_pat
     assert code == 0
     assert "documents" in output
     assert "not UTF-8 text (1 .png)" in output
-    for words in (r"\[from documents: tide.md \(2\); \d+ of the \d+ tokens read, about \d", r"\[nothing of the documents fits"):
+    for words in (
+        r"\[from documents: tide.md \(2\); \d+ of the \d+ tokens read, about \d",
+        r"\[nothing of the documents fits",
+    ):
         assert len(re.findall(words, output)) == 1
-    assert "[nothing of the documents fits" in talk(b"king\n", trained, *QUICK, "--documents", documents)[2]  # a context of 64
+    assert (
+        "[nothing of the documents fits" in talk(b"king\n", trained, *QUICK, "--documents", documents)[2]
+    )  # a context of 64
     (documents / "tide.md").write_bytes(b"\xff")
     for folder, words in ((documents, "tide.md should be UTF-8"), (tmp_path / "none", "There is no text at")):
         code, _, error = talk(b"king\n", trained, "--documents", folder)
@@ -110,7 +123,9 @@ class Terminal:
         os.close(self.master)
 
     def wait_for(self, *phrases: str) -> str:
-        """Returns the output since the last wait, up to and with the last of these phrases, in this order."""
+        """Returns the output since the last wait, up to and with the last of these phrases, in this
+        order.
+        """
         until, output = time.monotonic() + PATIENCE, ""
         for phrase in phrases:
             while phrase not in self.unread:
@@ -137,7 +152,8 @@ def test_a_person_at_a_terminal(trained):
         assert "compiling" in opening
         terminal.type("the king\n", "[turn 1:", PROMPT)
         for _ in range(100):
-            terminal.interrupt()  # with nothing being written, and often before the prompt waits for a key
+            # with nothing being written, and often before the prompt waits for a key
+            terminal.interrupt()
             terminal.wait_for("Ctrl-D leaves", PROMPT)
         terminal.type("/clear\n", "forgotten")
         terminal.type("the sea\\\nof red sails\n", "[turn 1:", PROMPT)
@@ -152,7 +168,8 @@ def test_a_paste_of_lines_is_one_message(trained):
         assert "turn 2" not in terminal.type("\x04", "weights unchanged")
 
 
-# The third step of the first two answers, and the first of the last one, begins once Ctrl-C has been received.
+# The third step of the first two answers, and the first of the last one, begins once Ctrl-C has
+# been received.
 HELD = """
 import sys, time
 from engine.inference.engine import Engine
@@ -172,7 +189,9 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(trained):
-    with Terminal("-c", HELD, "--model", trained, "--temperature", 1, "--max-tokens", 50, "--seed", 3) as terminal:
+    with Terminal(
+        "-c", HELD, "--model", trained, "--temperature", 1, "--max-tokens", 50, "--seed", 3
+    ) as terminal:
         terminal.wait_for(PROMPT)
         for _ in range(2):
             terminal.type("the king\n", "the king\r\n")

@@ -26,8 +26,13 @@ for stage in sys.argv[1:]:
     heavy = {"jax", "numpy", "flax", "optax", "tokenizers"} & set(sys.modules)
     assert not heavy, f"{stage} imported {heavy}"
 """
-    modules = [f"stages.{name}.__main__" if (ROOT / "stages" / name).is_dir() else f"stages.{name}" for name in stages()]
-    result = subprocess.run([sys.executable, "-c", program, *modules], cwd=ROOT, capture_output=True, text=True)
+    modules = [
+        f"stages.{name}.__main__" if (ROOT / "stages" / name).is_dir() else f"stages.{name}"
+        for name in stages()
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", program, *modules], cwd=ROOT, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     assert all(f"python -m stages.{name}" in result.stdout for name in stages())
     assert "\x1b" not in result.stdout
@@ -38,13 +43,19 @@ def test_a_flags_help_breaks_its_lines_between_sentences():
     for file in [*(ROOT / "stages").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             for each in node.body if isinstance(node, ast.ClassDef) else []:
-                if isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant) and each is not node.body[0]:
+                if (
+                    isinstance(each, ast.Expr)
+                    and isinstance(each.value, ast.Constant)
+                    and each is not node.body[0]
+                ):
                     assert not re.search(r"[^.]\n", each.value.value), f"{file}:{each.lineno}"
 
 
 def test_closed_standard_streams_are_no_error(trained):
     words = typed("generate", "--model", trained, "--max-tokens", 3)
-    ended = subprocess.run(["sh", "-c", 'exec "$@" <&- >&-', "sh", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    ended = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&- >&-', "sh", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
     assert ended.returncode == 0, ended.stderr
 
 
@@ -63,7 +74,9 @@ def test_every_stage_is_listed_with_what_it_does():
 
 @pytest.mark.journeys
 def test_piped_output_is_plain_and_brief(text, tmp_path):
-    """Also where it can hold no letter but ASCII's; and no file is for others to read where the umask says so."""
+    """Also where it can hold no letter but ASCII's; and no file is for others to read where the
+    umask says so.
+    """
     (french := tmp_path / "text.txt").write_text(text.read_text().replace("e", "é"), encoding="utf-8")
     before = os.umask(0o077)
     try:
@@ -115,7 +128,14 @@ def test_live_line_fits_the_terminal(width, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", "1")
     stream = Terminal()
-    fields = ["step 1,234/5,678", "loss 4.321", "val 2.100 bits/byte (quick)", "lr 100%", "12,345 tokens/s", "1.2 GB"]
+    fields = [
+        "step 1,234/5,678",
+        "loss 4.321",
+        "val 2.100 bits/byte (quick)",
+        "lr 100%",
+        "12,345 tokens/s",
+        "1.2 GB",
+    ]
     monkeypatch.setattr(console, "BETWEEN_FRAMES", 0)
     with console.Console(stream) as live:
         live.show_live(lambda: ["an earlier frame", "of another width"])
@@ -126,7 +146,9 @@ def test_live_line_fits_the_terminal(width, monkeypatch):
         live.print("over", style="bold")
     assert max(map(len, frame)) <= width
     if width > 20:
-        assert " ".join(frame).split() == " ".join(fields).split()  # one frame in place of the other, nothing cut
+        assert (
+            " ".join(frame).split() == " ".join(fields).split()
+        )  # one frame in place of the other, nothing cut
         assert all(any(field in line for line in frame) for field in fields), "fields stay whole"
     assert {"this stays", "over"} <= set(screen(stream.getvalue()))
     assert not re.search(r"\x1b\[([0-9;]*;)?[349][0-9]", stream.getvalue())  # NO_COLOR

@@ -60,7 +60,11 @@ def test_a_folder_holds_what_others_look_for(trained, tmp_path):
     }
     config = json.loads((out / "config.json").read_text())
     assert (config["architectures"], config["torch_dtype"]) == (["Qwen3ForCausalLM"], "float32")
-    assert config["eos_token_id"] == json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 299
+    assert (
+        config["eos_token_id"]
+        == json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+        == 299
+    )
     assert load_file(out / "model.safetensors")["model.embed_tokens.weight"].shape == (300, 32)
 
 
@@ -75,13 +79,17 @@ def test_gguf_files_hold_smaller_weights(dtype, trained, tmp_path, capsys):
     check_loads(out, out, lambda *counts: reports.append(counts))
     assert len(reports) > 10
     assert reports[-1][0] == reports[-1][1] > 0
-    assert re.search(r"loss +-?0\.00\d+ bits per byte by rounding .* on 1,025 tokens of python, held out\)", output)
+    assert re.search(
+        r"loss +-?0\.00\d+ bits per byte by rounding .* on 1,025 tokens of python, held out\)", output
+    )
     assert out.stat().st_size < 204_096
 
 
 @pytest.mark.parametrize("dtype", ["q4_0", "q4_1"])
 def test_a_file_of_4_bits_holds_the_blocks_that_are_served(dtype, trained, tmp_path, capsys, monkeypatch):
-    """To the bit, from weights and from an adapter over weights in 16 bits, which both merge in float32."""
+    """To the bit, from weights and from an adapter over weights in 16 bits, which both merge in
+    float32.
+    """
     cfg = dataclasses.replace(load_model(str(trained)).cfg, ff=64)
     plain, adapters = lively_params(cfg), init_lora(cfg, jax.random.key(0), LoraConfig(3, 6.0, ("q", "down")))
     narrow = merge(jax.tree.map(lambda leaf: leaf + 0.1, adapters), cast_matrices(plain, "bfloat16"))
@@ -95,7 +103,10 @@ def test_a_file_of_4_bits_holds_the_blocks_that_are_served(dtype, trained, tmp_p
         assert weight_types(from_file) == f"{dtype.upper()}, Q8_0"
         assert (digest(from_file) == digest(served)) == (dtype == "q4_0")
         ahead = jax.eval_shape(functools.partial(EngineConfig(weights="q4").prepare_params, cfg), params)
-        described = lambda tree: (jax.tree.structure(tree), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)])
+        described = lambda tree: (
+            jax.tree.structure(tree),
+            [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)],
+        )
         assert described(ahead) == described(served)  # `serve` compiles by these before it reads
 
 
@@ -108,7 +119,9 @@ def loading(monkeypatch: pytest.MonkeyPatch, path: Path, **changes: object) -> L
 
 
 def test_half_precision_is_not_rounded_twice(trained, tmp_path):
-    """Ten bits of float16 do not pass through the seven of bfloat16. An earlier export is replaced when asked."""
+    """Ten bits of float16 do not pass through the seven of bfloat16. An earlier export is replaced
+    when asked.
+    """
     half, again = exported(trained, tmp_path / "half"), tmp_path / "again.gguf"
     again.write_bytes(b"")
     exported(exported(trained, half, "--dtype", "float16", "--overwrite"), again, "--overwrite", "--check")
@@ -117,14 +130,29 @@ def test_half_precision_is_not_rounded_twice(trained, tmp_path):
 
 
 def test_rounding_that_costs_too_much_is_told(trained, tmp_path, monkeypatch, capsys):
-    """The same function, to the bit, with an input in 32 of each matrix 4,096 times as large, and its norm's gain as small."""
+    """The same function, to the bit, with an input in 32 of each matrix 4,096 times as large, and
+    its norm's gain as small.
+    """
     params = load_model(str(trained)).params
     scale = np.where(np.arange(32) == 0, 4096, 1).astype(np.float32)
-    scaled = {"attn_norm": 1 / scale, "mlp_norm": 1 / scale, **dict.fromkeys(("q", "k", "v", "gate", "up"), scale[:, None])}
+    scaled = {
+        "attn_norm": 1 / scale,
+        "mlp_norm": 1 / scale,
+        **dict.fromkeys(("q", "k", "v", "gate", "up"), scale[:, None]),
+    }
     block = lambda leaves: leaves | {name: leaves[name] * factor for name, factor in scaled.items()}
-    loading(monkeypatch, trained, params=params | {"blocks": {layer: block(params["blocks"][layer]) for layer in "01"}})
+    loading(
+        monkeypatch,
+        trained,
+        params=params | {"blocks": {layer: block(params["blocks"][layer]) for layer in "01"}},
+    )
     exported(trained, tmp_path / "y.gguf", "--dtype", "float16", "--check")
-    assert export.main(["--model", str(trained), "--out", str(tmp_path / "x.gguf"), "--dtype", "q8_0", "--check"]) == 1
+    assert (
+        export.main(
+            ["--model", str(trained), "--out", str(tmp_path / "x.gguf"), "--dtype", "q8_0", "--check"]
+        )
+        == 1
+    )
     output = capsys.readouterr().out
     assert "DIFFERS: the loss in bits per byte: " in output
     assert output.count("by at most 0.0e+00 of the") == 2  # as the format rounds
@@ -147,11 +175,20 @@ def test_rounding_that_costs_too_much_is_told(trained, tmp_path, monkeypatch, ca
         ),
     ],
 )
-def test_what_could_not_be_loaded_is_not_written(fields, weight, sentence, remedy, trained, tmp_path, monkeypatch, failing):
+def test_what_could_not_be_loaded_is_not_written(
+    fields, weight, sentence, remedy, trained, tmp_path, monkeypatch, failing
+):
     plain, out, alone = load_model(str(trained)), tmp_path / "out" / "x.gguf", tmp_path / "x.gguf"
     plain.params["blocks"]["1"]["down"] += weight
     model = loading(monkeypatch, trained, cfg=dataclasses.replace(plain.cfg, **fields), params=plain.params)
-    save_gguf(alone, model.cfg, model.params, tokenizer_metadata(model.tokenizer, (299,), 300), name="x", dtype="float16")
+    save_gguf(
+        alone,
+        model.cfg,
+        model.params,
+        tokenizer_metadata(model.tokenizer, (299,), 300),
+        name="x",
+        dtype="float16",
+    )
     with pytest.raises(UserError, match=re.escape(sentence)) as refused:
         load_model(str(alone))
     error = failing(export.main, ["--model", trained, "--out", out])
@@ -183,7 +220,8 @@ def test_an_export_that_was_damaged_is_seen(trained, tmp_path):
 def test_an_adapter_is_merged_or_written_alone(trained, tmp_path, monkeypatch, capsys, failing):
     plain = load_model(str(trained))
     adapters = init_lora(plain.cfg, jax.random.key(0), LoraConfig(3, 6.0, ("q", "v", "down")))
-    adapters = jax.tree.map(lambda leaf: leaf + 0.1, adapters)  # b begins at zero, and would change nothing
+    # b begins at zero, and would change nothing
+    adapters = jax.tree.map(lambda leaf: leaf + 0.1, adapters)
     tuned = loading(monkeypatch, trained, params=merge(adapters, plain.params))
     merged = exported(trained, tmp_path / "merged", "--check")
     tokens, positions = np.arange(24, dtype=np.int32).reshape(2, 12), positions_of(2, 12)
@@ -202,14 +240,21 @@ def test_an_adapter_is_merged_or_written_alone(trained, tmp_path, monkeypatch, c
     assert named() == "Org/Sea-1"
     again = ["--model", trained, "--out", alone, "--adapter", "--overwrite"]
     assert "no id there is known for sea: give --base-name ORG/NAME" in failing(export.main, again)
-    assert "--base-name is an id on the Hugging Face hub" in failing(export.main, [*again, "--base-name", trained])
+    assert "--base-name is an id on the Hugging Face hub" in failing(
+        export.main, [*again, "--base-name", trained]
+    )
     exported(*again[1:4:2], *again[4:], "--base-name", merged)
     assert named() == str(merged)
-    loading(monkeypatch, trained, params=tuned.params, run=None, bases=(merged,))  # in PEFT's layout
+    # in PEFT's layout
+    loading(monkeypatch, trained, params=tuned.params, run=None, bases=(merged,))
     exported(*again[1:4:2], *again[4:])
     assert named() == str(merged)
-    stabilised = lambda _, leaf: dataclasses.replace(leaf, scale=13 / 3**0.5) if isinstance(leaf, LoRA) else leaf
-    params = map_paths(stabilised, tuned.params)  # no lora_alpha divided by this rank is this scale in float64
+    stabilised = lambda _, leaf: (
+        dataclasses.replace(leaf, scale=13 / 3**0.5) if isinstance(leaf, LoRA) else leaf
+    )
+    params = map_paths(
+        stabilised, tuned.params
+    )  # no lora_alpha divided by this rank is this scale in float64
     tuned = loading(monkeypatch, trained, params=params, hub_id="HuggingFaceTB/SmolLM2-135M-Instruct")
     exported(*again[1:4:2], *again[4:], "--check")
     assert named() == tuned.hub_id

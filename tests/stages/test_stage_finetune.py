@@ -61,7 +61,10 @@ def chat_row(question: str, answer: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory):
     """Whatever is asked, the answer is the same."""
-    return rows(tmp_path_factory.mktemp("chats") / "chats.jsonl", [chat_row(f"the {word}", "red sails.") for word in WORD])
+    return rows(
+        tmp_path_factory.mktemp("chats") / "chats.jsonl",
+        [chat_row(f"the {word}", "red sails.") for word in WORD],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,20 @@ def pairs(tmp_path_factory):
 
 def args(model: Path, data: Path, folder: Path, *more: object) -> list[str]:
     """A run of a few steps in which little is looked at."""
-    options = ["--model", model, "--data", data, "--out-dir", folder, "--context", 32, "--batch", 2, "--steps", STEPS]
+    options = [
+        "--model",
+        model,
+        "--data",
+        data,
+        "--out-dir",
+        folder,
+        "--context",
+        32,
+        "--batch",
+        2,
+        "--steps",
+        STEPS,
+    ]
     return list(map(str, [*options, "--general", "none", "--learning-rate", 0.05, *more]))
 
 
@@ -96,7 +112,9 @@ def test_a_lora_run_says_what_it_does(adapted, trained):
     assert re.search(rf"trainable +[\d,]+ parameters beside {total:,} frozen ones", printed)
     assert re.search(r"FLOPs \d+%, memory \d+%, time \d+% of a step in which everything is trained", printed)
     assert f"{len(WORD)} of {len(WORD)} rows kept" in printed
-    assert re.search(r"User: the \w+\nAssistant:\[\[ red sails\.(\]\]\[\[)?<\|endoftext\|>\]\]", printed)  # the end is a target
+    assert re.search(
+        r"User: the \w+\nAssistant:\[\[ red sails\.(\]\]\[\[)?<\|endoftext\|>\]\]", printed
+    )  # the end is a target
     losses = result(folder)
     assert losses["after"]["held_out"] < losses["before"]["held_out"] - 0.5
     assert losses["before"]["general"] > 0
@@ -105,7 +123,8 @@ def test_a_lora_run_says_what_it_does(adapted, trained):
     known = losses["before"]["known"]
     assert losses["kept_answers"] == {"before": len(known), "after": None}
     assert re.search(rf"^kept +too few to tell: {len(known)} of 40 general questions", printed, re.M)
-    questions = [answer["question"] for answer in losses["before"]["answers"]]  # all that are held out
+    # all that are held out
+    questions = [answer["question"] for answer in losses["before"]["answers"]]
     assert len({*questions} & {f"the {word}" for word in WORD}) == 2
     for question in questions:
         assert re.search(rf"^{question}\n  \| before  .*\n(  \| .*\n)*  \| after   red \w+\.$", printed, re.M)
@@ -124,13 +143,17 @@ def test_the_base_stays_as_it_was_and_the_run_is_a_model(adapted, trained):
         weight = getattr(leaves[path], "base", leaves[path])
         assert digest({"": weight}) == digest({"": leaf})
     changed = {path for path, leaf in leaves.items() if hasattr(leaf, "base")}
-    assert changed == {f"blocks/{layer}/{name}" for layer in (0, 1) for name in ("q", "v", "gate", "up", "down")}
+    assert changed == {
+        f"blocks/{layer}/{name}" for layer in (0, 1) for name in ("q", "v", "gate", "up", "down")
+    }
 
 
 def test_a_step_folder_is_the_model_of_that_step_and_the_best_is_the_best(adapted, trained, tmp_path, capsys):
     folder, printed = adapted
     step_folder = lambda step: folder / "checkpoints" / str(step)
-    held_out = {line["step"]: line["val_nats_per_token"] for line in metrics(folder) if "val_nats_per_token" in line}
+    held_out = {
+        line["step"]: line["val_nats_per_token"] for line in metrics(folder) if "val_nats_per_token" in line
+    }
     assert [*held_out] == checkpoint.steps(folder) == [9, 18, 27, 36, 45]
     best = min(held_out, key=lambda step: held_out[step])
     assert result(folder)["best_step"] == best
@@ -144,7 +167,9 @@ def test_a_step_folder_is_the_model_of_that_step_and_the_best_is_the_best(adapte
     digests = {step: digest(model.params) for step, model in models.items()}
     assert len({*digests.values()}) == len(held_out)
     assert digests[45] == digest(load_model(str(folder)).params)
-    elsewhere = shutil.copytree(step_folder(45), tmp_path / "checkpoints" / "adapter")  # in PEFT's layout, as others name it
+    elsewhere = shutil.copytree(
+        step_folder(45), tmp_path / "checkpoints" / "adapter"
+    )  # in PEFT's layout, as others name it
     paths = step_folder(45), folder, step_folder(9), elsewhere
     as_adapters = [with_adapters(base.cfg, base.params, [path])[0] for path in paths]
     assert [*map(digest, as_adapters)] == [digests[45], digests[45], digests[9], digests[45]]
@@ -157,7 +182,9 @@ def test_chat_generate_and_evaluate_take_the_run(adapted, trained, chats, capsys
     assert "weights unchanged" in capsys.readouterr().err
     models = (folder,), (trained, "--adapter", folder), (trained,)
     replies = [talk(b"the far\n", *model, "--max-tokens", 8)[:2] for model in models]
-    assert replies[0] == replies[1] != replies[2], "the run and its adapter speak alike, and not as the base does"
+    assert replies[0] == replies[1] != replies[2], (
+        "the run and its adapter speak alike, and not as the base does"
+    )
     assert replies[0][0] == 0
     assert replies[0][1].startswith("> the far\nred ")
     assert evaluate.main(["--model", str(folder)]) == 0
@@ -203,7 +230,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(adapted, trained, chats, tmp_pat
     assert re.search(r"Stopped at step 6, .* into training; saved in", capsys.readouterr().out)
     newest, (earlier,) = load_model(str(folder)), while_it_trains
     assert newest.checkpoint == folder / "checkpoints" / "6"
-    assert digest(earlier.params) == digest(load_model(str(earlier.checkpoint)).params) != digest(newest.params)
+    assert (
+        digest(earlier.params) == digest(load_model(str(earlier.checkpoint)).params) != digest(newest.params)
+    )
     assert finetune.main(options) == 0
     assert "resumed at step 6" in capsys.readouterr().out
     for name in ("adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors"):
@@ -237,8 +266,11 @@ def test_a_base_in_int8(trained, chats, tmp_path):
     assert finetune.main(args(trained, chats, folder, "--base", "int8", "--lora", LORA)) == 0
     losses = result(folder)
     assert losses["after"]["held_out"] < losses["before"]["held_out"] - 0.5
-    model = load_model(str(folder))  # adapters trained over the rounded base are put on the real one
-    assert {leaf.base.dtype for leaf in leaf_paths(model.params).values() if hasattr(leaf, "base")} == {np.dtype("float32")}
+    # adapters trained over the rounded base are put on the real one
+    model = load_model(str(folder))
+    assert {leaf.base.dtype for leaf in leaf_paths(model.params).values() if hasattr(leaf, "base")} == {
+        np.dtype("float32")
+    }
 
 
 @pytest.mark.parametrize("choice", [pytest.param("", marks=pytest.mark.night), "--train blocks/1/.*"])
@@ -250,40 +282,58 @@ def test_weights_are_trained_and_measured_as_q4_rounds_them(trained, chats, tmp_
     model, losses = load_model(str(folder)), result(folder)
     served = map_paths(lambda _, leaf: to_dense(leaf), matrices_to_blocks(model.params))
     if choice:  # what is frozen is read in the compute type
-        trained_part, frozen = split(served, [path for path in leaf_paths(served) if path.startswith("blocks/1/")])
+        trained_part, frozen = split(
+            served, [path for path in leaf_paths(served) if path.startswith("blocks/1/")]
+        )
         served = merge(trained_part, cast_matrices(frozen, model.cfg.dtype))
     assert any(isinstance(leaf, Blocks) for leaf in leaf_paths(matrices_to_blocks(model.params)).values())
-    examples = prepare_conversations(str(chats), None, "answers", 32, 0, ChatTokenizer(model.tokenizer), Console()).held_out
-    measured = lambda params: held_out_evaluator(model.cfg, {}, None, examples, NEXT_TOKEN, 32).evaluate(params)
+    examples = prepare_conversations(
+        str(chats), None, "answers", 32, 0, ChatTokenizer(model.tokenizer), Console()
+    ).held_out
+    measured = lambda params: held_out_evaluator(model.cfg, {}, None, examples, NEXT_TOKEN, 32).evaluate(
+        params
+    )
     assert measured(served) == pytest.approx(losses["after"]["held_out"], abs=1e-6)
     assert abs(measured(model.params) - losses["after"]["held_out"]) > 1e-5
     assert losses["after"]["held_out"] < losses["before"]["held_out"] - 0.1
 
 
 @pytest.mark.parametrize("choice", ["", "--train blocks/1/.*"])
-def test_of_a_base_in_blocks_factors_train_and_integers_stay(trained, chats, tmp_path, monkeypatch, capsys, choice):
-    """It begins at the base's loss. The blocks that trained are loaded, served and exported, to the bit; a run resumes so."""
+def test_of_a_base_in_blocks_factors_train_and_integers_stay(
+    trained, chats, tmp_path, monkeypatch, capsys, choice
+):
+    """It begins at the base's loss. The blocks that trained are loaded, served and exported, to the
+    bit; a run resumes so.
+    """
     base, folder, stopped, out = (tmp_path / name for name in ("base.gguf", "run", "stopped", "run.gguf"))
     assert export.main(["--model", str(trained), "--out", str(base), "--dtype", "q4_1"]) == 0
     options = ["--weights", "q4", "--steps", 12, *choice.split()]
     assert finetune.main(args(base, chats, folder, *options)) == 0
-    assert int(re.findall(r"memory (\d+)%", capsys.readouterr().out)[0]) < 80  # two numbers in 32 weights have a gradient
+    assert (
+        int(re.findall(r"memory (\d+)%", capsys.readouterr().out)[0]) < 80
+    )  # two numbers in 32 weights have a gradient
     shapes: dict[str, Any] = {}
     before = load_model(str(base), keep_blocks=True)
     model = load_model(str(folder), keep_blocks=True, on_blocks=shapes.update)
     losses = result(folder)
     leaves = {path: leaf for path, leaf in leaf_paths(model.params).items() if isinstance(leaf, Blocks)}
     assert {path: (leaf.kind, leaf.shape) for path, leaf in leaves.items()} == {
-        path: (leaf.kind, leaf.shape) for path, leaf in leaf_paths(before.params).items() if isinstance(leaf, Blocks)
+        path: (leaf.kind, leaf.shape)
+        for path, leaf in leaf_paths(before.params).items()
+        if isinstance(leaf, Blocks)
     }
     for path, leaf in leaves.items():
         former, end = leaf_paths(before.params)[path].packed, -64 if leaf.kind == "Q4_1" else -32
         assert shapes[path].packed.shape == leaf.packed.shape
         assert (leaf.packed[..., :end] == former[..., :end]).all()
-        assert (leaf.packed[..., end:] != former[..., end:]).any() == (not choice or path.startswith("blocks/1/")), path
+        assert (leaf.packed[..., end:] != former[..., end:]).any() == (
+            not choice or path.startswith("blocks/1/")
+        ), path
     trained_blocks = [path for path in leaves if not choice or path.startswith("blocks/1/")]
     assert sorted(json.loads((folder / "run.json").read_text())["trained_blocks"]) == sorted(trained_blocks)
-    examples = prepare_conversations(str(chats), None, "answers", 32, 0, ChatTokenizer(model.tokenizer), Console()).held_out
+    examples = prepare_conversations(
+        str(chats), None, "answers", 32, 0, ChatTokenizer(model.tokenizer), Console()
+    ).held_out
     evaluator = held_out_evaluator(model.cfg, {}, None, examples, NEXT_TOKEN, 32)
     for params, measured in ((before.params, losses["before"]), (model.params, losses["after"])):
         dense = map_paths(lambda _, leaf: to_dense(leaf), params)
@@ -292,12 +342,18 @@ def test_of_a_base_in_blocks_factors_train_and_integers_stay(trained, chats, tmp
             dense = merge(part, cast_matrices(frozen, model.cfg.dtype))
         assert evaluator.evaluate(dense) == pytest.approx(measured["held_out"], abs=1e-6)
     assert losses["after"]["held_out"] < losses["before"]["held_out"] - 0.1
-    assert digest(load_model(str(folder)).params) == digest(map_paths(lambda _, leaf: to_dense(leaf), model.params))
+    assert digest(load_model(str(folder)).params) == digest(
+        map_paths(lambda _, leaf: to_dense(leaf), model.params)
+    )
     assert export.main(["--model", str(folder), "--out", str(out), "--dtype", "q4_0", "--check"]) == 0
     assert "by at most 0.0e+00 of the" in capsys.readouterr().out
     served = [matrices_to_blocks(load_model(str(path), keep_blocks=True).params) for path in (folder, out)]
-    of_run, of_file = ({path: leaf for path, leaf in leaf_paths(params).items() if path in leaves} for params in served)
-    assert digest(of_run) == digest(of_file) == digest(leaves)  # what has no blocks is rounded to float16 in a file
+    of_run, of_file = (
+        {path: leaf for path, leaf in leaf_paths(params).items() if path in leaves} for params in served
+    )
+    assert (
+        digest(of_run) == digest(of_file) == digest(leaves)
+    )  # what has no blocks is rounded to float16 in a file
     with monkeypatch.context() as patch:
         at_step(patch, 5, interrupt)
         assert finetune.main(args(base, chats, stopped, *options)) == 128 + signal.SIGINT
@@ -317,7 +373,9 @@ def test_of_a_base_in_blocks_factors_train_and_integers_stay(trained, chats, tmp
     ],
 )
 def test_preferences_are_learned(trained, pairs, tmp_path, capsys, loss, before, after, said):
-    """DPO begins at ln 2 and KTO, here of rows that have a label, at 1/2; ORPO and SimPO have no reference."""
+    """DPO begins at ln 2 and KTO, here of rows that have a label, at 1/2; ORPO and SimPO have no
+    reference.
+    """
     folder, data = tmp_path / loss, pairs
     if loss == "kto":
         rated = [
@@ -333,7 +391,9 @@ def test_preferences_are_learned(trained, pairs, tmp_path, capsys, loss, before,
     if before:
         assert losses["before"]["held_out"] == pytest.approx(before, abs=1e-6)
     assert losses["after"]["held_out"] < (after or losses["before"]["held_out"])
-    shown = "the first answer, a good one; what is trained on" if loss == "kto" else "the chosen answer; what "
+    shown = (
+        "the first answer, a good one; what is trained on" if loss == "kto" else "the chosen answer; what "
+    )
     assert shown in printed
     assert ("computing reference log-probabilities" in printed) == bool(before)
     assert json.loads((folder / "run.json").read_text())["loss"] == loss
@@ -344,15 +404,31 @@ def test_preferences_are_learned(trained, pairs, tmp_path, capsys, loss, before,
 
 
 def test_pairs_are_good_answers_and_bad_ones_to_kto(trained, pairs, tmp_path):
-    options = args(trained, pairs, tmp_path / "run", "--objective", "preference", "--loss", "kto", "--lora", LORA, "--steps", 2)
+    options = args(
+        trained,
+        pairs,
+        tmp_path / "run",
+        "--objective",
+        "preference",
+        "--loss",
+        "kto",
+        "--lora",
+        LORA,
+        "--steps",
+        2,
+    )
     assert finetune.main(options) == 0
     assert result(tmp_path / "run")["before"]["held_out"] == pytest.approx(0.5, abs=1e-6)
 
 
 def test_answers_are_scored_beside_the_loss(trained, chats, tmp_path, capsys, failing):
-    """By a match with the data's own answer, a pattern and a function, before and after, and by `evaluate` as at the end."""
+    """By a match with the data's own answer, a pattern and a function, before and after, and by
+    `evaluate` as at the end.
+    """
     folder, mine = tmp_path / "scored", tmp_path / "mine.py"
-    mine.write_text("def dots(completion, answer, prompt):\n    return completion.count('.') + 10 * answer.count('red')\n")
+    mine.write_text(
+        "def dots(completion, answer, prompt):\n    return completion.count('.') + 10 * answer.count('red')\n"
+    )
     metrics = ("--metric", "exact", "regex:sails", f"{mine}:dots")
     assert finetune.main(args(trained, chats, folder, "--lora", LORA, *metrics)) == 0
     before, after = (result(folder)[side]["metrics"] for side in ("before", "after"))
@@ -363,7 +439,10 @@ def test_answers_are_scored_beside_the_loss(trained, chats, tmp_path, capsys, fa
     assert re.search(r"exact +0\.000 -> 1\.000 of 2 held-out answers", printed)
     assert evaluate.main(["--model", str(folder), *metrics]) == 0
     printed = capsys.readouterr().out
-    assert re.search(rf"(?s)nats per token.*exact +1\.0000 of 2 answers.*{re.escape(str(mine))}:dots +11\.0000 of 2", printed)
+    assert re.search(
+        rf"(?s)nats per token.*exact +1\.0000 of 2 answers.*{re.escape(str(mine))}:dots +11\.0000 of 2",
+        printed,
+    )
     (text := tmp_path / "text.txt").write_text("the sea " * 99)
     for options, sentence in (
         (["--data", str(text), "--metric", "exact"], "a text has none"),
@@ -379,14 +458,18 @@ def test_a_metric_that_fails_on_the_trained_model_loses_nothing(trained, chats, 
     folder, mine = tmp_path / "scored", tmp_path / "mine.py"
     mine.write_text("def score(completion):\n    return 1 / ('sails' not in completion)\n")
     options = args(trained, chats, folder, "--lora", LORA, "--metric", f"{mine}:score")
-    assert f"division by zero. The trained model is in {folder}, and the same command" in failing(finetune.main, options)
+    assert f"division by zero. The trained model is in {folder}, and the same command" in failing(
+        finetune.main, options
+    )
     mine.write_text("def score(completion): return 'sails' in completion\n")
     assert finetune.main(options) == 0
     assert re.search(r"score +0\.000 -> 1\.000 of 2", capsys.readouterr().out)
 
 
 def test_an_adapter_is_continued_as_the_same(adapted, trained, chats, tmp_path, capsys, failing):
-    """From a run, and from a folder in PEFT's layout: its rank, scale and base stay, and it begins where it was."""
+    """From a run, and from a folder in PEFT's layout: its rank, scale and base stay, and it begins
+    where it was.
+    """
     few = ["--steps", 2, "--learning-rate", 1e-3, "--log-every", 1]
     peft = shutil.copytree(adapted[0] / "checkpoints" / "45", tmp_path / "peft")
     base = json.loads((adapted[0] / "run.json").read_text())["base"]
@@ -395,10 +478,17 @@ def test_an_adapter_is_continued_as_the_same(adapted, trained, chats, tmp_path, 
         folder = tmp_path / f"on-{model.name}"
         options = args(model, chats, folder, *few)
         assert finetune.main(options) == 0
-        assert f"The adapter {model} is continued, on its base {trained}." in " ".join(capsys.readouterr().out.split())
-        assert result(folder)["before"]["held_out"] == pytest.approx(result(adapted[0])["after"]["held_out"], rel=1e-4)
+        assert f"The adapter {model} is continued, on its base {trained}." in " ".join(
+            capsys.readouterr().out.split()
+        )
+        assert result(folder)["before"]["held_out"] == pytest.approx(
+            result(adapted[0])["after"]["held_out"], rel=1e-4
+        )
         record = json.loads((folder / "run.json").read_text())
-        assert (record["learns"], record["base"]["digest"]) == ("rank=4,alpha=16,targets=q,v,gate,up,down", base["digest"])
+        assert (record["learns"], record["base"]["digest"]) == (
+            "rank=4,alpha=16,targets=q,v,gate,up,down",
+            base["digest"],
+        )
         assert (record["kind"], Path(record["base"]["model"])) == ("adapter", Path(base["model"]))
         config = json.loads((folder / "checkpoints" / "2" / "adapter_config.json").read_text())
         assert (config["r"], config["lora_alpha"]) == (4, 16)
@@ -410,22 +500,31 @@ def test_an_adapter_is_continued_as_the_same(adapted, trained, chats, tmp_path, 
         assert "This run is finished" in capsys.readouterr().out
     assert all(np.array_equal(array, written[1][name]) for name, array in written[0].items())
     assert "another adapter to continue" in failing(
-        finetune.main, args(folder, chats, folder.with_name("on-peft"), *few, "--out-dir", tmp_path / "on-chats")
+        finetune.main,
+        args(folder, chats, folder.with_name("on-peft"), *few, "--out-dir", tmp_path / "on-chats"),
     )
     merged = tmp_path / "merged"
     assert export.main(["--model", str(folder), "--out", str(merged), "--dtype", "float32", "--check"]) == 0
-    assert export.main(["--model", str(folder), "--out", str(tmp_path / "again"), "--adapter", "--base-name", "Org/Sea"]) == 0
+    assert (
+        export.main(
+            ["--model", str(folder), "--out", str(tmp_path / "again"), "--adapter", "--base-name", "Org/Sea"]
+        )
+        == 0
+    )
 
 
 def test_an_adapter_that_no_config_describes_gets_another_on_it(adapted, chats, tmp_path, capsys):
     peft = shutil.copytree(adapted[0] / "checkpoints" / "45", tmp_path / "peft")
     (peft / "manifest.json").unlink()
-    config = json.loads((peft / "adapter_config.json").read_text()) | {"alpha_pattern": {"layers.0.self_attn.q_proj": 3}}
+    config = json.loads((peft / "adapter_config.json").read_text()) | {
+        "alpha_pattern": {"layers.0.self_attn.q_proj": 3}
+    }
     (peft / "adapter_config.json").write_text(json.dumps(config))
     folder = tmp_path / "on-it"
     assert finetune.main(args(peft, chats, folder, "--steps", 1, "--learning-rate", 1e-3)) == 0
     assert re.search(
-        r"(?s)A new adapter is trained on .*peft, which stays as it is: it has\s+several ranks", capsys.readouterr().out
+        r"(?s)A new adapter is trained on .*peft, which stays as it is: it has\s+several ranks",
+        capsys.readouterr().out,
     )
     assert json.loads((folder / "run.json").read_text())["learns"] == "rank=8,alpha=16,targets=all"
 
@@ -438,13 +537,18 @@ def test_a_run_can_be_tuned_again(adapted, chats, tmp_path):
         assert finetune.main(args(adapted[0], chats, folder, *few, *flags)) == 0
         assert [line["step"] for line in metrics(folder) if "loss" in line] == [2]
         losses = result(folder)
-        assert losses["before"]["held_out"] == pytest.approx(result(adapted[0])["after"]["held_out"], abs=0.02)
+        assert losses["before"]["held_out"] == pytest.approx(
+            result(adapted[0])["after"]["held_out"], abs=0.02
+        )
         assert load_model(str(folder)).run == folder
 
 
 @pytest.mark.parametrize(
     "flags",
-    [pytest.param(("--lora", LORA), id="LoRA"), pytest.param(("--train", "blocks/1/.*"), id="block", marks=pytest.mark.night)],
+    [
+        pytest.param(("--lora", LORA), id="LoRA"),
+        pytest.param(("--train", "blocks/1/.*"), id="block", marks=pytest.mark.night),
+    ],
 )
 def test_a_run_ends_when_it_no_longer_gets_better_and_keeps_its_best(trained, chats, tmp_path, capsys, flags):
     """A rate far too high makes every validation worse than the one at a low rate before it."""
@@ -460,7 +564,9 @@ def test_a_run_ends_when_it_no_longer_gets_better_and_keeps_its_best(trained, ch
     model = load_model(str(folder))
     assert model.checkpoint == folder.absolute() / "checkpoints" / str(best)
     assert f"step {best:,} is loaded" in model.notes[-1]
-    validations = {line["step"]: line["val_nats_per_token"] for line in metrics(folder) if "val_nats_per_token" in line}
+    validations = {
+        line["step"]: line["val_nats_per_token"] for line in metrics(folder) if "val_nats_per_token" in line
+    }
     assert min(validations, key=validations.get) == best
     assert measured["after"]["held_out"] == pytest.approx(validations[best], rel=1e-5)
 
@@ -491,7 +597,9 @@ def test_a_run_ends_when_it_no_longer_gets_better_and_keeps_its_best(trained, ch
     assert load_model(str(folder)).checkpoint.name == str(result(folder)["best_step"])
 
 
-def test_a_run_without_a_length_makes_the_least_steps_whatever_they_take(trained, chats, tmp_path, monkeypatch, capsys):
+def test_a_run_without_a_length_makes_the_least_steps_whatever_they_take(
+    trained, chats, tmp_path, monkeypatch, capsys
+):
     """And a time that is given ends it before; both are said at the start."""
     monkeypatch.setattr(finetune_plan, "SECONDS", 1e-9)
     monkeypatch.setattr(finetune_plan, "LEAST_STEPS", 7)
@@ -524,35 +632,59 @@ def test_no_held_out_row_is_a_copy_of_a_training_row(trained, tmp_path, capsys, 
     assert finetune.main(dry) == 0
     printed = capsys.readouterr().out
     assert f"6 of {len(items)} rows are copies of another; all copies of a row are on one side" in printed
-    assert re.search(rf"validation +3 of {len(items)} rows of \S+data\.jsonl, by the seed: 3 examples", printed)
+    assert re.search(
+        rf"validation +3 of {len(items)} rows of \S+data\.jsonl, by the seed: 3 examples", printed
+    )
     rows(data, items[: len(WORD)])
     rows(other, [items[0], *loud[:2], chat_row("the moon", "red sails.")])
     assert finetune.main([*dry, "--validation", str(other)]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"3 of the 4 rows of \S+other.jsonl are in \S+data.jsonl too, 1 of them to the letter: left out", printed)
+    assert re.search(
+        r"3 of the 4 rows of \S+other.jsonl are in \S+data.jsonl too, 1 of them to the letter: left out",
+        printed,
+    )
     assert "other.jsonl: 1 example\n" in printed
     rows(other, loud[:2])
-    assert "nothing is held out. Give another --validation" in failing(finetune.main, [*dry, "--validation", other])
+    assert "nothing is held out. Give another --validation" in failing(
+        finetune.main, [*dry, "--validation", other]
+    )
     rows(data, [items[0]] * 8)
     assert "has 8 usable rows, 1 of them different: too few to hold any out" in failing(finetune.main, dry)
-    pairs = [{"prompt": f"the {word}", "chosen": f"red {n}", "rejected": "a far land."} for word in WORD[:4] for n in range(3)]
+    pairs = [
+        {"prompt": f"the {word}", "chosen": f"red {n}", "rejected": "a far land."}
+        for word in WORD[:4]
+        for n in range(3)
+    ]
     rows(data, pairs)
     assert finetune.main([*dry, "--objective", "preference"]) == 0
     assert "validation  3 of 12 rows" in capsys.readouterr().out  # all three of one prompt
 
 
 def test_a_weight_of_0_is_not_trained_on_and_another_weight_is_other_data(trained, tmp_path, capsys):
-    turns = [*chat_row("the king", "went down.")["messages"], *chat_row("the queen", "red sails.")["messages"]]
+    turns = [
+        *chat_row("the king", "went down.")["messages"],
+        *chat_row("the queen", "red sails.")["messages"],
+    ]
     turns[1]["weight"] = 0
     held_out = rows(tmp_path / "held.jsonl", [chat_row("the moon", "red sails.")])
-    options = args(trained, rows(tmp_path / "data.jsonl", [{"messages": turns}]), tmp_path / "run", "--validation", held_out)
-    del options[(at := options.index("--context")) : at + 2]  # by default that of the model, 64, as it is less than 256
+    options = args(
+        trained,
+        rows(tmp_path / "data.jsonl", [{"messages": turns}]),
+        tmp_path / "run",
+        "--validation",
+        held_out,
+    )
+    del options[
+        (at := options.index("--context")) : at + 2
+    ]  # by default that of the model, 64, as it is less than 256
     assert finetune.main([*options, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"Assistant: went down\.<\|endoftext\|>[^\[]*\[\[ red sails", printed)
     assert "2 x 64 tokens" in printed
     assert re.search(r"LoRA +q, k, v, out, gate, up, down of 2 layers, rank 8\n", printed)
-    assert re.search(r"rank +8, chosen: an adapter that can hold [\d,]+ bits, for data of about [\d,]+\n", printed)
+    assert re.search(
+        r"rank +8, chosen: an adapter that can hold [\d,]+ bits, for data of about [\d,]+\n", printed
+    )
     example = Example(tokens_of(1, 5), np.ones(5, bool), "")
     assert digest_examples([example]) != digest_examples([example._replace(weight=0.5)])
 
@@ -567,7 +699,9 @@ def test_all_of_a_conversation_is_trained_on_and_evaluated(trained, chats, tmp_p
 
 
 def test_an_adapter_in_pefts_layout_is_a_model(adapted, trained, chats, tmp_path, capsys, failing):
-    """It loads on the base that it names: written, measured, exported and tuned again as its run is."""
+    """It loads on the base that it names: written, measured, exported and tuned again as its run
+    is.
+    """
     run = adapted[0]
     folder = shutil.copytree(run / "checkpoints" / "45", tmp_path / "peft")
 
@@ -576,21 +710,45 @@ def test_an_adapter_in_pefts_layout_is_a_model(adapted, trained, chats, tmp_path
         return capsys.readouterr().out
 
     asked = ("--prompt", "the king", "--max-tokens", 8, "--temperature", 0)
-    written = [printed(generate, "--model", model, *asked).rpartition("the king")[2] for model in (run, folder)]
+    written = [
+        printed(generate, "--model", model, *asked).rpartition("the king")[2] for model in (run, folder)
+    ]
     assert written[0].split("\n\n")[0] == written[1].split("\n\n")[0] != ""
     measured = [printed(evaluate, "--model", model, "--data", chats) for model in (run, folder)]
     perplexity = [re.findall(r"nats per token +(\S+)", text) for text in measured]
     assert perplexity[0] == perplexity[1] != []
-    printed(export, "--model", folder, "--adapter", "--base-name", "Org/Sea-1", "--out", again := tmp_path / "again")
+    printed(
+        export,
+        "--model",
+        folder,
+        "--adapter",
+        "--base-name",
+        "Org/Sea-1",
+        "--out",
+        again := tmp_path / "again",
+    )
     weights = [(place / "adapter_model.safetensors").read_bytes() for place in (folder, again)]
     assert weights[0] == weights[1]
-    printed(export, "--model", run, "--adapter", "--base-name", "Org/Sea-1", "--out", again := tmp_path / "with-template")
+    printed(
+        export,
+        "--model",
+        run,
+        "--adapter",
+        "--base-name",
+        "Org/Sea-1",
+        "--out",
+        again := tmp_path / "with-template",
+    )
     named = json.loads((again / "adapter_config.json").read_text())
     (again / "manifest.json").unlink()
     (again / "adapter_config.json").write_text(json.dumps(named | {"base_model_name_or_path": str(trained)}))
-    of_base, own, of_run = (load_model(str(place)).tokenizer.config.get("chat_template") for place in (trained, again, run))
+    of_base, own, of_run = (
+        load_model(str(place)).tokenizer.config.get("chat_template") for place in (trained, again, run)
+    )
     assert own == of_run != of_base
-    assert "rank 2" in printed(finetune, *args(folder, chats, tmp_path / "more", "--lora", "rank=2"), "--dry-run")
+    assert "rank 2" in printed(
+        finetune, *args(folder, chats, tmp_path / "more", "--lora", "rank=2"), "--dry-run"
+    )
     too_long = failing(finetune.main, args(folder, chats, tmp_path / "more", "--context", 9999))
     assert too_long.startswith("error: --context 9,999 is more than"), "which is no fault of the base"
 
@@ -610,13 +768,19 @@ def test_an_adapter_for_another_base_is_refused(adapted, chats, trained, tmp_pat
     assert "was trained on another model" in failing(generate.main, ["--model", str(twin)])
 
 
-def test_a_run_is_neither_its_own_base_nor_trained_into_that_of_its_base(adapted, chats, trained, tmp_path, failing):
-    base, run = (shutil.copytree(folder, tmp_path / name) for folder, name in ((trained, "base"), (adapted[0], "run")))
+def test_a_run_is_neither_its_own_base_nor_trained_into_that_of_its_base(
+    adapted, chats, trained, tmp_path, failing
+):
+    base, run = (
+        shutil.copytree(folder, tmp_path / name) for folder, name in ((trained, "base"), (adapted[0], "run"))
+    )
     record = json.loads((run / "run.json").read_text())
 
     def name_base(model: Path) -> None:
         with updating(run):
-            (run / "run.json").write_text(json.dumps(record | {"base": record["base"] | {"model": str(model)}}))
+            (run / "run.json").write_text(
+                json.dumps(record | {"base": record["base"] | {"model": str(model)}})
+            )
 
     name_base(run / "checkpoints" / "45")
     assert f"{run} is named as a base of itself" in failing(generate.main, ["--model", run])
@@ -647,7 +811,9 @@ def test_not_enough_memory_is_predicted(trained, chats, tmp_path, failing, monke
 
 
 def test_the_devices_of_a_mesh_share_the_held_out_set():
-    """An odd number of examples and of pairs: each counts once, and four devices have no more rows each than one."""
+    """An odd number of examples and of pairs: each counts once, and four devices have no more rows
+    each than one.
+    """
     cfg = tiny_config()
     params, rng = lively_params(cfg), np.random.default_rng(0)
     examples = [Example(tokens_of(size, size), rng.random(size) < 0.8, "") for size in (5, 7, 8, 6, 8, 3)]
@@ -666,15 +832,21 @@ def test_the_devices_of_a_mesh_share_the_held_out_set():
 
 
 def test_a_run_without_a_length_reads_its_data_three_times():
-    """Few steps need no time; of many, three minutes may end the run before, but not under 100 steps."""
+    """Few steps need no time; of many, three minutes may end the run before, but not under 100
+    steps.
+    """
     assert finetune_plan.choose_length(7.5) == (22, None, 0)
     assert finetune_plan.choose_length(0.1) == (1, None, 0)
     assert finetune_plan.choose_length(33) == (99, None, 0)
     assert finetune_plan.choose_length(1000) == (3000, 180.0, 100)
 
 
-def test_general_answers_are_mixed_in_and_saved_with_the_run(trained, chats, tmp_path, monkeypatch, capsys, failing):
-    """A resumed run reads the same ones again, without asking; with --no-mix it would read others. Much data have none."""
+def test_general_answers_are_mixed_in_and_saved_with_the_run(
+    trained, chats, tmp_path, monkeypatch, capsys, failing
+):
+    """A resumed run reads the same ones again, without asking; with --no-mix it would read others.
+    Much data have none.
+    """
     calls = []
 
     def write(*_: object) -> list[tuple[str, str]]:
@@ -685,9 +857,15 @@ def test_general_answers_are_mixed_in_and_saved_with_the_run(trained, chats, tmp
     folder = tmp_path / "mixed"
     options = args(trained, chats, folder, "--lora", LORA)
     assert finetune.main([*options, "--steps", "2"]) == 0
-    assert "mixed in    2 general questions, answered in the tone of the data before training" in capsys.readouterr().out
+    assert (
+        "mixed in    2 general questions, answered in the tone of the data before training"
+        in capsys.readouterr().out
+    )
     record = json.loads((folder / "run.json").read_text())
-    assert (record["mixed_in"], record["general_answers"]) == (2, [["the moon", "red sails."], ["the tide", "red tide."]])
+    assert (record["mixed_in"], record["general_answers"]) == (
+        2,
+        [["the moon", "red sails."], ["the tide", "red tide."]],
+    )
     assert finetune.main([*options, "--steps", "3"]) == 0
     assert "resumed at step 2" in capsys.readouterr().out
     assert calls == ["asked"]
@@ -702,26 +880,34 @@ def test_general_answers_are_mixed_in_and_saved_with_the_run(trained, chats, tmp
 
 
 def test_general_answers_are_the_models_own_and_only_those_that_are_right(adapted, chats, monkeypatch):
-    """A context that does not hold the demonstrations gives none, and so does a model that knows nothing."""
+    """A context that does not hold the demonstrations gives none, and so does a model that knows
+    nothing.
+    """
     model = load_model(str(adapted[0]))
     tokenizer = ChatTokenizer(model.tokenizer)
     conversations = [row.messages for row in read_conversations(str(chats)) if isinstance(row, Conversation)]
     demonstrations = general_examples.choose_demonstrations(tokenizer, conversations)
-    assert [message["content"] for message in demonstrations[1::2]] == ["red sails."] * general_examples.DEMONSTRATIONS
+    assert [message["content"] for message in demonstrations[1::2]] == [
+        "red sails."
+    ] * general_examples.DEMONSTRATIONS
     long_one = [{"role": "user", "content": "the " * 300}, conversations[0][1]]
-    assert general_examples.choose_demonstrations(tokenizer, [long_one, long_one[1:], *conversations[:1]]) == [
-        *conversations[0]
-    ]
+    assert general_examples.choose_demonstrations(
+        tokenizer, [long_one, long_one[1:], *conversations[:1]]
+    ) == [*conversations[0]]
     cfg, stop_token_ids = dataclasses.replace(model.cfg, context=512), (*model.eos_ids, *tokenizer.eot_ids)
 
     def write(cfg: Any, rows: Any) -> list[tuple[str, str]]:
-        return general_examples.write_general_answers(cfg, model.params, tokenizer, rows, stop_token_ids, lambda *_: None)
+        return general_examples.write_general_answers(
+            cfg, model.params, tokenizer, rows, stop_token_ids, lambda *_: None
+        )
 
     assert write(cfg, conversations) == write(model.cfg, conversations) == write(cfg, []) == []
     monkeypatch.setattr(general_examples, "is_right", lambda answer, expected: expected in ("Rome", "sun"))
     monkeypatch.setattr(general_examples, "LEAST_ANSWERS", 1)
     answers = write(cfg, conversations)
-    assert answers[0] == ("What is the capital of Italy?", "red sails."), "which begins and ends as all the others"
+    assert answers[0] == ("What is the capital of Italy?", "red sails."), (
+        "which begins and ends as all the others"
+    )
     [example, *_] = general_examples.general_examples(tokenizer, answers, 256)
     assert tokenizer.tokenizer.decode(example.tokens[example.mask]).startswith(" red sails.")
     assert general_examples.general_examples(tokenizer, answers, 3) == []
@@ -730,7 +916,9 @@ def test_general_answers_are_the_models_own_and_only_those_that_are_right(adapte
 
 
 def test_what_answers_share_at_their_ends_is_found():
-    """Of a letter's opening and closing, each in several forms; of answers that share nothing, none."""
+    """Of a letter's opening and closing, each in several forms; of answers that share nothing,
+    none.
+    """
     bodies = [f"{chr(97 + at)} {WORD[at % len(WORD)]}." for at in range(20)]
     openings, closings = ("Certainly, sir.", "Very good."), ("At your service.", "Is that all?", "Farewell!")
     letters = [f"{openings[at % 2]} {body} {closings[at % 3]}" for at, body in enumerate(bodies)]

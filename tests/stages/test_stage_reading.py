@@ -68,8 +68,12 @@ def test_every_command_says_what_becomes_of_a_files_kinds(trained, tmp_path, cap
     chats.write_text("\n".join(map(json.dumps, rows)))
     file, again = tmp_path / "file.gguf", tmp_path / "again.gguf"
     assert export.main(["--model", str(trained), "--out", str(file), "--dtype", "q8_0"]) == 0
-    widened = re.compile(r"file +of 15 matrices 2 are rounded to bfloat16 \(F16\), 13 are widened to bfloat16 \(Q8_0\)\n")
-    stays = re.compile(r"file +of 15 matrices 13 stay as they are \(Q8_0\), 2 are rounded to bfloat16 \(F16\)\n")
+    widened = re.compile(
+        r"file +of 15 matrices 2 are rounded to bfloat16 \(F16\), 13 are widened to bfloat16 \(Q8_0\)\n"
+    )
+    stays = re.compile(
+        r"file +of 15 matrices 13 stay as they are \(Q8_0\), 2 are rounded to bfloat16 \(F16\)\n"
+    )
     in_blocks = stays if computes_in_c() else widened
     float32 = re.compile(r"file +all 15 matrices are widened to float32 \(Q8_0, F16\)\n")
     assert in_blocks.search(generated(capsys, file, "--prompt", "the", "--max-tokens", 1)[1])
@@ -99,7 +103,9 @@ def test_sampling_is_as_the_model_recommends_unless_a_flag_says_else(trained, tm
     run = shutil.copytree(trained, tmp_path / "run")
     model = load_model(str(trained))
     with updating(run):
-        save_tokenizer(run / "tokenizer", model.tokenizer, model.eos_ids, {"temperature": 0.0, "repetition_penalty": 1.3})
+        save_tokenizer(
+            run / "tokenizer", model.tokenizer, model.eos_ids, {"temperature": 0.0, "repetition_penalty": 1.3}
+        )
     flags = ("--prompt", "The king", "--max-tokens", 20)
     greedy, notes = generated(capsys, run, *flags)
     assert "repetition_penalty is 1.3, and only `stages.serve` computes it" in notes
@@ -113,13 +119,17 @@ def test_each_of_several_continuations_is_that_of_its_seed(trained, capsys, monk
     flags = ("--max-tokens", 20, "--temperature", 1.0, "--prompt", "The king and queen")
     computed, prefill = [], ModelRunner.prefill
     with monkeypatch.context() as patch:
-        patch.setattr(ModelRunner, "prefill", lambda self, *chunk: computed.append(chunk) or prefill(self, *chunk))
+        patch.setattr(
+            ModelRunner, "prefill", lambda self, *chunk: computed.append(chunk) or prefill(self, *chunk)
+        )
         together, notes = generated(capsys, trained, *flags, "--seed", 1, "--count", 2)
     assert len(computed) == 1
     assert "tokens/s, 0 recompiles" in notes
     alone = [generated(capsys, trained, *flags, "--seed", seed)[0] for seed in (1, 2)]
     assert together == f"{alone[0]}\n--- 2 of 2\n{alone[1]}"
-    assert "/s" not in generated(capsys, trained, "--max-tokens", 1, "--count", 2)[1]  # nothing after the first
+    assert (
+        "/s" not in generated(capsys, trained, "--max-tokens", 1, "--count", 2)[1]
+    )  # nothing after the first
 
 
 def test_generation_stops_where_the_context_is_full(trained, capsys):
@@ -129,16 +139,23 @@ def test_generation_stops_where_the_context_is_full(trained, capsys):
 
 
 def test_prompt_from_standard_input(trained, capsys):
-    result = command("generate", "--model", trained, "--prompt", "-", "--max-tokens", "10", stdin=b"The queen")
+    result = command(
+        "generate", "--model", trained, "--prompt", "-", "--max-tokens", "10", stdin=b"The queen"
+    )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.decode() == generated(capsys, trained, "--prompt", "The queen", "--max-tokens", 10)[0]
+    assert (
+        result.stdout.decode() == generated(capsys, trained, "--prompt", "The queen", "--max-tokens", 10)[0]
+    )
     assert b"\x1b" not in result.stdout + result.stderr
 
 
 def test_a_second_command_finds_the_programs_of_the_first_stored(trained, monkeypatch):
     """It traces none, for which it would import Flax."""
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
-    runs = [command("generate", "--model", trained, "--prompt", "The", "--max-tokens", 5, "--count", 3) for _ in range(2)]
+    runs = [
+        command("generate", "--model", trained, "--prompt", "The", "--max-tokens", 5, "--count", 3)
+        for _ in range(2)
+    ]
     assert runs[0].stdout == runs[1].stdout
     assert [b"flax.linen" in run.stderr for run in runs] == [True, False]
 
@@ -153,16 +170,23 @@ if os.environ.get("EDIT"):  # once it is imported: from now on the least likely 
 """
 
 
-def test_a_source_that_is_edited_while_a_command_starts_leaves_no_program_of_the_old_one_for_the_next(trained, tmp_path):
+def test_a_source_that_is_edited_while_a_command_starts_leaves_no_program_of_the_old_one_for_the_next(
+    trained, tmp_path
+):
     for package in ("engine", "stages"):
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__", "page", "serve"))
+        shutil.copytree(
+            ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__", "page", "serve")
+        )
     source = tmp_path / "engine" / "inference" / "sampling.py"
     source.write_text(source.read_text() + SOURCE_THAT_EDITS_ITSELF)
 
     def generate_text(cache: str, edit: str) -> bytes:
-        # Without bytecode of these sources: Python does not see an edit of the same length within a second.
+        # Without bytecode of these sources: Python does not see an edit of the same length within a
+        # second.
         variables = {"THRICE_CACHE": str(tmp_path / cache), "EDIT": edit, "PYTHONDONTWRITEBYTECODE": "1"}
-        words = typed("generate", "--model", trained, "--prompt", "The", "--max-tokens", 8, "--temperature", 0)
+        words = typed(
+            "generate", "--model", trained, "--prompt", "The", "--max-tokens", 8, "--temperature", 0
+        )
         run = subprocess.run(words, cwd=tmp_path, env=os.environ | variables, capture_output=True, check=True)
         return run.stdout
 
@@ -287,7 +311,9 @@ def commands(text, tmp_path):
     ]
 
 
-def test_weights_that_are_not_those_of_the_config_are_refused_by_every_command(trained, commands, text, tmp_path, failing):
+def test_weights_that_are_not_those_of_the_config_are_refused_by_every_command(
+    trained, commands, text, tmp_path, failing
+):
     """Whoever makes a run folder makes its manifests right."""
     run = shutil.copytree(trained, tmp_path / "run")
     step = run / "checkpoints" / "20"
@@ -303,12 +329,14 @@ def test_weights_that_are_not_those_of_the_config_are_refused_by_every_command(t
     resumed = tiny(text, run, "--steps", 30, "--tokenizer", "bpe:300", "--context", 64)
     error = failing(train.main, resumed)
     assert (
-        f"{step / 'params'} is of another model: at blocks/0/gate float32 (32, 88) was wanted and float16 (32, 88) came"
-        in error
+        f"{step / 'params'} is of another model: at blocks/0/gate float32 (32, 88) was wanted and "
+        "float16 (32, 88) came" in error
     )
 
 
-def test_a_damaged_file_of_a_run_is_named_by_every_command_that_loads(trained, commands, tmp_path, failing, capsys):
+def test_a_damaged_file_of_a_run_is_named_by_every_command_that_loads(
+    trained, commands, tmp_path, failing, capsys
+):
     run, flags = shutil.copytree(trained, tmp_path / "run"), ("--prompt", "The king", "--max-tokens", 9)
     plain = generated(capsys, trained, *flags)[0]
     files = [run / "config.json", run / "run.json", *(run / "tokenizer").iterdir()]
@@ -345,12 +373,16 @@ def test_quick_look_is_at_the_text_itself_and_every_mesh_shares_its_windows(text
             assert bytes(row.tolist()) in text.read_bytes()
     reports: list[tuple[int, int]] = []
     assert quick.evaluate(None, lambda *counts: reports.append(counts)) == pytest.approx(1 / np.log(2))
-    assert reports == [(number, len(quick.batches)) for number in range(len(quick.batches) + 1)]  # 0 before it compiles
+    assert reports == [
+        (number, len(quick.batches)) for number in range(len(quick.batches) + 1)
+    ]  # 0 before it compiles
     windows = np.concatenate([batch.tokens for batch in quick.batches])
     for shards in (2, 7, 64):
         monkeypatch.setattr(text_data, "row_shards", lambda shards=shards: shards)
         others = text_data.quick_evaluator(read_config(trained), tokens, tokenizer, counted).batches
-        np.testing.assert_array_equal(np.concatenate([batch.tokens[batch.mask.all(1)] for batch in others]), windows)
+        np.testing.assert_array_equal(
+            np.concatenate([batch.tokens[batch.mask.all(1)] for batch in others]), windows
+        )
         assert all(len(batch.tokens) == len(others[0].tokens) for batch in others)
         assert len(others[0].tokens) % shards == 0
         assert sum(len(batch.tokens) for batch in others) < len(windows) + len(others[0].tokens)

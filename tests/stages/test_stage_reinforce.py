@@ -25,7 +25,20 @@ from stages.runs import rewards
 
 def args(model: Path, folder: Path, *more: object) -> list[str]:
     """Two rounds of four short completions."""
-    flags = ["--model", model, "--task", "length:3", "--out-dir", folder, "--rounds", 2, "--prompts", 1, "--group", 4]
+    flags = [
+        "--model",
+        model,
+        "--task",
+        "length:3",
+        "--out-dir",
+        folder,
+        "--rounds",
+        2,
+        "--prompts",
+        1,
+        "--group",
+        4,
+    ]
     return list(map(str, [*flags, "--max-tokens", 4, "--lora", "rank=2,alpha=4,targets=q,v", *more]))
 
 
@@ -63,7 +76,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch, 
     models = [load_model(str(folder)) for folder in (unbroken, parts)]
     assert digest(models[0].params) == digest(models[1].params)
     measured = [result(folder) for folder in (unbroken, parts)]
-    whole, both = ({name: each[name] for name in each if not re.search("seconds|rss", name)} for each in measured)
+    whole, both = (
+        {name: each[name] for name in each if not re.search("seconds|rss", name)} for each in measured
+    )
     assert whole == both  # what was before training too
     assert both["answer_tokens"] == sum(line["answer_tokens"] for line in metrics(parts))
     assert reinforce.main(args(trained, parts)) == 0
@@ -92,7 +107,10 @@ def test_a_refused_update_is_named_and_the_run_is_finished(trained, tmp_path, mo
 def test_rounds_without_a_difference_stop_with_advice(task, reward, advice, trained, tmp_path, failing):
     folder = tmp_path / "alike"
     error = failing(reinforce.main, args(trained, folder, "--task", task, "--rounds", 100))
-    assert f"In {ALIKE_ROUNDS} rounds in a row all answers to a prompt had the same reward ({reward} on average)" in error
+    assert (
+        f"In {ALIKE_ROUNDS} rounds in a row all answers to a prompt had the same reward ({reward} on average)"
+        in error
+    )
     assert advice in error
     assert not folder.exists()
     assert "In 2 rounds in a row" in failing(reinforce.main, args(trained, folder, "--task", task))
@@ -120,7 +138,8 @@ def test_a_run_ends_early_when_nothing_is_left_to_learn(later, trained, tmp_path
     folder, calls = tmp_path / "early", itertools.count()
 
     def make_reward(_: str) -> Any:
-        first, differing = reinforce_run.EVALUATED, 4  # completions before training, and in the first round
+        # completions before training, and in the first round
+        first, differing = reinforce_run.EVALUATED, 4
 
         def reward(text: str, right: int | None) -> float:
             call = next(calls)
@@ -143,7 +162,9 @@ def test_a_run_ends_early_when_nothing_is_left_to_learn(later, trained, tmp_path
 
 
 def test_answers_are_scored_by_the_model_before_training(trained, tmp_path):
-    """In bits per byte, the end of each included: before training their own model's, and KL is 0 in the first round."""
+    """In bits per byte, the end of each included: before training their own model's, and KL is 0 in
+    the first round.
+    """
     folder = tmp_path / "scored"
     assert reinforce.main(args(trained, folder, "--learning-rate", 0.1, "--rounds", 3)) == 0
     first, *_, last = metrics(folder)
@@ -159,19 +180,28 @@ def test_answers_are_scored_by_the_model_before_training(trained, tmp_path):
     logprobs = score_batch(model.cfg, model.params, rollout.batch, 1)
     _, bits = rollout.bits(logprobs)
     tokens = np.array([*prompt, *completion])[None]
-    table = jax.nn.log_softmax(forward(model.cfg, model.params, tokens[:, :-1], np.arange(tokens.shape[1] - 1)[None])[0])
+    table = jax.nn.log_softmax(
+        forward(model.cfg, model.params, tokens[:, :-1], np.arange(tokens.shape[1] - 1)[None])[0]
+    )
     nats = -sum(float(table[0, at - 1, tokens[0, at]]) for at in range(len(prompt), tokens.shape[1]))
     assert bits == pytest.approx(nats / np.log(2) / len(text), rel=1e-3)
     assert logprobs.sum() == pytest.approx(-nats, rel=1e-3)
 
 
 def test_no_held_out_prompt_is_a_copy_of_a_training_prompt(tmp_path):
-    rows = [{"prompt": text} for text in ("What is rain?", "what is  rain", "What is snow?", "WHAT IS RAIN?!")]
+    rows = [
+        {"prompt": text} for text in ("What is rain?", "what is  rain", "What is snow?", "WHAT IS RAIN?!")
+    ]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     prompts = prompts_for({"length"}, tmp_path / "prompts.jsonl", 0)
-    assert sorted(prompt.text for prompt in (*prompts.train, *prompts.held_out)) == ["What is rain?", "What is snow?"]
+    assert sorted(prompt.text for prompt in (*prompts.train, *prompts.held_out)) == [
+        "What is rain?",
+        "What is snow?",
+    ]
     assert "2 copies left out" in prompts.name
-    sums = [{"prompt": f"What is {text}?"} for text in ("1 - 23", "12 - 3", "12 / 3", "123", "1.23", "-1 - 23")]
+    sums = [
+        {"prompt": f"What is {text}?"} for text in ("1 - 23", "12 - 3", "12 / 3", "123", "1.23", "-1 - 23")
+    ]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, sums)))
     prompts = prompts_for({"length"}, tmp_path / "prompts.jsonl", 0)
     assert len((*prompts.train, *prompts.held_out)) == len(sums)

@@ -71,7 +71,9 @@ def validation_rows(folder: Path) -> list[tuple[int, float]]:
 
 
 def test_a_run_that_is_killed_and_stopped_goes_on_to_the_same_bits(text, tmp_path, monkeypatch, capsys):
-    """Of weights, optimizer, rows of validation and the best; the checkpoints are those of the uninterrupted run too."""
+    """Of weights, optimizer, rows of validation and the best; the checkpoints are those of the
+    uninterrupted run too.
+    """
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     often = ["--steps", 10, "--eval-every", 3, "--save-every", 4, "--keep", 9]
     assert train.main(tiny(text, whole, *often)) == 0
@@ -84,7 +86,8 @@ def test_a_run_that_is_killed_and_stopped_goes_on_to_the_same_bits(text, tmp_pat
         at_step(patch, 6, interrupt)  # when it is about to evaluate
         assert train.main(tiny(text, parts, *often)) == 130
     output = capsys.readouterr().out
-    assert re.search("resumed at step [34]", output)  # the kill came while step 4 was saved, or after
+    # the kill came while step 4 was saved, or after
+    assert re.search("resumed at step [34]", output)
     assert "Stopped at step 6" in output
     assert f"To go on: python -m stages.train tiny --data {text}" in output
     assert "result" not in read_json(parts / "run.json")
@@ -92,9 +95,13 @@ def test_a_run_that_is_killed_and_stopped_goes_on_to_the_same_bits(text, tmp_pat
     assert "resumed at step 6" in capsys.readouterr().out
     assert [step for step, _ in validation_rows(whole)] == [3, 6, 9, 10]
     assert validation_rows(parts) == validation_rows(whole)
-    assert checkpoint.steps(whole) == checkpoint.steps(parts) == [3, 6, 9, 10]  # the best of each time, and the last
+    assert (
+        checkpoint.steps(whole) == checkpoint.steps(parts) == [3, 6, 9, 10]
+    )  # the best of each time, and the last
     same = ("best", "best_step", "validation", "refused")
-    assert [getattr(loop_state(parts), name) for name in same] == [getattr(loop_state(whole), name) for name in same]
+    assert [getattr(loop_state(parts), name) for name in same] == [
+        getattr(loop_state(whole), name) for name in same
+    ]
     assert loop_state(parts).best_step == min(validation_rows(whole), key=lambda row: row[1])[0]
     assert state_digest(parts) == state_digest(whole)
     results = [read_json(folder / "run.json")["result"]["val_bits_per_byte"] for folder in (whole, parts)]
@@ -106,13 +113,23 @@ def test_the_state_of_a_loop_is_read_back_and_an_older_one_has_the_defaults():
     read = LoopState.from_json(json.loads(json.dumps(dataclasses.asdict(state))))
     assert read == state
     assert [read.is_due("evaluate", length) for length in (10, 11, 2.0, 2.1)] == [True, False, True, False]
-    record = {"step": 3, "seconds": 1.5, "refused": 1, "best": 2.5, "first_step_seconds": 4.0, "seed": 0, "digests": {}}
+    record = {
+        "step": 3,
+        "seconds": 1.5,
+        "refused": 1,
+        "best": 2.5,
+        "first_step_seconds": 4.0,
+        "seed": 0,
+        "digests": {},
+    }
     assert LoopState.from_json(record) == LoopState(3, 1.5, 1, best=2.5, first_step_seconds=4.0)
     with pytest.raises(KeyError):
         LoopState.from_json({"seconds": 1.5})
 
 
-def test_ctrl_c_while_the_last_checkpoint_is_written_leaves_the_last_measurement_to_the_next_start(text, tmp_path, monkeypatch):
+def test_ctrl_c_while_the_last_checkpoint_is_written_leaves_the_last_measurement_to_the_next_start(
+    text, tmp_path, monkeypatch
+):
     write, flags = checkpoint.write, tiny(text, tmp_path / "run", "--steps", 3)
 
     def interrupted(folder: Path, step: int, *args: Any, **options: Any) -> Path:
@@ -155,11 +172,15 @@ def test_the_best_is_saved_though_its_evaluation_falls_due_at_a_refused_step(tex
 
 def test_other_contents_of_the_same_file_are_said():
     there = dict.fromkeys(FIXED, "the same") | {"text/data": "chats.jsonl"}
-    assert refusals(there, there | {"text/digest": "other"}) == ["text (what is read from chats.jsonl has changed)"]
+    assert refusals(there, there | {"text/digest": "other"}) == [
+        "text (what is read from chats.jsonl has changed)"
+    ]
 
 
 @pytest.mark.parametrize("why", ["another text", "damage"])
-def test_a_best_on_another_validation_text_or_a_damaged_one_is_forgotten(text, tmp_path, monkeypatch, capsys, why):
+def test_a_best_on_another_validation_text_or_a_damaged_one_is_forgotten(
+    text, tmp_path, monkeypatch, capsys, why
+):
     words = tiny(text, tmp_path / "run", "--eval-every", 2, "--steps", 13)
     (held_out := tmp_path / "held-out.txt").write_bytes(text.read_bytes()[:-99])
     with monkeypatch.context() as patch:
@@ -215,11 +236,15 @@ def test_the_stop_after_refusals_saves_and_says_which_batches_they_were(text, tm
     assert f"saved at step 3 in {folder}" in error
     assert [line["refused_batch"] for line in metrics(folder) if "refused_batch" in line] == [*range(3, 13)]
     assert "Lower --learning-rate" in error
-    assert "10 steps in a row" in failing(train.main, words)  # the same command does not pass over data by itself
+    assert "10 steps in a row" in failing(
+        train.main, words
+    )  # the same command does not pass over data by itself
 
 
 def test_metrics_that_cannot_be_written_end_the_run_after_a_checkpoint(text, tmp_path, monkeypatch, failing):
-    """What all processes do together, as saving, process 0 does too though it could not write its line."""
+    """What all processes do together, as saving, process 0 does too though it could not write its
+    line.
+    """
     folder = tmp_path / "run"
     evaluate_and_save, together = loop.evaluate_and_save, []
 
@@ -262,7 +287,8 @@ def test_finished_run_says_so_and_goes_on_with_more_steps(trained, text, tmp_pat
     shutil.copytree(trained, folder)
     same = tiny(text, folder, "--tokenizer", "bpe:300", "--context", 64)
     before, batch = (folder / "run.json").read_bytes(), same.index("--batch")
-    # A batch that is not said is the run's: the preset's would be 8 here, and more on a mesh that 8 is no multiple of.
+    # A batch that is not said is the run's: the preset's would be 8 here, and more on a mesh that 8
+    # is no multiple of.
     assert train.main([*same[:batch], *same[batch + 2 :], "--steps", "20"]) == 0
     assert "This run is finished: 20 steps" in capsys.readouterr().out
     assert (folder / "run.json").read_bytes() == before
@@ -281,7 +307,8 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(text, tmp_path, 
     victim = folder / "checkpoints" / "4" / "params.safetensors"
     victim.write_bytes(victim.read_bytes()[:-1] + b"\0\0")
     capsys.readouterr()
-    # The run was finished, but what it finished with is not there any more: the same command makes it again.
+    # The run was finished, but what it finished with is not there any more: the same command makes
+    # it again.
     assert train.main(tiny(text, folder, "--steps", 4, "--learning-rate", "0.001")) == 0
     output = capsys.readouterr().out
     assert f"damaged: {victim}" in output
@@ -291,7 +318,8 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(text, tmp_path, 
     assert manifest.verify(folder / "checkpoints" / "4") == []
 
 
-# Other values for fields of which no arithmetic makes one; and what happens beside training, or what run.json's `device` shows.
+# Other values for fields of which no arithmetic makes one; and what happens beside training, or
+# what run.json's `device` shows.
 OTHER = {
     "dtype": "float32",
     "tokenizer": "bpe:300",
@@ -346,11 +374,18 @@ def variants(flags: Any, other: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         elif name in other and kind is not bool:
             yield name, replace(other[name])
         elif name not in BESIDE:
-            yield name, replace(not value if kind is bool else (value or 0) + 2 if kind is int else (value or 0.5) * 0.5)
+            yield (
+                name,
+                replace(
+                    not value if kind is bool else (value or 0) + 2 if kind is int else (value or 0.5) * 0.5
+                ),
+            )
 
 
 def is_noticed(before: Any, after: Any) -> bool:
-    """Whether a change from (metadata, architecture) to another is refused, or recorded in run.json."""
+    """Whether a change from (metadata, architecture) to another is refused, or recorded in
+    run.json.
+    """
     there, now = settings(*before), settings(*after)
     return bool(differences(there, now))
 
@@ -359,10 +394,17 @@ def is_noticed(before: Any, after: Any) -> bool:
 def test_no_flag_changes_unnoticed(stage, text, trained, tmp_path, monkeypatch):
     chats, other, template = tmp_path / "chats.jsonl", tmp_path / "other.jsonl", tmp_path / "template.jinja"
     for path, answer in ((chats, "sails"), (other, "a far land")):
-        rows = [{"prompt": f"the {word}", "completion": answer, "text": f"{answer} " * 20} for word in ("king", "queen", "sea")]
+        rows = [
+            {"prompt": f"the {word}", "completion": answer, "text": f"{answer} " * 20}
+            for word in ("king", "queen", "sea")
+        ]
         path.write_text("\n".join(map(json.dumps, rows)))
     template.write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
-    values = OTHER | {"data": str(other), "validation": other if stage == "train" else str(other), "template": template}
+    values = OTHER | {
+        "data": str(other),
+        "validation": other if stage == "train" else str(other),
+        "template": template,
+    }
     if stage == "train":
         kind, words, make = TrainFlags, tiny(text, tmp_path, "--steps", 20), plan_training
         prepare: Any = prepare_training
@@ -370,12 +412,18 @@ def test_no_flag_changes_unnoticed(stage, text, trained, tmp_path, monkeypatch):
         words = ["--model", trained, "--context", 40, "--steps", 20, "--general", text, "--data", chats]
         kind, make, prepare = FinetuneFlags, plan_tuning, prepare_tuning
         model, chat = load_model(str(trained), dtype=None), functools.cache(ChatTokenizer)
-        monkeypatch.setattr(model_stage, "load_model", lambda *_, on_config, **__: on_config(model.cfg) or model)
+        monkeypatch.setattr(
+            model_stage, "load_model", lambda *_, on_config, **__: on_config(model.cfg) or model
+        )
         monkeypatch.setattr(model_stage, "ChatTokenizer", chat)
-    flags = tyro.cli(kind, args=[*map(str, words)], config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+    flags = tyro.cli(
+        kind, args=[*map(str, words)], config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    )
 
     def described(flags: Any) -> Any:
-        options = RunOptions(stage=stage, device=Device("cpu", "a chip", 1, "here"), folder=tmp_path, dry_run=True)
+        options = RunOptions(
+            stage=stage, device=Device("cpu", "a chip", 1, "here"), folder=tmp_path, dry_run=True
+        )
         console = Console(io.StringIO())
         prepared = prepare(make(flags, options, console), console)
         return run_metadata(options, prepared.plan, prepared.metadata), prepared.plan.cfg
@@ -393,4 +441,6 @@ def test_no_flag_changes_unnoticed(stage, text, trained, tmp_path, monkeypatch):
 
 def test_a_run_resumed_on_the_other_path_of_attention_says_so():
     lines = describe_changes({"attention": ("in C", "by XLA")})
-    assert lines == ["attention in C -> by XLA: the next steps are those in C within rounding, not to the bit"]
+    assert lines == [
+        "attention in C -> by XLA: the next steps are those in C within rounding, not to the bit"
+    ]

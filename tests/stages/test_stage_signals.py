@@ -32,7 +32,9 @@ def started():
 
 
 def start(started: list[subprocess.Popen], words: list[str]) -> subprocess.Popen:
-    started.append(subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    started.append(
+        subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    )
     return started[-1]
 
 
@@ -76,12 +78,17 @@ def test_nobody_reading_saves_and_ends_quietly(started, text, tmp_path):
     _, complaint = process.communicate(timeout=PATIENCE)
     assert process.returncode == 141
     assert complaint == ""
-    assert manifest.verify(tmp_path / "run" / "checkpoints" / str(checkpoint.steps(tmp_path / "run")[-1])) == []
+    assert (
+        manifest.verify(tmp_path / "run" / "checkpoints" / str(checkpoint.steps(tmp_path / "run")[-1])) == []
+    )
 
 
 @pytest.mark.parametrize(
     ("phase", "number", "code", "sentence"),
-    [("start", signal.SIGINT, 130, "before anything was begun"), ("end", signal.SIGHUP, 129, "after the command was over")],
+    [
+        ("start", signal.SIGINT, 130, "before anything was begun"),
+        ("end", signal.SIGHUP, 129, "after the command was over"),
+    ],
 )
 def test_a_signal_while_python_starts_or_ends(started, tmp_path, monkeypatch, phase, number, code, sentence):
     busy = "print('busy', flush=True); import time; time.sleep(600)"
@@ -108,14 +115,19 @@ def test_each_command_answers_signals_before_its_imports(stage, tmp_path, monkey
 
 @pytest.mark.parametrize("again", [False, True])
 def test_a_signal_while_a_checkpoint_is_written_beside_training(started, text, tmp_path, again):
-    """The last save waits for that write; a second signal does not, and leaves the older checkpoint and no partial one."""
+    """The last save waits for that write; a second signal does not, and leaves the older checkpoint
+    and no partial one.
+    """
     folder = tmp_path / "run"
     assert train.main(tiny(text, folder, "--steps", 2, "--eval-every", 100)) == 0
     patch = (
         "import time; from engine.storage import checkpoint as c; w = c.write_files; "
-        f"c.write_files = lambda *args: (print('busy', flush=True), time.sleep({600 if again else 1}), w(*args))"
+        "c.write_files = lambda *args: (print('busy', flush=True), "
+        f"time.sleep({600 if again else 1}), w(*args))"
     )
-    run = f"import sys; {patch}; from stages.train import __main__ as train; sys.exit(train.main(sys.argv[1:]))"
+    run = (
+        f"import sys; {patch}; from stages.train import __main__ as train; sys.exit(train.main(sys.argv[1:]))"
+    )
     process = start(started, [sys.executable, "-c", run, *tiny(text, folder, *LONG)])
     wait_for_line(process, "busy")
     process.send_signal(signal.SIGTERM)
@@ -142,7 +154,9 @@ with signals.handle_signals(), signals.defer_signals("Finishing.", unread) as de
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(600)
 """
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert (ended.returncode, "Stopped at once" in ended.stderr) == (143, True)
 
 
@@ -177,7 +191,9 @@ with signals.handle_signals(), atomic_file(Path({str(tmp_path / "a")!r})), atomi
     os.kill(os.getpid(), signal.SIGHUP)
     time.sleep(600)
 """
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert (ended.returncode, ended.stderr) == (129, "\nStopped while it wrote.\n")
     assert [*tmp_path.iterdir()] == []
 
@@ -199,5 +215,7 @@ with signals.handle_signals():
     except KeyboardInterrupt:
         time.sleep(1)
 """
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert (ended.returncode, ended.stderr) == (0, "")

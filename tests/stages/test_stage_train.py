@@ -24,7 +24,14 @@ from stages.runs import text_data
 from stages.runs.text_data import make_tokenizer
 from stages.train import __main__ as train
 
-RESULT = ("val_bits_per_byte", "train_seconds", "first_step_seconds", "peak_rss_bytes", "tokens_per_second", "mfu")
+RESULT = (
+    "val_bits_per_byte",
+    "train_seconds",
+    "first_step_seconds",
+    "peak_rss_bytes",
+    "tokens_per_second",
+    "mfu",
+)
 
 
 def test_run_leaves_what_it_says(trained):
@@ -43,13 +50,30 @@ def test_run_leaves_what_it_says(trained):
     assert checkpoint.steps(trained)[-1] == 20
 
 
-@pytest.mark.night  # by day tests/laws and tests/training hold what a step donates; promise T14 has more runs
+# by day tests/laws and tests/training hold what a step donates; promise T14 has more runs
+@pytest.mark.night
 @pytest.mark.journeys
 def test_memory_stays_within_the_plan(text, tmp_path):
-    """The buffer of a step lies in the place of the last one's: the peak over some steps and a save is no more than printed."""
+    """The buffer of a step lies in the place of the last one's: the peak over some steps and a save
+    is no more than printed.
+    """
     folder, printed = tmp_path / "run", tmp_path / "printed"
-    words = typed("train", "nano", "--data", text, "--tokenizer", "bytes", "--out-dir", folder, "--scan", "--save-every", 2)
-    words += map(str, ("--batch", 4, "--context", 256, "--steps", 10**6, "--eval-every", 10**6, "--log-every", 1))
+    words = typed(
+        "train",
+        "nano",
+        "--data",
+        text,
+        "--tokenizer",
+        "bytes",
+        "--out-dir",
+        folder,
+        "--scan",
+        "--save-every",
+        2,
+    )
+    words += map(
+        str, ("--batch", 4, "--context", 256, "--steps", 10**6, "--eval-every", 10**6, "--log-every", 1)
+    )
     with printed.open("w") as file, subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=file) as process:
         for lines in (1, 5):
             while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < lines:
@@ -65,20 +89,26 @@ def test_memory_stays_within_the_plan(text, tmp_path):
 
 
 def test_time_boxed_run_counts_training_only(text, tmp_path, monkeypatch, capsys):
-    """By a clock that moves 0.01 s when it is read: once in a step, and more often in an evaluation."""
+    """By a clock that moves 0.01 s when it is read: once in a step, and more often in an
+    evaluation.
+    """
     ticks = itertools.count()
     monkeypatch.setattr("stages.runs.loop.time", SimpleNamespace(perf_counter=lambda: next(ticks) / 100))
     assert train.main(tiny(text, tmp_path / "run", "--max-time", "1s", "--eval-every", "20")) == 0
     result = read_json(tmp_path / "run" / "run.json")["result"]
     assert 1 <= result["train_seconds"] < 1.02
     assert 98 <= result["steps"] <= 100
-    steps = [line for line in metrics(tmp_path / "run") if "learning_rate_factor" in line]  # others are of evaluations
+    steps = [
+        line for line in metrics(tmp_path / "run") if "learning_rate_factor" in line
+    ]  # others are of evaluations
     assert steps[-1]["learning_rate_factor"] < 0.1  # the schedule follows the time
     assert "epoch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("others", "is_said"), [(0.4, True), (0.1, False), (None, False)])
-def test_a_busy_machine_is_said_beside_the_prediction_and_what_came_of_it(others, is_said, text, tmp_path, monkeypatch, capsys):
+def test_a_busy_machine_is_said_beside_the_prediction_and_what_came_of_it(
+    others, is_said, text, tmp_path, monkeypatch, capsys
+):
     seconds = itertools.count(100)
 
     def core_time() -> CoreTime | None:
@@ -97,21 +127,53 @@ def test_a_busy_machine_is_said_beside_the_prediction_and_what_came_of_it(others
 def test_dry_run_prints_the_plan_and_leaves_nothing(text, tmp_path, capsys):
     assert train.main(tiny(text, tmp_path / "run", "--dry-run")) == 0
     output = capsys.readouterr().out
-    for word in ("device", "parameters", "trainable", "frozen", "FLOPs", "memory", "predicted", "epochs", "time-boxed"):
+    for word in (
+        "device",
+        "parameters",
+        "trainable",
+        "frozen",
+        "FLOPs",
+        "memory",
+        "predicted",
+        "epochs",
+        "time-boxed",
+    ):
         assert word in output
     assert not (tmp_path / "run").exists()
 
 
 def test_flags_change_the_recipe(text, tmp_path):
     more = ["--optimizer", "adamw", "--learning_rate", "0.002", "--schedule", "cosine", "--dtype", "float32"]
-    more += ["--accumulate", "2", "--scan", "--remat", "--clip", "inf", "--seed", "7", "--steps", "2", "--max-time", "1h"]
+    more += [
+        "--accumulate",
+        "2",
+        "--scan",
+        "--remat",
+        "--clip",
+        "inf",
+        "--seed",
+        "7",
+        "--steps",
+        "2",
+        "--max-time",
+        "1h",
+    ]
     assert train.main(tiny(text, tmp_path / "run", *more)) == 0
     assert checkpoint.steps(tmp_path / "run") == [2]  # whichever limit comes first ends a run
     run, config = (read_json(tmp_path / "run" / name) for name in ("run.json", "config.json"))
     optimizer = run["recipe"]["optimizer"]
-    assert (optimizer["kind"], optimizer["learning_rate"], optimizer["schedule"]) == ("adamw", 0.002, "cosine")
+    assert (optimizer["kind"], optimizer["learning_rate"], optimizer["schedule"]) == (
+        "adamw",
+        0.002,
+        "cosine",
+    )
     assert (run["seed"], run["recipe"]["batch"], run["recipe"]["accumulate"]) == (7, 4, 2)
-    assert (config["dtype"], config["scan"], config["remat"], config["context"]) == ("float32", True, "block", 32)
+    assert (config["dtype"], config["scan"], config["remat"], config["context"]) == (
+        "float32",
+        True,
+        "block",
+        32,
+    )
 
 
 def test_a_tokenizer_in_the_cache_that_was_changed_is_made_anew(text, tmp_path, monkeypatch):
@@ -139,7 +201,9 @@ def test_a_tokenizer_of_a_text_that_was_edited_meanwhile_is_not_kept(text, tmp_p
 
     with monkeypatch.context() as patch:
         patch.setattr(text_data, "train_bpe", edit_and_train)
-        with pytest.raises(UserError, match=r"edited.txt was changed while it was read, so its tokenizer was not kept"):
+        with pytest.raises(
+            UserError, match=r"edited.txt was changed while it was read, so its tokenizer was not kept"
+        ):
             learn()
     of_another_text = learn()
     edited.write_bytes(text.read_bytes())

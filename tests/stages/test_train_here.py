@@ -58,7 +58,9 @@ class Page:
 
 
 def weights_of(page, expression):
-    """The browser's weights as engine/by_hand has them. As one string they come in a moment, as lists in half a minute."""
+    """The browser's weights as engine/by_hand has them. As one string they come in a moment, as
+    lists in half a minute.
+    """
     weights = json.loads(page.get(f"JSON.stringify(jax.tree.map(w => w.ref.js(), {expression}))"))
     blocks = {str(i): block for i, block in enumerate(weights["blocks"])}
     return tree_map(lambda leaf: np.array(leaf, np.float32), weights | {"blocks": blocks})
@@ -71,7 +73,9 @@ def config(page):
 
 @pytest.mark.parametrize("steps", [6, pytest.param(60, marks=pytest.mark.night)])
 def test_it_learns_as_by_hand_and_answers_with_the_weights_that_it_has(page, steps):
-    """The first losses are those of engine/by_hand; an answer changes no weight. In 60 steps it knows its text by heart."""
+    """The first losses are those of engine/by_hand; an answer changes no weight. In 60 steps it
+    knows its text by heart.
+    """
     assert page.ask("ab")[1] == "0"  # random weights answer too
     page.get("$('text').value = 'To be, or not to be, that is the question. '.repeat(4)")
     losses, beside = page.train(steps), min(steps, 20)
@@ -104,7 +108,8 @@ def test_it_learns_as_by_hand_and_answers_with_the_weights_that_it_has(page, ste
     # The counter counts: an answer that moves one weight is found out.
     page.get("(run.answer = run.logits, run.move = jax.numpy.array([2, ...Array(63).fill(1)]), 0)")
     page.get(
-        "(run.logits = (...given) => (run.weights.norm = run.weights.norm.mul(run.move), run.logits = run.answer)(...given), 0)"
+        "(run.logits = (...given) => (run.weights.norm = run.weights.norm.mul(run.move), "
+        "run.logits = run.answer)(...given), 0)"
     )
     assert page.ask("To be,")[1] == "1"
 

@@ -37,7 +37,17 @@ from stages.train import mesh_plan
 from stages.train import run as train_run
 from stages.train.run import TrainingPlan, recipe
 
-HERE = Ceilings("a chip", "cpu", 2, "0", bf16_gflops=400.0, f32_gflops=200.0, int8_gflops=300.0, read_gbs=26.0, update_gbs=20.0)
+HERE = Ceilings(
+    "a chip",
+    "cpu",
+    2,
+    "0",
+    bf16_gflops=400.0,
+    f32_gflops=200.0,
+    int8_gflops=300.0,
+    read_gbs=26.0,
+    update_gbs=20.0,
+)
 
 
 def plan_of(monkeypatch, capsys, *args) -> dict[str, str]:
@@ -50,7 +60,15 @@ def plan_of(monkeypatch, capsys, *args) -> dict[str, str]:
 def test_another_batch_is_read_in_parts_no_larger_than_the_recipes():
     large, small = recipe("gpt2-124m", 300), recipe("demo", 300)
     assert (large.batch, large.context, large.accumulate) == (32, 1024, 8)
-    shapes = {(4, 256): 1, (6, 1024): 2, (64, 1024): 16, (32, 1024): 8, (7, 2048): 7, (1, 8192): 1, (10**9, 1024): 25 * 10**7}
+    shapes = {
+        (4, 256): 1,
+        (6, 1024): 2,
+        (64, 1024): 16,
+        (32, 1024): 8,
+        (7, 2048): 7,
+        (1, 8192): 1,
+        (10**9, 1024): 25 * 10**7,
+    }
     assert {shape: large.resize(*shape).accumulate for shape in shapes} == shapes
     assert small.resize(64, 512).accumulate == 1, "a recipe of one part stays so"
 
@@ -80,8 +98,22 @@ def test_a_process_that_cannot_measure_gives_no_ceilings(monkeypatch):
 
 
 def test_a_mesh_that_is_not_here_is_planned(text, monkeypatch, capsys):
-    """A device holds what the rules on paths leave of 12 bytes a parameter; more than there is, is said."""
-    tiny_plan = ["tiny", "--data", text, "--context", 32, "--batch", 8, "--optimizer", "adamw", "--mesh", "fsdp=8"]
+    """A device holds what the rules on paths leave of 12 bytes a parameter; more than there is, is
+    said.
+    """
+    tiny_plan = [
+        "tiny",
+        "--data",
+        text,
+        "--context",
+        32,
+        "--batch",
+        8,
+        "--optimizer",
+        "adamw",
+        "--mesh",
+        "fsdp=8",
+    ]
     shapes = leaf_shapes(dataclasses.replace(preset("tiny"), vocab=258)).values()
     held = 12 * sum(math.prod(shape) // (8 if len(shape) > 1 else 1) for shape in shapes)
     small = dataclasses.replace(find_accelerator("tpu-v5e"), memory_gb=held / 4e9)
@@ -102,7 +134,9 @@ def test_a_mesh_that_is_not_here_is_planned(text, monkeypatch, capsys):
 
 @pytest.mark.parametrize("total", [1_057_000_000, 949_600_000, 9_944_000_000])
 def test_the_memory_in_all_is_printed_to_three_figures(total):
-    """Promise T14 holds a run's peak to what is printed: 1.057 GB as `1.1 GB` would be 4% of its 15."""
+    """Promise T14 holds a run's peak to what is printed: 1.057 GB as `1.1 GB` would be 4% of its
+    15.
+    """
     plan = RunPlan("demo", preset("demo"), recipe("demo", 2048), 0, 5, None)
     phrase = estimate.memory_estimate(plan, total - plan.memory.saved - estimate.process_bytes(plan.cfg))
     printed, unit = re.search(r"([\d.]+) ([MG]B) in all with Python", phrase).groups()
@@ -110,7 +144,9 @@ def test_the_memory_in_all_is_printed_to_three_figures(total):
 
 
 def test_the_memory_in_all_holds_the_weights_that_answer_between_steps():
-    """An adapter on int8 is merged into a copy in the compute type, twice the base: more than a small step takes."""
+    """An adapter on int8 is merged into a copy in the compute type, twice the base: more than a
+    small step takes.
+    """
     cfg = preset("smollm2-135m")
     lora = lora_only(cfg, LoraConfig(rank=8))
     plan = RunPlan("small", cfg, recipe("demo", 2048).resize(1, 128), 0, 5, None, trainable=lora, base="int8")
@@ -118,18 +154,23 @@ def test_the_memory_in_all_holds_the_weights_that_answer_between_steps():
     assert plan.step.answering_bytes == plan.memory.params + plan.memory.optimizer + served
     assert plan.step.answering_bytes > plan.memory.total + plan.memory.saved
     in_all = format_count(plan.step.answering_bytes + estimate.process_bytes(cfg))
-    assert estimate.memory_estimate(plan, plan.memory.total).endswith(f"; {in_all}B in all with Python and JAX")
+    assert estimate.memory_estimate(plan, plan.memory.total).endswith(
+        f"; {in_all}B in all with Python and JAX"
+    )
 
 
 def test_memory_and_speed_are_those_of_all_devices_of_a_mesh(monkeypatch):
     plan = RunPlan("demo", preset("demo"), recipe("demo", 2048), 0, 5, None)
     mesh = dataclasses.replace(plan, mesh=MeshShape(fsdp=4))
     need = lambda plan: estimate.require_room(plan, plan.memory.total, "A step needs", "buy more.")
-    monkeypatch.setattr(estimate, "device_memory_bytes", lambda: estimate.process_bytes(plan.cfg) + plan.memory.total // 2)
+    monkeypatch.setattr(
+        estimate, "device_memory_bytes", lambda: estimate.process_bytes(plan.cfg) + plan.memory.total // 2
+    )
     need(mesh)  # on four machines like this one
     with pytest.raises(UserError, match=r"A step needs \S+ .B, and"):
         need(plan)
-    monkeypatch.setattr(jax, "local_device_count", lambda: 4)  # virtual devices, which share its memory
+    # virtual devices, which share its memory
+    monkeypatch.setattr(jax, "local_device_count", lambda: 4)
     with pytest.raises(UserError, match=r"on each of 4 devices, and"):
         need(mesh)
     assert estimate.mesh_ceilings(HERE, mesh.mesh) == HERE, "and its cores"
@@ -152,8 +193,12 @@ def test_a_step_that_does_not_compile_is_one_sentence(text, monkeypatch, capsys)
 
 def test_a_ring_over_nodes_is_as_fast_as_the_network_of_a_node():
     device = find_accelerator("h100")
-    seconds = lambda *group: device.send_seconds(Collective("all-gather", 10**9, group, 1)) / (1 - 1 / len(group))
-    assert [seconds(*range(8)), seconds(*range(16)), seconds(0, 8)] == pytest.approx([1 / 450, 1 / 400, 1 / 50])
+    seconds = lambda *group: (
+        device.send_seconds(Collective("all-gather", 10**9, group, 1)) / (1 - 1 / len(group))
+    )
+    assert [seconds(*range(8)), seconds(*range(16)), seconds(0, 8)] == pytest.approx(
+        [1 / 450, 1 / 400, 1 / 50]
+    )
 
 
 ODD_FLAGS = {
@@ -189,7 +234,13 @@ def test_any_flags_give_a_plan_that_can_be_traced_or_one_sentence(text, preset, 
         planned.append(plan_training(*args))
         return planned[-1]
 
-    words = [preset, "--data", text, "--dry-run", *([] if "--tokenizer" in values else ["--tokenizer", "bytes"])]
+    words = [
+        preset,
+        "--data",
+        text,
+        "--dry-run",
+        *([] if "--tokenizer" in values else ["--tokenizer", "bytes"]),
+    ]
     words += [word for flag, value in values.items() for word in ([flag] if value == () else [flag, value])]
     error = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stderr(error), redirect_stdout(io.StringIO()):

@@ -41,7 +41,9 @@ class Run:
 
     def __init__(self, text: Path, folder: Path, *flags: object, port: int = 0) -> None:
         words = [sys.executable, "-c", HOLDS, *tiny(text, folder, "--log-every", 1, "--watch", port, *flags)]
-        self.process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = subprocess.Popen(
+            words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         self.output = self.process.stdout.readline()
         self.url = self.output.split()[-1]
         self.port = int(self.url.rpartition(":")[2])
@@ -60,7 +62,9 @@ class Run:
 
 
 def events(url: str, after: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """The events of a run, each with its id, as a browser gets them that has had those up to `after`."""
+    """The events of a run, each with its id, as a browser gets them that has had those up to
+    `after`.
+    """
     headers = {"Last-Event-ID": after} if after else {}
     with httpx.stream("GET", f"{url}/events", headers=headers, timeout=PATIENCE) as reply:
         assert (reply.status_code, reply.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
@@ -102,7 +106,8 @@ def mute(port: int) -> socket.socket:
 
 @pytest.mark.journeys
 def test_a_watched_run(text, tmp_path, monkeypatch):
-    """Through the real command: its page; its events, without doubles after a break; the bits of a run that is not watched.
+    """Through the real command: its page; its events, without doubles after a break; the bits of a
+    run that is not watched.
 
     That one imports nothing of it.
     """
@@ -128,17 +133,22 @@ def test_a_watched_run(text, tmp_path, monkeypatch):
     of = lambda kind: [event for event in seen if event["event"] == kind]
     assert len(of("frame")) >= 2
     assert of("frame")[-1]["digest"] == seen[-1]["digest"]
-    assert of("step") == [{"event": "step", **line} for line in metrics(tmp_path / "watched") if "loss" in line]
+    assert of("step") == [
+        {"event": "step", **line} for line in metrics(tmp_path / "watched") if "loss" in line
+    ]
     assert [event["step"] for event in of("validation")] == [*range(100, 601, 100)]
     assert f"{run.url} has ended with the run; --record FILE keeps what it shows." in run.output
-    program = (
-        f"import sys; from stages.train.__main__ import main; main({tiny(text, tmp_path / 'plain', '--log-every', 1, *words)})"
-    )
+    args = tiny(text, tmp_path / "plain", "--log-every", 1, *words)
+    program = f"import sys; from stages.train.__main__ import main; main({args})"
     program += "; print({'stages.runs.watch.recorder', 'stages.runs.watch.server', 'tensorboardX'} & set(sys.modules))"
-    plain = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    plain = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert plain.stdout.endswith("set()\n")
     for name in ("params.safetensors", "optimizer.safetensors"):
-        ends = [(tmp_path / folder / "checkpoints" / "600" / name).read_bytes() for folder in ("watched", "plain")]
+        ends = [
+            (tmp_path / folder / "checkpoints" / "600" / name).read_bytes() for folder in ("watched", "plain")
+        ]
         assert ends[0] == ends[1]
 
 
@@ -157,7 +167,8 @@ def test_what_is_not_ours_is_refused():
             assert sends(port, *headers) == "403", headers
         for headers in ([ours], ["Host: localhost"], [ours, "Sec-Fetch-Site: same-origin"]):
             assert sends(port, *headers) == "200", headers
-        assert sends(port, ours, "Sec-Fetch-Site: cross-site", path="/") == "200"  # a link to the page
+        # a link to the page
+        assert sends(port, ours, "Sec-Fetch-Site: cross-site", path="/") == "200"
         assert sends(port, ours, path="/params.safetensors") == "404"
         with socket.socket() as elsewhere:  # another address of this machine
             assert elsewhere.connect_ex(("127.0.0.2", port))
@@ -207,7 +218,10 @@ def test_a_port_that_cannot_be_had(text, tmp_path, failing):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         error = failing(train.main, tiny(text, tmp_path / "run", "--steps", 2, "--watch", port))
-    assert f"Port {port} of 127.0.0.1 cannot be listened on: Address already in use. Give another with --watch." in error
+    assert (
+        f"Port {port} of 127.0.0.1 cannot be listened on: Address already in use. Give another with --watch."
+        in error
+    )
     assert not (tmp_path / "run").exists()
     for port in ("65536", "-1", "page"):
         assert "--watch: wanted an integer, between 0 and 65535" in failing(train.main, ["--watch", port])
@@ -217,20 +231,35 @@ def test_a_port_that_cannot_be_had(text, tmp_path, failing):
 @pytest.mark.night  # by day test_lives_page.py has a page draw a run's events as they come
 @pytest.mark.journeys
 def test_in_a_browser(text, tmp_path, browser):
-    """The page draws frames as they come, says when the run was killed, and goes on with the next one."""
-    wait = lambda script: WebDriverWait(browser, PATIENCE, 0.1).until(lambda _: browser.execute_script(f"return {script}"))
+    """The page draws frames as they come, says when the run was killed, and goes on with the next
+    one.
+    """
+    wait = lambda script: WebDriverWait(browser, PATIENCE, 0.1).until(
+        lambda _: browser.execute_script(f"return {script}")
+    )
     with Run(text, tmp_path / "run", "--max-time", "10m") as run:
         browser.get(run.url)
-        wait("state.recording.lives.train?.frames?.length >= 2 && state.frame >= 1 && life().steps?.length > 20")
+        wait(
+            "state.recording.lives.train?.frames?.length >= 2 && state.frame >= 1 && "
+            "life().steps?.length > 20"
+        )
         drawn = "document.getElementById('model-weights')"
-        wait(f"new Set({drawn}.getContext('2d').getImageData(0, 0, {drawn}.width, {drawn}.height).data).size > 20")
-        assert browser.execute_script("return $('alert').hidden && $('changed').textContent !== '' && curves.length >= 4")
+        wait(
+            f"new Set({drawn}.getContext('2d').getImageData(0, 0, {drawn}.width, "
+            f"{drawn}.height).data).size > 20"
+        )
+        assert browser.execute_script(
+            "return $('alert').hidden && $('changed').textContent !== '' && curves.length >= 4"
+        )
         assert "stages.train tiny" in browser.execute_script("return $('about').textContent")
         assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
     wait("!$('alert').hidden && $('alert').textContent.includes('cannot be reached since')")
     assert browser.execute_script("return life().frames.length") >= 2  # what came stays
     with Run(text, tmp_path / "other", "--max-time", "10m", port=run.port):
-        wait("$('alert').hidden && $('about').textContent.includes('other') && life().frames && life().steps?.length > 3")
+        wait(
+            "$('alert').hidden && $('about').textContent.includes('other') && life().frames && "
+            "life().steps?.length > 3"
+        )
         steps = browser.execute_script("return life().steps.map((each) => each.step)")
         assert steps == sorted({*steps})
 
@@ -248,14 +277,22 @@ def test_event_files_of_tensorboard(text, tmp_path, monkeypatch, failing):
     from tensorboardX.proto.event_pb2 import Event
 
     folder = tmp_path / "run"
-    assert train.main(tiny(text, folder, "--steps", 12, "--log-every", 2, "--eval-every", 6, "--tensorboard")) == 0
+    assert (
+        train.main(tiny(text, folder, "--steps", 12, "--log-every", 2, "--eval-every", 6, "--tensorboard"))
+        == 0
+    )
     (file,) = (folder / "tensorboard").iterdir()
     seen = {
         (event.step, value.tag): value.simple_value
         for event in map(Event.FromString, records(file))
         for value in event.summary.value
     }
-    written = {(line["step"], name): value for line in metrics(folder) for name, value in line.items() if name != "step"}
+    written = {
+        (line["step"], name): value
+        for line in metrics(folder)
+        for name, value in line.items()
+        if name != "step"
+    }
     assert seen == pytest.approx(written)
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     error = failing(train.main, tiny(text, tmp_path / "other", "--tensorboard"))

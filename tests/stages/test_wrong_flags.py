@@ -10,7 +10,10 @@ import pytest
 from tiny_runs import tiny
 
 CHAT = {"messages": [{"role": "user", "content": "Sea?"}, {"role": "assistant", "content": "Ships."}]}
-CHATS = [json.dumps({"messages": [{"role": "user", "content": f"Sea {n}?"}, CHAT["messages"][1]]}) for n in range(9)]
+CHATS = [
+    json.dumps({"messages": [{"role": "user", "content": f"Sea {n}?"}, CHAT["messages"][1]]})
+    for n in range(9)
+]
 FILES = {  # that the flags below name; one that ends in / is a folder
     "empty.txt": "",
     "short.txt": "To be.\nOr not.\n",
@@ -44,7 +47,10 @@ NO_MODEL = [
 ]
 BROKEN_ROWS = [
     ("--data no-json.jsonl", r"no-json\.jsonl:2 is not JSON"),
-    ("--data mixed.jsonl", r"mixed\.jsonl:2 is of the kind prompt/completion, and mixed\.jsonl:1 was messages"),
+    (
+        "--data mixed.jsonl",
+        r"mixed\.jsonl:2 is of the kind prompt/completion, and mixed\.jsonl:1 was messages",
+    ),
     ("--data role.jsonl", r"role\.jsonl:2: message 1 of `messages` has the role 'usr'"),
 ]
 BAD: dict[str, list[tuple[str, str]]] = {  # flags, and a pattern of the sentence
@@ -110,7 +116,8 @@ BAD: dict[str, list[tuple[str, str]]] = {  # flags, and a pattern of the sentenc
         ("--objective preference --full-loss", "--full-loss is of --objective answers"),
         ("--general shakspeare", r"There is no text at shakspeare\. Did you mean 'shakespeare'"),
         ("--validation gone.jsonl", r"gone\.jsonl does not exist"),
-        ("--model nowhere --data gone.jsonl", r"gone\.jsonl does not exist"),  # before it looks for a model
+        # before it looks for a model
+        ("--model nowhere --data gone.jsonl", r"gone\.jsonl does not exist"),
         ("--data nothing", r"nothing is a folder, and one file is read: join its texts into a \.txt"),
         ("--template gone.jinja", r"gone\.jinja"),
         *BROKEN_ROWS,
@@ -173,9 +180,15 @@ BAD: dict[str, list[tuple[str, str]]] = {  # flags, and a pattern of the sentenc
         ("--price -1", "--price"),
         ("--queue -1", "--queue"),
         ("--log loud", "--log"),
-        ("--adapter ..=short.txt", r"--adapter: wanted a name of letters, .*not \. or \.\. alone, got '\.\.'"),
+        (
+            "--adapter ..=short.txt",
+            r"--adapter: wanted a name of letters, .*not \. or \.\. alone, got '\.\.'",
+        ),
         ("--name a,b/../c", r"--name: wanted a name of letters, .* got '\.\.'"),
-        *((f"--allow-origin {origin}", "--allow-origin") for origin in ("*", "null", "app.example", "https://app.example/x")),
+        *(
+            (f"--allow-origin {origin}", "--allow-origin")
+            for origin in ("*", "null", "app.example", "https://app.example/x")
+        ),
     ],
 }
 
@@ -184,9 +197,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize(("stage", "flags", "sentence"), [(stage, *case) for stage, cases in BAD.items() for case in cases])
+@pytest.mark.parametrize(
+    ("stage", "flags", "sentence"), [(stage, *case) for stage, cases in BAD.items() for case in cases]
+)
 def test_what_cannot_be_is_said_before_anything_is_written(
-    stage: str, flags: str, sentence: str, trained: Any, text: Any, tmp_path: Any, failing: Any, monkeypatch: Any
+    stage: str,
+    flags: str,
+    sentence: str,
+    trained: Any,
+    text: Any,
+    tmp_path: Any,
+    failing: Any,
+    monkeypatch: Any,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name, data in FILES.items():
@@ -202,7 +224,11 @@ def test_what_cannot_be_is_said_before_anything_is_written(
         "serve": [*model, "--port", 0],
     }.get(stage, model)
     words = words[1:] if flags and not flags.startswith("--") else words  # another preset
-    name = f"stages.{stage}" if stage in ("evaluate", "generate", "chat", "export") else f"stages.{stage}.__main__"
+    name = (
+        f"stages.{stage}"
+        if stage in ("evaluate", "generate", "chat", "export")
+        else f"stages.{stage}.__main__"
+    )
     error = re.sub(r"[│╭╮╰╯─\s]+", " ", failing(importlib.import_module(name).main, [*words, *flags.split()]))
     assert re.search(sentence, error), error
     assert contents(tmp_path) == before

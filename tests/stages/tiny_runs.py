@@ -35,7 +35,12 @@ def command(
 ) -> subprocess.CompletedProcess:
     """`python -m stages.STAGE ARGS` from the checkout, its output kept."""
     return subprocess.run(
-        typed(stage, *args), cwd=ROOT, input=stdin, capture_output=True, env=os.environ | (env or {}), check=False
+        typed(stage, *args),
+        cwd=ROOT,
+        input=stdin,
+        capture_output=True,
+        env=os.environ | (env or {}),
+        check=False,
     )
 
 

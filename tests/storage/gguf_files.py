@@ -67,8 +67,8 @@ def tiny_gguf(
     tensors: dict[str, np.ndarray] | None = None,
     kinds: dict[str, str] | None = None,
 ) -> Path:
-    """A model of `SHAPES`; None in sizes, words or other leaves a key out. Matrices in `kind`, or that of their tensor in
-    `kinds`, where its blocks fit.
+    """A model of `SHAPES`; None in sizes, words or other leaves a key out. Matrices in `kind`, or
+    that of their tensor in `kinds`, where its blocks fit.
 
     Tensors of bytes are blocks of `kind` already.
     """
@@ -82,7 +82,9 @@ def tiny_gguf(
             writer.add_key_value(key, value, GGUFValueType.UINT32 if unsigned else kind_of_value)
     for name, value in (tensors or weights()).items():
         type_ = GGMLQuantizationType[(kinds or {}).get(name, kind)]
-        fits = value.dtype == np.uint8 or (value.ndim == 2 and value.shape[-1] % GGML_QUANT_SIZES[type_][0] == 0)
+        fits = value.dtype == np.uint8 or (
+            value.ndim == 2 and value.shape[-1] % GGML_QUANT_SIZES[type_][0] == 0
+        )
         type_ = type_ if fits else GGMLQuantizationType.F32
         writer.add_tensor(name, value if value.dtype == np.uint8 else quantize(value, type_), raw_dtype=type_)
     writer.write_header_to_file()

@@ -48,13 +48,17 @@ def tiny_tokenizer(folder: Path, vocab: int) -> None:
     """A tokenizer.json of `vocab` tokens: as many bytes as there is room for, and the end of a text."""
     byte_tokenizer().save(folder)
     config = json.loads((folder / "tokenizer.json").read_text())
-    config["model"]["vocab"] = {name: place for name, place in config["model"]["vocab"].items() if place < vocab - 1}
+    config["model"]["vocab"] = {
+        name: place for name, place in config["model"]["vocab"].items() if place < vocab - 1
+    }
     for token in config["added_tokens"]:
         token["id"] = vocab - 1
     (folder / "tokenizer.json").write_text(json.dumps(config))
 
 
-def write_folder(folder: Path, config: dict[str, Any], weights: dict[str, np.ndarray], shards: int = 1) -> Path:
+def write_folder(
+    folder: Path, config: dict[str, Any], weights: dict[str, np.ndarray], shards: int = 1
+) -> Path:
     """The folder with config.json, model.safetensors (or shards and their index), and a tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -68,6 +72,9 @@ def write_folder(folder: Path, config: dict[str, Any], weights: dict[str, np.nda
         part = {name: weights[name] for name in sorted(weights)[place::shards]}
         save_file(part, folder / file)
         placed |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": sum(value.nbytes for value in weights.values())}, "weight_map": placed}
+    index = {
+        "metadata": {"total_size": sum(value.nbytes for value in weights.values())},
+        "weight_map": placed,
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder

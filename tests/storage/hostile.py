@@ -1,7 +1,7 @@
 """Damages model files at random and loads each under a limit on memory; `python hostile.py SEED COUNT` says what came of it.
 
-Every file must be refused with a UserError or read as a model. Anything else (another exception, a crash, memory beyond the
-file and 64 MB, more than a second) is an escape, and the exit code is 1.
+Every file must be refused with a UserError or read as a model. Anything else (another exception, a
+crash, memory beyond the file and 64 MB, more than a second) is an escape, and the exit code is 1.
 """
 
 import collections
@@ -28,14 +28,36 @@ from engine.storage.model_loader import load_model  # noqa: E402
 ALLOWED = 64 * 2**20
 LONGEST = 1.0  # seconds of computing
 TRIES = 20
-NUMBERS = [0, 1, 2, 7, 8, 9, 31, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1]
+NUMBERS = [
+    0,
+    1,
+    2,
+    7,
+    8,
+    9,
+    31,
+    255,
+    2**15,
+    2**16 - 1,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**40,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+]
 
 
 def damaged(data: bytes, head: int, draw: random.Random) -> bytes:
     """The same file with a few faults, most of them in its first `head` bytes."""
     changed = bytearray(data)
     for _ in range(draw.choice([1, 1, 1, 2, 3, 8])):
-        at = draw.randrange(min(head, len(changed)) if draw.random() < 0.95 else len(changed)) if changed else 0
+        at = (
+            draw.randrange(min(head, len(changed)) if draw.random() < 0.95 else len(changed))
+            if changed
+            else 0
+        )
         match draw.randrange(7):
             case 0:
                 changed[at : at + 1] = bytes([draw.randrange(256)])
@@ -56,10 +78,12 @@ def damaged(data: bytes, head: int, draw: random.Random) -> bytes:
 
 
 def limited() -> None:
-    """From here on no more than ALLOWED is to be had beyond what is held already. The files are of a few kilobytes.
+    """From here on no more than ALLOWED is to be had beyond what is held already. The files are of
+    a few kilobytes.
 
-    A thread that starts at that moment holds twice its heap and gives half back, and one that ends gives back its stack: a
-    limit set just then is too wide by as much. So the limit is tried, and set again until it holds.
+    A thread that starts at that moment holds twice its heap and gives half back, and one that ends
+    gives back its stack: a limit set just then is too wide by as much. So the limit is tried, and
+    set again until it holds.
     """
     for _ in range(TRIES):
         return_freed_memory()
@@ -75,7 +99,10 @@ def limited() -> None:
 
 def main(seed: int, count: int) -> int:
     with tempfile.TemporaryDirectory() as place:
-        folder, file = write_folder(Path(place) / "model", CONFIG, WEIGHTS), tiny_gguf(Path(place) / "model.gguf", kind="Q8_0")
+        folder, file = (
+            write_folder(Path(place) / "model", CONFIG, WEIGHTS),
+            tiny_gguf(Path(place) / "model.gguf", kind="Q8_0"),
+        )
         files: list[tuple[Path, Callable[[], object], int]] = [
             (file, lambda: load_model(file), 8000),
             (folder / "model.safetensors", lambda: load_model(folder), 3000),
@@ -102,7 +129,9 @@ def main(seed: int, count: int) -> int:
                 outcome = "refused"
             except BaseException as error:
                 outcome = "escaped"
-                print(f"seed {seed}, number {number}, {path.name}: {type(error).__name__}: {str(error)[:200]}")
+                print(
+                    f"seed {seed}, number {number}, {path.name}: {type(error).__name__}: {str(error)[:200]}"
+                )
             seconds = time.process_time() - begin
             if seconds > LONGEST:
                 outcome = "escaped"

@@ -39,7 +39,9 @@ def adapters(alpha: float = 12.0, layers: tuple[int, ...] = (0, 1)) -> Any:
     for layer in layers:
         for name in ("q", "v"):
             leaf = make_adapter(jax.random.key(layer), CFG.matrices[name], 3, alpha)
-            leaves[f"blocks/{layer}/{name}"] = dataclasses.replace(leaf, b=jnp.full(leaf.b.shape, 0.1 + layer))
+            leaves[f"blocks/{layer}/{name}"] = dataclasses.replace(
+                leaf, b=jnp.full(leaf.b.shape, 0.1 + layer)
+            )
         leaves[f"blocks/{layer}/down"] = make_adapter(jax.random.key(9), CFG.matrices["down"], 3, alpha)
     return unflatten(leaves)
 
@@ -71,12 +73,22 @@ def test_every_scale_comes_back_to_the_bit(rank, alpha):
 def test_others_find_what_the_layout_promises(tmp_path):
     folder = saved(tmp_path)
     config, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
-    expected = {"peft_type": "LORA", "r": 3, "lora_alpha": 12.0, "base_model_name_or_path": "tiny", "layers_to_transform": None}
+    expected = {
+        "peft_type": "LORA",
+        "r": 3,
+        "lora_alpha": 12.0,
+        "base_model_name_or_path": "tiny",
+        "layers_to_transform": None,
+    }
     assert config | expected == config
     assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
     leaves = leaf_paths(adapters())
-    np.testing.assert_array_equal(tensors[f"{PREFIX}q_proj.lora_A.weight"], np.asarray(leaves["blocks/0/q"].a).T)
-    np.testing.assert_array_equal(tensors[f"{PREFIX}v_proj.lora_B.weight"], np.asarray(leaves["blocks/0/v"].b).T)
+    np.testing.assert_array_equal(
+        tensors[f"{PREFIX}q_proj.lora_A.weight"], np.asarray(leaves["blocks/0/q"].a).T
+    )
+    np.testing.assert_array_equal(
+        tensors[f"{PREFIX}v_proj.lora_B.weight"], np.asarray(leaves["blocks/0/v"].b).T
+    )
     assert len(tensors) == 2 * 2 * 3
     with safe_open(folder / WEIGHTS, framework="numpy") as file:
         assert file.metadata()["format"] == "pt"
@@ -86,7 +98,9 @@ def test_others_find_what_the_layout_promises(tmp_path):
 
 
 def test_an_adapter_of_another_library_is_read(tmp_path):
-    """It has no digest of its base and no checksum, may be in half precision, and goes on whatever it fits."""
+    """It has no digest of its base and no checksum, may be in half precision, and goes on whatever
+    it fits.
+    """
     folder = saved(tmp_path)
     halved = {name: value.astype(ml_dtypes.bfloat16) for name, value in load_file(folder / WEIGHTS).items()}
     save_file(halved, folder / WEIGHTS)
@@ -108,10 +122,16 @@ def test_ranks_and_scales_that_differ_come_back_to_the_bit(tmp_path):
         path: (leaf.rank, leaf.scale) for path, leaf in leaves.items()
     }
     assert digest(unflatten(loaded)) == digest(unflatten(leaves))
-    rewritten(rank_pattern={"o_proj": 5}, alpha_pattern={"q_proj": 3.0, "^model.layers.1.self_attn.q_proj": 9.0})(folder)
+    rewritten(
+        rank_pattern={"o_proj": 5}, alpha_pattern={"q_proj": 3.0, "^model.layers.1.self_attn.q_proj": 9.0}
+    )(folder)
     (folder / manifest.NAME).unlink()
     loaded = leaf_paths(load_adapter(folder, CFG, own_base))
-    assert (loaded["blocks/0/out"].rank, loaded["blocks/1/q"].scale, loaded["blocks/1/v"].scale) == (5, 1.0, 4.0)
+    assert (loaded["blocks/0/out"].rank, loaded["blocks/1/q"].scale, loaded["blocks/1/v"].scale) == (
+        5,
+        1.0,
+        4.0,
+    )
 
 
 def test_a_rank_stabilised_scale_is_read(tmp_path):
@@ -128,7 +148,9 @@ def test_a_dora_and_weights_trained_whole_are_merged(tmp_path):
     head = rng.normal(size=(CFG.vocab, CFG.width)).astype(np.float32)
     sizes = {name: tensor.shape[0] for name, tensor in tensors.items() if "lora_B" in name}
     for name, size in sizes.items():
-        tensors[name.replace("lora_B.weight", "lora_magnitude_vector")] = rng.uniform(1, 2, size).astype(np.float32)
+        tensors[name.replace("lora_B.weight", "lora_magnitude_vector")] = rng.uniform(1, 2, size).astype(
+            np.float32
+        )
     save_file(tensors | {"base_model.model.lm_head.weight": head}, folder / WEIGHTS)
     rewritten(use_dora=True, modules_to_save=["lm_head"])(folder)
     (adapted, notes), before = with_adapters(CFG, BASE_PARAMS, [folder]), leaf_paths(BASE_PARAMS)
@@ -142,11 +164,15 @@ def test_a_dora_and_weights_trained_whole_are_merged(tmp_path):
 
 
 def test_an_embedding_that_is_the_head_too_is_not_taken_for_both(tmp_path):
-    """PEFT trains a copy of it beside the head, which stays as it was, unless it is told to tie the two."""
+    """PEFT trains a copy of it beside the head, which stays as it was, unless it is told to tie the
+    two.
+    """
     folder, tied = saved(tmp_path), dataclasses.replace(CFG, tied=True)
     (folder / manifest.NAME).unlink()
     whole = np.ones((CFG.vocab, CFG.width), np.float32)
-    save_file(load_file(folder / WEIGHTS) | {"base_model.model.model.embed_tokens.weight": whole}, folder / WEIGHTS)
+    save_file(
+        load_file(folder / WEIGHTS) | {"base_model.model.model.embed_tokens.weight": whole}, folder / WEIGHTS
+    )
     assert "trained whole" in refusal(load_adapter, folder, tied)
     assert "embed" in load_adapter(folder, CFG)
     rewritten(ensure_weight_tying=True)(folder)
@@ -158,7 +184,10 @@ def test_only_what_the_layout_can_say_is_saved(tmp_path):
     base = jnp.zeros((20, 24))
     for wrong, message in (
         (lively_params(CFG), "no LoRA adapters"),
-        (unflatten({"blocks/0/q": several["blocks/0/q"].on(several["blocks/0/q"].on(base))}), "several adapters"),
+        (
+            unflatten({"blocks/0/q": several["blocks/0/q"].on(several["blocks/0/q"].on(base))}),
+            "several adapters",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             saved(tmp_path, wrong)
@@ -178,7 +207,9 @@ def test_a_tree_on_its_base_is_saved_without_it(tmp_path):
 
 def rewritten(**changes):
     """Changes fields of the config; checksum and tensors stay."""
-    return lambda folder: (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | changes))
+    return lambda folder: (folder / CONFIG).write_text(
+        json.dumps(json.loads((folder / CONFIG).read_text()) | changes)
+    )
 
 
 def of_bytes(name, change):
@@ -194,7 +225,10 @@ Q_A, Q_B = (f"{PREFIX}q_proj.lora_{side}.weight" for side in "AB")
 DAMAGE = {
     "no config": (lambda folder: (folder / CONFIG).unlink(), "There is no adapter at"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "There is no adapter at"),
-    "a weight that is no number": (of_bytes(WEIGHTS, lambda data: data[:-4] + b"\x00\x00\xc0\x7f"), "not finite"),
+    "a weight that is no number": (
+        of_bytes(WEIGHTS, lambda data: data[:-4] + b"\x00\x00\xc0\x7f"),
+        "not finite",
+    ),
     "another base": (
         of_bytes(WEIGHTS, lambda data: data.replace(BASE.encode(), b"f" * 64)),
         f"another model.*ffff.*{BASE[:16]}.*trained on 'tiny'",
@@ -202,11 +236,20 @@ DAMAGE = {
     "another rank": (rewritten(r=4), "and its rank 4"),
     "rank 0": (rewritten(r=0), "should be at least 1"),
     "no rank": (rewritten(r=None), "does not say r"),
-    "scale not finite": (rewritten(lora_alpha=float("nan")), "lora_alpha should be one number of ordinary size"),
+    "scale not finite": (
+        rewritten(lora_alpha=float("nan")),
+        "lora_alpha should be one number of ordinary size",
+    ),
     "another type": (rewritten(peft_type="IA3"), "peft_type is 'IA3', and only LORA"),
     "a bias": (rewritten(bias="all"), "bias is 'all'"),
-    "a base without the adapter's first product": (rewritten(init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
-    "DoRA without magnitudes": (rewritten(use_dora=True), "no lora_magnitude_vector of 24 numbers for model.layers.0"),
+    "a base without the adapter's first product": (
+        rewritten(init_lora_weights="pissa"),
+        "init_lora_weights is 'pissa'",
+    ),
+    "DoRA without magnitudes": (
+        rewritten(use_dora=True),
+        "no lora_magnitude_vector of 24 numbers for model.layers.0",
+    ),
     "magnitudes without DoRA": (
         of_tensors(lambda all: all | {f"{PREFIX}q_proj.lora_magnitude_vector": np.ones(24, np.float32)}),
         "does not say use_dora",
@@ -218,8 +261,14 @@ DAMAGE = {
         of_tensors(lambda all: all | {"base_model.model.lm_head.weight": np.ones((3, 5), np.float32)}),
         "lm_head.weight should be",
     ),
-    "half a pair": (of_tensors(lambda all: {name: all[name] for name in all if name != Q_B}), "other half of a pair"),
-    "a layer too many": (of_tensors(lambda all: all | {Q_B.replace("0", "7", 1): all[Q_B]}), "no place in this architecture"),
+    "half a pair": (
+        of_tensors(lambda all: {name: all[name] for name in all if name != Q_B}),
+        "other half of a pair",
+    ),
+    "a layer too many": (
+        of_tensors(lambda all: all | {Q_B.replace("0", "7", 1): all[Q_B]}),
+        "no place in this architecture",
+    ),
     "another width": (of_tensors(lambda all: all | {Q_B: all[Q_B][:-1].copy()}), "24, 20., and its rank 3"),
     "another input": (of_tensors(lambda all: all | {Q_A: all[Q_A][:, 1:].copy()}), "24, 20., and its rank 3"),
     "integers": (of_tensors(lambda all: all | {Q_B: all[Q_B].astype(np.int32)}), "is I32"),
@@ -238,7 +287,9 @@ def test_what_is_wrong_is_named_without_a_manifest(how, tmp_path):
 
 
 def test_a_base_that_an_adapter_names_is_read_where_it_lies(tmp_path, monkeypatch):
-    """Nothing is fetched for it, and its name is no way to go round for ever or to write to a terminal."""
+    """Nothing is fetched for it, and its name is no way to go round for ever or to write to a
+    terminal.
+    """
     folder = saved(tmp_path)
     (folder / manifest.NAME).unlink()
     cached_only = []

@@ -169,8 +169,13 @@ QWEN = PUBLISHED["qwen2.5-0.5b"] | {"use_sliding_window": True, "sliding_window"
     ("values", "context"),
     [
         (MISTRAL | {"sliding_window": 32768}, 32768),
-        (MISTRAL | {"sliding_window": 4000, "use_sliding_window": False, "layer_types": ["sliding_attention"]}, 4000),
-        (SMOLLM2 | {"sliding_window": 100, "use_sliding_window": True}, 8192),  # no field of Llama's
+        (
+            MISTRAL
+            | {"sliding_window": 4000, "use_sliding_window": False, "layer_types": ["sliding_attention"]},
+            4000,
+        ),
+        # no field of Llama's
+        (SMOLLM2 | {"sliding_window": 100, "use_sliding_window": True}, 8192),
         (QWEN, 100),
         (QWEN | {"max_window_layers": 24, "layer_types": ["full_attention", "sliding_attention"]}, 100),
         (QWEN | {"layer_types": ["full_attention"]}, 32768),
@@ -183,7 +188,9 @@ def test_the_context_is_one_window(values, context):
 OMITTED = json.loads((Path(__file__).parent / "golden" / "omitted.txt").read_text())["families"]
 
 
-@pytest.mark.parametrize(("family", "field"), [(family, field) for family in OMITTED for field in OMITTED[family]["omitted"]])
+@pytest.mark.parametrize(
+    ("family", "field"), [(family, field) for family in OMITTED for field in OMITTED[family]["omitted"]]
+)
 def test_a_field_left_out_means_what_it_means_to_transformers(family, field):
     config = OMITTED[family]["config"] | {"model_type": family}
     rest = {name: value for name, value in config.items() if name != field}
@@ -204,7 +211,10 @@ def scaled(**changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gemma"}, ["model_type 'gemma' is not known here; llama, mistral, qwen2, qwen3 are."]),
+        (
+            {"model_type": "gemma"},
+            ["model_type 'gemma' is not known here; llama, mistral, qwen2, qwen3 are."],
+        ),
         ({"model_type": ["llama"]}, ["model_type"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "silu"]),
         ({"hidden_size": None}, ["hidden_size"]),
@@ -219,7 +229,10 @@ def scaled(**changes):
         (scaled(factor=None), ["factor"]),
         (scaled(low_freq_factor=4.0), ["low_freq_factor below high_freq_factor"]),
         (MISTRAL | {"sliding_window": "4096"}, ["sliding_window", "'4096'"]),
-        (PUBLISHED["qwen3-0.6b"] | {"layer_types": ["sliding_attention"]}, ["layer_types", "'sliding_attention'"]),
+        (
+            PUBLISHED["qwen3-0.6b"] | {"layer_types": ["sliding_attention"]},
+            ["layer_types", "'sliding_attention'"],
+        ),
         (PUBLISHED["qwen3-0.6b"] | {"layer_types": 3}, ["layer_types"]),
     ],
 )
@@ -247,5 +260,7 @@ def test_each_field_that_changes_the_mathematics_is_refused():
 
 
 def test_a_block_that_nobody_has_cannot_be_written():
-    both = ModelConfig(vocab=41, width=20, layers=2, heads=6, head_dim=4, ff=28, context=9, qk_norm=True, qkv_bias=True)
+    both = ModelConfig(
+        vocab=41, width=20, layers=2, heads=6, head_dim=4, ff=28, context=9, qk_norm=True, qkv_bias=True
+    )
     assert "both qkv_bias and qk_norm" in refusal(config_to_json, both, "float32", {})

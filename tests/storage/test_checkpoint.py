@@ -39,12 +39,16 @@ class Int8:
 
 
 def make_params(seed: int) -> dict:
-    """Every bfloat16, three NaNs, a -0.0, a 0-d array, one without elements, a node that is no dict, layers out of order."""
+    """Every bfloat16, three NaNs, a -0.0, a 0-d array, one without elements, a node that is no
+    dict, layers out of order.
+    """
     draw = np.random.default_rng(seed)
     layers = {name: {"qkv": draw.normal(size=(5, 7)), "norm": np.full(5, -0.0)} for name in ("0", "1", "10")}
     return {
         "layers": jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), layers),
-        "embedding": jnp.asarray(np.arange(1 << 16, dtype=np.uint16).view(ml_dtypes.bfloat16).reshape(256, 256)),
+        "embedding": jnp.asarray(
+            np.arange(1 << 16, dtype=np.uint16).view(ml_dtypes.bfloat16).reshape(256, 256)
+        ),
         "quantized": Int8(jnp.asarray(draw.integers(-128, 127, (3, 2)), jnp.int8), jnp.ones(2)),
         "nans": jnp.asarray(np.asarray([0x7FC00001, 0xFFC12345, 0x7F800001], np.uint32).view(np.float32)),
         "seed": jnp.int32(seed),
@@ -53,7 +57,9 @@ def make_params(seed: int) -> dict:
 
 
 def make_optimizer(seed: int) -> dict:
-    """Returns what an optax state holds (named tuples, empty states, masked leaves, a count), a PRNG key's data and a flag."""
+    """Returns what an optax state holds (named tuples, empty states, masked leaves, a count), a
+    PRNG key's data and a flag.
+    """
     weights = {"w": jnp.full((4, 3), seed + 0.1), "frozen": jnp.ones(2)}
     adamw = optax.adamw(optax.linear_schedule(1.0, 0.0, 9), mu_dtype=jnp.bfloat16)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.masked(adamw, {"w": True, "frozen": False}))
@@ -103,7 +109,11 @@ def test_loaded_arrays_behave_like_fresh_ones(tmp_path):
 
 
 def test_host_arrays_scalars_and_strides_come_back(tmp_path):
-    host = {"turned": np.arange(6, dtype=np.float32).reshape(2, 3).T, "one": np.float32(-0.0), "flag": np.bool_(True)}
+    host = {
+        "turned": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+        "one": np.float32(-0.0),
+        "flag": np.bool_(True),
+    }
     save(tmp_path, 0, host, {}, {})
     assert digest(load_params(tmp_path).params) == digest(host)
 
@@ -142,7 +152,8 @@ def test_parts_of_several_processes_make_one_array_that_any_box_is_read_of(tmp_p
         np.testing.assert_array_equal(out, whole[a:b, c:d])
     sharding = jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",)), jax.sharding.PartitionSpec())
     like = {
-        name: jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding) for name, shape in (("w", (10, 6)), ("norm", (3,)))
+        name: jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
+        for name, shape in (("w", (10, 6)), ("norm", (3,)))
     }
     params = load(tmp_path, like, {}).params
     assert {leaf.sharding for leaf in params.values()} == {sharding}
@@ -189,17 +200,28 @@ def test_what_could_not_come_back_is_refused_before_anything_is_written(tmp_path
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"seed": jnp.int32(0), "more": jnp.ones(2)}, r"more float32 \(2,\) was wanted and no such array came"),
+        (
+            {"seed": jnp.int32(0), "more": jnp.ones(2)},
+            r"more float32 \(2,\) was wanted and no such array came",
+        ),
         ({"seed": None}, r"seed no such array was wanted and int32 \(\) came"),
         ({"seed": jnp.float32(0)}, r"seed float32 \(\) was wanted and int32 \(\) came"),
-        ({"embedding": jnp.zeros((256, 256))}, r"embedding float32 .* was wanted and bfloat16 \(256, 256\) came"),
-        ({"layers": {"0": {"norm": jnp.ones(5)}}, "nans": jnp.ones(4)}, r"layers/0/qkv .*\(5 more arrays differ\)"),
+        (
+            {"embedding": jnp.zeros((256, 256))},
+            r"embedding float32 .* was wanted and bfloat16 \(256, 256\) came",
+        ),
+        (
+            {"layers": {"0": {"norm": jnp.ones(5)}}, "nans": jnp.ones(4)},
+            r"layers/0/qkv .*\(5 more arrays differ\)",
+        ),
     ],
 )
 def test_another_model_is_named(tmp_path, changed, words):
     save_model(tmp_path, 1)
     like = MODEL[0] | jax.eval_shape(lambda: changed)
-    assert re.search(f"checkpoints/1/params is of another model: at {words}", refusal(load, tmp_path, like, MODEL[1]))
+    assert re.search(
+        f"checkpoints/1/params is of another model: at {words}", refusal(load, tmp_path, like, MODEL[1])
+    )
     other = jax.eval_shape(lambda: optax.sgd(0.1, momentum=0.9).init({"w": jnp.ones((4, 3))}))
     assert "checkpoints/1/optimizer is of another model" in refusal(load, tmp_path, MODEL[0], other)
 
@@ -211,13 +233,17 @@ def test_64_bits_are_not_halved_in_silence(tmp_path):
     assert "w int64 (3,) was wanted and int32 (3,) came" in refusal(load_params, tmp_path)
 
 
-@pytest.mark.parametrize(("name", "value"), [("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", False)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", False)]
+)
 def test_other_prng_settings_are_refused_for_training_alone(tmp_path, name, value):
     write_tiny(tmp_path, 1)
     before = getattr(jax.config, name)
     jax.config.update(name, value)
     try:
-        assert re.search(f"{name}={before}.*now.*{name}={value}.*{name.upper()}", refusal(load_tiny, tmp_path))
+        assert re.search(
+            f"{name}={before}.*now.*{name}={value}.*{name.upper()}", refusal(load_tiny, tmp_path)
+        )
         assert load_params(tmp_path).step == 1
     finally:
         jax.config.update(name, before)
@@ -229,7 +255,9 @@ DAMAGE = {
     "delete": None,
     "truncate": lambda data: data[:-1],
     "zero": lambda data: bytes(len(data)),
-    "flip": lambda data: data[: len(data) // 3] + bytes([data[len(data) // 3] ^ 0x20]) + data[len(data) // 3 + 1 :],
+    "flip": lambda data: (
+        data[: len(data) // 3] + bytes([data[len(data) // 3] ^ 0x20]) + data[len(data) // 3 + 1 :]
+    ),
 }
 
 
@@ -244,7 +272,9 @@ def test_every_damage_to_every_file_is_named_and_passed_over(tmp_path, way):
         assert is_step(loaded, 1), file
         assert len(loaded.damaged) == 1
         assert loaded.damaged[0].startswith(f"{file} "), file
-        assert ("bytes instead of" in loaded.damaged[0]) == (way == "truncate" and file.name != "manifest.json")
+        assert ("bytes instead of" in loaded.damaged[0]) == (
+            way == "truncate" and file.name != "manifest.json"
+        )
         assert verify(newest) == loaded.damaged
         if file.name == "optimizer.safetensors":
             assert load_params(tmp_path).step == 2
@@ -270,7 +300,9 @@ def test_every_bit_of_the_manifest_guards_itself(tmp_path):
 def test_no_intact_checkpoint_is_said_and_all_damage_named(tmp_path):
     for read, folder in ((load_tiny, tmp_path), (load_params, tmp_path), (load_params, tmp_path / "none")):
         assert "no checkpoint" in refusal(read, folder)
-    paths = [write_tiny(tmp_path, step) / name for step, name in ((1, "state.json"), (2, "params.9.safetensors"))]
+    paths = [
+        write_tiny(tmp_path, step) / name for step, name in ((1, "state.json"), (2, "params.9.safetensors"))
+    ]
     for path in paths:
         path.write_text("{}")
     sentence = refusal(load_tiny, tmp_path)
@@ -279,14 +311,18 @@ def test_no_intact_checkpoint_is_said_and_all_damage_named(tmp_path):
 
 
 def test_files_of_another_step_in_its_folder_are_damage(tmp_path):
-    """As a checkpoint that was copied over another: 20 with the files of 15 would be taken for the newest."""
+    """As a checkpoint that was copied over another: 20 with the files of 15 would be taken for the
+    newest.
+    """
     write_tiny(tmp_path, 10)
     older = write_tiny(tmp_path, 15)
     newer = older.rename(older.parent / "20")
     line = f"{newer} holds the files of step 15"
     for loaded in (load_tiny(tmp_path), load_params(tmp_path)):
         assert (loaded.step, loaded.path.name, loaded.damaged) == (10, "10", [line])
-    assert f"Checkpoint {newer} is damaged: {line}. Use another checkpoint of the run." in refusal(load_params, newer)
+    assert f"Checkpoint {newer} is damaged: {line}. Use another checkpoint of the run." in refusal(
+        load_params, newer
+    )
     assert is_step(load_tiny(tmp_path), 10)
     elsewhere = shutil.copytree(newer, tmp_path / "copy")  # whose name tells no step
     assert load_params(elsewhere).step == 15
@@ -302,7 +338,14 @@ def test_files_of_another_step_in_its_folder_are_damage(tmp_path):
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
-    for step, best, kept in ((1, 1, [1]), (2, 2, [2]), (3, 2, [2, 3]), (4, 2, [2, 4]), (5, 5, [5]), (6, 5, [5, 6])):
+    for step, best, kept in (
+        (1, 1, [1]),
+        (2, 2, [2]),
+        (3, 2, [2, 3]),
+        (4, 2, [2, 4]),
+        (5, 5, [5]),
+        (6, 5, [5, 6]),
+    ):
         save(tmp_path, step, {}, {}, {}, keep=1, best=best)
         assert steps(tmp_path) == kept
     write_tiny(tmp_path, 6)  # replaced whole
@@ -373,7 +416,10 @@ def test_without_room_for_a_copy_a_save_returns_when_it_is_written(tmp_path, mon
 
 
 def test_arrays_may_be_donated_and_changed_after_a_save(tmp_path, held):
-    trees = [{"jax": jnp.arange(6.0).reshape(2, 3), "numpy": np.arange(5, dtype=np.int32), "one": jnp.int32(7)}, {}]
+    trees = [
+        {"jax": jnp.arange(6.0).reshape(2, 3), "numpy": np.arange(5, dtype=np.int32), "one": jnp.int32(7)},
+        {},
+    ]
     before = jax.tree.map(np.copy, trees[0])
     frozen = {"frozen": jnp.ones(3)}
     with BackgroundSaver(tmp_path, 1, frozen) as saver:
@@ -426,7 +472,9 @@ def test_a_write_that_went_wrong_is_noticed_and_the_old_one_stays(tmp_path, monk
         path.write_bytes(change[damage](data) if path.name == "params.safetensors" else data)
 
     monkeypatch.setattr(manifest, "sync_and_drop", write_wrong)
-    with pytest.raises(UserError, match=r"checkpoints/2 could not be written .*: params.safetensors was read back with other"):
+    with pytest.raises(
+        UserError, match=r"checkpoints/2 could not be written .*: params.safetensors was read back with other"
+    ):
         save_model(tmp_path, 2, keep=1)
     assert (steps(tmp_path), hidden(tmp_path)) == ([1], [])
     assert verify(tmp_path / "checkpoints" / "1") == []
@@ -436,6 +484,8 @@ def test_a_full_disk_is_said_before_it_is_filled(tmp_path, monkeypatch):
     write_tiny(tmp_path, 1)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=20))
-    with pytest.raises(UserError, match=r"2 could not be written \(0\.0 MB wanted\): 0\.0 MB are free\..* untouched"):
+    with pytest.raises(
+        UserError, match=r"2 could not be written \(0\.0 MB wanted\): 0\.0 MB are free\..* untouched"
+    ):
         write_tiny(tmp_path, 2)
     assert is_step(load_tiny(tmp_path), 1)

@@ -16,7 +16,8 @@ from engine.manifest import verify
 from engine.storage import checkpoint
 from engine.storage.checkpoint import steps
 
-# Forks a process for each change on disk of a save, with a fault at that change, until one saves before it.
+# Forks a process for each change on disk of a save, with a fault at that change, until one saves
+# before it.
 SAVES = """
 import json, os, shutil, sys
 from pathlib import Path
@@ -50,12 +51,16 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def saves(library, tmp_path):
-    """saves(step, error=0, once=0): the exit codes of saves of `step` with a fault at change 1, 2, ..., each in its folder."""
+    """saves(step, error=0, once=0): the exit codes of saves of `step` with a fault at change 1, 2,
+    ..., each in its folder.
+    """
     for step in (1, 2):
         write_tiny(tmp_path / "before", step)
 
     def run(step: int, error: int = 0, once: int = 0) -> list[int]:
-        path = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1], Path(__file__).parents[2])))
+        path = os.pathsep.join(
+            map(str, (Path(__file__).parent, Path(__file__).parents[1], Path(__file__).parents[2]))
+        )
         env = os.environ | {"PYTHONPATH": path, "LD_PRELOAD": library, "FAULTS": library}
         command = [sys.executable, "-c", SAVES, *map(str, (tmp_path, step, error, once))]
         return json.loads(subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE).stdout)
@@ -90,7 +95,8 @@ def test_an_end_at_any_change_leaves_whole_checkpoints_only(tmp_path, saves, new
 
 
 @pytest.mark.parametrize(
-    ("error", "once"), [(errno.ENOSPC, 0), pytest.param(errno.EROFS, 0, marks=pytest.mark.night), (errno.EIO, 1)]
+    ("error", "once"),
+    [(errno.ENOSPC, 0), pytest.param(errno.EROFS, 0, marks=pytest.mark.night), (errno.EIO, 1)],
 )
 def test_a_refusal_of_any_change_is_said_and_harms_nothing_older(tmp_path, saves, error, once):
     codes = saves(3, error, once)
@@ -101,7 +107,9 @@ def test_a_refusal_of_any_change_is_said_and_harms_nothing_older(tmp_path, saves
 
 
 def check_synced(log: str) -> None:
-    """All that a new checkpoint relies on is synced before it appears: after a power cut only what was synced is there."""
+    """All that a new checkpoint relies on is synced before it appears: after a power cut only what
+    was synced is there.
+    """
     changes = [line.split("\t") for line in log.splitlines()]
     commit = next(at for at, (_, path, old) in enumerate(changes) if path.endswith("/checkpoints/3") and old)
     building, dirty = changes[commit][2], set[str]()
@@ -112,7 +120,9 @@ def check_synced(log: str) -> None:
     assert not {path for path in dirty if path.startswith(building)}
     after = [(kind, path) for kind, path, _ in changes[commit + 1 :]]
     root = os.path.dirname(changes[commit][1])
-    assert after.index(("fsync", root)) < next(at for at, (kind, path) in enumerate(after) if kind == "rename")
+    assert after.index(("fsync", root)) < next(
+        at for at, (kind, path) in enumerate(after) if kind == "rename"
+    )
 
 
 def test_what_another_process_is_writing_is_not_swept(tmp_path):

@@ -18,13 +18,18 @@ DTYPES = ("float32", "bfloat16", "float16", "int8", "int32", "uint32", "bool")
 
 
 def array(seed: int, dtype: str) -> np.ndarray:
-    raw = np.random.default_rng(seed).integers(0, 2 if dtype == "bool" else 256, (3, 5 * jnp.dtype(dtype).itemsize))
+    raw = np.random.default_rng(seed).integers(
+        0, 2 if dtype == "bool" else 256, (3, 5 * jnp.dtype(dtype).itemsize)
+    )
     return raw.astype(np.uint8).view(jnp.dtype(dtype))
 
 
 def tree(seed: int = 0) -> dict:
     leaves = {dtype: array(seed + place, dtype) for place, dtype in enumerate(DTYPES)}
-    return {"layers": {"0": leaves, "1": {"count": np.asarray(np.int32(seed))}}, "head": array(seed + 9, "float32")}
+    return {
+        "layers": {"0": leaves, "1": {"count": np.asarray(np.int32(seed))}},
+        "head": array(seed + 9, "float32"),
+    }
 
 
 @settings(max_examples=200)
@@ -54,7 +59,9 @@ def test_every_path_counts(names):
 
 def test_dtype_and_shape_count_even_with_the_same_bytes():
     raw = np.arange(24, dtype=np.uint8)
-    ways = [raw.view(jnp.dtype(dtype)) for dtype in ("float32", "int32", "uint32", "bfloat16", "float16", "int8")]
+    ways = [
+        raw.view(jnp.dtype(dtype)) for dtype in ("float32", "int32", "uint32", "bfloat16", "float16", "int8")
+    ]
     ways += [ways[0].reshape(2, 3), ways[0].reshape(3, 2), ways[0].reshape(6, 1), ways[0].reshape(1, 6)]
     assert len({digest({"w": way}) for way in ways}) == len(ways)
     assert digest({"w": np.zeros((0, 3))}) != digest({"w": np.zeros((3, 0))})
@@ -65,7 +72,9 @@ def test_dtype_and_shape_count_even_with_the_same_bytes():
 def test_where_an_array_lies_does_not_count():
     params = tree()
     on_device = jax.tree.map(jnp.asarray, params)
-    strided = jax.tree.map(lambda leaf: np.asfortranarray(np.repeat(leaf, 2, 0))[::2] if leaf.ndim else leaf, params)
+    strided = jax.tree.map(
+        lambda leaf: np.asfortranarray(np.repeat(leaf, 2, 0))[::2] if leaf.ndim else leaf, params
+    )
     reordered = {"layers": dict(reversed(params["layers"].items())), "head": params["head"]}
     assert digest(params) == digest(on_device) == digest(strided) == digest(dict(reversed(reordered.items())))
 
@@ -80,7 +89,11 @@ def test_containers_do_not_count_but_their_names_do():
     values, scale = array(0, "int8"), array(1, "float32")
     assert digest({"w": Pair(values, scale)}) == digest({"w": {"values": values, "scale": scale}})
     assert digest({"w": Pair(values, scale)}) != digest({"w": Pair(scale, values)})
-    assert digest({"w": (values, scale)}) == digest({"w": [values, scale]}) == digest({"w": {"0": values, "1": scale}})
+    assert (
+        digest({"w": (values, scale)})
+        == digest({"w": [values, scale]})
+        == digest({"w": {"0": values, "1": scale}})
+    )
     assert digest({}) == digest({"w": {}}) != digest({"w": values})
 
 

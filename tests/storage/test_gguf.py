@@ -32,7 +32,10 @@ KINDS_READ = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
 def test_every_quantisation_is_read_as_the_library_reads_it(kind, tmp_path):
     path = tiny_gguf(tmp_path / "x.gguf", kind=kind, arch="qwen3", tensors=weights(QWEN3))
     params = load_model(path, dtype="float32").params
-    stored = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(path).tensors}
+    stored = {
+        tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type)
+        for tensor in gguf.GGUFReader(path).tensors
+    }
     block = params["blocks"]["1"]
     part = lambda name: stored[f"blk.1.{name}.weight"]
     for name in "qkv":
@@ -44,15 +47,21 @@ def test_every_quantisation_is_read_as_the_library_reads_it(kind, tmp_path):
 
 
 QWEN3 = SHAPES | {f"blk.{layer}.attn_{part}_norm.weight": (8,) for layer in range(2) for part in "qk"}
-QWEN2 = SHAPES | {f"blk.{i}.attn_{part}.bias": (n,) for i in range(2) for part, n in (("q", 48), ("k", 24), ("v", 24))}
+QWEN2 = SHAPES | {
+    f"blk.{i}.attn_{part}.bias": (n,) for i in range(2) for part, n in (("q", 48), ("k", 24), ("v", 24))
+}
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
 def test_k_quants_are_read(kind, tmp_path):
-    """The library cannot write them, but any bytes are some weights; 256 numbers a block, so rows must be as long."""
+    """The library cannot write them, but any bytes are some weights; 256 numbers a block, so rows
+    must be as long.
+    """
     _, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     raw = np.random.default_rng(0).integers(0, 60, (64, width), np.uint8)
-    scale = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)  # a block's own, which random bits might make infinite
+    scale = np.frombuffer(
+        np.float16(0.01).tobytes(), np.uint8
+    )  # a block's own, which random bits might make infinite
     raw[:, -2:], raw[:, :4] = scale, np.tile(scale, 2)
     wide = {f"blk.{i}.ffn_{part}.weight": (256, 64) for i in range(2) for part in ("gate", "up")}
     stored = weights(SHAPES | wide) | {f"blk.{i}.ffn_down.weight": raw for i in range(2)}
@@ -89,23 +98,56 @@ def test_qwen2_has_biases_and_plain_rows(tmp_path):
 
 
 def test_what_the_metadata_says_is_the_architecture(tmp_path):
-    sizes = {"rope.freq_base": 100000.0, "attention.key_length": None, "attention.value_length": None, "embedding_length": 48}
+    sizes = {
+        "rope.freq_base": 100000.0,
+        "attention.key_length": None,
+        "attention.value_length": None,
+        "embedding_length": 48,
+    }
     stored = {name: value[..., :48] if value.shape[-1] == 64 else value for name, value in weights().items()}
-    stored = {name: value[:48] if name.endswith(("output.weight", "down.weight")) else value for name, value in stored.items()}
+    stored = {
+        name: value[:48] if name.endswith(("output.weight", "down.weight")) else value
+        for name, value in stored.items()
+    }
     head = {"output.weight": weights()["token_embd.weight"][:, :48] * 2}
     sizes |= {"attention.sliding_window": 100, "next_month": 3}
-    whole = {"split.count": 0, "mradermacher.quantized_by": "a"}  # as llama.cpp writes when it merges parts
+    # as llama.cpp writes when it merges parts
+    whole = {"split.count": 0, "mradermacher.quantized_by": "a"}
     values = {"temp": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05, "penalty_repeat": 1.05, "mirostat": 0}
-    other = whole | {"general.name": "Small"} | {f"general.sampling.{name}": value for name, value in values.items()}
+    other = (
+        whole
+        | {"general.name": "Small"}
+        | {f"general.sampling.{name}": value for name, value in values.items()}
+    )
     path = tiny_gguf(tmp_path / "x.gguf", sizes=sizes, tensors=stored | head, other=other)
     model = load_model(path)
     cfg = model.cfg
-    assert (cfg.vocab, cfg.width, cfg.layers, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.ff) == (262, 48, 2, 6, 3, 8, 96)
-    assert (cfg.rope_theta, cfg.eps, cfg.tied, cfg.context, cfg.dtype) == (100000.0, 1e-5, False, 100, "bfloat16")
+    assert (cfg.vocab, cfg.width, cfg.layers, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.ff) == (
+        262,
+        48,
+        2,
+        6,
+        3,
+        8,
+        96,
+    )
+    assert (cfg.rope_theta, cfg.eps, cfg.tied, cfg.context, cfg.dtype) == (
+        100000.0,
+        1e-5,
+        False,
+        100,
+        "bfloat16",
+    )
     assert model.name == "Small"
     assert "ignored: 'llama.next_month'" in model.notes[0]
     assert "the context of 128 ends with the first, of 100" in model.notes[1]
-    assert model.sampling == {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.05}
+    assert model.sampling == {
+        "temperature": 0.7,
+        "top_k": 20,
+        "top_p": 0.8,
+        "min_p": 0.05,
+        "repetition_penalty": 1.05,
+    }
     assert model.params["head"].dtype == "bfloat16"
 
 
@@ -113,7 +155,9 @@ def test_the_scalings_of_llama_3_are_recognised_by_what_they_make(tmp_path):
     for factor in (8.0, 32.0):
         scaling = RopeScaling(factor, 1.0, 4.0, 8192)
         cfg = tiny_config(qk_norm=False, head_dim=16, rope_theta=500_000.0, rope_scaling=scaling)
-        save_gguf(tmp_path / "x.gguf", cfg, lively_params(cfg), words_of(cfg.vocab), name="x", dtype="float32")
+        save_gguf(
+            tmp_path / "x.gguf", cfg, lively_params(cfg), words_of(cfg.vocab), name="x", dtype="float32"
+        )
         assert load_model(tmp_path / "x.gguf").cfg.rope_scaling == scaling
 
 
@@ -142,14 +186,23 @@ OTHER_TOKENIZER = json.dumps(train_bpe(["the other text"], 262).to_json())
         ({"other": {"split.count": 2}}, ["'split.count'", "merge them first"]),
         ({"arch": "qwen3"}, ["no tensor 'blk.0.attn_q_norm.weight'"]),
         ({"tensors": {"output_norm.weight": np.zeros(64, np.float32)}}, ["no embedding"]),
-        ({"tensors": weights() | {"blk.0.extra.weight": np.zeros((2, 32), np.float32)}}, ["'blk.0.extra.weight'", "no place"]),
+        (
+            {"tensors": weights() | {"blk.0.extra.weight": np.zeros((2, 32), np.float32)}},
+            ["'blk.0.extra.weight'", "no place"],
+        ),
         ({"tensors": weights() | {"rope_freqs.weight": np.zeros((2, 4), np.float32)}}, ["rope_freqs.weight"]),
         ({"tensors": with_fault(np.nan)}, ["'blk.1.ffn_down.weight' holds weights that are not finite"]),
         ({"words": {"tokens": None}}, ["no list tokenizer.ggml.tokens"]),
         ({"words": {"tokens": ["a"] * 262}}, ["twice in its vocabulary"]),
         ({"words": {"tokens": ["a", "b"]}}, ["262 texts, a row of the embedding each, and has 2"]),
-        ({"words": {"tokens": ["a" * 5000, *map(str, range(261))]}}, ["text in one of its arrays has 5,000 bytes"]),
-        ({"words": {"token_type": [1]}}, ["token_type should be 262 numbers, a row of the embedding each, and has 1"]),
+        (
+            {"words": {"tokens": ["a" * 5000, *map(str, range(261))]}},
+            ["text in one of its arrays has 5,000 bytes"],
+        ),
+        (
+            {"words": {"token_type": [1]}},
+            ["token_type should be 262 numbers, a row of the embedding each, and has 1"],
+        ),
         ({"words": {"merges": ["th"]}}, ["not two tokens"]),
         ({"words": {"merges": ["no where"]}}, ["does not hold a tokenizer"]),
         ({"words": {"pre": "smolm"}}, ["pre-tokenizer 'smolm'", "smollm, "]),
@@ -169,7 +222,9 @@ def test_what_is_not_understood_is_refused_by_name(changes, words, tmp_path):
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
 @pytest.mark.parametrize("heads", [24, 32])  # keys that end in the middle of a strip are not joined
 def test_a_file_is_served_from_its_own_blocks(kind, heads, tmp_path):
-    """All that has blocks: what has none, here `attn_output`, is int8; logits stay near those of the file's numbers."""
+    """All that has blocks: what has none, here `attn_output`, is int8; logits stay near those of
+    the file's numbers.
+    """
     sizes = (
         {"attention.head_count": 3, "attention.head_count_kv": heads // 8}
         if heads == 24
@@ -179,15 +234,28 @@ def test_a_file_is_served_from_its_own_blocks(kind, heads, tmp_path):
     shapes = {
         f"blk.{i}.attn_{part}.weight": shape
         for i in range(2)
-        for part, shape in {"q": (queries, 64), "k": (heads, 64), "v": (heads, 64), "output": (64, queries)}.items()
+        for part, shape in {
+            "q": (queries, 64),
+            "k": (heads, 64),
+            "v": (heads, 64),
+            "output": (64, queries),
+        }.items()
     }
     path = tiny_gguf(tmp_path / "x.gguf", kind=kind, sizes=sizes, tensors=weights(SHAPES | shapes))
     shapes_ahead: dict[str, Blocks] = {}
-    model, config = load_model(path, keep_blocks=True, on_blocks=shapes_ahead.update), EngineConfig(weights="file")
+    model, config = (
+        load_model(path, keep_blocks=True, on_blocks=shapes_ahead.update),
+        EngineConfig(weights="file"),
+    )
     cfg, params = config.model_config(model.cfg), config.prepare_params(model.cfg, model.params)
     loaded: Any = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in leaf_shapes(cfg).items()}
-    ahead = jax.eval_shape(lambda params: config.prepare_params(cfg, params), unflatten(loaded | shapes_ahead))
-    described = lambda tree: (jax.tree.structure(tree), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)])
+    ahead = jax.eval_shape(
+        lambda params: config.prepare_params(cfg, params), unflatten(loaded | shapes_ahead)
+    )
+    described = lambda tree: (
+        jax.tree.structure(tree),
+        [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)],
+    )
     assert described(ahead) == described(params)  # `serve` compiles by these before it reads
     leaves = leaf_paths(params)
     assert ("blocks/0/qkv" in leaves) == (heads == 32)
@@ -203,14 +271,24 @@ def test_a_file_is_served_from_its_own_blocks(kind, heads, tmp_path):
 @pytest.mark.parametrize(
     ("weights", "keep_blocks", "words"),
     [
-        (None, False, "of 15 matrices 2 are rounded to bfloat16 (F32), 13 are widened to bfloat16 (Q5_0, Q8_0)"),
+        (
+            None,
+            False,
+            "of 15 matrices 2 are rounded to bfloat16 (F32), 13 are widened to bfloat16 (Q5_0, Q8_0)",
+        ),
         (
             None,
             True,
-            "of 15 matrices 3 stay as they are (Q8_0), 2 are rounded to bfloat16 (F32), 10 are widened to bfloat16 (Q5_0)",
+            "of 15 matrices 3 stay as they are (Q8_0), 2 are rounded to bfloat16 (F32), 10 are "
+            "widened to bfloat16 (Q5_0)",
         ),
         ("float32", True, "of 15 matrices 5 stay as they are (Q8_0, F32), 10 are widened to float32 (Q5_0)"),
-        ("q4", True, "of 15 matrices 3 stay as they are (Q8_0), 10 are rounded to Q4_0 (Q5_0), 2 are rounded to int8 (F32)"),
+        (
+            "q4",
+            True,
+            "of 15 matrices 3 stay as they are (Q8_0), 10 are rounded to Q4_0 (Q5_0), 2 are "
+            "rounded to int8 (F32)",
+        ),
     ],
 )
 def test_what_becomes_of_a_files_kinds_is_said(weights, keep_blocks, words, tmp_path):
@@ -224,7 +302,8 @@ def test_what_becomes_of_a_files_kinds_is_said(weights, keep_blocks, words, tmp_
     assert describe_kinds(model.kinds, config.prepare_params(cfg, model.params, whole=False)) == words
     two = {"a": np.zeros((3, 2), "float32"), "b": np.zeros((3, 2), "float32")}
     assert (
-        describe_kinds({"a": "Q6_K", "b": "F32"}, two) == "of 2 matrices 1 stays as it is (F32), 1 is widened to float32 (Q6_K)"
+        describe_kinds({"a": "Q6_K", "b": "F32"}, two)
+        == "of 2 matrices 1 stays as it is (F32), 1 is widened to float32 (Q6_K)"
     )
     assert describe_kinds(dict.fromkeys(two, "F16"), two) == "all 2 matrices are widened to float32 (F16)"
     assert describe_kinds({}, model.params) == ""

@@ -3,13 +3,22 @@
 import struct
 import time
 import timeit
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from gguf_files import tiny_gguf, weights
 from refusals import refusal
 
-from engine.storage.gguf_header import MAX_KEYS, MAX_TENSORS, MAX_TEXT, ArrayLocation, read_header, read_numbers, read_strings
+from engine.storage.gguf_header import (
+    MAX_KEYS,
+    MAX_TENSORS,
+    MAX_TEXT,
+    ArrayLocation,
+    read_header,
+    read_numbers,
+    read_strings,
+)
 
 u32, u64 = (lambda value: struct.pack("<I", value)), (lambda value: struct.pack("<Q", value))
 text = lambda value: u64(len(value)) + value
@@ -23,7 +32,13 @@ def info(name: bytes, dims: list[int], kind: int = 0, offset: int = 0) -> bytes:
     return text(name) + u32(len(dims)) + b"".join(map(u64, dims)) + u32(kind) + u64(offset)
 
 
-def gguf(keys: list[bytes] = [], infos: list[bytes] = [], data: int = 0, version: int = 3, count: int | None = None) -> bytes:  # noqa: B006
+def gguf(
+    keys: Sequence[bytes] = (),
+    infos: Sequence[bytes] = (),
+    data: int = 0,
+    version: int = 3,
+    count: int | None = None,
+) -> bytes:
     head = b"GGUF" + u32(version) + u64(len(infos) if count is None else count) + u64(len(keys))
     head += b"".join(keys) + b"".join(infos)
     return head + bytes(-len(head) % 32) + bytes(data)
@@ -44,7 +59,10 @@ MALFORMED = [
     (gguf([key(b"k", 13, u32(1))]), "unknown type 13"),
     (gguf([key(b"k", 8, u64(2**62))]), "too soon"),
     (gguf([key(b"k", 8, text(b"\xff\xfe"))]), "'k' is not UTF-8"),
-    (gguf([key(b"%d" % i, 8, text(bytes(MAX_TEXT // 2))) for i in range(3)]), f"more than {MAX_TEXT:,} bytes of text"),
+    (
+        gguf([key(b"%d" % i, 8, text(bytes(MAX_TEXT // 2))) for i in range(3)]),
+        f"more than {MAX_TEXT:,} bytes of text",
+    ),
     (gguf([key(b"k", 9, u32(9) + u64(1) + u32(9) + u64(1))]), "array of the type 9"),
     (gguf([key(b"k", 9, u32(5) + u64(2**62))]), "too soon"),
     (gguf([key(b"k", 9, u32(8) + u64(2**62))]), "too soon"),

@@ -13,14 +13,22 @@ from engine.model.transformer import forward
 from engine.storage.assets import SMOLLM2_FILE
 from engine.storage.model_loader import load_model
 
-GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden" / "llama_cpp.txt").read_text().splitlines()]
-NEAR = 0.25  # a lead that llama.cpp's rounding of activations to 8 bits may turn round; the largest seen is 0.15
+GOLDEN = [
+    json.loads(line) for line in (Path(__file__).parent / "golden" / "llama_cpp.txt").read_text().splitlines()
+]
+NEAR = (
+    # a lead that llama.cpp's rounding of activations to 8 bits may turn round; the largest seen is
+    # 0.15
+    0.25
+)
 
-# Where the user's own cache is: the tests have one of their own, and 93 MB are not fetched for a test.
+# Where the user's own cache is: the tests have one of their own, and 93 MB are not fetched for a
+# test.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thrice"
 FILE = CACHE / "assets" / "smollm2-135m-instruct" / SMOLLM2_FILE
 pytestmark = pytest.mark.skipif(
-    not FILE.exists(), reason="SmolLM2 is not in the cache: python -m stages.generate --model smollm2-135m-instruct fetches it"
+    not FILE.exists(),
+    reason="SmolLM2 is not in the cache: python -m stages.generate --model smollm2-135m-instruct fetches it",
 )
 
 

@@ -41,7 +41,10 @@ def test_each_split_cuts_as_its_name_says(pre):
     set_pre_tokenizer(tokenizer, pre)
     spans = tokenizer.pre_tokenizer.pre_tokenize_str(TEXT)
     cut = [bytes(decode[symbol] for symbol in span).decode() for span, _ in spans]
-    if pre in ("gpt-2", "smollm"):  # a pattern of GPT-2's leaves the last of several spaces to what follows it
+    if pre in (
+        "gpt-2",
+        "smollm",
+    ):  # a pattern of GPT-2's leaves the last of several spaces to what follows it
         assert "".join(cut) == TEXT
         assert [piece for piece in cut if piece.strip()] == [piece for piece in CUT[pre] if piece.strip()]
     else:
@@ -76,7 +79,10 @@ def test_what_begins_a_text_is_what_the_file_says(tmp_path):
     assert start(add_bos_token=True, bos_token_id=None) == ()
 
 
-GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden" / "sentencepiece.txt").read_text().splitlines()]
+GOLDEN = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "golden" / "sentencepiece.txt").read_text().splitlines()
+]
 
 
 def listed_by(listed: dict[str, Any], folder: Path) -> Tokenizer:
@@ -125,9 +131,9 @@ def test_a_long_text_is_cut_in_places_that_change_nothing(sentencepiece):
     assert sentencepiece.encode(text).tolist() == tokens
     assert len(list(sentencepiece.encode_parts([text]))) > 2
     stream = sentencepiece.stream()
-    assert "".join(map(stream.push, tokens[5:9])) == sentencepiece.decode([tokens[0], *tokens[5:9]]).removeprefix(
-        sentencepiece.decode(tokens[:1])
-    )
+    assert "".join(map(stream.push, tokens[5:9])) == sentencepiece.decode(
+        [tokens[0], *tokens[5:9]]
+    ).removeprefix(sentencepiece.decode(tokens[:1]))
 
 
 def test_a_saved_sentencepiece_vocabulary_is_loaded(sentencepiece, tmp_path):
@@ -135,13 +141,19 @@ def test_a_saved_sentencepiece_vocabulary_is_loaded(sentencepiece, tmp_path):
     again = load_tokenizer(tmp_path).tokenizer
     config = sentencepiece.to_json()
     config["normalizer"] = None  # newer files do the same in a step of another name
-    config["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    config["pre_tokenizer"] = {
+        "type": "Metaspace",
+        "replacement": "▁",
+        "prepend_scheme": "first",
+        "split": False,
+    }
     newer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(config)), sentencepiece.config)
     long = GOLDEN[1]["text"] * 2000
     for text in [*(case["text"] for case in GOLDEN[1:]), long]:
         ids = sentencepiece.encode(text).tolist()
         assert again.encode(text).tolist() == ids
-        if text.strip() and text[0] not in " ▁":  # that step takes a space that is there already for its own
+        # that step takes a space that is there already for its own
+        if text.strip() and text[0] not in " ▁":
             assert newer.encode(text).tolist() == ids
             assert newer.decode(ids) == again.decode(ids) == sentencepiece.decode(ids)
     assert again.bos_ids == (1,)

@@ -52,7 +52,9 @@ class Hub(http.server.ThreadingHTTPServer):
 
     def files(self) -> set[str]:
         """The files whose bytes were asked for."""
-        return {path.rpartition("/")[2] for method, path in self.asked if method == "GET" and "/resolve/" in path}
+        return {
+            path.rpartition("/")[2] for method, path in self.asked if method == "GET" and "/resolve/" in path
+        }
 
 
 class Route(http.server.BaseHTTPRequestHandler):
@@ -68,7 +70,9 @@ class Route(http.server.BaseHTTPRequestHandler):
         if hub.is_down or (hub.broken and path.endswith(hub.broken)):
             return self.answer(503)
         if path == f"/api/models/{ID}" and not hub.error:
-            names = sorted(str(file.relative_to(hub.folder)) for file in hub.folder.rglob("*") if file.is_file())
+            names = sorted(
+                str(file.relative_to(hub.folder)) for file in hub.folder.rglob("*") if file.is_file()
+            )
             listing = {"id": ID, "siblings": [{"rfilename": name} for name in names]}
             return self.answer(200, {"Content-Type": "application/json"}, json.dumps(listing).encode())
         if hub.error or not (path.startswith((f"/{ID}/", f"/api/models/{ID}/"))):
@@ -116,11 +120,18 @@ def serving(hub: Hub) -> Iterator[None]:
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
     folder = write_folder(tmp_path / "served", CONFIG | {"vocab_size": 257}, LARGER, shards=2)
-    for other in ("pytorch_model.bin", "consolidated.safetensors", "modeling.py", "onnx/model.safetensors", "README.md"):
+    for other in (
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "modeling.py",
+        "onnx/model.safetensors",
+        "README.md",
+    ):
         (folder / other).parent.mkdir(exist_ok=True)
         (folder / other).write_bytes(b"must not be fetched")
     hub = Hub(folder)
-    # huggingface_hub reads the environment once; the test that runs a command sets the environment itself.
+    # huggingface_hub reads the environment once; the test that runs a command sets the environment
+    # itself.
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
     template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -135,7 +146,11 @@ def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
 def test_a_model_is_fetched_once_and_then_read_without_the_hub(hub, monkeypatch):
     reports: list[tuple[int, int]] = []
     model = load_model(f"{ID}@v1", report=lambda *counts: reports.append(counts))
-    weights = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"}
+    weights = {
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    }
     there = {file for file in WANTED if (hub.folder / file).exists()}
     assert hub.files() == there | weights
     assert reports[-1] == (sum(value.size for value in LARGER.values()),) * 2
@@ -210,7 +225,13 @@ def test_a_gguf_file_that_is_named_as_on_the_hub_is_said_how_to_fetch(hub, monke
     fetch = command + ", and name {}."
     assert f"The hub's {ID} holds no .gguf file" in refusal(load_model, f"{ID}:Q4_K_M")
     (hub.folder / "sub").mkdir()
-    for name in ("tiny-Q4_K_M.gguf", "tiny-Q4_K_S.gguf", "tiny.q8_0.gguf", "sub/tiny-Q4_K_M.gguf", "an odd \n name.gguf"):
+    for name in (
+        "tiny-Q4_K_M.gguf",
+        "tiny-Q4_K_S.gguf",
+        "tiny.q8_0.gguf",
+        "sub/tiny-Q4_K_M.gguf",
+        "an odd \n name.gguf",
+    ):
         (hub.folder / name).write_bytes(b"must not be fetched")
     for name, file in (
         ("Q4_K_M", "tiny-Q4_K_M.gguf"),
@@ -218,7 +239,9 @@ def test_a_gguf_file_that_is_named_as_on_the_hub_is_said_how_to_fetch(hub, monke
         ("Q8_0", "tiny.q8_0.gguf"),
     ):
         said = refusal(load_model, f"{ID}:{name}")
-        assert said.startswith(f"{ID}:{name} names a file on the hub, and a .gguf is read where it lies here. Fetch it by ")
+        assert said.startswith(
+            f"{ID}:{name} names a file on the hub, and a .gguf is read where it lies here. Fetch it by "
+        )
         assert fetch.format(file, file) in said
         assert "also holds" in said
         assert "odd" not in said
@@ -228,13 +251,14 @@ def test_a_gguf_file_that_is_named_as_on_the_hub_is_said_how_to_fetch(hub, monke
     for missing in (":Q4_K", ":Q6_K", "/other.gguf"):  # Q4_K is none of Q4_K_M
         said = refusal(load_model, f"{ID}{missing}")
         assert (
-            f"The hub's {ID} has no {missing[1:]}. It holds {all_files}: fetch one by {command.format('tiny.q8_0.gguf')}"
-            in said
+            f"The hub's {ID} has no {missing[1:]}. It holds {all_files}: fetch one by "
+            f"{command.format('tiny.q8_0.gguf')}" in said
         )
     assert f"no model {ID}x on the hub" in refusal(load_model, f"{ID}x:Q4_K_M")
     (hub.folder / "config.json").unlink()
-    assert f"no config.json, and models are read from config.json and safetensors. It holds {all_files}" in refusal(
-        load_model, ID
+    assert (
+        f"no config.json, and models are read from config.json and safetensors. It holds {all_files}"
+        in refusal(load_model, ID)
     )
     assert not hub.files() - {"config.json"}
     hub.is_down = True
@@ -249,14 +273,25 @@ def test_a_gguf_file_that_is_named_as_on_the_hub_is_said_how_to_fetch(hub, monke
 def test_a_path_comes_first_and_nothing_else_is_asked_of_the_hub(hub):
     shutil.copytree(hub.folder, ID, ignore=shutil.ignore_patterns("consolidated*"))
     assert load_model(ID).checkpoint == Path(ID)
-    here = ("runs/tiny", "./org/other", "/org/other", "org/model.gguf", "org/other/third.gguf", "runs/no/x.gguf")
+    here = (
+        "runs/tiny",
+        "./org/other",
+        "/org/other",
+        "org/model.gguf",
+        "org/other/third.gguf",
+        "runs/no/x.gguf",
+    )
     for name in (*here, "org/other/third", "org/other@", "org/a@../b"):
         assert "There is no model at" in refusal(load_model, name)
     assert not hub.asked
 
 
 def environment(hub: Hub, folder: Path) -> dict[str, str]:
-    own = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(folder / "cache"), "PYTHONPATH": str(Path(__file__).parents[2])}
+    own = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_CACHE": str(folder / "cache"),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
     return os.environ | own
 
 
@@ -264,7 +299,9 @@ def environment(hub: Hub, folder: Path) -> dict[str, str]:
 def test_ctrl_c_ends_a_fetch_at_once_and_leaves_no_part_of_a_file(hub, tmp_path):
     hub.is_slow = True
     command = [sys.executable, "-m", "stages.generate", "--model", ID]
-    with subprocess.Popen(command, env=environment(hub, tmp_path), stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=environment(hub, tmp_path), stderr=subprocess.PIPE, text=True
+    ) as process:
         assert hub.is_waiting.wait(300)
         process.send_signal(signal.SIGINT)
         _, printed = process.communicate(timeout=300)
@@ -278,16 +315,31 @@ def test_ctrl_c_ends_a_fetch_at_once_and_leaves_no_part_of_a_file(hub, tmp_path)
 def test_an_adapter_of_a_hub_model_is_trained_and_then_loaded_without_the_hub(hub, tmp_path):
     row = lambda n: [{"role": "user", "content": f"sea {n}"}, {"role": "assistant", "content": "sails"}]
     (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": row(n)}) for n in range(20)))
-    options = ["--model", f"{ID}@v1", "--data", "chats.jsonl", "--general", "none", "--out-dir", "run", "--steps", "1"]
+    options = [
+        "--model",
+        f"{ID}@v1",
+        "--data",
+        "chats.jsonl",
+        "--general",
+        "none",
+        "--out-dir",
+        "run",
+        "--steps",
+        "1",
+    ]
     options += ["--context", "32", "--batch", "2", "--lora", "rank=2,alpha=4,targets=q"]
     tuning = [sys.executable, "-m", "stages.finetune", *options]
-    done = subprocess.run(tuning, cwd=tmp_path, env=environment(hub, tmp_path), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        tuning, cwd=tmp_path, env=environment(hub, tmp_path), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["kind"] == "adapter"
     assert record["base"]["model"] == f"{ID}@{hub.commit}"
     assert (
-        json.loads((tmp_path / "run" / "checkpoints" / "1" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        json.loads((tmp_path / "run" / "checkpoints" / "1" / "adapter_config.json").read_text())[
+            "base_model_name_or_path"
+        ]
         == ID
     )
     assert all(path.startswith(f"/{ID}/resolve/") for _, path in hub.asked)
@@ -302,4 +354,6 @@ def test_an_adapter_of_a_hub_model_is_trained_and_then_loaded_without_the_hub(hu
 def test_names_of_the_hub():
     names = ("Qwen/Qwen3-0.6B", "a/b@main", "a/b@refs/pr/1", "a/b@c0ffee")
     assert all(map(is_hub_name, names))
-    assert not any(map(is_hub_name, ("b", "a/b/c", "a/b.gguf", "a/b@", "a/b@-x", "a--b/c", "../b", "a/b@x y")))
+    assert not any(
+        map(is_hub_name, ("b", "a/b/c", "a/b.gguf", "a/b@", "a/b@-x", "a--b/c", "../b", "a/b@x y"))
+    )

@@ -78,7 +78,9 @@ def test_a_table_kept_twice_is_read_once_if_both_are_the_same(tmp_path):
     extra = twice | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
     assert "head" not in load_model(write_folder(tmp_path / "twice", CONFIG, extra)).params
     twice["lm_head.weight"][40, 19] += 1
-    assert "lm_head.weight that differs" in refusal(load_model, write_folder(tmp_path / "other", CONFIG, twice))
+    assert "lm_head.weight that differs" in refusal(
+        load_model, write_folder(tmp_path / "other", CONFIG, twice)
+    )
 
 
 def without(name: str) -> dict[str, np.ndarray]:
@@ -92,8 +94,16 @@ Q = "model.layers.1.self_attn.q_proj.weight"
     ("changes", "weights", "words"),
     [
         ({}, without(Q), ["no tensor", Q, "Did you mean"]),
-        ({}, WEIGHTS | {"model.layers.2.mlp.up_proj.weight": np.zeros((2, 2), np.float32)}, ["layers.2.mlp", "no place"]),
-        ({}, WEIGHTS | {"model.layers.0.self_attn.q_proj.bias": np.zeros(24, np.float32)}, ["q_proj.bias", "no place"]),
+        (
+            {},
+            WEIGHTS | {"model.layers.2.mlp.up_proj.weight": np.zeros((2, 2), np.float32)},
+            ["layers.2.mlp", "no place"],
+        ),
+        (
+            {},
+            WEIGHTS | {"model.layers.0.self_attn.q_proj.bias": np.zeros(24, np.float32)},
+            ["q_proj.bias", "no place"],
+        ),
         ({}, WEIGHTS | {Q: np.zeros((20, 24), np.float32)}, [Q, "should be [24, 20] and is [20, 24]"]),
         ({}, WEIGHTS | {Q: np.zeros((24, 20), np.float64)}, [Q, "F64", "F32, F16, BF16"]),
         ({"tie_word_embeddings": False}, WEIGHTS, ["lm_head.weight"]),
@@ -124,7 +134,10 @@ def replace(folder: Path, name: str, data: bytes | str | dict[str, Any] | None) 
         ("tokenizer_config.json", {"eos_token": "</s>"}, "no token '</s>'"),
         ("tokenizer_config.json", {"eos_token": "<|endoftext|>", "chat_template": 3}, "chat_template"),
         ("chat_template.jinja", b"\xff", "not UTF-8"),
-        *(("generation_config.json", {"eos_token_id": ids}, "ids below 41") for ids in (41, [1, "2"], [[1]], "7", True)),
+        *(
+            ("generation_config.json", {"eos_token_id": ids}, "ids below 41")
+            for ids in (41, [1, "2"], [[1]], "7", True)
+        ),
     ],
 )
 def test_a_damaged_file_is_named(name, data, words, folder):
@@ -153,7 +166,9 @@ def test_every_end_is_known_the_tokenizers_own_first_and_the_recommended_samplin
     assert model.eos_ids == (model.tokenizer.id_of("%"), 3, 40, 5)
     assert model.sampling == {"temperature": 0.7}
     replace(
-        folder, "generation_config.json", {"do_sample": False, "temperature": 0.7, "top_p": None, "repetition_penalty": 1.1}
+        folder,
+        "generation_config.json",
+        {"do_sample": False, "temperature": 0.7, "top_p": None, "repetition_penalty": 1.1},
     )
     assert load_model(folder).sampling == {"temperature": 0.0, "repetition_penalty": 1.1}
 
@@ -220,13 +235,19 @@ print(found, *sorted(event for event in dict(seen) if event.startswith((*STARTS,
 def test_loading_runs_nothing_opens_no_connection_and_writes_no_file(folder, tmp_path):
     file = tiny_gguf(tmp_path / "x.gguf")
     result = subprocess.run(
-        [sys.executable, "-c", AUDIT, str(folder), str(file)], cwd=Path(__file__).parents[2], capture_output=True, text=True
+        [sys.executable, "-c", AUDIT, str(folder), str(file)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[] os.fork os.posix_spawn os.system pickle.find_class subprocess.Popen"
 
 
-GOLDEN = {path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parent / "golden").glob("*.json"))}
+GOLDEN = {
+    path.stem: json.loads(path.read_text())
+    for path in sorted((Path(__file__).parent / "golden").glob("*.json"))
+}
 
 
 def test_there_is_a_golden_file_for_every_family():
@@ -249,7 +270,9 @@ def test_logits_equal_those_of_transformers(family, tmp_path):
     folder = write_folder(tmp_path / "new", golden["config"], weights)
     model = load_model(folder)
     tokens = np.asarray(golden["tokens"], np.int32)
-    logits, _ = jax.jit(forward, static_argnums=0)(model.cfg, model.params, tokens, positions_of(*tokens.shape))
+    logits, _ = jax.jit(forward, static_argnums=0)(
+        model.cfg, model.params, tokens, positions_of(*tokens.shape)
+    )
     expected = np.asarray(golden["logits"], np.float32)
     assert np.abs(expected).max() > 1  # lively enough to tell one model from another
     np.testing.assert_allclose(np.asarray(logits)[:, golden["positions"]], expected, atol=1e-4, rtol=0)

@@ -1,5 +1,6 @@
 """Each file of a model or of data may be anything: nested deeply, huge, no text, a pipe, a device, a folder. All are refused
-with a sentence, at once, and nothing is waited for. Files damaged at random are refused or read, never anything else."""
+with a sentence, at once, and nothing is waited for. Files damaged at random are refused or read, never anything else.
+"""
 
 import json
 import os
@@ -87,7 +88,9 @@ def models(tmp_path_factory):
 
 
 def is_refused(read: Callable[[], object], what: str) -> None:
-    """Checks that reading ends with a sentence, or with what the file may leave out. Waiting ends with the test's time."""
+    """Checks that reading ends with a sentence, or with what the file may leave out. Waiting ends
+    with the test's time.
+    """
     try:
         read()
     except BaseException as error:
@@ -111,7 +114,8 @@ def test_a_file_of_a_model(models, tmp_path, model, name):
         (shutil.copytree if name else shutil.copy)(models / model, copy)
         replaced(copy / name, make)
         if kind in DATA and name.startswith("checkpoints/") and "manifest" not in name:
-            manifest.write_manifest(copy / "checkpoints" / "1")  # as someone writes it who means harm
+            # as someone writes it who means harm
+            manifest.write_manifest(copy / "checkpoints" / "1")
         is_refused(lambda copy=copy: load_model(str(copy)), f"{name} is {kind}")
 
 
@@ -146,7 +150,9 @@ def test_the_log_of_a_run(tmp_path):
 
 @pytest.mark.parametrize("written", ["read", "missing"])
 def test_a_run_that_ends_while_it_is_loaded_is_not_damaged(tmp_path, monkeypatch, written):
-    """Its last result is written after the manifest was read, or the manifest is not written again yet."""
+    """Its last result is written after the manifest was read, or the manifest is not written again
+    yet.
+    """
     with updating(tmp_path):
         write_json(tmp_path / "config.json", {})
         write_json(tmp_path / "run.json", {})
@@ -167,10 +173,14 @@ def test_a_run_that_ends_while_it_is_loaded_is_not_damaged(tmp_path, monkeypatch
 
 
 def test_no_damage_escapes():
-    """Loaded under a limit on memory; `python tests/storage/hostile.py SEED COUNT` tries as many as wanted."""
+    """Loaded under a limit on memory; `python tests/storage/hostile.py SEED COUNT` tries as many as
+    wanted.
+    """
     script = Path(__file__).with_name("hostile.py")
     result = subprocess.run([sys.executable, script, "0", "200"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     outcomes = json.loads(result.stdout)["outcomes"]
     assert sum(outcomes.values()) == 200
-    assert all(outcomes[f"{word} {kind}"] > 0 for word in ("read", "refused") for kind in (".gguf", ".safetensors"))
+    assert all(
+        outcomes[f"{word} {kind}"] > 0 for word in ("read", "refused") for kind in (".gguf", ".safetensors")
+    )

@@ -14,8 +14,14 @@ from engine.storage.huggingface import load_tokenizer, save_folder
 from engine.storage.model_loader import load_model
 from engine.storage.tensor_layout import DTYPE_NAMES
 
-STEPS = {"q8_0": 127, "q4_0": 8, "q4_1": 15}  # of a block's largest number, within one of which each number comes back
-FORMS = [("gguf", dtype) for dtype in DTYPE_NAMES] + [("folder", dtype) for dtype in DTYPE_NAMES if dtype not in STEPS]
+STEPS = {
+    "q8_0": 127,
+    "q4_0": 8,
+    "q4_1": 15,
+}  # of a block's largest number, within one of which each number comes back
+FORMS = [("gguf", dtype) for dtype in DTYPE_NAMES] + [
+    ("folder", dtype) for dtype in DTYPE_NAMES if dtype not in STEPS
+]
 FAMILIES = {
     "llama": {"qk_norm": False},
     "qwen2": {"qk_norm": False, "qkv_bias": True, "tied": True},
@@ -39,7 +45,10 @@ def test_what_is_written_comes_back(form, dtype, family, tmp_path):
     else:
         tiny_tokenizer(tmp_path, 41)
         save_folder(tmp_path, cfg, params, load_tokenizer(tmp_path), dtype=dtype, report=report)
-        assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": 40, "pad_token_id": 40}
+        assert json.loads((tmp_path / "generation_config.json").read_text()) == {
+            "eos_token_id": 40,
+            "pad_token_id": 40,
+        }
         model = load_model(tmp_path, dtype="float32")
     assert reports[-1][0] == reports[-1][1] == sum(leaf.size for leaf in leaf_paths(params).values())
     assert model.cfg.architecture_differences(cfg) == []
@@ -47,9 +56,13 @@ def test_what_is_written_comes_back(form, dtype, family, tmp_path):
     assert leaves.keys() == leaf_paths(params).keys()
     for path, leaf in leaf_paths(params).items():
         if dtype in STEPS and leaf.ndim == 2:
-            blocks = lambda matrix, path=path: (matrix if path == "embed" else matrix.T).reshape(-1, 32)  # of a word or column
+            blocks = lambda matrix, path=path: (matrix if path == "embed" else matrix.T).reshape(
+                -1, 32
+            )  # of a word or column
             largest = np.abs(blocks(leaf)).max(-1, keepdims=True)
             assert (np.abs(blocks(leaves[path]) - blocks(leaf)) <= 1.01 * largest / STEPS[dtype]).all()
         else:
             plain = form == "gguf" and leaf.ndim == 1
-            np.testing.assert_array_equal(leaves[path], leaf if plain else leaf.astype(dtype).astype("float32"))
+            np.testing.assert_array_equal(
+                leaves[path], leaf if plain else leaf.astype(dtype).astype("float32")
+            )

@@ -34,7 +34,13 @@ from engine.text.tokenizer import byte_tokenizer, save_tokenizer
 CFG = tiny_config(vocab=260, width=32, head_dim=6, ff=64, kv_heads=2)
 CFG_SHAPES = leaf_shapes(CFG)
 LORA = LoraConfig(3, 6.0, ("q", "down"))
-PACKED = {"embed": "Q8_0", "head": "Q8_0", "blocks/0/gate": "Q4_0", "blocks/0/up": "Q4_1", "blocks/1/down": "Q4_1"}
+PACKED = {
+    "embed": "Q8_0",
+    "head": "Q8_0",
+    "blocks/0/gate": "Q4_0",
+    "blocks/0/up": "Q4_1",
+    "blocks/1/down": "Q4_1",
+}
 TRAINED = ("blocks/0/gate", "blocks/1/down")  # of these the factors
 OTHER = {"float16": np.float16, "int32": np.int32, "bool": np.bool_, "uint8": np.uint8, "int8": np.int8}
 
@@ -59,13 +65,19 @@ def write_step(folder: Path, arrays: Arrays, step: int = 7) -> None:
         part, adapted = PART, saved_run_adapter(LORA, base=record["base"]["digest"], base_name="plain")
     state = {"step": step, "seconds": 1.0}
     checkpoint.write(folder, step, {part: arrays, "optimizer": {}}, state, keep=9, adapted=adapted)
-    names = ["config.json", "run.json", *(f"tokenizer/{path.name}" for path in (folder / "tokenizer").iterdir())]
+    names = [
+        "config.json",
+        "run.json",
+        *(f"tokenizer/{path.name}" for path in (folder / "tokenizer").iterdir()),
+    ]
     (folder / manifest.NAME).write_bytes(manifest.make_manifest(folder, names))
 
 
 @pytest.fixture(scope="module")
 def arrays() -> dict[str, Arrays]:
-    """The arrays of a run's checkpoint: in float32, with weights in blocks, of which some trained, and of a LoRA."""
+    """The arrays of a run's checkpoint: in float32, with weights in blocks, of which some trained,
+    and of a LoRA.
+    """
     plain = {path: np.asarray(leaf) for path, leaf in leaf_paths(lively_params(CFG)).items()}
     packed = dict(plain)
     for path, kind in PACKED.items():
@@ -94,7 +106,10 @@ def dense(loaded: LoadedModel) -> Arrays:
 
 
 def test_runs_of_every_kind_load_as_they_were_saved(runs, arrays):
-    assert all(np.array_equal(leaf, arrays["plain"][path]) for path, leaf in dense(load_model(str(runs["plain"]))).items())
+    assert all(
+        np.array_equal(leaf, arrays["plain"][path])
+        for path, leaf in dense(load_model(str(runs["plain"]))).items()
+    )
     blocks: dict[str, Any] = {}
     kept = leaf_paths(load_model(str(runs["packed"]), keep_blocks=True, on_blocks=blocks.update).params)
     assert {path: leaf.kind for path, leaf in kept.items() if isinstance(leaf, Blocks)} == PACKED
@@ -110,14 +125,29 @@ def change(arrays: Arrays, data: st.DataObject) -> tuple[str, Arrays]:
     """Returns a way to change one array, and arrays so changed."""
     path = data.draw(st.sampled_from(sorted(arrays)))
     array, others = arrays[path], {name: other for name, other in arrays.items() if name != path}
-    way = data.draw(st.sampled_from(["missing", "renamed", "another", "dtype", "transposed", "flat", "longer", "cut", "axis"]))
+    way = data.draw(
+        st.sampled_from(
+            ["missing", "renamed", "another", "dtype", "transposed", "flat", "longer", "cut", "axis"]
+        )
+    )
     if way == "missing":
         return way, others
     if way == "renamed":
-        names = ["x", "blocks/2/q", "blocks/0", "packed", "packed/norm", f"packed/{path}", f"{path}/a", path.replace("/", "//")]
+        names = [
+            "x",
+            "blocks/2/q",
+            "blocks/0",
+            "packed",
+            "packed/norm",
+            f"packed/{path}",
+            f"{path}/a",
+            path.replace("/", "//"),
+        ]
         return way, others | {data.draw(st.sampled_from(names)): array}
     if way == "another":
-        name = data.draw(st.sampled_from(["x", "blocks/2/q", "packed/blocks/0/q", "blocks/0/q_bias", "packed/x", "norm2"]))
+        name = data.draw(
+            st.sampled_from(["x", "blocks/2/q", "packed/blocks/0/q", "blocks/0/q_bias", "packed/x", "norm2"])
+        )
         return way, arrays | {name: array}
     if way == "dtype":
         # Of an adapter any type of floats is read, as other programs write them.
@@ -138,10 +168,14 @@ def change(arrays: Arrays, data: st.DataObject) -> tuple[str, Arrays]:
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_a_change_of_one_array_is_refused_or_changes_nothing(runs, arrays, kind, data):
-    """Manifests are made anew. Bits that remain those of an array of its path, shape and type tell nothing."""
+    """Manifests are made anew. Bits that remain those of an array of its path, shape and type tell
+    nothing.
+    """
     way, changed = change(arrays[kind], data)
     same = changed.keys() == arrays[kind].keys()
-    same = same and all((a.dtype, a.shape) == (changed[path].dtype, changed[path].shape) for path, a in arrays[kind].items())
+    same = same and all(
+        (a.dtype, a.shape) == (changed[path].dtype, changed[path].shape) for path, a in arrays[kind].items()
+    )
     try:
         write_step(runs[kind], changed)
         keep_blocks = kind != "adapter" and data.draw(st.booleans())
@@ -168,7 +202,8 @@ def test_the_sentence_names_the_array_what_was_wanted_what_came_and_the_file(run
         ({"blocks/0/gate": gate, "x": gate}, f"it has an array 'x', which has no place there. {remedy}"),
         (
             {"x": gate},
-            f"it has no blocks/0/gate, which should be float32 or bfloat16 [32, 64] (1 more arrays differ). {remedy}",
+            "it has no blocks/0/gate, which should be float32 or bfloat16 [32, 64] (1 more arrays "
+            f"differ). {remedy}",
         ),
     ):
         write_step(folder, others | changed)
@@ -177,7 +212,10 @@ def test_the_sentence_names_the_array_what_was_wanted_what_came_and_the_file(run
 
 
 def test_matrices_that_stayed_frozen_may_be_of_bfloat16(runs, arrays):
-    half = {path: array.astype(ml_dtypes.bfloat16) if array.ndim == 2 else array for path, array in arrays["plain"].items()}
+    half = {
+        path: array.astype(ml_dtypes.bfloat16) if array.ndim == 2 else array
+        for path, array in arrays["plain"].items()
+    }
     write_step(runs["plain"], half)
     assert load_model(str(runs["plain"])).params["blocks"]["0"]["q"].dtype == jnp.bfloat16
     write_step(runs["plain"], half | {"norm": half["norm"].astype(ml_dtypes.bfloat16)})
@@ -208,14 +246,19 @@ def test_an_adapter_of_an_earlier_version_is_refused(runs, arrays):
     shutil.rmtree(run / "checkpoints" / "7")
     checkpoint.write(run, 7, {"params": pairs, "optimizer": {}}, {"step": 7, "seconds": 1.0}, keep=9)
     sentence = refusal(load_model, str(run))
-    assert re.search(r"checkpoints/7 has no adapter_config\.json .* of an earlier version .* Train the adapter anew", sentence)
+    assert re.search(
+        r"checkpoints/7 has no adapter_config\.json .* of an earlier version .* Train the adapter anew",
+        sentence,
+    )
     write_step(run, arrays["adapter"])
 
 
 def test_an_earlier_versions_run_does_not_tell_which_blocks_trained(runs, arrays, tmp_path):
     folder = write_run(tmp_path / "run", arrays["packed"])
     wanted = load_model(str(runs["packed"]), keep_blocks=True).params["blocks"]["1"]["down"]
-    assert np.array_equal(load_model(str(folder), keep_blocks=True).params["blocks"]["1"]["down"].packed, wanted.packed)
+    assert np.array_equal(
+        load_model(str(folder), keep_blocks=True).params["blocks"]["1"]["down"].packed, wanted.packed
+    )
 
 
 def test_a_config_of_more_layers_than_there_are_arrays_takes_no_time(runs, arrays):

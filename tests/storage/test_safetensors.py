@@ -17,7 +17,9 @@ TENSORS = {"a": ((3, 5), "F32"), "b": ((7,), "F16"), "c": ((2, 4), "BF16"), "non
 
 def arrays() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    return {name: rng.standard_normal(shape).astype(DTYPES[dtype]) for name, (shape, dtype) in TENSORS.items()}
+    return {
+        name: rng.standard_normal(shape).astype(DTYPES[dtype]) for name, (shape, dtype) in TENSORS.items()
+    }
 
 
 def test_what_the_library_writes_is_read(tmp_path):
@@ -40,7 +42,9 @@ def test_what_is_written_the_library_reads(kind, tmp_path):
         for name in values if kind[:2] not in ("BF", "F8") else ():  # which NumPy does not know
             np.testing.assert_array_equal(file.get_tensor(name), values[name])
     header, _ = read_header(tmp_path / "x.safetensors")
-    assert all(read_slice(header[name], 0, len(value)).tobytes() == value.tobytes() for name, value in values.items())
+    assert all(
+        read_slice(header[name], 0, len(value)).tobytes() == value.tobytes() for name, value in values.items()
+    )
     assert min(stored.offset for stored in header.values()) % 8 == 0
 
 

@@ -12,7 +12,16 @@ from engine.storage.checkpoint_reader import LoadedCheckpoint
 from engine.storage.digest import digest
 
 
-def save(folder: Path, step: int, params: Any, optimizer: Any, state: Any, *, keep: int = 3, best: int | None = None) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    params: Any,
+    optimizer: Any,
+    state: Any,
+    *,
+    keep: int = 3,
+    best: int | None = None,
+) -> Path:
     """Saves at once; returns the path."""
     with BackgroundSaver(folder, keep) as saver:
         saver.save(step, params, optimizer, state, best)
@@ -20,13 +29,17 @@ def save(folder: Path, step: int, params: Any, optimizer: Any, state: Any, *, ke
 
 
 def tiny(step: int) -> tuple[dict, tuple]:
-    return {"w": np.arange(6, dtype=np.float32).reshape(2, 3) + step}, ({"m": np.full(3, step, jax.dtypes.bfloat16)},)
+    return {"w": np.arange(6, dtype=np.float32).reshape(2, 3) + step}, (
+        {"m": np.full(3, step, jax.dtypes.bfloat16)},
+    )
 
 
 def write_tiny(folder: Path, step: int, keep: int = 3) -> Path:
     """Saves without starting JAX, so that a process may fork before."""
     params, (moments,) = tiny(step)
-    return checkpoint.write(folder, step, {"params": params, "optimizer": {"0/m": moments["m"]}}, {"at": step}, keep=keep)
+    return checkpoint.write(
+        folder, step, {"params": params, "optimizer": {"0/m": moments["m"]}}, {"at": step}, keep=keep
+    )
 
 
 def load_tiny(folder: Path) -> LoadedCheckpoint:

@@ -10,10 +10,14 @@ from tokenizers import AddedToken
 
 from engine.text.tokenizer import ModelTokenizer, Tokenizer, train_bpe
 
-PROSE = "Hello there, how are you? I am well. The assistant answers what the user asks; the system says how. 1234 " * 5
+PROSE = (
+    "Hello there, how are you? I am well. The assistant answers what the user asks; the system "
+    "says how. 1234 " * 5
+)
 START, END = "<|im_start|>", "<|im_end|>"
 
-# Takes the role's name into a control token, and strips what was thought from all turns but the last, as Qwen 3 does.
+# Takes the role's name into a control token, and strips what was thought from all turns but the
+# last, as Qwen 3 does.
 THINKING = """{%- for message in messages %}
 {%- if message.role == 'assistant' and not loop.last %}
 {{- '<|im_start|>assistant\\n' + message.content.split('</think>')[-1] + '<|im_end|>\\n' }}
@@ -24,7 +28,8 @@ THINKING = """{%- for message in messages %}
 {%- endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
-# Answers begin without a mark of their own, content is trimmed, and a second control token ends the whole.
+# Answers begin without a mark of their own, content is trimmed, and a second control token ends the
+# whole.
 BRACKETS = """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}
 {{- '[INST] ' + message['content'] | trim + ' [/INST]' }}
 {%- elif message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + eos_token }}
@@ -36,8 +41,12 @@ def chat_tokenizer(template: str | None = None) -> Tokenizer:
     """BPE with ChatML's control tokens, and one that stands for another's end."""
     plain = train_bpe([PROSE], 330)
     inner = tokenizers.Tokenizer.from_str(plain.inner.to_str())
-    inner.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in (START, END, "<s>", "</s>")])
-    config: dict[str, Any] = {"eos_token": END, "bos_token": "<s>"} | ({"chat_template": template} if template else {})
+    inner.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in (START, END, "<s>", "</s>")]
+    )
+    config: dict[str, Any] = {"eos_token": END, "bos_token": "<s>"} | (
+        {"chat_template": template} if template else {}
+    )
     return Tokenizer(inner, config)
 
 
@@ -48,13 +57,17 @@ def save_chat_model(folder: Path, **sizes: Any) -> None:
     folder.mkdir(exist_ok=True)
     tokenizer = chat_tokenizer()
     cfg = tiny_config(vocab=tokenizer.vocab, **sizes)
-    save_folder(folder, cfg, lively_params(cfg), ModelTokenizer(tokenizer, (tokenizer.eos_id,), {}), dtype="float32")
+    save_folder(
+        folder, cfg, lively_params(cfg), ModelTokenizer(tokenizer, (tokenizer.eos_id,), {}), dtype="float32"
+    )
 
 
 def talk(*turns: str, system: str | None = None) -> list[dict[str, str]]:
     """Turns of user and assistant in order."""
     messages = [{"role": "system", "content": system}] if system is not None else []
-    return messages + [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    return messages + [
+        {"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)
+    ]
 
 
 def plainly(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -32,7 +32,9 @@ def test_epochs_are_told_apart():
 
 @given(shares=st.sampled_from([1, 2, 3, 6]), step=st.integers(0, 50), seed=st.integers(0, 99))
 def test_the_rows_of_all_processes_are_the_batch(shares, step, seed):
-    """The data order does not depend on the number of processes: each one's own rows, side by side, are the whole batch."""
+    """The data order does not depend on the number of processes: each one's own rows, side by side,
+    are the whole batch.
+    """
     batches = TextBatches(np.arange(200), seq=7, batch=6, seed=seed)
     own = [slice(share * 6 // shares, (share + 1) * 6 // shares) for share in range(shares)]
     rows = [batches.at(step, rows).tokens for rows in own]
@@ -86,7 +88,9 @@ def test_epochs_differ_in_order_and_in_where_windows_start():
     assert len({tuple(order) for order in orders}) == 6
     assert len({int(order.min()) % 7 for order in orders}) > 2
     # No epoch is one of a neighbouring seed's.
-    neighbour = [tuple(np.array(windows_of(TextBatches(PLACES, 7, 5, seed=1), epoch))[:, 0]) for epoch in range(6)]
+    neighbour = [
+        tuple(np.array(windows_of(TextBatches(PLACES, 7, 5, seed=1), epoch))[:, 0]) for epoch in range(6)
+    ]
     assert not {tuple(order) for order in orders} & set(neighbour)
 
 
@@ -110,7 +114,8 @@ def test_evaluation_scores_every_token_but_the_first_once(length, seq, stride, b
             np.testing.assert_array_equal(targets[mask], tokens[mask] + 1)
             if not mask.any():
                 continue
-            # A window is one stretch of text up to the last token it scores, so what is scored has all its context.
+            # A window is one stretch of text up to the last token it scores, so what is scored has
+            # all its context.
             last = np.flatnonzero(mask)[-1]
             np.testing.assert_array_equal(np.diff(tokens[: last + 1] if length <= seq else tokens), 1)
             context = np.flatnonzero(mask) + 1  # tokens that a target is predicted from

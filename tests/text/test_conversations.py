@@ -16,7 +16,9 @@ USER, ANSWER, OTHER, SYSTEM = (
 
 
 def write(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -25,18 +27,37 @@ def write(path: Path, *rows: Any) -> Path:
     [
         ({"messages": [USER, ANSWER]}, "messages", [USER, ANSWER]),
         ({"messages": [USER, ANSWER], "prompt": "q", "prompt_id": "x"}, "messages", [USER, ANSWER]),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, ANSWER]}, "messages", [USER, ANSWER]),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, ANSWER]},
+            "messages",
+            [USER, ANSWER],
+        ),
         ({"prompt": "q", "completion": "a"}, "prompt/completion", [USER, ANSWER]),
         ({"prompt": [SYSTEM, USER], "completion": [ANSWER]}, "prompt/completion", [SYSTEM, USER, ANSWER]),
         ({"instruction": "q", "input": "", "output": "a", "text": "all of it"}, "Alpaca", [USER, ANSWER]),
-        ({"instruction": "q", "input": "i", "output": "a"}, "Alpaca", [{"role": "user", "content": "q\n\ni"}, ANSWER]),
+        (
+            {"instruction": "q", "input": "i", "output": "a"},
+            "Alpaca",
+            [{"role": "user", "content": "q\n\ni"}, ANSWER],
+        ),
         ({"instruction": "q", "system": "s", "output": "a"}, "Alpaca", [SYSTEM, USER, ANSWER]),
-        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "ShareGPT", [USER, ANSWER]),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+            "ShareGPT",
+            [USER, ANSWER],
+        ),
         ({"conversations": [USER, ANSWER]}, "ShareGPT", [USER, ANSWER]),
         ({"messages": [USER, ANSWER], "system": "s", "tools": []}, "messages", [SYSTEM, USER, ANSWER]),
-        ({"messages": [USER | {"name": "Ann"}, ANSWER], "tools": "[]", "functions": "{}"}, "messages", [USER, ANSWER]),
         (
-            {"messages": [USER, ANSWER | {"refusal": None, "tool_calls": [], "annotations": []}], "parallel_tool_calls": True},
+            {"messages": [USER | {"name": "Ann"}, ANSWER], "tools": "[]", "functions": "{}"},
+            "messages",
+            [USER, ANSWER],
+        ),
+        (
+            {
+                "messages": [USER, ANSWER | {"refusal": None, "tool_calls": [], "annotations": []}],
+                "parallel_tool_calls": True,
+            },
             "messages",
             [USER, ANSWER],
         ),
@@ -72,7 +93,10 @@ def test_preferences(row, prompt, tmp_path):
         ({"messages": [USER, ANSWER | {"weight": 0}, USER, OTHER | {"weight": 1}]}, {1}),
         ({"messages": [SYSTEM, USER, ANSWER | {"train": False}, USER, OTHER | {"train": True}]}, {2}),
         ({"messages": [USER, ANSWER, USER | {"loss": False}, OTHER | {"loss": False}], "system": "s"}, {4}),
-        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0}]}, {1}),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0}]},
+            {1},
+        ),
         ({"prompt": [USER, ANSWER, USER], "completion": "b"}, {1}),
     ],
 )
@@ -86,7 +110,9 @@ def test_what_of_a_conversation_is_context_alone(row, context, tmp_path):
 
 
 def test_texts(tmp_path):
-    data = read_conversations(write(tmp_path / "data.jsonl", {"text": "one"}, "\n", {"text": "two", "source": 3}))
+    data = read_conversations(
+        write(tmp_path / "data.jsonl", {"text": "one"}, "\n", {"text": "two", "source": 3})
+    )
     assert data.kind == "text"
     assert [row.where.rpartition(":")[2] for row in data] == ["1", "3"]
     assert [row.text for row in data] == ["one", "two"]
@@ -95,13 +121,20 @@ def test_texts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ['[{"text": "a"},\n\n {"text":\n"b"}, {"text": "c"}]', '{"text": "a"}\n\n{"text":\n"b"} {"text": "c"}\n']
+    "text",
+    ['[{"text": "a"},\n\n {"text":\n"b"}, {"text": "c"}]', '{"text": "a"}\n\n{"text":\n"b"} {"text": "c"}\n'],
 )
 def test_arrays_and_values_one_after_the_other(text, tmp_path):
     path = write(tmp_path / "data.json", text)
-    assert list(read_conversations(path)) == [Text(letter, f"{path}:{line}") for letter, line in (("a", 1), ("b", 3), ("c", 4))]
+    assert list(read_conversations(path)) == [
+        Text(letter, f"{path}:{line}") for letter, line in (("a", 1), ("b", 3), ("c", 4))
+    ]
     write(path, text.replace("\n", ""))  # on one line, each has a place of its own all the same
-    assert [row.where for row in read_conversations(path)] == [f"{path}:1", f"{path}:1 (value 2)", f"{path}:1 (value 3)"]
+    assert [row.where for row in read_conversations(path)] == [
+        f"{path}:1",
+        f"{path}:1 (value 2)",
+        f"{path}:1 (value 3)",
+    ]
 
 
 GOOD = {"messages": [USER, ANSWER]}
@@ -125,7 +158,10 @@ GOOD = {"messages": [USER, ANSWER]}
         ({"chosen": "a", "rejected": "b"}, "`prompt` is missing"),
         ({"conversations": [{"from": "human"}]}, "message 1 of `conversations` has no `value`"),
         ({"conversations": [{"from": "hmuan", "value": "q"}]}, "Did you mean 'human'"),
-        ({"prompt": "q", "chosen": [USER], "rejected": "b"}, "`chosen` does not end with the assistant's answer"),
+        (
+            {"prompt": "q", "chosen": [USER], "rejected": "b"},
+            "`chosen` does not end with the assistant's answer",
+        ),
         ({"chosen": [SYSTEM, ANSWER], "rejected": [USER, ANSWER]}, "answer different prompts"),
         ({"prompt": 3, "completion": "a"}, "`prompt`"),
         ({"text": False}, "`text`"),
@@ -171,7 +207,9 @@ def test_files_that_are_none(tmp_path):
 
 
 def test_nothing_that_is_shipped_as_held_out_is_trained_on():
-    """All questions and all answers differ; each answer of the voice ends alike, by which its learning is counted."""
+    """All questions and all answers differ; each answer of the voice ends alike, by which its
+    learning is counted.
+    """
     data = {name: list(read_conversations(name)) for name in SHIPPED}
     assert [len(rows) >= least for rows, least in zip(data.values(), (300, 40, 60))] == [True] * 3
     messages = [message for row in [*data["voice"], *data["voice-held-out"]] for message in row.messages]

@@ -18,7 +18,15 @@ from engine import manifest
 from engine.errors import UserError
 from engine.text import corpus as corpus_module
 from engine.text import tokenizer as tokenizer_module
-from engine.text.corpus import Corpus, Document, hold_out, open_bin, open_token_file, read_corpus, without_copies
+from engine.text.corpus import (
+    Corpus,
+    Document,
+    hold_out,
+    open_bin,
+    open_token_file,
+    read_corpus,
+    without_copies,
+)
 from engine.text.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 
 
@@ -63,7 +71,8 @@ def test_a_folder_is_read_in_sorted_order_without_what_is_hidden_or_not_text(tmp
     corpus = read_corpus(tmp_path)
     assert texts_of(corpus) == ["first", "second", "third", "fourth", "fifth"]
     assert corpus.note == (
-        f"Skipped 6 of 11 files in {tmp_path}: not UTF-8 text (2 .jpg, 1 without an ending, 1 .txt, 1 .md, 1 .png); "
+        f"Skipped 6 of 11 files in {tmp_path}: not UTF-8 text (2 .jpg, 1 without an ending, 1 "
+        ".txt, 1 .md, 1 .png); "
         "f/latin.txt, g.md should be UTF-8: convert with iconv, for example."
     )
 
@@ -151,7 +160,10 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
         texts_of(read_corpus(tmp_path / "a.parquet"))
 
 
-@given(documents=st.lists(st.text(alphabet="ab\n", min_size=1), min_size=1, max_size=30), fraction=st.floats(0.01, 0.99))
+@given(
+    documents=st.lists(st.text(alphabet="ab\n", min_size=1), min_size=1, max_size=30),
+    fraction=st.floats(0.01, 0.99),
+)
 @example(documents=["a", "bbb"], fraction=0.25)  # cut in a later document
 def test_holding_out_loses_nothing(documents, fraction):
     if len("".join(documents)) < 2:
@@ -190,8 +202,15 @@ def test_no_held_out_document_is_in_the_training_text():
     assert without_copies(same := corpus_of(["+", "-"]), corpus_of(["*", "/"])) is same
     sums = ["3 - 1 * 2 =", "(3 - 1) * 2 =", "31 * 2 =", "3 - 12 =", ".3 - 1 * 2 ="]
     for held_out in sums:
-        assert without_copies(same := corpus_of([held_out]), corpus_of([each for each in sums if each != held_out])) is same
-    with pytest.raises(UserError, match="1 of 1 documents of a corpus are in a corpus too: nothing is held out"):
+        assert (
+            without_copies(
+                same := corpus_of([held_out]), corpus_of([each for each in sums if each != held_out])
+            )
+            is same
+        )
+    with pytest.raises(
+        UserError, match="1 of 1 documents of a corpus are in a corpus too: nothing is held out"
+    ):
         without_copies(corpus_of(["the sea"]), train)
 
 
@@ -231,7 +250,9 @@ def test_of_a_large_file_a_part_is_in_memory(tmp_path, monkeypatch):
 
 
 def test_large_files_are_read_one_at_a_time(tmp_path):
-    """The first document is there before the last file is opened: the folder need not fit into memory."""
+    """The first document is there before the last file is opened: the folder need not fit into
+    memory.
+    """
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"text {n}"}) for n in range(3)))
     (tmp_path / "b.jsonl").write_text("no JSON")
     assert texts_of(itertools.islice(read_corpus(tmp_path), 3)) == ["text 0", "text 1", "text 2"]
@@ -346,7 +367,9 @@ def test_what_does_not_read_back_is_not_kept(monkeypatch, cache):
         (folder / "tokens.bin").write_bytes(b"other")
 
     monkeypatch.setattr("engine.text.corpus.write_manifest", damage)
-    with pytest.raises(UserError, match=r"not as they should be, so they were not kept: .*tokens\.bin has 5 bytes"):
+    with pytest.raises(
+        UserError, match=r"not as they should be, so they were not kept: .*tokens\.bin has 5 bytes"
+    ):
         open_token_file(DOCUMENTS, BPE)
     assert list((cache / "tokens").iterdir()) == []
 

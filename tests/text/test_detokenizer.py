@@ -10,14 +10,18 @@ from engine.text.detokenizer import CompletionText, Detokenizer
 LETTERS = "abé😀"
 PIECES = ["a", "b", "ab", "ba", "aab", "é", "😀", "bé"]
 # Whole characters, and the single bytes that some of them are made of.
-TABLE = dict(enumerate([piece.encode() for piece in PIECES] + [bytes([byte]) for byte in "é😀".encode()] + [b""]))
+TABLE = dict(
+    enumerate([piece.encode() for piece in PIECES] + [bytes([byte]) for byte in "é😀".encode()] + [b""])
+)
 
 tokens_ = st.lists(st.integers(0, len(TABLE) - 1), max_size=25)
 stops_ = st.lists(st.text(LETTERS + "\ufffd", max_size=4), max_size=3)
 
 
 def plainly(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """The text before the stop string that is complete after the fewest characters, and which (the longest of several)."""
+    """The text before the stop string that is complete after the fewest characters, and which (the
+    longest of several).
+    """
     for end in range(len(text) + 1):
         ended = [stop for stop in stops if stop and text[:end].endswith(stop)]
         if ended:
@@ -34,7 +38,9 @@ def undecided(text: str, stops: list[str]) -> int:
 @settings(max_examples=300)
 @given(tokens_, stops_, st.integers(1, 5))
 def test_the_text_ends_before_the_first_stop_string(tokens, stops, together):
-    full_text = codecs.getincrementaldecoder("utf-8")("replace").decode(b"".join(TABLE[token] for token in tokens))
+    full_text = codecs.getincrementaldecoder("utf-8")("replace").decode(
+        b"".join(TABLE[token] for token in tokens)
+    )
     completion, output = CompletionText(Detokenizer(TABLE), stops), ""
     for start in range(0, len(tokens), together):
         output += completion.push(tokens[start : start + together])

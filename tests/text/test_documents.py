@@ -15,7 +15,8 @@ from engine.text.corpus import PART
 from engine.text.documents import PASSAGE_CHARACTERS, Documents, cut, prompt_with
 
 TEXTS = {
-    "tides.txt": "High water comes to Port Isla at noon on the first of May.\n\n" + "Gulls are white birds. " * 25,
+    "tides.txt": "High water comes to Port Isla at noon on the first of May.\n\n"
+    + "Gulls are white birds. " * 25,
     "people/keeper.md": "# The keeper\n\nThe lighthouse of Port Isla is kept by Marta Quill.",
     "rows.jsonl": '{"text": "The ferry costs nine crowns."}\n{"text": "Bells ring twice in fog."}\n',
     "photo.txt.png": "\x89PNG",
@@ -42,7 +43,9 @@ def tokenizer():
 
 
 def test_a_question_finds_the_passage_that_answers_it(documents, tokenizer):
-    first = lambda question: [(found.file, found.number) for found in documents.find(question, tokenizer, 512)][:1]
+    first = lambda question: [
+        (found.file, found.number) for found in documents.find(question, tokenizer, 512)
+    ][:1]
     assert (documents.files, documents.passages) == (3, 5)
     assert documents.note.endswith("not UTF-8 text (1 .png).")
     assert first("When is high water?") == [("tides.txt", 1)]
@@ -54,7 +57,9 @@ def test_a_question_finds_the_passage_that_answers_it(documents, tokenizer):
 
 
 def test_only_the_best_passages_within_the_budget_are_found(tmp_path, tokenizer):
-    (tmp_path / "a.md").write_text("The red ferry sails at dawn.\n\n" * 9 + "Dawn is grey.\n\n" + "Rope is sold here.\n\n" * 30)
+    (tmp_path / "a.md").write_text(
+        "The red ferry sails at dawn.\n\n" * 9 + "Dawn is grey.\n\n" + "Rope is sold here.\n\n" * 30
+    )
     find = lambda budget: Documents(tmp_path).find("When does the red ferry sail at dawn?", tokenizer, budget)
     assert [passage.text for passage in find(1000)] == ["The red ferry sails at dawn."] * 9
     found = find(99)
@@ -63,7 +68,9 @@ def test_only_the_best_passages_within_the_budget_are_found(tmp_path, tokenizer)
 
 @given(
     st.text()
-    | st.lists(st.sampled_from(['"', "AND", "NOT", "NEAR(", ")", "*", "^", ":", "-", "ferry", "file", "\0"])).map(" ".join)
+    | st.lists(
+        st.sampled_from(['"', "AND", "NOT", "NEAR(", ")", "*", "^", ":", "-", "ferry", "file", "\0"])
+    ).map(" ".join)
 )
 def test_no_question_is_an_operator(documents, tokenizer, question):
     found = documents.find(question, tokenizer, 512)
@@ -99,7 +106,9 @@ def test_passages_stand_before_the_last_question_alone_and_leave_room(documents,
         assert "Marta Quill" in text
         assert "noon on the first" not in text
         shared = make(turns[:3])[:-8]
-        assert tokens[: len(shared)] == shared  # what comes before the last question is what the next turn begins with
+        assert (
+            tokens[: len(shared)] == shared
+        )  # what comes before the last question is what the next turn begins with
         assert abs(len(tokens) - len(plain) - sum(each.tokens for each in found)) < 40
         short = len(plain) * 4 // 3 + 8  # no passage fits beside this conversation
         assert prompt_with(documents, turns, tokenizer, short, make) == (plain, [])
@@ -121,7 +130,9 @@ def test_what_cannot_be_searched_is_named(tmp_path, folder, tokenizer, monkeypat
     with pytest.raises(UserError, match="is empty: it holds no text"):
         Documents(tmp_path)
     monkeypatch.setattr(module, "MAX_BYTES", 100)
-    with pytest.raises(UserError, match=r"rows\.jsonl has \d+ bytes, and the texts at .* more than 100 with it"):
+    with pytest.raises(
+        UserError, match=r"rows\.jsonl has \d+ bytes, and the texts at .* more than 100 with it"
+    ):
         Documents(folder)
     assert Documents(folder / "rows.jsonl").passages == 2  # one file, as a folder
     os.rename(tmp_path / "a.txt", os.fsencode(tmp_path) + b"/\xff.txt")  # a name that is no text
@@ -131,7 +142,9 @@ def test_what_cannot_be_searched_is_named(tmp_path, folder, tokenizer, monkeypat
 
 
 def test_no_link_is_followed_out_of_the_folder(tmp_path, tokenizer):
-    """To a file, to a folder, over another link; within it a link is a file as others. A folder may be named by a link."""
+    """To a file, to a folder, over another link; within it a link is a file as others. A folder may
+    be named by a link.
+    """
     folder = tmp_path / "snapshots"  # without the blobs of the hub's cache beside it
     (folder / "sub").mkdir(parents=True)
     (tmp_path / "secret.txt").write_text("The tide of secrets.")
@@ -149,10 +162,14 @@ def test_no_link_is_followed_out_of_the_folder(tmp_path, tokenizer):
     for path in (folder, tmp_path / "named"):
         documents = Documents(path)
         names = "away, out.txt, sub/up.txt, system.txt, twice.txt"
-        assert documents.note.startswith(f"Skipped what lies outside of {path}, to which links lead: {names}. Copy")
+        assert documents.note.startswith(
+            f"Skipped what lies outside of {path}, to which links lead: {names}. Copy"
+        )
         assert [found.file for found in documents.find("tide", tokenizer, 512)] == ["again.txt", "sub/own.md"]
     (folder / "sub" / "own.md").unlink()
-    with pytest.raises(UserError, match=r"holds no text files\. Skipped what lies outside of .* lead: away, out\.txt"):
+    with pytest.raises(
+        UserError, match=r"holds no text files\. Skipped what lies outside of .* lead: away, out\.txt"
+    ):
         Documents(folder)
 
 

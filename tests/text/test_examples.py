@@ -77,7 +77,9 @@ def test_what_the_template_refuses_is_left_out():
     examples = dataset.examples
     assert [example.where for example in examples] == ["f:2"]
     assert "Only user and assistant" in dataset.dropped[0][1]
-    with pytest.raises(UserError, match=r"None of 1 rows can be trained on; the first, f:1: The chat template refuses"):
+    with pytest.raises(
+        UserError, match=r"None of 1 rows can be trained on; the first, f:1: The chat template refuses"
+    ):
         make_examples(rows[:1], chat, 40)
 
 
@@ -109,7 +111,8 @@ def test_pairs(chat):
     assert len(pairs) == 1
     assert [where for where, _ in dataset.dropped] == ["f:2", "f:3", "f:4"]
     for example, answer in ((pairs[0].answer, "I am."), (pairs[0].other, "The user.")):
-        assert TOKENIZER.decode(example.tokens[example.mask]) == answer  # not what was said in turns before
+        # not what was said in turns before
+        assert TOKENIZER.decode(example.tokens[example.mask]) == answer
         assert example.tokens[example.mask][-1] in chat.eot_ids
     trimming = ChatTokenizer(TOKENIZER, CHATML.replace("message.content", "message.content | trim"))
     spaced = preference(talk("a"), "b", "b ", "f:5")
@@ -119,8 +122,12 @@ def test_pairs(chat):
 
 
 def test_ratings_and_other_prompts_answers(chat):
-    """A good or bad answer of its own row, or both of a preference; a prompt's other answers are not mismatched with it."""
-    rated = lambda prompt, answer, label, **more: Conversation(talk(prompt, answer), f"f:{answer}", label=label, **more)
+    """A good or bad answer of its own row, or both of a preference; a prompt's other answers are
+    not mismatched with it.
+    """
+    rated = lambda prompt, answer, label, **more: Conversation(
+        talk(prompt, answer), f"f:{answer}", label=label, **more
+    )
     rows = [
         rated("p", "a", True),
         rated("p", "b", False, weight=2.0),
@@ -169,7 +176,9 @@ def test_weights_of_rows_and_of_turns(chat):
 
 
 def example(*tokens: int, counts: bool = True) -> Example:
-    return Example(np.array(tokens, np.int32), np.array([False] + [counts] * (len(tokens) - 1)), f"f:{tokens[0]}")
+    return Example(
+        np.array(tokens, np.int32), np.array([False] + [counts] * (len(tokens) - 1)), f"f:{tokens[0]}"
+    )
 
 
 EXAMPLES = [example(*range(start, start + 2 + start % 5)) for start in range(1, 34)]
@@ -196,7 +205,9 @@ def tokens_in(batch: Any) -> list[tuple[int, ...]]:
 
 
 def test_a_row_by_hand():
-    packed = PackedBatches([example(1, 2, 3), example(4, 5, 6, 7), example(8, 9, counts=False)], seq=7, batch=1, seed=0)
+    packed = PackedBatches(
+        [example(1, 2, 3), example(4, 5, 6, 7), example(8, 9, counts=False)], seq=7, batch=1, seed=0
+    )
     batch = packed.at(0)
     assert batch.tokens.tolist() == [[4, 5, 6, 1, 2, 8, 0]]
     assert batch.targets.tolist() == [[5, 6, 7, 2, 3, 9, 0]]
@@ -226,7 +237,8 @@ def test_every_example_lies_whole_in_one_row(sizes):
     assert sorted(index for row in rows for index in row) == list(range(len(sizes)))
     assert all(sum(sizes[index] for index in row) <= 12 for row in rows)
     if len(rows) > 1:
-        # Best fit leaves no two rows that would go into one, and so never twice the rows there could be.
+        # Best fit leaves no two rows that would go into one, and so never twice the rows there
+        # could be.
         filled = sorted(sum(sizes[index] for index in row) for row in rows)
         assert filled[0] + filled[1] > 12
 

@@ -47,7 +47,11 @@ def test_many_at_once_are_each_alone(chatml):
         ("{% generation %}a{% endgeneration %}", "a"),
         ("{{ strftime_now('%d %b %Y') }}", "01 Jan 2026"),
         ("{% if tools is not none or documents is not none %}x{% endif %}", ""),
-        ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "1"),
+        (
+            "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% "
+            "endfor %}{{ ns.n }}",
+            "1",
+        ),
     ],
 )
 def test_what_templates_rely_on(source, text):
@@ -116,7 +120,8 @@ def test_memory_is_bounded_by_the_kernel_and_not_by_what_there_is():
 
 
 def test_a_template_that_got_out_of_the_sandbox_could_still_open_nothing():
-    # `eval` of a code object is itself an `exec` event, so each attempt is refused at its first move.
+    # `eval` of a code object is itself an `exec` event, so each attempt is refused at its first
+    # move.
     program = f"""
 import runpy
 attempts = ("open('/etc/passwd')", "__import__('antigravity')", "__import__('os').system('true')", "exec('1')")
@@ -133,7 +138,9 @@ for attempt in compiled:
 
 
 def test_what_the_template_itself_refuses():
-    template = Template("{% if messages | length > 1 %}{{ raise_exception('one\x1b[31m only') }}{% endif %}ok")
+    template = Template(
+        "{% if messages | length > 1 %}{{ raise_exception('one\x1b[31m only') }}{% endif %}ok"
+    )
     assert render(template) == "ok"
     with pytest.raises(InvalidConversation, match=r"refuses it: one \[31m only"):
         render(template, ASKED * 2)
@@ -176,9 +183,16 @@ def test_processes_end_with_their_template():
 
 def test_a_worker_left_alone_ends():
     """Also when whoever started it was killed: its input ends."""
-    process = subprocess.Popen([sys.executable, "-I", "-S", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     assert process.stdin is not None
-    start = {"path": [p for p in sys.path if p], "source": "ok", "variables": {}, "now": "2026-01-01T00:00:00"}
+    start = {
+        "path": [p for p in sys.path if p],
+        "source": "ok",
+        "variables": {},
+        "now": "2026-01-01T00:00:00",
+    }
     process.stdin.write(json.dumps(start).encode() + b"\n")
     process.stdin.close()
     assert process.wait(timeout=300) == 0

@@ -16,20 +16,29 @@ from engine.storage.huggingface import load_tokenizer
 from engine.text import tokenizer as tokenizer_module
 from engine.text.tokenizer import END, Tokenizer, byte_tokenizer, train_bpe
 
-PROSE = "The quality of mercy isn't strain'd, it droppeth as the gentle rain; 1596 or 1597? Größe, 東京, नमस्ते, 👩‍👩‍👧!\n\n" * 40
+PROSE = (
+    "The quality of mercy isn't strain'd, it droppeth as the gentle rain; 1596 or 1597? Größe, 東京, "
+    "नमस्ते, 👩‍👩‍👧!\n\n" * 40
+)
 BPE = train_bpe([PROSE], 320)
 BYTE = byte_tokenizer()
 BOTH = pytest.mark.parametrize("tokenizer", [BPE, BYTE], ids=["bpe", "byte"])
 
-# Every code point with something of each alternative of the split around it, and random text full of what it looks for.
+# Every code point with something of each alternative of the split around it, and random text full
+# of what it looks for.
 EVERY = "".join(map(chr, itertools.chain(range(0xD800), range(0xE000, sys.maxunicode + 1))))
-texts = st.text() | st.text(alphabet=" \t\r\n'abZsé1½٣^_\u0301\u200d\ufe0f東。😀<|>") | st.sampled_from([END, "<|im_start|>"])
+texts = (
+    st.text()
+    | st.text(alphabet=" \t\r\n'abZsé1½٣^_\u0301\u200d\ufe0f東。😀<|>")
+    | st.sampled_from([END, "<|im_start|>"])
+)
 
 
 @BOTH
 def test_every_code_point_comes_back(tokenizer):
     for text in (EVERY, " ".join(EVERY[::37])):
-        # A plain assertion about a million characters would have pytest explain the difference for minutes.
+        # A plain assertion about a million characters would have pytest explain the difference for
+        # minutes.
         same = tokenizer.decode(tokenizer.encode(text)) == text
         assert same
 
@@ -51,7 +60,9 @@ def test_every_text_comes_back(tokenizer, parts):
 def test_stream_joins_to_decode(ids):
     stream = BPE.stream()
     text, cut = "".join(map(stream.push, ids)), stream.push(BPE.encode("a")[0])
-    assert text + cut.removesuffix("a") == BPE.decode(ids)  # U+FFFD for a part of a character, once it is sure to be one
+    assert text + cut.removesuffix("a") == BPE.decode(
+        ids
+    )  # U+FFFD for a part of a character, once it is sure to be one
 
 
 @settings(max_examples=200)
@@ -152,7 +163,11 @@ def test_saved_and_loaded(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     loaded = load_tokenizer(tmp_path).tokenizer
     assert loaded.digest == tokenizer.digest
-    assert (loaded.vocab, loaded.eos_id, loaded.config) == (tokenizer.vocab, tokenizer.eos_id, tokenizer.config)
+    assert (loaded.vocab, loaded.eos_id, loaded.config) == (
+        tokenizer.vocab,
+        tokenizer.eos_id,
+        tokenizer.config,
+    )
     np.testing.assert_array_equal(loaded.encode(PROSE + END), tokenizer.encode(PROSE + END))
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == END
 

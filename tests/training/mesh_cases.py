@@ -31,9 +31,11 @@ from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.preference import Preferences, preference_objective
 from engine.training.step import NEXT_TOKEN, init_state, train_step
 
-CFG = ModelConfig(vocab=320, width=64, layers=2, heads=8, kv_heads=4, ff=96, context=64, qk_norm=True, dtype="float32")
-# Of each case, the meshes that differ in what they exchange: by default each axis beside another, at night the rest too. A
-# LoRA is trained on all axes at once by default, with preferences.
+CFG = ModelConfig(
+    vocab=320, width=64, layers=2, heads=8, kv_heads=4, ff=96, context=64, qk_norm=True, dtype="float32"
+)
+# Of each case, the meshes that differ in what they exchange: by default each axis beside another,
+# at night the rest too. A LoRA is trained on all axes at once by default, with preferences.
 CASES = {"adamw": ("data=2,fsdp=4",), "muon": ("fsdp=4,tensor=2",), "lora": (), "int8": ("fsdp=4,tensor=2",)}
 NIGHT = {
     "adamw": ("data=8", "fsdp=8", "fsdp=4,tensor=2"),
@@ -48,12 +50,16 @@ LORA = LoraConfig(rank=4, targets=("q", "v", "out", "gate", "up"))
 
 
 def batch(step, direction=1):
-    ids = np.cumsum(np.random.default_rng(step).integers(0, 3, (BATCH, TOKENS + 1)), 1) * direction % CFG.vocab
+    ids = (
+        np.cumsum(np.random.default_rng(step).integers(0, 3, (BATCH, TOKENS + 1)), 1) * direction % CFG.vocab
+    )
     return jax.tree.map(np.asarray, next_token_batch(ids.astype(np.int32)))
 
 
 def pairs(step):
-    return Preferences(batch(step), batch(step + 100, -1), np.linspace(-1, 1, 2 * BATCH, dtype=np.float32).reshape(BATCH, 2))
+    return Preferences(
+        batch(step), batch(step + 100, -1), np.linspace(-1, 1, 2 * BATCH, dtype=np.float32).reshape(BATCH, 2)
+    )
 
 
 def packed(step):
@@ -75,7 +81,9 @@ def begin(case, cfg=CFG):
         return tx, lambda: init_state(tx, init_params(cfg, jax.random.key(0))), {}
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
-    params = map_paths(lambda _, x: (0.1 * rng.standard_normal(x.shape) + (len(x.shape) == 1)).astype(np.float32), shapes)
+    params = map_paths(
+        lambda _, x: (0.1 * rng.standard_normal(x.shape) + (len(x.shape) == 1)).astype(np.float32), shapes
+    )
     frozen = quantize(params, "full") if case == "int8" else params
     adapters = lambda: init_lora(cfg, jax.random.key(1), LORA)
     return tx, lambda: init_state(tx, adapters()), jax.tree.map(np.asarray, frozen)
@@ -114,7 +122,9 @@ def train(case, cfg=CFG, microbatches=1, batch=batch):
 
 
 def on_mesh(text, weights, case, cfg=CFG, microbatches=1, **options):
-    """Trains on a mesh; adds how far its weights are from one device's, on average over the leaf where that is most."""
+    """Trains on a mesh; adds how far its weights are from one device's, on average over the leaf
+    where that is most.
+    """
     with jax.set_mesh(make_mesh(parse_mesh(text))):
         found, others = train(case, cfg, microbatches, **options)
     found["apart"] = max(float(np.abs(a - b).mean()) for a, b in zip(weights, others))
@@ -126,7 +136,9 @@ def results(cases):
     for case, meshes in cases.items():
         if not meshes:
             continue
-        options = {"muon": {"cfg": dataclasses.replace(CFG, remat="block")}, "int8": {"microbatches": 2}}.get(case, {})
+        options = {"muon": {"cfg": dataclasses.replace(CFG, remat="block")}, "int8": {"microbatches": 2}}.get(
+            case, {}
+        )
         one, alone[case] = train(case, **options)
         yield f"{case} one device", one
         for text in meshes:
@@ -153,4 +165,8 @@ def results(cases):
 
 
 if __name__ == "__main__":
-    print(json.dumps(dict(results({case: CASES[case] + NIGHT[case] for case in CASES} if sys.argv[1:] else CASES))))
+    print(
+        json.dumps(
+            dict(results({case: CASES[case] + NIGHT[case] for case in CASES} if sys.argv[1:] else CASES))
+        )
+    )

@@ -34,14 +34,20 @@ def test_trained_paths_less_frozen_paths():
     rules = {"train": ["blocks/1/.*", "norm"], "freeze": [r".*_norm", "bottom:1"]}
     chosen, matches = select_trainable(CFG, **rules)
     assert chosen == TrainablePaths(frozenset({f"blocks/1/{name}" for name in MATRICES} | {"norm"}))
-    assert {rule: len(paths) for rule, paths in matches.items()} == {"blocks/1/.*": 11, "norm": 1, ".*_norm": 8, "bottom:1": 12}
+    assert {rule: len(paths) for rule, paths in matches.items()} == {
+        "blocks/1/.*": 11,
+        "norm": 1,
+        ".*_norm": 8,
+        "bottom:1": 12,
+    }
     block = 20 * 48 + 24 * 20 + 20 * 56 + 28 * 20
     assert [words for _, words in choose_trainable(CFG, None, **rules)[1]] == [
         f"11 leaves, {block + 2 * 20 + 2 * 4:,} parameters",
         "1 leaf, 20 parameters",
         f"8 leaves, {4 * 20 + 4 * 4} parameters",
         f"12 leaves, {41 * 20 + block + 2 * 20 + 2 * 4:,} parameters",
-        f"{block + 20:,} of {count_params(CFG).total:,} parameters ({(block + 20) / count_params(CFG).total:.1%})",
+        f"{block + 20:,} of {count_params(CFG).total:,} parameters "
+        f"({(block + 20) / count_params(CFG).total:.1%})",
     ]
 
 

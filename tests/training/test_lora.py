@@ -28,11 +28,15 @@ T = 7
 def with_random_b(adapters, seed: int = 0):
     """The adapters with b no longer 0."""
     rng = np.random.default_rng(seed)
-    noisy = lambda leaf: dataclasses.replace(leaf, b=jnp.asarray(rng.standard_normal(leaf.b.shape, np.float32)) / 5)
+    noisy = lambda leaf: dataclasses.replace(
+        leaf, b=jnp.asarray(rng.standard_normal(leaf.b.shape, np.float32)) / 5
+    )
     return jax.tree.map(noisy, adapters, is_leaf=lambda leaf: isinstance(leaf, LoRA))
 
 
-logits = jax.jit(lambda cfg, params, tokens: forward(cfg, params, tokens, positions_of(*tokens.shape))[0], static_argnums=0)
+logits = jax.jit(
+    lambda cfg, params, tokens: forward(cfg, params, tokens, positions_of(*tokens.shape))[0], static_argnums=0
+)
 
 
 def test_the_rank_is_the_least_that_holds_what_the_data_teaches():
@@ -42,7 +46,9 @@ def test_the_rank_is_the_least_that_holds_what_the_data_teaches():
     assert holds == 2 * sum(leaf.size for leaf in jax.tree.leaves(adapters)) == 4_884_480
     chosen = [choose_rank(cfg, LoraConfig(), bits) for bits in (1, holds, holds + 1, 5 * holds, 10**9)]
     assert [(lora.rank, lora.alpha) for lora in chosen] == [(8, 16), (8, 16), (16, 32), (64, 128), (64, 128)]
-    assert choose_rank(tiny_config(), LoraConfig(), 10**9).rank < min(min(shape) for shape in tiny_config().matrices.values())
+    assert choose_rank(tiny_config(), LoraConfig(), 10**9).rank < min(
+        min(shape) for shape in tiny_config().matrices.values()
+    )
 
 
 def test_adapters_hold_what_was_asked_for(params):
@@ -74,7 +80,9 @@ def test_folding_gives_the_same_logits_and_leaves_the_base_alone(params, kind):
 
 def test_folding_keeps_the_bases_dtype_and_a_plain_model(params):
     half = cast_matrices(params, "bfloat16")
-    folded = leaf_paths(merge_lora(merge(with_random_b(init_lora(CFG, KEY, LoraConfig(2, targets=("q", "v")))), half)))
+    folded = leaf_paths(
+        merge_lora(merge(with_random_b(init_lora(CFG, KEY, LoraConfig(2, targets=("q", "v")))), half))
+    )
     assert folded["blocks/0/q"].dtype == jnp.bfloat16
     assert all(a is b for a, b in zip(jax.tree.leaves(merge_lora(params)), jax.tree.leaves(params)))
 
@@ -112,7 +120,9 @@ def gradients_of_whole_matrices(params, adapters, base) -> list:
     """Products over all tokens whose result has the shape of a matrix of the base, either way round."""
     from jax.interpreters import partial_eval
 
-    jaxpr = jax.make_jaxpr(lambda adapters: loss_and_gradient(CFG, adapters, base, text_batch(0, 9, T)))(adapters).jaxpr
+    jaxpr = jax.make_jaxpr(lambda adapters: loss_and_gradient(CFG, adapters, base, text_batch(0, 9, T)))(
+        adapters
+    ).jaxpr
     jaxpr = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
     shapes = {leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim == 2} | {(20, 28)}
     both = shapes | {shape[::-1] for shape in shapes}

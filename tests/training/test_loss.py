@@ -28,7 +28,10 @@ def batch_of(mask=MASK) -> Batch:
 
 
 def test_the_loss_is_the_mean_negative_log_probability_of_what_counts():
-    logits, targets = 3 * np.random.default_rng(0).standard_normal((B, T, V)).astype(np.float32), tokens_of(1, B, T)
+    logits, targets = (
+        3 * np.random.default_rng(0).standard_normal((B, T, V)).astype(np.float32),
+        tokens_of(1, B, T),
+    )
     probability = np.exp(logits.astype(float)) / np.exp(logits.astype(float)).sum(-1, keepdims=True)
     nats = -np.log(np.take_along_axis(probability, targets[..., None], -1)[..., 0])
     np.testing.assert_allclose(token_losses(logits, targets), nats, rtol=1e-5)
@@ -37,7 +40,10 @@ def test_the_loss_is_the_mean_negative_log_probability_of_what_counts():
 @pytest.mark.parametrize("junk", [0, 40, -1, 10**6], ids=["first", "last", "below", "beyond"])
 def test_masked_targets_do_not_matter_to_the_bit(cfg, params, junk):
     other = np.where(MASK, tokens_of(1, B, T), junk).astype(np.int32)
-    actual, expected = loss_of(cfg, params, batch_of()._replace(targets=other)), loss_of(cfg, params, batch_of())
+    actual, expected = (
+        loss_of(cfg, params, batch_of()._replace(targets=other)),
+        loss_of(cfg, params, batch_of()),
+    )
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
@@ -50,17 +56,30 @@ def test_a_batch_in_which_nothing_counts_has_no_loss_and_no_slope(cfg, params):
 
 @pytest.mark.parametrize("limit", [module.LOGITS_LIMIT, 0], ids=["whole", "in chunks"])
 def test_a_row_with_a_weight_has_its_loss_and_gradient_times_the_weight(cfg, params, limit, monkeypatch):
-    """And the mean is over the tokens that count, however much they weigh: half the weight is half the gradient."""
+    """And the mean is over the tokens that count, however much they weigh: half the weight is half
+    the gradient.
+    """
     monkeypatch.setattr(module, "LOGITS_LIMIT", limit)
     weights, first = np.array([[2.0], [0.25]], np.float32), np.array([[True], [False]])
-    rows, times = (MASK & first, MASK & ~first), lambda loss, weight: jax.tree.map(lambda leaf: weight * leaf, loss)
+    rows, times = (
+        (MASK & first, MASK & ~first),
+        lambda loss, weight: jax.tree.map(lambda leaf: weight * leaf, loss),
+    )
     weighted_loss = jax.jit(jax.value_and_grad(summed_loss, 1), static_argnums=0)
-    for row, weight in zip(rows, weights[:, 0]):  # to the bit: times a power of two nothing is rounded
+    # to the bit: times a power of two nothing is rounded
+    for row, weight in zip(rows, weights[:, 0]):
         expected = times(weighted_loss(cfg, params, batch_of(1.0 * row)), weight)
-        jax.tree.map(np.testing.assert_array_equal, weighted_loss(cfg, params, batch_of(row * weights)), expected)
-    # Together up to the rounding of sums over all tokens, whose terms are as large as a matrix's largest numbers.
-    close = lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6 * max(1, np.abs(other).max()))
-    expected = jax.tree.map(np.add, *(times(loss_of(cfg, params, batch_of(row)), w) for row, w in zip(rows, weights[:, 0])))
+        jax.tree.map(
+            np.testing.assert_array_equal, weighted_loss(cfg, params, batch_of(row * weights)), expected
+        )
+    # Together up to the rounding of sums over all tokens, whose terms are as large as a matrix's
+    # largest numbers.
+    close = lambda one, other: np.testing.assert_allclose(
+        one, other, rtol=1e-5, atol=1e-6 * max(1, np.abs(other).max())
+    )
+    expected = jax.tree.map(
+        np.add, *(times(loss_of(cfg, params, batch_of(row)), w) for row, w in zip(rows, weights[:, 0]))
+    )
     jax.tree.map(close, weighted_loss(cfg, params, batch_of(MASK * weights)), expected)
     assert NEXT_TOKEN.count(batch_of(MASK * weights)) == MASK.sum()
     close(loss_and_gradient(cfg, params, {}, batch_of(MASK * weights))[0], expected[0] / MASK.sum())
@@ -83,7 +102,8 @@ def test_in_chunks_bfloat16_logits_are_float32_too():
     cfg = tiny_config(dtype="bfloat16")
     params = lively_params(cfg)
     hidden, _ = hidden_states(cfg, params, tokens_of(0, B, T), positions_of(B, T))
-    # Logits of tens, where bfloat16 would be off by a tenth; gains of 1, so that it does not matter what they scale.
+    # Logits of tens, where bfloat16 would be off by a tenth; gains of 1, so that it does not matter
+    # what they scale.
     params = params | {"head": 40 * params["head"], "norm": jnp.ones_like(params["norm"])}
     targets = tokens_of(1, B, T)
     expected = token_losses(logits_of(cfg, params, hidden), targets)
@@ -108,19 +128,29 @@ def test_chunks_never_hold_all_logits(cfg, params):
     def at_once(params, hidden):
         return token_losses(hidden @ params["head"], targets).sum()
 
-    differentiated = [jax.make_jaxpr(jax.grad(f, argnums=(0, 1)))(params, hidden).jaxpr for f in (in_chunks, at_once)]
+    differentiated = [
+        jax.make_jaxpr(jax.grad(f, argnums=(0, 1)))(params, hidden).jaxpr for f in (in_chunks, at_once)
+    ]
     assert max(array_sizes(differentiated[0])) < rows * T * V <= max(array_sizes(differentiated[1]))
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "int8"])
 def test_a_frozen_head_makes_its_logits_a_few_rows_at_a_time_and_nothing_else_changes(kind, monkeypatch):
-    """The values, the gradient of what lies below, and of the head itself, should somebody ask for it."""
+    """The values, the gradient of what lies below, and of the head itself, should somebody ask for
+    it.
+    """
     cfg = tiny_config(tied=kind == "tied")
     params = lively_params(cfg)
     name = "embed" if cfg.tied else "head"
-    params[name] = quantize_matrix(params[name], "full") if kind == "int8" else params[name].astype(jnp.bfloat16)
-    trained = {"blocks": params["blocks"], "norm": params["norm"]} | ({} if kind == "int8" else {name: params[name]})
-    slopes = jax.jit(jax.value_and_grad(lambda trained: summed_loss(cfg, params | trained, batch_of(), head_trains=False)))
+    params[name] = (
+        quantize_matrix(params[name], "full") if kind == "int8" else params[name].astype(jnp.bfloat16)
+    )
+    trained = {"blocks": params["blocks"], "norm": params["norm"]} | (
+        {} if kind == "int8" else {name: params[name]}
+    )
+    slopes = jax.jit(
+        jax.value_and_grad(lambda trained: summed_loss(cfg, params | trained, batch_of(), head_trains=False))
+    )
     expected = slopes(trained)
     monkeypatch.setattr(module, "ROWS_LIMIT", 4 * 3 * V)  # three rows, and two at the end
     monkeypatch.setattr(loss_in_parts, "COLUMNS", 16)  # twice sixteen, and nine at the end
@@ -134,5 +164,8 @@ def test_a_frozen_head_makes_its_logits_a_few_rows_at_a_time_and_nothing_else_ch
         assert 20 * V not in array_sizes(program, jnp.float32), "all of the head is wide at once"
     actual = slopes(trained)
     for leaf, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        rounded = leaf.dtype == jnp.bfloat16  # the head itself: each part's share of its gradient is
-        np.testing.assert_allclose(leaf, theirs, rtol=2e-2 if rounded else 1e-4, atol=0.05 if rounded else 1e-4)
+        # the head itself: each part's share of its gradient is
+        rounded = leaf.dtype == jnp.bfloat16
+        np.testing.assert_allclose(
+            leaf, theirs, rtol=2e-2 if rounded else 1e-4, atol=0.05 if rounded else 1e-4
+        )

@@ -36,7 +36,9 @@ def test_cosine_warms_up_and_comes_down_half_a_wave():
 
 def test_wsd_warms_up_stays_and_comes_down_in_a_line():
     cfg = OptimizerConfig(schedule="wsd", warmup=0.1, decay=0.4, final=0.2)
-    np.testing.assert_allclose(factors(cfg, 0, 0.05, 0.1, 0.3, 0.6, 0.8, 1.0), [0, 0.5, 1, 1, 1, 0.6, 0.2], atol=1e-6)
+    np.testing.assert_allclose(
+        factors(cfg, 0, 0.05, 0.1, 0.3, 0.6, 0.8, 1.0), [0, 0.5, 1, 1, 1, 0.6, 0.2], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", ["cosine", "wsd"])
@@ -76,12 +78,20 @@ def test_without_a_gradient_only_what_is_ruled_decays(kind):
     rates = {"learning_rate": 0.1, "matrix_learning_rate": 0.2, "embedding_factor": 3.0, "head_factor": 5.0}
     tx = make_optimizer(OptimizerConfig(kind=kind, **rates, weight_decay=0.5, warmup=0.0, schedule="wsd"))
     nothing = jax.tree.map(jnp.zeros_like, params)
-    step = lambda params: tx.update(nothing, tx.init(params), params, progress=jnp.float32(0.01), dtype="float32")[0]
+    step = lambda params: tx.update(
+        nothing, tx.init(params), params, progress=jnp.float32(0.01), dtype="float32"
+    )[0]
     for path, update in leaf_paths(jax.jit(step)(params)).items():
         leaf = leaf_paths(params)[path]
-        rate = 0.2 if kind == "muon" and path.split("/")[-1] in MATRICES else 0.1 * {"embed": 3, "head": 5}.get(path, 1)
+        rate = (
+            0.2
+            if kind == "muon" and path.split("/")[-1] in MATRICES
+            else 0.1 * {"embed": 3, "head": 5}.get(path, 1)
+        )
         undecayed = path.endswith(("norm", "bias"))
-        np.testing.assert_allclose(update, 0 * leaf if undecayed else -rate * 0.5 * leaf, rtol=1e-5, err_msg=path)
+        np.testing.assert_allclose(
+            update, 0 * leaf if undecayed else -rate * 0.5 * leaf, rtol=1e-5, err_msg=path
+        )
 
 
 def test_muon_moves_the_matrices_inside_blocks_and_adamw_the_rest(params):
@@ -89,7 +99,11 @@ def test_muon_moves_the_matrices_inside_blocks_and_adamw_the_rest(params):
     updates = {}
     for kind in ("adamw", "muon"):
         tx = make_optimizer(OptimizerConfig(kind=kind))
-        update = jax.jit(lambda g, params, tx=tx: tx.update(g, tx.init(params), params, progress=progress, dtype="float32")[0])
+        update = jax.jit(
+            lambda g, params, tx=tx: tx.update(
+                g, tx.init(params), params, progress=progress, dtype="float32"
+            )[0]
+        )
         updates[kind] = update(gradients_like(params, 0, 1.0), params)
     for path, leaf in leaf_paths(updates["adamw"]).items():
         same = np.array_equal(leaf, leaf_paths(updates["muon"])[path])
@@ -105,7 +119,9 @@ def optaxs_muon(matrix):
 @pytest.mark.parametrize("shape", [(20, 48), (48, 20), (24, 20), (20, 20)])
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
 def test_singular_values_go_through_the_polynomials(shape, size):
-    """In float64 by a singular value decomposition: those of a wide matrix begin at the second step. Whatever their size."""
+    """In float64 by a singular value decomposition: those of a wide matrix begin at the second
+    step. Whatever their size.
+    """
     matrix = np.float32(size) * np.random.default_rng(0).standard_normal(shape, np.float32)
     u, values, v = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
     values /= (1.01 * np.sqrt(np.sum(values**8))) ** 0.25
@@ -115,7 +131,9 @@ def test_singular_values_go_through_the_polynomials(shape, size):
     for a, b, c in steps:
         values = a * values + b * values**3 + c * values**5
     expected = (u * values) @ v * max(1, shape[1] / shape[0]) ** 0.5
-    np.testing.assert_allclose(orthogonal(jnp.asarray(matrix), jnp.dtype("float32")), expected, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(
+        orthogonal(jnp.asarray(matrix), jnp.dtype("float32")), expected, rtol=0, atol=2e-4
+    )
     actual = orthogonal(jnp.asarray(matrix), jnp.dtype("bfloat16"))
     assert actual.dtype == jnp.float32
     assert np.linalg.norm(actual - expected) < 0.1 * np.linalg.norm(expected)
@@ -132,9 +150,17 @@ def test_each_polynomial_begins_where_those_before_it_end():
 
 
 def test_muons_momentum_is_optaxs(params, monkeypatch):
-    """With their iteration. They correct the momentum's early bias and we leave it: after many steps no difference is left."""
+    """With their iteration. They correct the momentum's early bias and we leave it: after many
+    steps no difference is left.
+    """
     cfg = OptimizerConfig(
-        kind="muon", momentum=0.5, weight_decay=0.0, clip=float("inf"), matrix_learning_rate=1.0, schedule="wsd", warmup=0.1
+        kind="muon",
+        momentum=0.5,
+        weight_decay=0.0,
+        clip=float("inf"),
+        matrix_learning_rate=1.0,
+        schedule="wsd",
+        warmup=0.1,
     )
     monkeypatch.setattr(optimizer, "orthogonal", lambda matrix, dtype: optaxs_muon(matrix))
     matrices = {"blocks": {"0": {name: params["blocks"]["0"][name] for name in ("q", "down")}}}
@@ -180,5 +206,7 @@ def test_a_schedule_longer_than_the_run_is_refused():
 
 def test_muon_multiplies_as_much_as_is_predicted(cfg, params):
     tx = make_optimizer(OptimizerConfig(kind="muon"))
-    update = lambda params: tx.update(params, tx.init(params), params, progress=jnp.float32(0.5), dtype="bfloat16")
+    update = lambda params: tx.update(
+        params, tx.init(params), params, progress=jnp.float32(0.5), dtype="bfloat16"
+    )
     assert jaxpr_cost(update, params).matmul == muon_flops(cfg)

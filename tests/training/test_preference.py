@@ -12,7 +12,13 @@ from tiny import assert_near, lively_params, text_batch, tiny_config
 from engine.model.transformer import forward
 from engine.text.batch import Batch
 from engine.training.optimizer import OptimizerConfig, make_optimizer
-from engine.training.preference import LOSSES, AnswerLogProbs, Preferences, pair_logprobs, preference_objective
+from engine.training.preference import (
+    LOSSES,
+    AnswerLogProbs,
+    Preferences,
+    pair_logprobs,
+    preference_objective,
+)
 from engine.training.reinforce import grpo
 from engine.training.step import loss_and_gradient
 
@@ -84,7 +90,9 @@ def test_loss_and_gradient_are_the_papers(cfg, params, paper):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_are_trls(name):
-    """trl.json has the last of 20 steps of `python -m bench.peers --of losses`: our log-probabilities, and TRL's loss."""
+    """trl.json has the last of 20 steps of `python -m bench.peers --of losses`: our
+    log-probabilities, and TRL's loss.
+    """
     stored = json.loads(Path(__file__).with_name("trl.json").read_text())[name]
     (loss, *_), value = LOSSES[name], {key: jnp.array(numbers) for key, numbers in stored.items()}
     logprobs = AnswerLogProbs(*(value[field] for field in AnswerLogProbs._fields))
@@ -95,11 +103,15 @@ def test_losses_are_trls(name):
 
 
 def test_an_answer_that_is_certain_leaves_every_gradient_finite():
-    """Rows: chosen, rejected or both of probability 1; padding has no answer, and so the same mean of 0."""
+    """Rows: chosen, rejected or both of probability 1; padding has no answer, and so the same mean
+    of 0.
+    """
     means = jnp.array([0.0, -1.0, 0.0, -1e-9]), jnp.array([-1.0, 0.0, 0.0, -1e-38])
 
     def loss(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
-        return LOSSES["orpo"].of_rows(AnswerLogProbs(chosen, rejected, chosen, rejected), pairs_of(0), 0.1).sum()
+        return (
+            LOSSES["orpo"].of_rows(AnswerLogProbs(chosen, rejected, chosen, rejected), pairs_of(0), 0.1).sum()
+        )
 
     value, gradients = jax.value_and_grad(loss, (0, 1))(*means)
     assert all(np.isfinite(x).all() for x in (value, *gradients))
@@ -108,12 +120,14 @@ def test_an_answer_that_is_certain_leaves_every_gradient_finite():
 
 @pytest.mark.parametrize("drift", [-2.0, 2.0])
 def test_kto_and_its_gradient_are_the_papers(cfg, params, drift):
-    """KL is the mean of the mismatched answers' drift from the reference, at least 0, and no gradient goes through it."""
+    """KL is the mean of the mismatched answers' drift from the reference, at least 0, and no
+    gradient goes through it.
+    """
     pairs, value = pairs_of(0), np.array([1.0, -1.0, 0.5, -2.0], np.float32)
     own, mismatched = (by_the_formula(cfg, params, side) for side in (pairs.answer, pairs.other))
-    reference = np.stack([np.array([0.3, -2.0, 1.0, 4.0]) + own, mismatched - drift + np.array([0.5, -0.5, 1, -1])], 1).astype(
-        np.float32
-    )
+    reference = np.stack(
+        [np.array([0.3, -2.0, 1.0, 4.0]) + own, mismatched - drift + np.array([0.5, -0.5, 1, -1])], 1
+    ).astype(np.float32)
 
     def formula(params):
         ratio = by_the_formula(cfg, params, pairs.answer) - reference[:, 0]

@@ -31,7 +31,9 @@ ADVANTAGE = np.array([1.0, -0.5, 2.0, -1.5], np.float32)
 
 
 def random_batch(seed: int) -> Batch:
-    return text_batch(seed, B, T, np.arange(T) >= np.array([[2], [3], [2], [5]]))  # prompts of different lengths
+    return text_batch(
+        seed, B, T, np.arange(T) >= np.array([[2], [3], [2], [5]])
+    )  # prompts of different lengths
 
 
 def formula(cfg, params, rollouts: PolicyBatch, clip: float, pull: float) -> jax.Array:
@@ -46,7 +48,9 @@ def formula(cfg, params, rollouts: PolicyBatch, clip: float, pull: float) -> jax
     return -each.mean()
 
 
-rewards = st.lists(st.lists(st.sampled_from([0.0, 0.1, 1.0, -3.0, 1e6]), min_size=3, max_size=3), min_size=1, max_size=4)
+rewards = st.lists(
+    st.lists(st.sampled_from([0.0, 0.1, 1.0, -3.0, 1e6]), min_size=3, max_size=3), min_size=1, max_size=4
+)
 
 
 @given(rewards)
@@ -62,8 +66,13 @@ def test_advantages_are_standard_scores_within_a_group(rewards):
 
 
 def test_a_second_reward_counts_only_where_the_first_differs():
-    """Alone it would come to full size: completions that a rule rewards alike would be trained for the second."""
-    rewards, second = np.array([[1.0, 1.0, 1.0], [0.0, 1.0, 0.0]]), np.array([[-0.3, 0.0, -0.1], [-0.3, 0.0, -0.1]])
+    """Alone it would come to full size: completions that a rule rewards alike would be trained for
+    the second.
+    """
+    rewards, second = (
+        np.array([[1.0, 1.0, 1.0], [0.0, 1.0, 0.0]]),
+        np.array([[-0.3, 0.0, -0.1], [-0.3, 0.0, -0.1]]),
+    )
     advantages = np.asarray(group_advantages(rewards, second))
     assert (advantages[0] == 0).all()
     np.testing.assert_allclose(advantages[1], np.asarray(group_advantages(rewards + second))[1], rtol=1e-5)
@@ -101,7 +110,9 @@ def test_on_its_own_samples_the_first_step_is_the_plain_policy_gradient(cfg, par
     old = log_probabilities(cfg, params, batch)
     gradient = differentiate(cfg, params, {}, PolicyBatch(batch, ADVANTAGE), 1, grpo())[1]
     other = differentiate(cfg, params, {}, PolicyBatch(batch, ADVANTAGE, old), 1, grpo())[1]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max())), gradient, other)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max())), gradient, other
+    )
 
 
 def test_rewarded_tokens_are_sampled_more_often():
@@ -112,7 +123,11 @@ def test_rewarded_tokens_are_sampled_more_often():
     state = init_state(tx, params)
     batch, draw = (
         random_batch(0),
-        jax.jit(lambda params, key: jax.random.categorical(key, forward(cfg, params, batch.tokens, batch.positions)[0])),
+        jax.jit(
+            lambda params, key: jax.random.categorical(
+                key, forward(cfg, params, batch.tokens, batch.positions)[0]
+            )
+        ),
     )
     shares = []
     for step in range(40):
@@ -153,7 +168,12 @@ def test_length_is_the_ratio_of_the_two_counts(words, completion):
 def test_a_pattern_is_found_or_not():
     assert make_reward(r"regex:^(Yes|No)\b")("Yes, it is.", None) == 1
     assert make_reward(r"regex:^(Yes|No)\b")("Yesterday", None) == 0
-    assert [make_reward("yes-no")(text, None) for text in ("No.", "Yes, it is", "Nothing", "Oh, yes")] == [1, 1, 0, 0]
+    assert [make_reward("yes-no")(text, None) for text in ("No.", "Yes, it is", "Nothing", "Oh, yes")] == [
+        1,
+        1,
+        0,
+        0,
+    ]
     assert make_reward("regex:a:b")("see a:b there", None) == 1  # colons in a pattern are its own
     late = "x" * LONGEST + "here"
     assert make_reward("regex:here")(late, None) == 0

@@ -25,19 +25,22 @@ MESHES = [
 ]
 MESHED = pytest.mark.parametrize(("case", "mesh"), MESHES)
 PLAIN = 1_570_816  # bytes that a plain step with AdamW exchanges on all three axes
-# Of a step: its name, the case of one device with its losses, and bytes it exchanges at most, in those of a plain step.
+# Of a step: its name, the case of one device with its losses, and bytes it exchanges at most, in
+# those of a plain step.
 VARIANTS = [
     ("adamw in pieces", "adamw", 1.9),
     ("int8 in pieces", "int8", 0.9),
     ("preference", "preference", 3.1),
     ("splash", "splash", 1.5),
 ]
-# A gradient is a sum over the tokens, behind the sums of each block, twice as many of its backward pass, and the head's.
+# A gradient is a sum over the tokens, behind the sums of each block, twice as many of its backward
+# pass, and the head's.
 BLOCK_SUMS = (CFG.width, TOKENS, CFG.head_dim, CFG.heads * CFG.head_dim, CFG.width, CFG.ff)
 SUMS = (BATCH * TOKENS, *3 * CFG.layers * BLOCK_SUMS, *3 * (CFG.width,), CFG.vocab)
 APART = adam_apart(RATE, STEPS, sums_apart(*SUMS))
-# Bytes that a device's collectives make in a step: weights gathered along `fsdp` (in int8 a byte a number), their gradients
-# added up over the rows, the residual stream added up along `tensor`, and Muon's matrices dealt out and gathered.
+# Bytes that a device's collectives make in a step: weights gathered along `fsdp` (in int8 a byte a
+# number), their gradients added up over the rows, the residual stream added up along `tensor`, and
+# Muon's matrices dealt out and gathered.
 EXCHANGED = {
     ("adamw", "data=8"): {"all-reduce": 409_600},
     ("adamw", "fsdp=8"): {"all-gather": 659_456, "all-to-all": 65_536, "all-reduce": 327_680},
@@ -61,10 +64,14 @@ def trained(request):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(root),
-        "TF_CPP_MIN_LOG_LEVEL": "1",  # XLA's warnings, such as one on what it must gather whole to cut it otherwise
+        # XLA's warnings, such as one on what it must gather whole to cut it otherwise
+        "TF_CPP_MIN_LOG_LEVEL": "1",
     }
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("mesh_cases.py"), *night], env=env, capture_output=True, text=True
+        [sys.executable, Path(__file__).with_name("mesh_cases.py"), *night],
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "rematerialization" not in done.stderr, done.stderr[-3000:]
@@ -78,7 +85,9 @@ def test_losses_and_weights_are_those_of_one_device(trained, case, mesh):
 
 @pytest.mark.parametrize(("name", "alone", "times"), VARIANTS)
 def test_variants_are_those_of_one_device(trained, name, alone, times):
-    """On all three axes, and on two: microbatches, a scan, remat, pieces of the loss, a tied head, DPO, a TPU's kernel."""
+    """On all three axes, and on two: microbatches, a scan, remat, pieces of the loss, a tied head,
+    DPO, a TPU's kernel.
+    """
     check_as_one_device(trained, name, alone, times)
 
 
@@ -94,17 +103,26 @@ def check_as_one_device(trained, name, alone, times):
 
 @MESHED
 def test_a_device_holds_its_share_of_the_state(trained, case, mesh):
-    one, many, shape = trained[f"{case} one device"]["held"], trained[f"{case} {mesh}"]["held"], parse_mesh(mesh)
+    one, many, shape = (
+        trained[f"{case} one device"]["held"],
+        trained[f"{case} {mesh}"]["held"],
+        parse_mesh(mesh),
+    )
     for name, (whole, vectors) in one.items():
-        assert many[name] == [(whole - vectors) / (shape.fsdp * shape.tensor) + vectors, vectors], "gains are whole everywhere"
+        assert many[name] == [(whole - vectors) / (shape.fsdp * shape.tensor) + vectors, vectors], (
+            "gains are whole everywhere"
+        )
 
 
 @MESHED
 def test_the_compiled_step_exchanges_no_more_than_is_known(trained, case, mesh):
-    """Muon with remat, int8 in two microbatches. Gains, their gradients and scalars are below 1%; XLA would move many times
-    more without the pins."""
+    """Muon with remat, int8 in two microbatches. Gains, their gradients and scalars are below 1%;
+    XLA would move many times more without the pins.
+    """
     known, found = EXCHANGED[case, mesh], trained[f"{case} {mesh}"]["collectives"]
-    assert {kind: size for kind, size in found.items() if kind in known or size > 4096} == pytest.approx(known, rel=0.02)
+    assert {kind: size for kind, size in found.items() if kind in known or size > 4096} == pytest.approx(
+        known, rel=0.02
+    )
 
 
 def test_random_weights_are_those_of_one_device(trained):
@@ -130,8 +148,18 @@ def test_a_mesh_that_cannot_be_read(text, message):
     ("shape", "batch", "parts", "message"),
     [
         (MeshShape(tensor=2), 8, 1, "tensor=2 .* the 3 key heads: tensor may be 1 or 3"),
-        (MeshShape(fsdp=8), 12, 1, "data=1 x fsdp=8 .* the 12 rows of a batch of 12: data times fsdp may be 6 or 12"),
-        (MeshShape(data=4), 8, 4, r"the 2 rows of a microbatch of 2 \(a batch of 8 in 4 parts\): data times fsdp may be 2"),
+        (
+            MeshShape(fsdp=8),
+            12,
+            1,
+            "data=1 x fsdp=8 .* the 12 rows of a batch of 12: data times fsdp may be 6 or 12",
+        ),
+        (
+            MeshShape(data=4),
+            8,
+            4,
+            r"the 2 rows of a microbatch of 2 \(a batch of 8 in 4 parts\): data times fsdp may be 2",
+        ),
         (MeshShape(fsdp=5), 10, 1, "the model's width of 576: fsdp times tensor may be 4 or 6"),
     ],
 )

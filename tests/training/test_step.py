@@ -69,7 +69,9 @@ def test_the_trainable_paths_say_whether_the_head_trains(tied):
     objective = module.Objective(summed, lambda batch: batch.mask.sum())
     for rules in ((r"blocks/.*", cfg.head_path), (r"blocks/.*", "norm")):
         trainable, frozen = partition(params, *rules)
-        jax.eval_shape(lambda *trees: loss_and_gradient(cfg, *trees, batch_of(0), objective=objective), trainable, frozen)
+        jax.eval_shape(
+            lambda *trees: loss_and_gradient(cfg, *trees, batch_of(0), objective=objective), trainable, frozen
+        )
     assert told == [True, False]
 
 
@@ -86,7 +88,11 @@ def test_accumulation_and_a_second_forward_pass_change_no_number(cfg, params, pa
 def test_the_state_is_donated_and_nothing_else(cfg, params):
     trainable, frozen = partition(params, "head")
     tx = make_optimizer(ADAMW)
-    state, frozen, batch = init_state(tx, copied(trainable)), copied(frozen), jax.tree.map(jnp.array, batch_of(0))
+    state, frozen, batch = (
+        init_state(tx, copied(trainable)),
+        copied(frozen),
+        jax.tree.map(jnp.array, batch_of(0)),
+    )
     after, _ = train_step(cfg, tx, state, frozen, batch, HALF)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trainable))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((frozen, batch)))
@@ -104,8 +110,9 @@ def test_the_state_is_donated_and_nothing_else(cfg, params):
 def poisoned(cfg, params):
     """(run, start): run(state, at) takes a step with something not finite at `at`, or a sound one.
 
-    The frozen leaf `poison` spoils the gradient of a loss that is fine: as NaN, the slope of sqrt(0 x^2), or as numbers
-    whose squares no float32 holds, on which clipping alone would make a step of nothing.
+    The frozen leaf `poison` spoils the gradient of a loss that is fine: as NaN, the slope of sqrt(0
+    x^2), or as numbers whose squares no float32 holds, on which clipping alone would make a step of
+    nothing.
     """
     true_loss = module.summed_loss
 
@@ -113,13 +120,19 @@ def poisoned(cfg, params):
         params = dict(params)
         root, steep = params.pop("poison")
         x = params["head"].sum()
-        return true_loss(cfg, params, batch, head_trains) + jnp.sqrt(root * x**2) + steep * (x - jax.lax.stop_gradient(x))
+        return (
+            true_loss(cfg, params, batch, head_trains)
+            + jnp.sqrt(root * x**2)
+            + steep * (x - jax.lax.stop_gradient(x))
+        )
 
     objective = module.Objective(with_poison, lambda batch: batch.mask.sum())
     adamw = make_optimizer(ADAMW)
 
     def update(gradient, state, params=None, *, progress, dtype):
-        updates, state = adamw.update(gradient, state, params, progress=jnp.where(progress > 1, 0.5, progress))
+        updates, state = adamw.update(
+            gradient, state, params, progress=jnp.where(progress > 1, 0.5, progress)
+        )
         bad = jnp.where(progress > 2, jnp.inf, jnp.where(progress > 1, jnp.nan, 0.0))
         updates["blocks"]["1"]["down"] = updates["blocks"]["1"]["down"].at[3, 5].add(bad)
         return updates, state
@@ -129,7 +142,9 @@ def poisoned(cfg, params):
 
     def run(state, at: str, seed: int = 0):
         progress = {"update NaN": 1.5, "update Inf": 2.5}.get(at, 0.5)
-        beside = frozen | {"poison": jnp.array([at != "gradient NaN", 1e25 * (at == "gradient huge")], jnp.float32)}
+        beside = frozen | {
+            "poison": jnp.array([at != "gradient NaN", 1e25 * (at == "gradient huge")], jnp.float32)
+        }
         if at.startswith("loss"):
             value = jnp.nan if at == "loss NaN" else jnp.inf
             beside["embed"] = frozen["embed"].at[batch_of(seed).tokens[0, 0], 2].set(value)
@@ -138,7 +153,9 @@ def poisoned(cfg, params):
     return run, init_state(tx, copied(trainable))
 
 
-@pytest.mark.parametrize("at", ["loss NaN", "loss Inf", "gradient NaN", "gradient huge", "update NaN", "update Inf"])
+@pytest.mark.parametrize(
+    "at", ["loss NaN", "loss Inf", "gradient NaN", "gradient huge", "update NaN", "update Inf"]
+)
 def test_a_step_that_is_not_finite_changes_nothing_and_never_sneaks_in_later(poisoned, at):
     run, state = poisoned
     state, metrics = run(state, "nowhere", 0)
@@ -160,12 +177,16 @@ def test_a_step_that_is_not_finite_changes_nothing_and_never_sneaks_in_later(poi
     assert digest(state.trainable) != before[0]
 
 
-@pytest.mark.parametrize(("optimizer", "dtype"), [(ADAMW, "float32"), (MUON, "bfloat16")], ids=["adamw", "muon"])
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"), [(ADAMW, "float32"), (MUON, "bfloat16")], ids=["adamw", "muon"]
+)
 def test_training_learns_a_text_that_repeats_itself(optimizer, dtype):
     cfg = tiny_config(dtype=dtype)
     text = np.tile(tokens_of(5, 5), 4)[: T + 5]
     rows = np.stack([text[start : start + T + 1] for start in range(B)])
-    batch = Batch(rows[:, :-1], rows[:, 1:], np.ones((B, T), bool), positions_of(B, T), np.zeros((B, T), np.int32))
+    batch = Batch(
+        rows[:, :-1], rows[:, 1:], np.ones((B, T), bool), positions_of(B, T), np.zeros((B, T), np.int32)
+    )
     tx = make_optimizer(optimizer)
     state = init_state(tx, jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0)))
     losses = []

@@ -42,7 +42,9 @@ def decode_attention(q: Array, k: Array, v: Array, layer: LayerInC) -> tuple[Arr
     inputs = [queries.astype(jnp.float32), *layer.rows[:4], *jax.tree.leaves(new)]
     shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (inputs[0], *stored)]
     aliases = {len(inputs) + i: 1 + i for i in range(len(stored))}
-    out, *stored = jax.ffi.ffi_call(target("decode_attention"), shapes, input_output_aliases=aliases)(*inputs, *stored)
+    out, *stored = jax.ffi.ffi_call(target("decode_attention"), shapes, input_output_aliases=aliases)(
+        *inputs, *stored
+    )
     keys, values = jax.tree.unflatten(tree, stored)
     return join_heads(out[:, :, :, None]).astype(q.dtype), layer._replace(k=keys, v=values)
 

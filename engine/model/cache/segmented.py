@@ -140,7 +140,11 @@ def segment_edges(capacity: int, first: int, chunk: int) -> tuple[int, ...]:
 
 
 def make_kv_segments(
-    cfg: ModelConfig, slots: int, edges: Sequence[int], dtype: KVDtype = "bfloat16", cache: type[KVSegments] = KVSegments
+    cfg: ModelConfig,
+    slots: int,
+    edges: Sequence[int],
+    dtype: KVDtype = "bfloat16",
+    cache: type[KVSegments] = KVSegments,
 ) -> KVSegments:
     """Makes an empty cache, with segments between `edges`, for as many texts as there are slots."""
 
@@ -167,7 +171,9 @@ def read_chunk(segments: KVSegments, slot: Array, start: Array, length: int) -> 
         @jax.jit(inline=True)  # traced once for all layers
         def cut(array: Array) -> Array:
             sizes = (1, array.shape[1], length, *array.shape[3:])
-            return jax.lax.dynamic_slice(array, (slot, 0, start - edges[segment], *[0] * (array.ndim - 3)), sizes)[0]
+            return jax.lax.dynamic_slice(
+                array, (slot, 0, start - edges[segment], *[0] * (array.ndim - 3)), sizes
+            )[0]
 
         def stack(*arrays: Array) -> Array:
             return jnp.stack([cut(array) for array in arrays])
@@ -308,7 +314,9 @@ def _attend(q: Array, positions: Array, layer: SegmentedLayer) -> Array:
     """q (R, K, M, H), positions (R, M) -> (R, K, M, H) float32."""
     R, K, M, H = q.shape
     if M == 1 and ops().pads_lone_row:
-        return _attend(jnp.concatenate([q, q], axis=2), jnp.concatenate([positions] * 2, axis=1), layer)[:, :, :1]
+        return _attend(jnp.concatenate([q, q], axis=2), jnp.concatenate([positions] * 2, axis=1), layer)[
+            :, :, :1
+        ]
     slot = layer.rows.slot[0] if R == 1 else None
     state = Mixture(jnp.full((R, K, M), MASKED), jnp.zeros((R, K, M)), jnp.zeros((R, K, M, H)))
     queries = two_digit_rows(q) if isinstance(layer.k[0], QuantizedKV) else q
@@ -330,14 +338,18 @@ class Mixture(NamedTuple):
     mixed: Array
 
 
-def attend_segment(q: Any, last: Array, keys: KVArray, values: KVArray, slot: Array | None, state: Mixture) -> Mixture:
+def attend_segment(
+    q: Any, last: Array, keys: KVArray, values: KVArray, slot: Array | None, state: Mixture
+) -> Mixture:
     """Adds a segment's keys and values (B, K, C, H) to the attention of queries (R, K, M, H).
 
     last (R, M): the last position of the segment that each query sees; below 0 the query's state
     stays, to the bit. `slot` is that of a single row; without it row r reads slot r.
     """
     if slot is not None:
-        keys, values = jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, slot, 0), (keys, values))
+        keys, values = jax.tree.map(
+            lambda array: jax.lax.dynamic_index_in_dim(array, slot, 0), (keys, values)
+        )
     mask = (jnp.arange(jax.tree.leaves(keys)[0].shape[2]) <= last[:, :, None])[:, None]
     scores = jnp.where(mask, _scores(q, keys), MASKED)
     best = jnp.maximum(state.best, scores.max(-1))

@@ -47,7 +47,10 @@ FUNCTIONS = {  # of files that hold others than that of their name
 }
 # Without traps numbers are rounded many at once.
 FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
-INSTRUCTIONS = {"x86_64": {"avx512_vnni", "avx2"}, "aarch64": {"asimddp"}}  # one of which is needed, as /proc/cpuinfo has them
+INSTRUCTIONS = {
+    "x86_64": {"avx512_vnni", "avx2"},
+    "aarch64": {"asimddp"},
+}  # one of which is needed, as /proc/cpuinfo has them
 TUNING = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
 MAX_BYTES = 2**22  # that are read of a library; it has some 80 thousand
 # The time that all compilers together may take. One that hangs takes its share of what is left, and
@@ -105,7 +108,9 @@ def _load() -> tuple[str, str]:
             libraries = [*pool.map(read_library, KERNELS)]
         for kernel, library in zip(KERNELS, libraries):
             for name in _functions(kernel):
-                jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library.loaded, name)), platform="cpu")
+                jax.ffi.register_ffi_target(
+                    name, jax.ffi.pycapsule(getattr(library.loaded, name)), platform="cpu"
+                )
     except (_Unavailable, UserError, OSError, AttributeError) as error:
         return str(error), ""
     return "", hashlib.sha256(b"".join(library.data for library in libraries)).hexdigest()
@@ -129,7 +134,15 @@ def read_library(kernel: str) -> Library:
     compilers = _compilers()
     paths = []
     for compiler in compilers:
-        key = [*sources.values(), jaxlib.__version__, *flags, machine, instructions, *compiler, *_stamp(compiler[0])]
+        key = [
+            *sources.values(),
+            jaxlib.__version__,
+            *flags,
+            machine,
+            instructions,
+            *compiler,
+            *_stamp(compiler[0]),
+        ]
         paths.append(cache_folder("native") / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.so")
     for path in paths:
         data = read_checked(path, MAX_BYTES)
@@ -161,7 +174,9 @@ def _compile(kernel: str, command: list[str], sources: dict[str, bytes], deadlin
     Raises _Unavailable when the compiler fails, is not done at the `deadline` (of time.monotonic),
     or writes no library that loads.
     """
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # what is left of a compiler may still write there
+    with tempfile.TemporaryDirectory(
+        ignore_cleanup_errors=True
+    ) as folder:  # what is left of a compiler may still write there
         for name, text in sources.items():
             Path(folder, name).write_bytes(text)
         built = Path(folder, "built.so")
@@ -189,7 +204,14 @@ def _run(command: list[str], deadline: float, *files: int) -> str:
     """
     seconds = max(deadline - time.monotonic(), 0)
     try:
-        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, pass_fds=files)
+        subprocess.run(
+            command,
+            check=True,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=seconds,
+            pass_fds=files,
+        )
     except OSError as error:
         return error.strerror or str(error)
     except subprocess.TimeoutExpired:

@@ -25,10 +25,16 @@ from engine.model.weights.weight import TrainingForm, Weight
 COLUMNS = 16  # that lie side by side
 GROUP = 32  # inputs of a block
 KINDS = {"Q4_0": 288, "Q4_1": 320, "Q8_0": 544}  # bytes of 16 blocks
-STEPS = {"Q4_0": (-8, 7), "Q4_1": (0, 15), "Q8_0": (-127, 127)}  # the least and the largest that a weight is rounded to
+STEPS = {
+    "Q4_0": (-8, 7),
+    "Q4_1": (0, 15),
+    "Q8_0": (-127, 127),
+}  # the least and the largest that a weight is rounded to
 SMALLEST = np.finfo(np.float32).tiny  # a smaller scale's inverse could be infinite
 LARGEST = 127
-INFINITE = 0x7C00  # the exponent's bits of a float16, all set in what is not finite; NumPy's own test takes three times as long
+# the exponent's bits of a float16, all set in what is not finite; NumPy's own test takes three
+# times as long
+INFINITE = 0x7C00
 UNIT = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 64}  # steps of a quarter of a block's range
 
 
@@ -80,7 +86,12 @@ class Blocks(Weight, TrainingForm):
         return computes_in_c()
 
     def times_fused(
-        self, x: Array, dtype: DTypeLike, gain: Array | None = None, eps: float = 0.0, pairs: tuple[Any, ...] = ()
+        self,
+        x: Array,
+        dtype: DTypeLike,
+        gain: Array | None = None,
+        eps: float = 0.0,
+        pairs: tuple[Any, ...] = (),
     ) -> Array:
         out = block_matmul(x.reshape(-1, x.shape[-1]), self, dtype, pairs, gain, eps)
         return out.reshape(*x.shape[:-1], -1)
@@ -132,7 +143,9 @@ def unpack_blocks(weight: Blocks) -> np.ndarray:
     end = size - _factor_bytes(size)
     parts = (packed[..., end:], 2), (packed[..., :end], 4)
     columns = [
-        part.reshape(strips, groups, -1, COLUMNS, unit).transpose(0, 3, 1, 2, 4).reshape(strips * COLUMNS, groups, -1)
+        part.reshape(strips, groups, -1, COLUMNS, unit)
+        .transpose(0, 3, 1, 2, 4)
+        .reshape(strips * COLUMNS, groups, -1)
         for part, unit in parts
     ]
     return np.concatenate(columns, axis=-1).reshape(strips * COLUMNS, -1)[: weight.columns]
@@ -167,8 +180,12 @@ def round_to_blocks(weight: Array, kind: str, axis: int = 1) -> Blocks:
         """values (out, groups, n) -> their bytes (out / 16, groups, 16 n), so many values of a
         column side by side.
         """
-        data = jax.lax.bitcast_convert_type(values, jnp.uint8).reshape(*values.shape[:2], -1, together * values.dtype.itemsize)
-        strips = jnp.pad(data, ((0, -len(data) % COLUMNS), (0, 0), (0, 0), (0, 0))).reshape(-1, COLUMNS, *data.shape[1:])
+        data = jax.lax.bitcast_convert_type(values, jnp.uint8).reshape(
+            *values.shape[:2], -1, together * values.dtype.itemsize
+        )
+        strips = jnp.pad(data, ((0, -len(data) % COLUMNS), (0, 0), (0, 0), (0, 0))).reshape(
+            -1, COLUMNS, *data.shape[1:]
+        )
         return strips.transpose(0, 2, 3, 1, 4).reshape(len(strips), data.shape[1], -1)
 
     packed = [pack(numbers, 4), *(pack(factor, 1) for factor in factors)]
@@ -216,7 +233,9 @@ def factors_to_train(weight: Blocks) -> Array:
 
 @jax.jit
 def with_factors(weight: Blocks, trained: Array) -> Blocks:
-    factors = jax.lax.bitcast_convert_type(_round_factors(trained, weight.kind).astype(jnp.float16), jnp.uint8)
+    factors = jax.lax.bitcast_convert_type(
+        _round_factors(trained, weight.kind).astype(jnp.float16), jnp.uint8
+    )
     data = factors.reshape(*weight.packed.shape[:2], -1)
     return dataclasses.replace(weight, packed=weight.packed.at[..., -data.shape[2] :].set(data))
 
@@ -276,7 +295,12 @@ def _factor_bytes(size: int) -> int:
 
 
 def block_matmul(
-    x: Array, weight: Blocks, dtype: DTypeLike, pairs: tuple[Array, ...] = (), gain: Array | None = None, eps: float = 0.0
+    x: Array,
+    weight: Blocks,
+    dtype: DTypeLike,
+    pairs: tuple[Array, ...] = (),
+    gain: Array | None = None,
+    eps: float = 0.0,
 ) -> Array:
     """x (M, in) -> x times the weight, (M, out) in `dtype`; with `axis` 0 times its transpose, x
     (M, D) -> (M, V).
@@ -324,7 +348,9 @@ def join_blocks(weights: Sequence[Blocks]) -> Blocks | None:
     """Returns weights of one input side by side; None where they are of several kinds or fill their
     last 16 columns.
     """
-    if len({weight.packed.shape[1:] for weight in weights}) > 1 or any(weight.columns % COLUMNS for weight in weights[:-1]):
+    if len({weight.packed.shape[1:] for weight in weights}) > 1 or any(
+        weight.columns % COLUMNS for weight in weights[:-1]
+    ):
         return None
     packed = jnp.concatenate([weight.packed for weight in weights])
     return dataclasses.replace(weights[0], packed=packed, columns=sum(weight.columns for weight in weights))

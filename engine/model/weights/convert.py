@@ -7,7 +7,14 @@ from jax.typing import DTypeLike
 
 from engine.model.config import JOINED
 from engine.model.paths import Params, leaf_paths, map_paths, unflatten
-from engine.model.weights.blocks import GROUP, Blocks, Rounding, factors_to_train, round_to_blocks, served_kind
+from engine.model.weights.blocks import (
+    GROUP,
+    Blocks,
+    Rounding,
+    factors_to_train,
+    round_to_blocks,
+    served_kind,
+)
 from engine.model.weights.plain import as_weight
 from engine.model.weights.weight import Weight
 
@@ -17,7 +24,9 @@ def join_projections(block: Params) -> Params:
     kind lie side by side.
     """
     for name, parts in JOINED.items():
-        weights = [as_weight(block[part]) for part in parts if part in block]  # none where they are joined already
+        weights = [
+            as_weight(block[part]) for part in parts if part in block
+        ]  # none where they are joined already
         if len({type(weight) for weight in weights}) != 1:
             continue
         joined = weights[0].beside(weights[1:])

@@ -3,11 +3,12 @@
 It is a frozen base in training, and what inference has where no kernel in C multiplies `blocks`: on
 accelerators and meshes. `activations` says how x is multiplied:
 
-- "int8" (W8A8) rounds each row of x to int8 and multiplies integers, exactly, in int32. It has no gradient.
-- "int16" rounds x to two such digits, 15 bits, for twice the products and the same reading of the weight: for rows in which
-  1/127 of the largest number is too coarse a step for the rest.
-- "full" converts the weight inside the program and leaves x as it is; the gradient passes to x. That is the frozen base under
-  an adapter (QLoRA: Dettmers et al. 2023, 2305.14314).
+- "int8" (W8A8) rounds each row of x to int8 and multiplies integers, exactly, in int32. It has no
+  gradient.
+- "int16" rounds x to two such digits, 15 bits, for twice the products and the same reading of the
+  weight: for rows in which 1/127 of the largest number is too coarse a step for the rest.
+- "full" converts the weight inside the program and leaves x as it is; the gradient passes to x.
+  That is the frozen base under an adapter (QLoRA: Dettmers et al. 2023, 2305.14314).
 """
 
 import dataclasses
@@ -33,7 +34,8 @@ from engine.model.weights.weight import Weight
 Activations = Literal["int8", "int16", "full"]
 FINE = 254  # steps of x's second digit in one of the first
 FEW = 16  # rows up to which a product takes as long as reading the weight
-MANY = 8192  # columns beyond which transposing the result costs more than packing the weight: a head
+# columns beyond which transposing the result costs more than packing the weight: a head
+MANY = 8192
 LARGEST = 127  # -128 is not used, so that a weight and its negative are rounded alike
 
 
@@ -271,7 +273,8 @@ def _multiply_integers(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
 
 def _no_gradient(*_: Any) -> Any:
     raise UserError(
-        "This weight multiplies int8 by int8, which has no gradient. Quantise the base with activations 'full' to train on it."
+        "This weight multiplies int8 by int8, which has no gradient. Quantise the base with "
+        "activations 'full' to train on it."
     )
 
 
@@ -310,7 +313,9 @@ def widened_backward(dtype: DTypeLike, residuals: tuple[Int8, Array], g: Array) 
     scaled = (g.astype(jnp.float32) * weight.scale).astype(like.dtype)
     values, scaled = jax.lax.optimization_barrier((weight.values, scaled))
     values = _gather(dataclasses.replace(weight, values=values))
-    dx = _contract(scaled, values.astype(like.dtype), 1 - weight.contracting_axis, preferred_element_type=like.dtype)
+    dx = _contract(
+        scaled, values.astype(like.dtype), 1 - weight.contracting_axis, preferred_element_type=like.dtype
+    )
     return dx, None
 
 

@@ -94,7 +94,8 @@ class LoRA(Weight):
         """
         base = as_weight(self.base).dense()
         b = (self.b * -self.scale).astype(dtype)
-        less = jnp.dot(self.a.astype(dtype), b, preferred_element_type=dtype)  # subtracted as in `dense`
+        # subtracted as in `dense`
+        less = jnp.dot(self.a.astype(dtype), b, preferred_element_type=dtype)
         return (base.astype(jnp.float32) - less.astype(jnp.float32)).astype(base.dtype).astype(dtype)
 
     def on_mesh(self, path: str) -> "LoRA":
@@ -112,7 +113,9 @@ def make_adapter(key: Array, shape: tuple[int, int], rank: int, alpha: float) ->
     scale alpha / rank.
     """
     rows, columns = shape
-    return LoRA(None, jax.random.normal(key, (rows, rank)) * rows**-0.5, jnp.zeros((rank, columns)), alpha / rank)
+    return LoRA(
+        None, jax.random.normal(key, (rows, rank)) * rows**-0.5, jnp.zeros((rank, columns)), alpha / rank
+    )
 
 
 def init_lora(cfg: ModelConfig, key: Array, lora: LoraConfig) -> Params:
@@ -126,8 +129,12 @@ def init_lora(cfg: ModelConfig, key: Array, lora: LoraConfig) -> Params:
             path = f"blocks/{layer}/{name}"
             shape = cfg.matrices[name]
             if lora.rank >= min(shape):
-                raise UserError(f"A LoRA rank for {path} must lie between 1 and {min(shape) - 1}, not {lora.rank}.")
-            adapters[path] = make_adapter(jax.random.fold_in(key, len(adapters)), shape, lora.rank, lora.alpha)
+                raise UserError(
+                    f"A LoRA rank for {path} must lie between 1 and {min(shape) - 1}, not {lora.rank}."
+                )
+            adapters[path] = make_adapter(
+                jax.random.fold_in(key, len(adapters)), shape, lora.rank, lora.alpha
+            )
     return unflatten(adapters)
 
 

@@ -23,7 +23,9 @@ def project(x: Array, weight: Any, dtype: DTypeLike) -> Array:
     return as_weight(weight).times(x, dtype)
 
 
-def norm_and_project(x: Array, gain: Array, weights: Sequence[Any], eps: float, dtype: DTypeLike) -> tuple[Array, ...]:
+def norm_and_project(
+    x: Array, gain: Array, weights: Sequence[Any], eps: float, dtype: DTypeLike
+) -> tuple[Array, ...]:
     """x (..., in), gain (in,), each weight (in, out) -> x normalised times each weight, (..., out)
     in `dtype`.
 
@@ -34,7 +36,9 @@ def norm_and_project(x: Array, gain: Array, weights: Sequence[Any], eps: float, 
         return tuple(weight.times_fused(x, dtype, gain, eps) for weight in weights)
     plain = [weight for weight in weights if isinstance(weight, Array) and weight.dtype != dtype]
     if len(plain) == len(weights) and _are_smaller(plain, x):
-        return project_each(backward.rms_norm(x, None, eps, dtype), [weight * gain[:, None] for weight in plain], dtype)
+        return project_each(
+            backward.rms_norm(x, None, eps, dtype), [weight * gain[:, None] for weight in plain], dtype
+        )
     return project_each(backward.rms_norm(x, gain, eps, dtype), weights, dtype)
 
 
@@ -62,7 +66,9 @@ def project_each(x: Array, weights: Sequence[Any], dtype: DTypeLike) -> tuple[Ar
     if all(isinstance(weight, Array) for weight in weights):
         together = _are_smaller(weights, x)
     else:
-        together = any(isinstance(weight, LoRA) for weight in weights) and all(is_merged(weight, x) for weight in weights)
+        together = any(isinstance(weight, LoRA) for weight in weights) and all(
+            is_merged(weight, x) for weight in weights
+        )
     if together:
         parts = multiply_merged(rows, tuple(weights), dtype)
     else:  # all read the same rows, which a scan's backward pass then keeps once

@@ -28,10 +28,14 @@ from engine.model.weights.int8 import LARGEST
 from engine.model.weights.plain import as_weight
 from engine.model.weights.weight import Weight
 
-PARTS = {name: (name,) for name in MATRICES} | JOINED  # a block's weights, alone or side by side for inference: their matrices
+PARTS = {
+    name: (name,) for name in MATRICES
+} | JOINED  # a block's weights, alone or side by side for inference: their matrices
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "a", "b", "scale", "index"], meta_fields=["widths"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["base", "a", "b", "scale", "index"], meta_fields=["widths"]
+)
 @dataclasses.dataclass(frozen=True)
 class StackedLoRA(Weight):
     """The weight base (in, out), to which row n of a batch adds scale a b of adapter index[n]
@@ -76,7 +80,12 @@ class StackedLoRA(Weight):
         return x.shape[1] == 1 and as_weight(self.base).fuses(x)
 
     def times_fused(
-        self, x: Array, dtype: DTypeLike, gain: Array | None = None, eps: float = 0.0, pairs: tuple[Any, ...] = ()
+        self,
+        x: Array,
+        dtype: DTypeLike,
+        gain: Array | None = None,
+        eps: float = 0.0,
+        pairs: tuple[Any, ...] = (),
     ) -> Array:
         return self.base.times_fused(x, dtype, gain, eps, self.pairs)
 
@@ -98,7 +107,9 @@ def adapter_product(x: Array, weight: StackedLoRA) -> Array:
     rank = weight.b.shape[1]
     if x.shape[1] == 1 and computes_in_c():
         shape = jax.ShapeDtypeStruct((len(x), edges[-1]), jnp.float32)
-        return jax.ffi.ffi_call(target("adapter_matmul"), shape)(x[:, 0].astype(jnp.float32), *weight.pairs)[:, None]
+        return jax.ffi.ffi_call(target("adapter_matmul"), shape)(x[:, 0].astype(jnp.float32), *weight.pairs)[
+            :, None
+        ]
     a, b, scale = (stack[weight.index] for stack in (weight.a, weight.b, weight.scale))
     inner = (einsum32("bti,bri->btr", x, a.astype(x.dtype)) * scale[:, None]).astype(x.dtype)
     parts = [
@@ -147,7 +158,9 @@ def put_adapter(cfg: ModelConfig, stacks: Params, index: int, adapter: Params) -
             if leaf:
                 ranks = slice(n * rank, n * rank + leaf.rank)
                 a[index, ranks], of_a = _round_rows(np.asarray(leaf.a).T, a.dtype)
-                b[index, : leaf.rank, column : column + columns], of_b = _round_rows(np.asarray(leaf.b), b.dtype)
+                b[index, : leaf.rank, column : column + columns], of_b = _round_rows(
+                    np.asarray(leaf.b), b.dtype
+                )
                 scale[index, ranks] = of_a * of_b * leaf.scale
             column += columns
         return a, b, scale

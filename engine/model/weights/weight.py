@@ -21,7 +21,10 @@ class Weight(abc.ABC):
     """A matrix (in, out), or an embedding (V, D), by whose transpose a tied head multiplies."""
 
     rows_differ = False  # whether each row of a batch has a matrix of its own
-    merges_late = False  # whether a product must hold `merged` back: XLA would make the matrices of all layers first
+    merges_late = (
+        # whether a product must hold `merged` back: XLA would make the matrices of all layers first
+        False
+    )
 
     @property
     @abc.abstractmethod
@@ -105,7 +108,12 @@ class Weight(abc.ABC):
         return False
 
     def times_fused(
-        self, x: Array, dtype: DTypeLike, gain: Array | None = None, eps: float = 0.0, pairs: tuple[Any, ...] = ()
+        self,
+        x: Array,
+        dtype: DTypeLike,
+        gain: Array | None = None,
+        eps: float = 0.0,
+        pairs: tuple[Any, ...] = (),
     ) -> Array:
         """As `times`, where `fuses` says so. With a gain (in,) it normalises x (..., in) first; of
         x (..., 2 in), gates and values beside them, it takes the SwiGLU. pairs: of adapters,

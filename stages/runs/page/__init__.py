@@ -1,7 +1,7 @@
 """Joins the pages of this project: each is one HTML file with all that it needs inside.
 
-The pages ask no network. Beside this file lie the style of all pages, and the shell of the site's, with what draws their
-charts and tables.
+The pages ask no network. Beside this file lie the style of all pages, and the shell of the site's,
+with what draws their charts and tables.
 """
 
 import re

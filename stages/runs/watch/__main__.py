@@ -4,8 +4,8 @@
     python -m stages.runs.watch RECORDING.jsonl page.html    what a run with --record wrote
     python -m stages.runs.watch DOCUMENT.json PAGE.html BODY.html [STYLE.css] SCRIPT.js ...
 
-`python -m bench.lives`, `bench` and `bench.plan` make a document and call this. train.html, in which a browser trains, is
-written beside the page of lives.
+`python -m bench.lives`, `bench` and `bench.plan` make a document and call this. train.html, in
+which a browser trains, is written beside the page of lives.
 """
 
 from stages.cli.start import start_command

@@ -97,7 +97,9 @@ def refuse_other_file(path: Path, step: int, **run: str) -> None:
         for name, now in run.items():
             was = first.get(name)
             if was != now:
-                raise UserError(f"{path} holds the recording of another run ({name} {was}, and here {now}). {other}")
+                raise UserError(
+                    f"{path} holds the recording of another run ({name} {was}, and here {now}). {other}"
+                )
 
 
 def nobody_watches() -> bool:
@@ -105,7 +107,9 @@ def nobody_watches() -> bool:
 
 
 @contextlib.contextmanager
-def open_recorder(record: Path | None, tensorboard: Path | None, watch: int | None, console: Console) -> Iterator["Recorder"]:
+def open_recorder(
+    record: Path | None, tensorboard: Path | None, watch: int | None, console: Console
+) -> Iterator["Recorder"]:
     sinks: list[Sink] = []
     if record:
         sinks.append(file_sink(record))
@@ -171,7 +175,10 @@ class Recorder:
             self.trained = trained.keys()
             self.paths = _in_order(plan.cfg, shapes, self.trained)
             self.patch = _patch([*shapes.values()])
-            tensors = [_describe(path, shapes[path], self.patch) | {"trainable": path in trained} for path in self.paths]
+            tensors = [
+                _describe(path, shapes[path], self.patch) | {"trainable": path in trained}
+                for path in self.paths
+            ]
             trained_count = sum(map(math.prod, trained.values()))
             still_count = sum(map(math.prod, still.values()))
             header |= {
@@ -215,9 +222,12 @@ class Recorder:
         part = int(progress * PARTS)
         is_asked_for = self.is_watched() and time.monotonic() >= self.rests_until
         if self.sinks and (is_asked_for or (self.recorded and (step <= FIRST or part > self.part))):
-            self.part = min(PARTS - 1, max(part, self.part))  # the last part is each step that may be the last
+            self.part = min(
+                PARTS - 1, max(part, self.part)
+            )  # the last part is each step that may be the last
             with self._going_on():
-                self.before = jax.tree.map(jnp.copy, trainable)  # the step takes the place of the weights
+                # the step takes the place of the weights
+                self.before = jax.tree.map(jnp.copy, trainable)
         return self.before is not None
 
     def wants_frame(self, step: int) -> bool:
@@ -233,7 +243,9 @@ class Recorder:
                 norms = _arrays(self.gradient_norms(self.before, batch))
                 fields["gradient_norms"] = {path: float(norms[path]) for path in self.paths if path in norms}
             self.before = None
-            copies = jax.tree.map(jnp.copy, trainable)  # a view of the weights themselves would keep the next step from them
+            copies = jax.tree.map(
+                jnp.copy, trainable
+            )  # a view of the weights themselves would keep the next step from them
             now = _together(_arrays(copies, copy=False), _arrays(self.frozen, copy=not self.shown))
             self.shown = self.shown or now
             changed = {path: _changed(self.shown[path], now[path]) for path in self.paths}
@@ -347,7 +359,9 @@ def _patch(shapes: Sequence[tuple[int, ...]]) -> int:
 def _pixels(array: np.ndarray, patch: int) -> tuple[str, float]:
     """Returns a tensor's mosaic, int8 in base64 with 127 for `limit`, and `limit`, which ROBUST of
     its pixels are within."""
-    matrix = np.nan_to_num(array.reshape(math.prod(array.shape[:-1]), -1).astype(np.float32), posinf=0, neginf=0)
+    matrix = np.nan_to_num(
+        array.reshape(math.prod(array.shape[:-1]), -1).astype(np.float32), posinf=0, neginf=0
+    )
     rows = np.arange(0, matrix.shape[0], patch)
     columns = np.arange(0, matrix.shape[1], patch)
     sums = np.add.reduceat(np.add.reduceat(matrix, rows, 0), columns, 1)
@@ -367,7 +381,8 @@ def tensorboard_sink(folder: Path) -> Iterator[Sink]:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise UserError(
-            "--tensorboard needs tensorboardX: start the command with `uv run --extra tensorboard python -m ...`, or install "
+            "--tensorboard needs tensorboardX: start the command with `uv run --extra tensorboard "
+            "python -m ...`, or install "
             "the extra with `pip install -e '.[tensorboard]'`."
         ) from None
     writers: list[Any] = []

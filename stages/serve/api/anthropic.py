@@ -326,7 +326,9 @@ class MessageWriter(EventWriter):
             yield self._delta("text_delta", text=piece.text)
         for call in piece.calls:
             if call.id:
-                yield from self._open(ReplyBlock(type="tool_use", id=_tool_use_id(call), name=call.name, input={}))
+                yield from self._open(
+                    ReplyBlock(type="tool_use", id=_tool_use_id(call), name=call.name, input={})
+                )
             if call.arguments:
                 yield self._delta("input_json_delta", partial_json=call.arguments)
         if piece.finish_reason:

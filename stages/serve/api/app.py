@@ -231,7 +231,9 @@ class Api:
                 path = prefix + "{model}"
         methods = self._routes.get(path)
         if methods is None:
-            raise ApiError(404, f"There is no route {path!r:.80} here; /openapi.json lists them all.", code="not_found")
+            raise ApiError(
+                404, f"There is no route {path!r:.80} here; /openapi.json lists them all.", code="not_found"
+            )
         if method not in methods:
             allowed = ", ".join(methods)
             message = f"{scope['path']} is not asked for with {method}, but with {allowed}."

@@ -91,7 +91,9 @@ class CompletionFields(UsualFields):
     presence_penalty: Penalty = None
     frequency_penalty: Penalty = None
     repetition_penalty: Annotated[float, in_range("repetition_penalty")] | None = None
-    logit_bias: Annotated[dict[BiasedToken, Annotated[float, in_range("logit_bias")]], Meta(max_length=1024)] | None = None
+    logit_bias: (
+        Annotated[dict[BiasedToken, Annotated[float, in_range("logit_bias")]], Meta(max_length=1024)] | None
+    ) = None
     seed: Seed = None
     n: Annotated[int, Meta(ge=1, le=16)] | None = None
     stop: Stops | None = None
@@ -128,7 +130,9 @@ class CompletionFields(UsualFields):
                 grammars.append(Grammar(name, partial(GRAMMARS[name], value)))
         return grammars
 
-    def sampling(self, defaults: SamplingParams, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def sampling(
+        self, defaults: SamplingParams, max_tokens: int | None, logprobs: int | None
+    ) -> SamplingParams:
         """Returns the defaults with what the request gives. Raises InvalidField."""
         return sampling_of(
             defaults,
@@ -306,7 +310,9 @@ class ChoicesWriter(Writer):
 
 
 def reply_usage(usage: Usage) -> ReplyUsage:
-    return ReplyUsage(usage.prompt, usage.completion, usage.prompt + usage.completion, CachedTokens(usage.cached))
+    return ReplyUsage(
+        usage.prompt, usage.completion, usage.prompt + usage.completion, CachedTokens(usage.cached)
+    )
 
 
 class CompletionWriter(ChoicesWriter):
@@ -529,15 +535,21 @@ class ChatRequest(CompletionFields, kw_only=True):
         Raises InvalidField.
         """
         if self.echo:
-            raise InvalidField("echo", "echo is for /v1/completions: a chat's answer comes without its messages.")
+            raise InvalidField(
+                "echo", "echo is for /v1/completions: a chat's answer comes without its messages."
+            )
         if self.add_special_tokens:
-            raise InvalidField("add_special_tokens", "add_special_tokens must be false: the chat template writes them.")
+            raise InvalidField(
+                "add_special_tokens", "add_special_tokens must be false: the chat template writes them."
+            )
         if self.top_logprobs and not self.logprobs:
             raise InvalidField("top_logprobs", "top_logprobs is given without logprobs being true.")
         max_tokens = self.max_completion_tokens or self.max_tokens
         if self.max_tokens and self.max_tokens != max_tokens:
             field = "max_completion_tokens"
-            raise InvalidField(field, f"{field} is sent beside max_tokens, its older name, with another value.")
+            raise InvalidField(
+                field, f"{field} is sent beside max_tokens, its older name, with another value."
+            )
         prompt = chat_prompt(
             self.messages,
             self.tool_use,
@@ -659,14 +671,18 @@ class ChatWriter(ChoicesWriter):
     chunk_type = ChatChunk
 
     def choice(self, piece: Piece) -> ChatChoice:
-        calls = [MessageCall(id=call.id, function=FunctionCall(call.name, call.arguments)) for call in piece.calls]
+        calls = [
+            MessageCall(id=call.id, function=FunctionCall(call.name, call.arguments)) for call in piece.calls
+        ]
         content = None if calls and not piece.text else piece.text
         message = ReplyMessage(content, tool_calls=calls or UNSET)
         assert piece.finish_reason
         return ChatChoice(piece.choice, message, piece.finish_reason, self._logprobs(piece))
 
     def begin(self, usage: Usage) -> Iterable[ChatChunk]:
-        chunks = [self.chunk([ChatChunkChoice(index, Delta("assistant", ""))]) for index in range(self.body.choices)]
+        chunks = [
+            self.chunk([ChatChunkChoice(index, Delta("assistant", ""))]) for index in range(self.body.choices)
+        ]
         return self._with_documents(chunks, usage)
 
     def chunks(self, piece: Piece) -> Iterator[Any]:
@@ -719,7 +735,9 @@ def chat_prompt(
     answer = ""
     if bool(goes_on) == (begins is not False):
         field = "add_generation_prompt"
-        raise InvalidField(field, f"{field} must be false with continue_final_message true, and true without.")
+        raise InvalidField(
+            field, f"{field} must be false with continue_final_message true, and true without."
+        )
     if goes_on:
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
             needed = "the last message must be the assistant's, after another"

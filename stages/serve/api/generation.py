@@ -258,7 +258,9 @@ class Generation:
     def usage(self) -> Usage:
         completions = [choice for choice in self._choices if not choice.scored_tokens]
         prompts = (completions or self._choices)[:: self._repeats]
-        first = min((choice.first_token for choice in self._choices if choice.first_token), default=self._arrived)
+        first = min(
+            (choice.first_token for choice in self._choices if choice.first_token), default=self._arrived
+        )
         prompt_tokens = sum(len(choice.request.prompt) for choice in prompts)
         if not completions:  # else the scored tokens are of their prompts
             prompt_tokens += sum(len(choice.scored_tokens) for choice in self._choices)
@@ -333,9 +335,13 @@ class Generation:
 
     def _error(self, event: Event) -> ApiError:
         if event.finish_reason == "grammar":
-            return ApiError(400, "The grammar became too complex to be followed any further: give a simpler one.")
+            return ApiError(
+                400, "The grammar became too complex to be followed any further: give a simpler one."
+            )
         if self._state.engine.error:
-            return ApiError(503, "The engine has failed and answers nothing any more; the server has to be started again.")
+            return ApiError(
+                503, "The engine has failed and answers nothing any more; the server has to be started again."
+            )
         return ApiError(
             500,
             "The model gave no finite logits to sample a token from: its weights are damaged or overflow.",

@@ -163,13 +163,21 @@ class Guard:
         host = hosts[0].lower()
         name = HOST.fullmatch(host)
         if self._hosts is not None and not (name and name[1].rstrip(".") in self._hosts):
-            raise ApiError(403, "This server has no such Host name; --allow-host gives it one.", code="bad_host")
+            raise ApiError(
+                403, "This server has no such Host name; --allow-host gives it one.", code="bad_host"
+            )
         allowed = self._origins | {f"{scope.get('scheme', 'http')}://{host}"}
         if any(origin.lower() not in allowed for origin in headers.getlist("origin")):
             message = "Pages of another origin may not use this server; --allow-origin lets those of one in."
             raise ApiError(403, message, code="bad_origin")
-        is_foreign = any(site.lower() in ("cross-site", "same-site") for site in headers.getlist("sec-fetch-site"))
-        is_link = path == PAGE_PATH and headers.getlist("sec-fetch-mode") == ["navigate"] and scope["method"] == "GET"
+        is_foreign = any(
+            site.lower() in ("cross-site", "same-site") for site in headers.getlist("sec-fetch-site")
+        )
+        is_link = (
+            path == PAGE_PATH
+            and headers.getlist("sec-fetch-mode") == ["navigate"]
+            and scope["method"] == "GET"
+        )
         if is_foreign and "origin" not in headers and not is_link:
             raise ApiError(403, "Pages of another site may not use this server.", code="bad_origin")
 

@@ -133,7 +133,9 @@ def sampling_of(defaults: SamplingParams, **fields: Any) -> SamplingParams:
 def only_grammar(grammars: Sequence[Grammar]) -> Grammar | None:
     """Returns the grammar for which a request asks, if it does. Raises InvalidField for more than one."""
     if len(grammars) > 1:
-        message = f"{grammars[1].field} is sent beside {grammars[0].field}: a completion keeps to only one grammar."
+        message = (
+            f"{grammars[1].field} is sent beside {grammars[0].field}: a completion keeps to only one grammar."
+        )
         raise InvalidField(grammars[1].field, message)
     return grammars[0] if grammars else None
 
@@ -155,7 +157,9 @@ async def compile_grammar(state: ServerState, job: Job) -> Constraint | None:
     return await pool.compile(grammar)
 
 
-def make_requests(call: ApiCall, job: Job, prompts: PromptTokens, constraint: Constraint | None) -> list[Request]:
+def make_requests(
+    call: ApiCall, job: Job, prompts: PromptTokens, constraint: Constraint | None
+) -> list[Request]:
     """Returns the engine's requests of a job: for each prompt its scores, if asked for, and its completions.
 
     Raises ApiError and InvalidField.
@@ -240,7 +244,9 @@ def unread_variables(source: str, names: Iterable[str]) -> list[str]:
     It is one field if a header cannot name them.
     """
     unread = [name for name in names if name not in template_variables(source)]
-    if len(unread) > MAX_NAMED_VARIABLES or not all(re.fullmatch(r"\w{1,64}", name, re.ASCII) for name in unread):
+    if len(unread) > MAX_NAMED_VARIABLES or not all(
+        re.fullmatch(r"\w{1,64}", name, re.ASCII) for name in unread
+    ):
         return ["chat_template_kwargs"]
     return [f"chat_template_kwargs.{name}" for name in unread]
 

@@ -157,7 +157,9 @@ class OllamaRequest(OllamaFields):
     def check(self) -> None:
         """Raises InvalidField for fields that do not go together, and for thinking."""
         if self.think:  # in Ollama's words, by which clients know that they are to ask again without it
-            raise InvalidField("think", f'"{self.model}" does not support thinking: leave think out, or send false.')
+            raise InvalidField(
+                "think", f'"{self.model}" does not support thinking: leave think out, or send false.'
+            )
         if self.top_logprobs and not self.logprobs:
             raise InvalidField("top_logprobs", "top_logprobs is given without logprobs being true.")
 
@@ -234,8 +236,12 @@ class OllamaMessage(StrictFields):
 
     @property
     def turn(self) -> Turn:
-        calls = [call_turn(call.id, call.function.name, call.function.arguments) for call in self.tool_calls or ()]
-        return make_turn(self.role, self.content, name=self.tool_name, tool_call_id=self.tool_call_id, tool_calls=calls)
+        calls = [
+            call_turn(call.id, call.function.name, call.function.arguments) for call in self.tool_calls or ()
+        ]
+        return make_turn(
+            self.role, self.content, name=self.tool_name, tool_call_id=self.tool_call_id, tool_calls=calls
+        )
 
 
 class OllamaChatRequest(OllamaRequest, kw_only=True):
@@ -422,7 +428,9 @@ async def ollama_embed(call: ApiCall[EmbedRequest]) -> ASGIApp:
     def reply(vectors: list[Any], usage: Usage) -> EmbedReply:
         embeddings = [vector.tolist() for vector in vectors]
         duration = round(usage.seconds * 1e9)
-        return EmbedReply(model=name, embeddings=embeddings, total_duration=duration, prompt_eval_count=usage.prompt)
+        return EmbedReply(
+            model=name, embeddings=embeddings, total_duration=duration, prompt_eval_count=usage.prompt
+        )
 
     prompts = TextPrompts("input", prompt_texts("input", body.input, MAX_COMPLETIONS))
     ignored = body.ignored_in(call.content)

@@ -32,7 +32,9 @@ MAX_IDS = 2**18  # more than any context holds
 MAX_NULL_FIELDS = 32  # unknown fields that are removed from a body: the body is checked once more for each
 
 
-TOKEN_ID = {"$ref": "#/components/schemas/TokenId"}  # in the OpenAPI document, which has the size of the vocabulary
+TOKEN_ID = {
+    "$ref": "#/components/schemas/TokenId"
+}  # in the OpenAPI document, which has the size of the vocabulary
 
 
 def in_range(name: str) -> Meta:
@@ -104,7 +106,9 @@ UNSUPPORTED = {
         ("store", "previous_response_id", "conversation", "background", "context", "thread"),
         "This server remembers nothing: send the whole conversation each time",
     ),
-    **dict.fromkeys(("images", "image", "image_url", "input_image", "base64", "url", "file"), "The model reads text alone"),
+    **dict.fromkeys(
+        ("images", "image", "image_url", "input_image", "base64", "url", "file"), "The model reads text alone"
+    ),
     "citations": "An answer quotes no documents here",
     "truncation": "Nothing is left out of a conversation here: shorten it",
     **dict.fromkeys(("think", "thinking"), "No thinking is asked of the model here: leave it out"),
@@ -120,7 +124,9 @@ UNSUPPORTED = {
     "chat_template": "Conversations are written by the template that the server was started with",
     "lora_path": "Name the adapter as the model",
     "continuous_usage_stats": "Only the last chunk of a stream has token counts",
-    **dict.fromkeys(("kv_transfer_params", "ec_transfer_params"), "No server takes over another's cache here"),
+    **dict.fromkeys(
+        ("kv_transfer_params", "ec_transfer_params"), "No server takes over another's cache here"
+    ),
 }
 
 
@@ -186,7 +192,9 @@ def prompt_texts(field: str, value: Any, most: int) -> list[str] | list[list[int
     texts = value if isinstance(value, list) else [value]
     kinds = {*map(type, texts)}
     if len(kinds) > 1:
-        raise InvalidField(field, f"{field} must hold only texts, only token ids, or only lists of token ids.")
+        raise InvalidField(
+            field, f"{field} must hold only texts, only token ids, or only lists of token ids."
+        )
     if kinds == {int}:
         texts = [texts]
     if len(texts) > most:
@@ -215,23 +223,45 @@ class UsualFields(GenerationRequest):
     # vLLM's.
     skip_special_tokens: Annotated[Literal[True] | None, explain("No text shows control tokens here")] = None
     spaces_between_special_tokens: bool | None = None  # there are none in a text
-    use_beam_search: Annotated[Literal[False] | None, explain("Completions are sampled here, not searched for: use n")] = None
-    length_penalty: Annotated[Literal[1] | None, explain("It belongs to beam search, which there is none of here")] = None
+    use_beam_search: Annotated[
+        Literal[False] | None, explain("Completions are sampled here, not searched for: use n")
+    ] = None
+    length_penalty: Annotated[
+        Literal[1] | None, explain("It belongs to beam search, which there is none of here")
+    ] = None
     bad_words: Annotated[EmptyList | None, explain("Use logit_bias, or structured_outputs")] = None
-    priority: Annotated[Literal[0] | None, explain("Requests have their turn in the order in which they came")] = None
+    priority: Annotated[
+        Literal[0] | None, explain("Requests have their turn in the order in which they came")
+    ] = None
     include_reasoning: Annotated[Literal[True] | None, explain("Reasoning is part of the answer here")] = None
-    thinking_token_budget: Annotated[Literal[-1] | None, explain("Use max_tokens: reasoning is part of the answer here")] = None
-    return_token_ids: Annotated[Literal[False] | None, explain("Send the text to /tokenize, or ask for logprobs")] = None
-    routed_experts_prompt_start: Annotated[Literal[0] | None, explain("No routing to experts is returned")] = None
+    thinking_token_budget: Annotated[
+        Literal[-1] | None, explain("Use max_tokens: reasoning is part of the answer here")
+    ] = None
+    return_token_ids: Annotated[
+        Literal[False] | None, explain("Send the text to /tokenize, or ask for logprobs")
+    ] = None
+    routed_experts_prompt_start: Annotated[
+        Literal[0] | None, explain("No routing to experts is returned")
+    ] = None
     return_token_offsets: bool | None = None  # read by vLLM's routes that render a prompt, and by no other
     return_mm_kwargs: bool | None = None  # likewise
     # SGLang's.
-    separate_reasoning: bool | None = None  # reasoning stays in the answer, as in SGLang without a parser of it
+    separate_reasoning: bool | None = (
+        None  # reasoning stays in the answer, as in SGLang without a parser of it
+    )
     stream_reasoning: bool | None = None  # likewise
-    return_hidden_states: Annotated[Literal[False] | None, explain("Hidden states are only returned as embeddings")] = None
-    return_routed_experts: Annotated[Literal[False] | None, explain("No routing to experts is returned")] = None
-    routed_experts_start_len: Annotated[Literal[0] | None, explain("No routing to experts is returned")] = None
-    return_cached_tokens_details: Annotated[Literal[False] | None, explain("There is one cache, counted in usage")] = None
+    return_hidden_states: Annotated[
+        Literal[False] | None, explain("Hidden states are only returned as embeddings")
+    ] = None
+    return_routed_experts: Annotated[Literal[False] | None, explain("No routing to experts is returned")] = (
+        None
+    )
+    routed_experts_start_len: Annotated[Literal[0] | None, explain("No routing to experts is returned")] = (
+        None
+    )
+    return_cached_tokens_details: Annotated[
+        Literal[False] | None, explain("There is one cache, counted in usage")
+    ] = None
     return_prompt_token_ids: Annotated[Literal[False] | None, explain("Send the prompt to /tokenize")] = None
     return_meta_info: Annotated[Literal[False] | None, explain("Ask for logprobs, or read usage")] = None
 
@@ -383,7 +413,9 @@ def _check_headers(http: Request) -> None:
     is_json = takes_any or kind.strip().lower() == "application/json"
     charset = re.search(r"charset\s*=\s*\"?([^\s;\"]+)", parameters.lower())
     if not is_json or (charset and charset[1] not in ("utf-8", "utf8", "us-ascii")):
-        raise ApiError(415, "The body must be JSON in UTF-8, sent with the header `Content-Type: application/json`.")
+        raise ApiError(
+            415, "The body must be JSON in UTF-8, sent with the header `Content-Type: application/json`."
+        )
     if http.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
         raise ApiError(415, "The body must not be compressed: send it without a Content-Encoding.")
     if content_length(http) > MAX_BYTES:
@@ -423,5 +455,7 @@ def _short(text: str, length: int = 80) -> str:
     return text if len(text) <= length else text[:length] + "..."
 
 
-def json_reply(value: msgspec.Struct, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def json_reply(
+    value: msgspec.Struct, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
     return Response(msgspec.json.encode(value), status, headers, media_type="application/json")

@@ -166,7 +166,8 @@ class ResponseRequest(GenerationRequest, kw_only=True):
 
     @property
     def logprobs(self) -> int | None:
-        """As of SamplingParams: how many probable tokens come beside each one; None for no log-probabilities.
+        """As of SamplingParams: how many probable tokens come beside each one; None for no
+        log-probabilities.
 
         Raises InvalidField.
         """
@@ -176,7 +177,9 @@ class ResponseRequest(GenerationRequest, kw_only=True):
                 raise InvalidField("top_logprobs", message)
             return None
         if self.tools:
-            raise InvalidField("include", "include: message.output_text.logprobs is not granted beside tools.")
+            raise InvalidField(
+                "include", "include: message.output_text.logprobs is not granted beside tools."
+            )
         return self.top_logprobs or 0
 
     @property
@@ -296,7 +299,9 @@ class ResponseWriter(EventWriter):
 
     def chunks(self, piece: Piece) -> Iterator[dict[str, Any]]:
         self._status = "incomplete" if piece.finish_reason == "length" else "completed"
-        logprobs = [token_logprob(logprob, partial(token_text, self._tokenizer)) for logprob in piece.logprobs]
+        logprobs = [
+            token_logprob(logprob, partial(token_text, self._tokenizer)) for logprob in piece.logprobs
+        ]
         if piece.text or logprobs or (piece.finish_reason and not piece.calls and not self._output):
             if not self._output or self._output[-1]["type"] != "message":
                 yield from self._open("message", f"msg_{uuid.uuid4().hex}", role="assistant", content=[])
@@ -309,7 +314,9 @@ class ResponseWriter(EventWriter):
                 yield self._part_event("output_text.delta", delta=piece.text, logprobs=logprobs)
         for call in piece.calls:
             if call.id:
-                yield from self._open("function_call", f"fc_{uuid.uuid4().hex}", call_id=call.id, name=call.name, arguments="")
+                yield from self._open(
+                    "function_call", f"fc_{uuid.uuid4().hex}", call_id=call.id, name=call.name, arguments=""
+                )
             if call.arguments:
                 self._output[-1]["arguments"] += call.arguments
                 yield self._item_event("function_call_arguments.delta", delta=call.arguments)
@@ -345,7 +352,9 @@ class ResponseWriter(EventWriter):
             yield self._part_event("output_text.done", text=part["text"], logprobs=part["logprobs"])
             yield self._part_event("content_part.done", part=part)
         else:
-            yield self._item_event("function_call_arguments.done", name=item["name"], arguments=item["arguments"])
+            yield self._item_event(
+                "function_call_arguments.done", name=item["name"], arguments=item["arguments"]
+            )
         yield self._event("output_item.done", output_index=len(self._output) - 1, item=item)
 
     def error(self, error: ApiError) -> bytes:

@@ -137,7 +137,9 @@ async def health(call: ApiCall) -> Response:
     status = call.state.status
     engine = call.state.engine
     since = round(engine.seconds_since_tick, 3)
-    reply = Health(status, engine.engine.running, engine.waiting, engine.compiles_after_ready, since, engine.wait)
+    reply = Health(
+        status, engine.engine.running, engine.waiting, engine.compiles_after_ready, since, engine.wait
+    )
     return json_reply(reply, 200 if status == "ok" else 503)
 
 

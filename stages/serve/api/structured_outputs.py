@@ -50,7 +50,9 @@ def structural_tag_grammar(tag: str | StructuralTag) -> str:
         raise UserError(f"only structures with triggers can be enforced, and no format: {remedy}")
     if not tag.structures:
         raise UserError("it has no structures: give at least one, and its trigger")
-    return tag_grammar([(each.begin, each.schema or {}, each.end) for each in tag.structures], tag.triggers or ())
+    return tag_grammar(
+        [(each.begin, each.schema or {}, each.end) for each in tag.structures], tag.triggers or ()
+    )
 
 
 def schema_grammar(schema: str | dict[str, Any]) -> str:
@@ -101,10 +103,14 @@ class StructuredOutputs(StrictFields):
     def wanted_grammar(self) -> Grammar:
         """The one that is asked for. Raises InvalidField."""
         values = msgspec.structs.asdict(self)
-        wanted = [name for name in STRUCTURED_OUTPUTS if values[name] is not None and values[name] is not False]
+        wanted = [
+            name for name in STRUCTURED_OUTPUTS if values[name] is not None and values[name] is not False
+        ]
         if len(wanted) != 1:
             field = "structured_outputs"
             found = " and ".join(wanted) or "none"
-            raise InvalidField(field, f"{field} must have exactly one of {', '.join(STRUCTURED_OUTPUTS)}, and has {found}.")
+            raise InvalidField(
+                field, f"{field} must have exactly one of {', '.join(STRUCTURED_OUTPUTS)}, and has {found}."
+            )
         (name,) = wanted
         return Grammar(f"structured_outputs.{name}", partial(STRUCTURED_OUTPUTS[name], values[name]))

@@ -29,7 +29,9 @@ from stages.serve.api.requests import (
 from stages.serve.tokenizer_pool import context_overflow
 from stages.serve.tools import tool_use
 
-TextOrTokens = Annotated[str, Meta(min_length=1)] | Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_IDS)]
+TextOrTokens = (
+    Annotated[str, Meta(min_length=1)] | Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_IDS)]
+)
 
 
 class ScoreRequest(AnswerRequest, kw_only=True):
@@ -132,7 +134,9 @@ def _scores(pieces: list[Piece]) -> list[Score]:
 def _choices(call: ApiCall, requests: Sequence[Request]) -> list[Choice]:
     """Returns the choices of requests that are not asked for a text."""
     tokenizer = call.state.tokenizer.tokenizer
-    return [Choice(index, request, CompletionText(tokenizer.stream())) for index, request in enumerate(requests)]
+    return [
+        Choice(index, request, CompletionText(tokenizer.stream())) for index, request in enumerate(requests)
+    ]
 
 
 class EmbeddingsRequest(AnswerRequest, kw_only=True):
@@ -288,7 +292,9 @@ async def tokenize(call: ApiCall[TokenizeRequest]) -> TokenizeReply:
         if body.add_generation_prompt is not None or body.continue_final_message is not None:
             message = "add_generation_prompt and continue_final_message are about messages, not a prompt."
             raise InvalidField("continue_final_message", message)
-        (tokens,) = await state.tokenizer.encode([str(body.prompt)], special=body.add_special_tokens is not False)
+        (tokens,) = await state.tokenizer.encode(
+            [str(body.prompt)], special=body.add_special_tokens is not False
+        )
     return TokenizeReply(len(tokens), state.engine.capacity, tokens)
 
 

@@ -64,9 +64,14 @@ def base(make_run):
 
 @pytest.fixture(scope="session")
 def make_tuning(servers, base, tmp_path_factory):
-    """Makes a run of fine-tuning on examples with one answer, as `make_run`: `make_tuning(server, words)`."""
+    """Makes a run of fine-tuning on examples with one answer, as `make_run`: `make_tuning(server,
+    words)`.
+    """
     words = WORDS.split()
-    turns = ([{"role": "user", "content": f"the {word}"}, {"role": "assistant", "content": "red sails."}] for word in words)
+    turns = (
+        [{"role": "user", "content": f"the {word}"}, {"role": "assistant", "content": "red sails."}]
+        for word in words
+    )
     data = tmp_path_factory.mktemp("chats") / "chats.jsonl"
     data.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
     size = ("--model", base, "--data", data, "--context", 32, "--batch", 2, "--general", "none")

@@ -1,7 +1,8 @@
 """Runs commands of this project in processes that need not import JAX again: a few tenths of a second each.
 
-A server imports all that training needs, while it has one thread and before JAX has started anything; each command is a fork of
-it, so what lies on disk afterwards, and how it ends, is what a process of its own would have left. `ForkServer` talks to one.
+A server imports all that training needs, while it has one thread and before JAX has started
+anything; each command is a fork of it, so what lies on disk afterwards, and how it ends, is what a
+process of its own would have left. `ForkServer` talks to one.
 """
 
 import importlib
@@ -31,7 +32,9 @@ class ForkServer:
         }
         env |= {"LD_PRELOAD": str(library), "FAULTS": str(library)}
         command = [sys.executable, __file__]
-        self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def start(self, stage: str, words: list[str], output: Path, fault: Any, patch: str, **env: str) -> int:
         """Starts `python -m stages.STAGE WORDS` with its output in a file; returns its process id.
@@ -39,7 +42,14 @@ class ForkServer:
         fault: the arguments of `faults.arm`. patch: code to run before the command.
         """
         assert self.process.stdin is not None
-        job = {"stage": stage, "words": words, "output": str(output), "fault": fault, "patch": patch, "env": env}
+        job = {
+            "stage": stage,
+            "words": words,
+            "output": str(output),
+            "fault": fault,
+            "patch": patch,
+            "env": env,
+        }
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         return self._number()
@@ -62,13 +72,19 @@ class ForkServer:
 def serve() -> None:
     """Forks a process for each line of stdin, which carries out its command and exits."""
     os.environ.pop("LD_PRELOAD")  # whatever a command starts is not counted
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # as under `python -m`, and behind nohup too
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # as under `python -m`, and behind nohup too
         signal.signal(number, importlib.import_module("stages").stop)
     importlib.import_module("stages.train.run")
     for line in sys.stdin:
         threads = len(os.listdir("/proc/self/task"))
         if threads > 1:
-            raise RuntimeError(f"A fork of a process with {threads} threads would not be a process of its own.")
+            raise RuntimeError(
+                f"A fork of a process with {threads} threads would not be a process of its own."
+            )
         if pid := os.fork():
             print(pid, flush=True)
             print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)

@@ -33,13 +33,19 @@ CORRUPTIONS = {
 
 @pytest.mark.promises(name="T2")
 def test_every_file_corrupted_in_every_way(make_run, reference, side_by_side, quick, expect):
-    """Each file of a run folder, and of what is cached, corrupted in each way; then the same command again."""
+    """Each file of a run folder, and of what is cached, corrupted in each way; then the same
+    command again.
+    """
     wanted = reference()
     runs = [make_run(server=server) for server in (0, 1)]
     assert runs[0].live() == 0
     whole = shutil.copytree(runs[0].work, runs[0].work.with_name("whole"))
-    parts = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file() and path.stat().st_size)
-    cases = [(part, way) for part in parts if "hardware" not in part.parts for way in CORRUPTIONS][:: 40 if quick else 1]
+    parts = sorted(
+        path.relative_to(whole) for path in whole.rglob("*") if path.is_file() and path.stat().st_size
+    )
+    cases = [(part, way) for part in parts if "hardware" not in part.parts for way in CORRUPTIONS][
+        :: 40 if quick else 1
+    ]
     earlier, last = checkpoint.steps(whole / "run")
     newest = f"run/checkpoints/{last}/"
 
@@ -58,7 +64,10 @@ def test_every_file_corrupted_in_every_way(make_run, reference, side_by_side, qu
             same = code == 0 and found.items() <= wanted.items()
             refused = code == 2 and "error: " in text and str(run.work / part.parts[0]) in text
             refused = refused and [earlier, last] == checkpoint.steps(run.folder)
-            if not ((named and same) if str(part).startswith(newest) else (same or refused)) or "Traceback" in text:
+            if (
+                not ((named and same) if str(part).startswith(newest) else (same or refused))
+                or "Traceback" in text
+            ):
                 wrong.append(f"{way} {part}: {code} {named=} {same=} {text[-300:]}")
         return wrong
 

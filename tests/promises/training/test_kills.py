@@ -19,7 +19,8 @@ from fork_server import ROOT
 from tiny_training import SAVE_EVERY, Fault, TinyRun, bits, differing
 
 MUON, ADAMW = (), ("--optimizer", "adamw")
-MOST_LOST = 2 * SAVE_EVERY  # training goes on while a save is written, but the next one waits for it
+# training goes on while a save is written, but the next one waits for it
+MOST_LOST = 2 * SAVE_EVERY
 LAST = 2000  # more changes on disk than any of these runs makes
 
 
@@ -36,15 +37,21 @@ def conclude(expect, runs: list[TinyRun], different: int, over: str, *figures) -
 
 
 def work_lost(runs: list[TinyRun]) -> tuple[Figure, Figure]:
-    """What a kill costs: the steps of an interval, and those while a save is written, which the next save waits for."""
+    """What a kill costs: the steps of an interval, and those while a save is written, which the
+    next save waits for.
+    """
     return (
         at_most("steps from a checkpoint to the next save", max(run.unsaved for run in runs), SAVE_EVERY),
         at_most("steps lost", max(max(run.losses) for run in runs), MOST_LOST),
     )
 
 
-def survive_each(make_run, reference, side_by_side, strides, code: int, faults) -> tuple[list[TinyRun], int, str]:
-    """Gives runs of two kinds each k-th fault, k in steps of `strides`: the runs, how many ended otherwise, and the faults."""
+def survive_each(
+    make_run, reference, side_by_side, strides, code: int, faults
+) -> tuple[list[TinyRun], int, str]:
+    """Gives runs of two kinds each k-th fault, k in steps of `strides`: the runs, how many ended
+    otherwise, and the faults.
+    """
     for words in strides:
         reference(*words)
     runs = [[make_run(*words, server=half) for words in strides] for half in (0, 1)]
@@ -62,7 +69,9 @@ def survive_each(make_run, reference, side_by_side, strides, code: int, faults) 
 
 @pytest.mark.promises(name="T1")
 def test_ends_at_every_change_on_disk(make_run, reference, side_by_side, quick, expect):
-    """The process ends at its k-th change on disk, for each k (Muon) and each eighth (AdamW); the next one goes on."""
+    """The process ends at its k-th change on disk, for each k (Muon) and each eighth (AdamW); the
+    next one goes on.
+    """
     strides = {MUON: 90} if quick else {MUON: 1, ADAMW: 8}
     runs, different, happened = survive_each(make_run, reference, side_by_side, strides, ENDED, Fault)
     conclude(expect, runs, different, f"ends {happened}", *work_lost(runs))
@@ -150,9 +159,14 @@ def test_kills_at_random_steps(make_run, make_tuning, side_by_side, quick, expec
 
 @pytest.mark.promises(name="T7")
 def test_two_processes(make_run, text, side_by_side, expect):
-    """100 steps in processes of their own, two at a time, by Muon and AdamW. By default the clock decides when to evaluate."""
+    """100 steps in processes of their own, two at a time, by Muon and AdamW. By default the clock
+    decides when to evaluate.
+    """
     length = ("--steps", 100, "--log-every", 1, "--eval-every", 20)
-    runs = {name: [make_run("--optimizer", name, server=half, length=length) for half in (0, 1)] for name in ("muon", "adamw")}
+    runs = {
+        name: [make_run("--optimizer", name, server=half, length=length) for half in (0, 1)]
+        for name in ("muon", "adamw")
+    }
 
     def train(half: int) -> None:
         for name in runs:
@@ -161,4 +175,7 @@ def test_two_processes(make_run, text, side_by_side, expect):
 
     side_by_side(train, (0, 1))
     different = sum(bits(a.folder) != bits(b.folder) for a, b in runs.values())
-    expect(exactly("pairs that differ in a bit", different, 0), over="2 pairs of 100 steps; there is no slower mode to ask for")
+    expect(
+        exactly("pairs that differ in a bit", different, 0),
+        over="2 pairs of 100 steps; there is no slower mode to ask for",
+    )

@@ -17,7 +17,9 @@ from engine.storage import checkpoint
 
 @pytest.mark.promises(name="T9")
 def test_one_of_several_dies(start, text, tmp_path, quick, expect):
-    """kill -9 of each in turn; then to the end with as many processes, which changes no bit, and with half as many."""
+    """kill -9 of each in turn; then to the end with as many processes, which changes no bit, and
+    with half as many.
+    """
     words = lambda folder: tiny(text, folder, *FLAGS, "--steps", 16 if quick else 40)
     slowest, kills, wrong, different, furthest = 0.0, 0, 0, 0, 0.0
     for count in (2,) if quick else (2, 4):
@@ -59,13 +61,23 @@ Evaluator.evaluate = lambda *arguments: (time.sleep(SECONDS), evaluate(*argument
 
 @pytest.mark.promises(name="T9")
 def test_a_slow_process_is_not_taken_for_dead(start, text, tmp_path, quick, expect):
-    """One is stopped for 35 s before it joins; then it takes longer for each program that it compiles and each evaluation."""
+    """One is stopped for 35 s before it joins; then it takes longer for each program that it
+    compiles and each evaluation.
+    """
     seconds = 35 if quick else 60
-    two = start(2, "train", *tiny(text, tmp_path / "run", *FLAGS), patch=lambda i: SLOW.replace("SECONDS", str(seconds)) * i)
+    two = start(
+        2,
+        "train",
+        *tiny(text, tmp_path / "run", *FLAGS),
+        patch=lambda i: SLOW.replace("SECONDS", str(seconds)) * i,
+    )
     two[1].send_signal(signal.SIGSTOP)
     time.sleep(35)
     two[1].send_signal(signal.SIGCONT)
     for process in two:
         process.wait(1200)
     codes, errors = finish(two)
-    expect(exactly("slow starts ended", sum(code != 0 for code in codes), 0), over=f"1 start, {seconds} s slower: {errors}")
+    expect(
+        exactly("slow starts ended", sum(code != 0 for code in codes), 0),
+        over=f"1 start, {seconds} s slower: {errors}",
+    )

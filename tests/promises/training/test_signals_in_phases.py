@@ -24,7 +24,8 @@ PHASES = {
     "last measurement": (("--steps", 9, "--log-every", 1), lambda run: 9 in checkpoint.steps(run.folder)),
 }
 ON_TERMINAL = "import os; os.dup2(os.open({!r}, os.O_WRONLY | os.O_NOCTTY), 1); os.dup2(1, 2)"
-COMPILES = "import jax; jax.config.update('jax_enable_compilation_cache', False)"  # else it takes no time
+# else it takes no time
+COMPILES = "import jax; jax.config.update('jax_enable_compilation_cache', False)"
 
 
 def wait_until(begun, run: TinyRun) -> None:
@@ -65,7 +66,10 @@ def test_a_signal_in_every_phase(make_run, side_by_side, quick, expect):
                 ok = ok and saved == logged > 0
             run.examine(code, {code}, phase)
             if not ok or run.problems:
-                wrong.append(f"{phase} {sent.name}: {code}, logged {logged}, saved {saved}, {run.problems} {text[-300:]}")
+                wrong.append(
+                    f"{phase} {sent.name}: {code}, logged {logged}, saved {saved}, {run.problems} "
+                    f"{text[-300:]}"
+                )
 
     side_by_side(stop, (0, 1))
     print(*wrong, sep="\n")

@@ -28,7 +28,9 @@ def begun(self, step, *rest):
     return begin(self, step, *rest)
 BackgroundSaver.save = begun
 """
-HANGS = 900.0  # seconds after which a command is ended: at a load of 15 one that measures the machine took more than 90
+# seconds after which a command is ended: at a load of 15 one that measures the machine took more
+# than 90
+HANGS = 900.0
 
 
 class Fault(NamedTuple):
@@ -45,15 +47,20 @@ NO_FAULT = Fault()
 class TinyRun:
     """Runs of one command in `work`, one after another; `problems` gathers what should not be."""
 
-    def __init__(self, server: ForkServer, work: Path, stage: str, *words: object, hardware: Path | None = None) -> None:
+    def __init__(
+        self, server: ForkServer, work: Path, stage: str, *words: object, hardware: Path | None = None
+    ) -> None:
         self.server, self.work, self.stage = server, work, stage
         self.folder, self.cache, self.output = work / "run", work / "cache", work.with_suffix(".txt")
         self.words = [*map(str, words), "--out-dir", str(self.folder)]
         self.finished: list[Path] = []
         self.problems: list[str] = []
-        self.kinds: collections.Counter[str] = collections.Counter()  # of changes at which a fault happened
+        # of changes at which a fault happened
+        self.kinds: collections.Counter[str] = collections.Counter()
         self.losses = [0]  # steps since the newest checkpoint, at each end
-        self.newest = self.unsaved = 0  # unsaved: the most steps from a checkpoint until the save after it began
+        self.newest = self.unsaved = (
+            0  # unsaved: the most steps from a checkpoint until the save after it began
+        )
         self.cache.mkdir(parents=True)
         if hardware and hardware.is_dir():  # measuring the machine takes seconds
             shutil.copytree(hardware, self.cache / "hardware")
@@ -62,7 +69,9 @@ class TinyRun:
         log = self.work.with_suffix(".log")
         place = (str(self.work), *fault, str(log))
         patch = f"{NOTE_SAVES.format(file=str(self.work.with_suffix('.saves')))}\n{patch}"
-        return self.server.start(self.stage, self.words, self.output, place, patch, THRICE_CACHE=str(self.cache))
+        return self.server.start(
+            self.stage, self.words, self.output, place, patch, THRICE_CACHE=str(self.cache)
+        )
 
     def live(self, fault: Fault = NO_FAULT) -> int:
         """Runs the command to its end, however it comes; returns the exit code."""
@@ -85,10 +94,16 @@ class TinyRun:
         return []
 
     def examine(self, code: int, wanted: Iterable[int], doing: object) -> None:
-        """Notes a wrong exit code, a traceback, a damaged or lost checkpoint; archives the folder of a run that finished."""
+        """Notes a wrong exit code, a traceback, a damaged or lost checkpoint; archives the folder
+        of a run that finished.
+        """
         note = lambda problem: self.problems.append(f"{doing}: {problem}")
         text = self.output.read_text(errors="replace")
-        if code not in wanted or "Traceback" in text or (code == 2 and not re.search("^error: .", text, re.M)):
+        if (
+            code not in wanted
+            or "Traceback" in text
+            or (code == 2 and not re.search("^error: .", text, re.M))
+        ):
             note(f"code {code}: {text.strip()[-300:]}")
         steps = checkpoint.steps(self.folder)
         for step in steps:
@@ -101,23 +116,31 @@ class TinyRun:
         logged = max((row["step"] for row in self.rows() if "loss" in row), default=0)
         with contextlib.suppress(OSError):
             begun = map(int, self.work.with_suffix(".saves").read_text().split())
-            self.unsaved = max(self.unsaved, min([step for step in begun if step > newest], default=logged) - newest)
+            self.unsaved = max(
+                self.unsaved, min([step for step in begun if step > newest], default=logged) - newest
+            )
         self.losses.append(logged - newest)
         if code == 0:
             self.archive()
 
     def archive(self) -> None:
-        """Sets a finished run aside; the next one begins with nothing cached but the machine's ceilings."""
-        self.finished.append(self.folder.rename(self.work.with_name(f"{self.work.name}-{len(self.finished)}")))
+        """Sets a finished run aside; the next one begins with nothing cached but the machine's
+        ceilings.
+        """
+        self.finished.append(
+            self.folder.rename(self.work.with_name(f"{self.work.name}-{len(self.finished)}"))
+        )
         self.newest = 0
         self.work.with_suffix(".saves").unlink(missing_ok=True)
         for name in ("tokens", "tokenizers"):
             shutil.rmtree(self.cache / name, ignore_errors=True)
 
     def survive(self, faults: Iterable[Fault], wanted: Iterable[int]) -> int:
-        """Runs the command with one fault after another, then to its end; returns how many happened.
+        """Runs the command with one fault after another, then to its end; returns how many
+        happened.
 
-        Each process goes on from what the one before left. A new run that a fault comes too late for is the last.
+        Each process goes on from what the one before left. A new run that a fault comes too late
+        for is the last.
         """
         count = 0
         for fault in faults:
@@ -140,7 +163,9 @@ def bits(folder: Path) -> dict[str, Any]:
     """What a run logged, as hex, and the digests of the newest checkpoint's arrays."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     value = lambda row, name: row[name].hex() if isinstance(row[name], float) else row[name]
-    compared = lambda row: [name for name in row if name not in ("step", "seconds", "tokens_per_second", "refused")]
+    compared = lambda row: [
+        name for name in row if name not in ("step", "seconds", "tokens_per_second", "refused")
+    ]
     values = [(row["step"], name, value(row, name)) for row in rows for name in compared(row)]
     return {"rows": values, **saved_bits(folder)}
 

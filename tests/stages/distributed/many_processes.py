@@ -29,7 +29,8 @@ FLAGS = (
     "--device",
     "cpu",
 )
-# JAX keeps the programs of process 0 alone, and another's are others, as its devices are: they would be compiled in each test.
+# JAX keeps the programs of process 0 alone, and another's are others, as its devices are: they
+# would be compiled in each test.
 KEEPS_PROGRAMS = """
 from types import SimpleNamespace
 import stages.cli.lifecycle as lifecycle
@@ -43,7 +44,9 @@ lifecycle.join = join_and_keep
 
 
 def free_port() -> int:
-    """Returns a port that nothing listens at: below those that the system deals out, which another test may get meanwhile."""
+    """Returns a port that nothing listens at: below those that the system deals out, which another
+    test may get meanwhile.
+    """
     while True:
         with socket.socket() as free:
             try:
@@ -64,7 +67,9 @@ def start():
     def start(count, stage, *args, own=lambda process: (), patch=lambda process: ""):
         port = free_port()
         for process in range(count):
-            join = ("--processes", count, "--process", process, "--coordinator", f"127.0.0.1:{port}") * (count > 1)
+            join = ("--processes", count, "--process", process, "--coordinator", f"127.0.0.1:{port}") * (
+                count > 1
+            )
             words = typed(stage, *args, *join, *own(process))
             if code := KEEPS_PROGRAMS * (process > 0) + patch(process):
                 run = f"from stages.cli.command import leave\nfrom stages.{stage}.__main__ import main\nleave(main())"
@@ -82,7 +87,9 @@ def start():
 def until(happened, processes):
     """Waits until `happened()`, while all processes run."""
     while not happened():
-        assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
+        assert all(process.poll() is None for process in processes), [
+            process.communicate() for process in processes
+        ]
         time.sleep(0.02)
 
 
@@ -95,6 +102,8 @@ def finish(processes):
     """Returns the exit codes that occur, and stderr of each. Only process 0 prints."""
     outputs = [process.communicate() for process in processes]
     assert not any(
-        printed for process, (printed, _) in zip(processes, outputs) if re.search("--process [1-9]", " ".join(process.args))
+        printed
+        for process, (printed, _) in zip(processes, outputs)
+        if re.search("--process [1-9]", " ".join(process.args))
     )
     return {process.returncode for process in processes}, [error for _, error in outputs]

@@ -53,7 +53,9 @@ def losses(folder):
 
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.night)])
 def test_a_run_survives_kills_and_signals_on_any_number_of_processes(count, start, text, tmp_path):
-    """One of several processes is killed while all save; one of two that resume is told to stop; one goes on to the end."""
+    """One of several processes is killed while all save; one of two that resume is told to stop;
+    one goes on to the end.
+    """
     alone, folder = tmp_path / "alone", tmp_path / "many"
     words = tiny(text, folder, *FLAGS, "--batch", 2 * count)
     assert train.main([*words, "--out-dir", str(alone)]) == 0
@@ -121,14 +123,17 @@ run.PreparedTuning.report = lambda *arguments: (report(*arguments), note())[0]
 
 
 def test_processes_fine_tune_a_model_as_one_does(start, trained, tmp_path):
-    """The scores before and after, and the adapter, are those of one process; process 0 prints them, and writes it and the
-    events for TensorBoard.
+    """The scores before and after, and the adapter, are those of one process; process 0 prints
+    them, and writes it and the events for TensorBoard.
 
-    All devices connect before the first program, once both processes have compiled that, of which one takes 2 s longer:
-    Gloo waits 30 s for a process at a first collective, and none comes later.
+    All devices connect before the first program, once both processes have compiled that, of which
+    one takes 2 s longer: Gloo waits 30 s for a process at a first collective, and none comes later.
     """
     alone, folder, data = tmp_path / "alone", tmp_path / "many", tmp_path / "chats.jsonl"
-    messages = lambda word: [{"role": "user", "content": word}, {"role": "assistant", "content": "red sails."}]
+    messages = lambda word: [
+        {"role": "user", "content": word},
+        {"role": "assistant", "content": "red sails."},
+    ]
     data.write_text("".join(json.dumps({"messages": messages(word)}) + "\n" for word in WORDS.split()))
     flags = lambda folder: (
         "--model",
@@ -171,12 +176,17 @@ def test_ctrl_c_on_a_mesh_whose_output_is_a_file(text, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     words = typed("train", *tiny(text, folder, *FLAGS, "--mesh", "fsdp=2", "--steps", 10**6))
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    with log.open("wb") as file, subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=file, env=os.environ | flags) as process:
+    with (
+        log.open("wb") as file,
+        subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=file, env=os.environ | flags) as process,
+    ):
         until_saved(folder, 4, [process])
         process.send_signal(signal.SIGINT)
         assert process.wait() == 128 + signal.SIGINT
     printed = log.read_text()
-    assert re.search(rf"saved in {folder}/checkpoints/{checkpoint.steps(folder)[-1]}\.\nTo go on: .*--mesh fsdp=2", printed)
+    assert re.search(
+        rf"saved in {folder}/checkpoints/{checkpoint.steps(folder)[-1]}\.\nTo go on: .*--mesh fsdp=2", printed
+    )
     assert "(2 devices, fsdp=2, " in printed
     assert not re.search("[\x1b\r]", printed)
 
@@ -184,7 +194,10 @@ def test_ctrl_c_on_a_mesh_whose_output_is_a_file(text, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "phrases"),
     [
-        (("--seed", 7, "--data", "OTHER"), ("Process 1 has another seed (7) than process 0 (0)", "text/digest")),
+        (
+            ("--seed", 7, "--data", "OTHER"),
+            ("Process 1 has another seed (7) than process 0 (0)", "text/digest"),
+        ),
         (("--processes", 3), ("Process 1 has another --processes (3) than process 0 (2)",)),
         (("--out-dir", "OTHER-run"), ("is not shared: process 1 does not see what process 0 writes",)),
     ],
@@ -225,7 +238,10 @@ def test_a_process_alone_says_that_not_all_met(start, text, tmp_path, process):
     where = f"127.0.0.1:{free_port()}"
     flags = ("--processes", 2, "--process", process, "--coordinator", where, "--join-within", "1s")
     codes, [error] = finish(start(1, "train", *tiny(text, tmp_path / "run", *flags)))
-    assert (codes, f"error: Not all 2 processes met at {where} within 1 s: start each once" in error) == ({2}, True), error
+    assert (codes, f"error: Not all 2 processes met at {where} within 1 s: start each once" in error) == (
+        {2},
+        True,
+    ), error
     assert not (tmp_path / "run").exists()
 
 

@@ -3,9 +3,9 @@
     peers/bin/pip install llama-cpp-python
     peers/bin/python tests/storage/golden/ask_llama_cpp.py SmolLM2-135M-Instruct.Q4_1.gguf
 
-A line a prompt, as JSON: the prompt, its tokens, those that follow, and by how much each was ahead of the next best.
-llama.cpp rounds activations to 8 bits before it multiplies, so where two tokens are nearly as probable another program may
-rightly take the other one; the gaps say where that is.
+A line a prompt, as JSON: the prompt, its tokens, those that follow, and by how much each was ahead
+of the next best. llama.cpp rounds activations to 8 bits before it multiplies, so where two tokens
+are nearly as probable another program may rightly take the other one; the gaps say where that is.
 """
 
 import json
@@ -46,7 +46,11 @@ def main(path: str) -> None:
             if best == model.token_eos():
                 break
             model.eval([int(best)])
-        lines.append(json.dumps({"prompt": prompt, "tokens": tokens, "written": output, "gaps": gaps}, ensure_ascii=False))
+        lines.append(
+            json.dumps(
+                {"prompt": prompt, "tokens": tokens, "written": output, "gaps": gaps}, ensure_ascii=False
+            )
+        )
     Path(__file__).with_name("llama_cpp.txt").write_text("\n".join(lines) + "\n")
 
 

@@ -3,8 +3,9 @@
     peers/bin/pip install sentencepiece
     peers/bin/python tests/storage/golden/ask_sentencepiece.py
 
-The settings are those of Llama 2 and TinyLlama: BPE, bytes for what is unknown, digits one by one, a space before the
-first word. First line: tokens, scores and kinds, as a GGUF file lists them; then a line a text, with its tokens.
+The settings are those of Llama 2 and TinyLlama: BPE, bytes for what is unknown, digits one by one,
+a space before the first word. First line: tokens, scores and kinds, as a GGUF file lists them; then
+a line a text, with its tokens.
 """
 
 import io
@@ -71,7 +72,9 @@ def main() -> None:
     )
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     every = range(processor.get_piece_size())
-    kind = lambda i: 2 if processor.is_unknown(i) else 3 if processor.is_control(i) else 6 if processor.is_byte(i) else 1
+    kind = lambda i: (
+        2 if processor.is_unknown(i) else 3 if processor.is_control(i) else 6 if processor.is_byte(i) else 1
+    )
     vocabulary = {
         "tokens": [processor.id_to_piece(i) for i in every],
         "scores": [processor.get_score(i) for i in every],

@@ -3,8 +3,9 @@
     python -m venv peers && peers/bin/pip install torch transformers
     peers/bin/python tests/storage/golden/ask_transformers.py
 
-torch is no part of this project, so the answers are kept: a config as transformers writes it, tokens, and logits. The
-weights are drawn by name and are not kept; `random_weights.py` draws them again for the test.
+torch is no part of this project, so the answers are kept: a config as transformers writes it,
+tokens, and logits. The weights are drawn by name and are not kept; `random_weights.py` draws them
+again for the test.
 """
 
 import json
@@ -84,7 +85,9 @@ def ask_omitted() -> dict[str, Any]:
             rest = {field: value for field, value in config.items() if field != name}
             read = transformers.AutoConfig.for_model(family, **rest).to_dict()
             read["rope_theta"] = read["rope_parameters"]["rope_theta"]
-            families[family]["omitted"][name] = {field: read[field] for field in config if read[field] != config[field]}
+            families[family]["omitted"][name] = {
+                field: read[field] for field in config if read[field] != config[field]
+            }
     return {"transformers": transformers.__version__, "families": families}
 
 
@@ -97,7 +100,9 @@ def main() -> None:
         if config.tie_word_embeddings:
             del shapes["lm_head.weight"]
         weights = draw(shapes)
-        missing, unknown = model.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()}, strict=False)
+        missing, unknown = model.load_state_dict(
+            {key: torch.from_numpy(value) for key, value in weights.items()}, strict=False
+        )
         assert set(missing) <= {"lm_head.weight"}, missing
         assert not unknown, unknown
         model.tie_weights()

@@ -9,10 +9,16 @@ SEED = 7
 
 
 def draw(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """{name: float32 array}: gains near one, everything else normal, so that no part of the model is without effect."""
+    """{name: float32 array}: gains near one, everything else normal, so that no part of the model
+    is without effect.
+    """
     weights = {}
     for name, shape in shapes.items():
-        noise = np.random.default_rng([SEED, zlib.crc32(name.encode())]).standard_normal(tuple(shape)).astype(np.float32)
+        noise = (
+            np.random.default_rng([SEED, zlib.crc32(name.encode())])
+            .standard_normal(tuple(shape))
+            .astype(np.float32)
+        )
         if name.endswith("norm.weight"):
             weights[name] = 1 + np.float32(0.3) * noise
         else:

@@ -22,7 +22,16 @@ FOLDER = Path(__file__).parent
 CHECKOUT = FOLDER.parents[3]
 LIVES = [
     FOLDER / name
-    for name in ("lives.html", "lives.css", "state.js", "words.js", "model.js", "chapters.js", "page.js", "live.js")
+    for name in (
+        "lives.html",
+        "lives.css",
+        "state.js",
+        "words.js",
+        "model.js",
+        "chapters.js",
+        "page.js",
+        "live.js",
+    )
 ]
 TRAIN = [FOLDER / "train_here" / name for name in ("train.html", "train.css", "model.js", "page.js")]
 TRAIN_POLICY = "default-src 'none'; script-src 'unsafe-inline' 'wasm-unsafe-eval'; style-src 'unsafe-inline'; img-src data:"
@@ -32,10 +41,15 @@ SITE = {
     "report.html": "What each stage costs",
     "plan.html": "What it will take",
 }
-PLACES = {".html": "<!-- page -->", ".css": "</head>", ".js": "</body>"}  # of the shell, before which a part stands
+PLACES = {
+    ".html": "<!-- page -->",
+    ".css": "</head>",
+    ".js": "</body>",
+}  # of the shell, before which a part stands
 LAW = re.compile(r"tests/\w+/\w+\.py::\w+")
 LINKS = re.compile(r'(<nav id="site" aria-label="Pages">).*?(</nav>)')
-LISTS = {"step": "steps", "validation": "validation", "frame": "frames"}  # of a life, by the kind of event
+# of a life, by the kind of event
+LISTS = {"step": "steps", "validation": "validation", "frame": "frames"}
 BY_TENSOR = ("mosaic", "limits", "changed_in", "gradient_norms")  # values of a frame
 
 
@@ -54,7 +68,9 @@ def page_html(document: dict[str, Any], parts: Sequence[Path] = LIVES) -> str:
     try:
         recording = json.dumps(_smaller(document) | {"laws": laws}, separators=(",", ":"), allow_nan=False)
     except ValueError:
-        raise UserError("The recording holds a number that is not finite: null is what should stand there.") from None
+        raise UserError(
+            "The recording holds a number that is not finite: null is what should stand there."
+        ) from None
     # The document last: nothing in it is taken for a place of the shell.
     return html.replace('id="recording">{}', f'id="recording">{recording.replace("<", "\\u003c")}')
 
@@ -81,7 +97,9 @@ def _law(name: str) -> str:
     if not (CHECKOUT / path).is_file():
         return ""
     source = (CHECKOUT / path).read_text("utf-8")
-    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == function]
+    functions = [
+        node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == function
+    ]
     return "".join(ast.get_source_segment(source, node) or "" for node in functions)
 
 
@@ -93,7 +111,9 @@ def read_recording(path: Path) -> dict[str, Any] | None:
             return None
         file.seek(0)
         for line in file:
-            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # the last may be half written
+            with contextlib.suppress(
+                ValueError, KeyError, TypeError, RecursionError
+            ):  # the last may be half written
                 event = json.loads(line)
                 if event["event"] in LISTS:
                     life.setdefault(LISTS[event["event"]], []).append(event)
@@ -111,7 +131,9 @@ def write_page(document: dict[str, Any], path: Path, parts: Sequence[Path] = LIV
 def write_train_page(folder: Path) -> Path:
     """Writes `folder`/train.html; returns its path. The library in it is text until somebody
     presses a button."""
-    licence, library = ((TRAIN[0].parent / "vendor" / name).read_text("utf-8") for name in ("LICENSE-jax", "jax.js"))
+    licence, library = (
+        (TRAIN[0].parent / "vendor" / name).read_text("utf-8") for name in ("LICENSE-jax", "jax.js")
+    )
     html = page_html({}, TRAIN).replace('id="library">', f'id="library">\n/*\n{licence}*/\n{library}')
     policy = f'<meta http-equiv="Content-Security-Policy" content="{TRAIN_POLICY}">\n'
     write_text(folder / "train.html", html.replace("<title>", policy + "<title>", 1))
@@ -144,7 +166,10 @@ def _smaller(document: dict[str, Any]) -> dict[str, Any]:
     smaller = {}
     for name, life in lives.items():
         if life:
-            smaller[name] = life | {"frames": _smaller_frames(life), "steps": _fewer_steps(life.get("steps", []))}
+            smaller[name] = life | {
+                "frames": _smaller_frames(life),
+                "steps": _fewer_steps(life.get("steps", [])),
+            }
     return document | {"lives": smaller}
 
 
