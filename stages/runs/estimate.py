@@ -17,18 +17,24 @@ from engine.counting.hardware import (
 from engine.format import format_bytes, format_count
 from engine.mesh import processes
 from engine.mesh.shape import ONE_DEVICE, MeshShape
-from engine.model.config import ModelConfig
 from stages.cli.console import Console
 from stages.runs.plan import RunPlan
 
-PROCESS_BYTES = 475_000_000  # of Python and JAX
-LAYER_BYTES = 8_000_000  # of a layer's programs, and of compiling them
+PROCESS_BYTES = 400_000_000  # of Python and JAX
+# Of a layer's programs, and of compiling them or reading them from the cache, whichever takes more.
+LAYER_BYTES = 8_000_000
+ADAPTED_LAYER_BYTES = 12_000_000  # with an adapter
+SAMPLED_LAYER_BYTES = 18_000_000  # where completions are sampled between steps
 
 
-def process_bytes(cfg: ModelConfig) -> int:
-    """Returns the host memory beside the arrays: 0.4 to 0.7 GB were seen with 2 to 8 layers, 1 GB
-    with 30."""
-    return PROCESS_BYTES + LAYER_BYTES * cfg.layers
+def process_bytes(plan: RunPlan) -> int:
+    """Returns the host memory beside the arrays: 0.4 GB were seen with 6 layers, 0.6 to 0.9 GB with 30."""
+    layer_bytes = LAYER_BYTES
+    if plan.step_name == "round":
+        layer_bytes = SAMPLED_LAYER_BYTES
+    elif plan.trainable and plan.trainable.adapted:
+        layer_bytes = ADAPTED_LAYER_BYTES
+    return PROCESS_BYTES + layer_bytes * plan.cfg.layers
 
 
 def memory_limit(plan: RunPlan) -> int:
@@ -38,7 +44,7 @@ def memory_limit(plan: RunPlan) -> int:
         return device_memory_bytes()
     count = processes.process_count() // processes.machine_count()
     sharing = min(plan.mesh.devices, count * jax.local_device_count())
-    return max(device_memory_bytes() - count * process_bytes(plan.cfg), 0) // sharing
+    return max(device_memory_bytes() - count * process_bytes(plan), 0) // sharing
 
 
 def require_room(plan: RunPlan, needed: int, what: str, remedy: str, detail: str = "") -> None:
@@ -78,6 +84,6 @@ def memory_estimate(plan: RunPlan, needed: int) -> str:
     phrase = f"about {format_bytes(needed)} of {limit}; "
     phrase += f"{format_bytes(saved)} more of host memory, if free, to save beside training"
     if jax.default_backend() == "cpu" and plan.mesh.devices == 1:
-        peak = max(needed + saved, plan.step.answering_bytes) + process_bytes(plan.cfg)
+        peak = max(needed + saved, plan.step.answering_bytes) + process_bytes(plan)
         phrase += f"; {format_count(peak)}B in all with Python and JAX"
     return phrase

@@ -138,7 +138,7 @@ def test_the_memory_in_all_is_printed_to_three_figures(total):
     15.
     """
     plan = RunPlan("demo", preset("demo"), recipe("demo", 2048), 0, 5, None)
-    phrase = estimate.memory_estimate(plan, total - plan.memory.saved - estimate.process_bytes(plan.cfg))
+    phrase = estimate.memory_estimate(plan, total - plan.memory.saved - estimate.process_bytes(plan))
     printed, unit = re.search(r"([\d.]+) ([MG]B) in all with Python", phrase).groups()
     assert float(printed) * {"MB": 1e6, "GB": 1e9}[unit] == pytest.approx(total, rel=0.005)
 
@@ -153,7 +153,7 @@ def test_the_memory_in_all_holds_the_weights_that_answer_between_steps():
     served = 2 * count_params(cfg).total
     assert plan.step.answering_bytes == plan.memory.params + plan.memory.optimizer + served
     assert plan.step.answering_bytes > plan.memory.total + plan.memory.saved
-    in_all = format_count(plan.step.answering_bytes + estimate.process_bytes(cfg))
+    in_all = format_count(plan.step.answering_bytes + estimate.process_bytes(plan))
     assert estimate.memory_estimate(plan, plan.memory.total).endswith(
         f"; {in_all}B in all with Python and JAX"
     )
@@ -164,7 +164,7 @@ def test_memory_and_speed_are_those_of_all_devices_of_a_mesh(monkeypatch):
     mesh = dataclasses.replace(plan, mesh=MeshShape(fsdp=4))
     need = lambda plan: estimate.require_room(plan, plan.memory.total, "A step needs", "buy more.")
     monkeypatch.setattr(
-        estimate, "device_memory_bytes", lambda: estimate.process_bytes(plan.cfg) + plan.memory.total // 2
+        estimate, "device_memory_bytes", lambda: estimate.process_bytes(plan) + plan.memory.total // 2
     )
     need(mesh)  # on four machines like this one
     with pytest.raises(UserError, match=r"A step needs \S+ .B, and"):
