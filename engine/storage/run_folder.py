@@ -61,15 +61,12 @@ def _reason_against(run: Path) -> str:
     """Returns why a run is passed over, or "": it has no result, which is written last, or no
     weights; or it is a toy.
 
-    Toys are runs by hand, and those of fewer than TOY_STEPS from random weights: they show how
-    training works.
+    Toys are those of fewer than TOY_STEPS from random weights: they show how training works.
     """
     try:
         record = read_json(run / "run.json")
         if not (record.get("result") and read_config(run) and any(run.glob("checkpoints/[0-9]*"))):
             return UNFINISHED
-        if "--by-hand" in record.get("command", ""):
-            return "trained by hand"
         if record.get("stage") == "train":
             steps = record["result"].get("steps", TOY_STEPS)
         else:

@@ -263,8 +263,8 @@ def test_the_newest_finished_run_is_taken_when_none_is_named(trained, tmp_path, 
     monkeypatch.chdir(tmp_path)
     toy = read_json(trained / "run.json")
     unfinished, long = json.dumps(toy | {"result": None}), toy | {"result": toy["result"] | {"steps": 1471}}
-    by_hand = long | {"command": "python -m stages.train tiny --by-hand --steps 1471"}
-    records = {"new": long, "hand": by_hand, "short": toy, "broken": "{", "stopped": unfinished}
+    shorter = toy | {"result": toy["result"] | {"steps": 1}}
+    records = {"new": long, "shorter": shorter, "short": toy, "broken": "{", "stopped": unfinished}
     for hour, (name, record) in enumerate(records.items()):
         folder = shutil.copytree(trained, Path("runs", name), ignore=shutil.ignore_patterns("optimizer"))
         with updating(folder):
@@ -281,13 +281,11 @@ def test_the_newest_finished_run_is_taken_when_none_is_named(trained, tmp_path, 
     for name in ("broken", "stopped"):
         shutil.rmtree(f"runs/{name}")
     steps = toy["result"]["steps"]
-    assert (
-        note()
-        == f"using runs/new; passed over runs/short (only {steps} steps), runs/hand (trained by hand): name one to use it"
-    )
+    passed = f"runs/short (only {steps} steps), runs/shorter (only 1 step)"
+    assert note() == f"using runs/new; passed over {passed}: name one to use it"
     shutil.move("runs/new", "new")
     assert note() == f"using runs/short (only {steps} steps), as no other run is finished"
-    for name in ("short", "hand"):
+    for name in ("short", "shorter"):
         shutil.rmtree(f"runs/{name}")
     shutil.move("new", "runs/new")
     assert note() == "using runs/new, the newest run"

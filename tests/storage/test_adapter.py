@@ -319,6 +319,17 @@ def test_no_changed_byte_is_read(name, tmp_path):
     assert f"{name} is damaged" in refusal(lambda: load_adapter(folder, CFG, own_base))
 
 
+def test_a_checkpoint_may_be_shared_without_its_optimizer(tmp_path):
+    folder = saved(tmp_path)
+    (folder / "optimizer.safetensors").write_bytes(b"moments")
+    manifest.write_manifest(folder)
+    load_adapter(folder, CFG, own_base)
+    (folder / "optimizer.safetensors").unlink()
+    load_adapter(folder, CFG, own_base)
+    (folder / CONFIG).unlink()
+    assert "is damaged" in refusal(lambda: load_adapter(folder, CFG, own_base))
+
+
 def test_a_base_with_an_adapter_on_it_has_a_digest_that_counts_its_scale(tmp_path):
     adapted, _ = with_adapters(CFG, BASE_PARAMS, [saved(tmp_path)])
     others, _ = with_adapters(CFG, BASE_PARAMS, [saved(tmp_path, adapters(alpha=24.0))])
