@@ -1,5 +1,6 @@
 """Every command of every README is run here, as it is written, but for flags that make it short: by day in this process."""
 
+import gc
 import io
 import json
 import os
@@ -19,6 +20,12 @@ from tiny import SMALL
 
 from bench.stages.report import write_pictures
 
+CHANGED = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGPIPE,
+)  # signals whose handlers commands set
 COMPARED = ROOT / "tests" / "bench" / "kept" / "step.json"  # of a small step, as `--out` keeps it
 READMES = [
     path
@@ -146,14 +153,14 @@ def test_each_command_runs(command, here, monkeypatch, capfd):
     if command[1] == "bench.step":
         for name, value in SMALL.items():
             monkeypatch.setattr(f"engine.counting.hardware.{name}", value)
-    before = signal.getsignal(signal.SIGPIPE)
+    before = {number: signal.getsignal(number) for number in CHANGED}
     try:
         with pytest.raises(SystemExit) as left:
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    finally:
-        signal.signal(
-            signal.SIGPIPE, before
-        )  # `python -m stages` has it end the process, once nobody reads on
+    finally:  # what a command does to its own process
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        gc.enable()
     printed = capfd.readouterr()
     assert not left.value.code, f"{words}\n{printed.out[-2000:]}\n{printed.err[-2000:]}"
     assert printed.out or (here / words[-1]).exists()

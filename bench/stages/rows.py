@@ -209,10 +209,9 @@ def training_row(
         functools.partial(loss_and_gradient, cfg, objective=objective), trainable, frozen, data
     )
     update = cost["walker"].elementwise - walker.elementwise
-    if 4 * B * T * cfg.vocab > LOGITS_LIMIT:
+    loss_chunk = None
+    if cfg.head_path in trainable and 4 * B * T * cfg.vocab > LOGITS_LIMIT:  # a frozen head goes by rows
         loss_chunk = LOSS_CHUNK
-    else:
-        loss_chunk = None
     layers = flops_by_layer(cfg, T, rows=B * T, attention=QUERY_BLOCK, trainable=paths, loss_chunk=loss_chunk)
 
     def weights() -> Any:

@@ -162,7 +162,13 @@ def test_an_answer_comes_without_jax_and_its_document_only_where_it_is_asked_for
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["answer"] == document["answer"]
     assert written.keys() >= {"machine", "commit", "date", "versions", "load", "flags"}
-    assert written["machine"].keys() == {"processor", "instructions", "cores", "memory_bytes"}
+    assert written["machine"].keys() == {
+        "processor",
+        "model_numbers",
+        "instructions",
+        "cores",
+        "memory_bytes",
+    }
     hours = document["answer"]["device-hours"]
     assert hours["low"] < hours["middle"] < hours["high"]
     assert all(line["origin"] or line["unit"] == "replicas" for line in document["answer"].values())

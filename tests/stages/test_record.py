@@ -16,8 +16,9 @@ from tiny_runs import WORDS, Killed, at_step, command, kill, metrics, tiny
 
 from engine.model.config import preset
 from engine.storage import checkpoint, checkpoint_reader
+from engine.storage.adapter import is_adapter, read_leaves
 from engine.storage.digest import digest
-from engine.storage.run_folder import read_json
+from engine.storage.run_folder import read_config, read_json
 from stages.finetune import __main__ as finetune
 from stages.reinforce import __main__ as reinforce
 from stages.runs.watch import __main__ as watch
@@ -43,6 +44,9 @@ def events(file: Path, kind: str = "") -> list[dict[str, Any]]:
 
 
 def saved_digest(folder: Path) -> str:
+    saved, _ = checkpoint_reader.find_intact(folder)
+    if is_adapter(saved):
+        return digest(read_leaves(saved, read_config(folder)), scales=False)
     return digest(checkpoint_reader.load_params(folder, lambda *_: None).params)
 
 
