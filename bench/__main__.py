@@ -120,9 +120,8 @@ def check_flags(flags: StageTableFlags) -> None:
             raise UserError(f"--{name} must be a number above 0, not {value:g}.")
     if flags.batch < 2 or flags.batch % 2 or flags.context < 64 or flags.context % 64:
         raise UserError(
-            "--batch must be even and at least 2, for preferences come in pairs, and --context a "
-            "multiple of 64, the tokens of "
-            f"a prefill: got {flags.batch} and {flags.context}."
+            "--batch must be even and at least 2, for preferences come in pairs, "
+            f"and --context a multiple of 64, the tokens of a prefill: got {flags.batch} and {flags.context}."
         )
 
 

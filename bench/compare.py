@@ -90,8 +90,8 @@ def read_result(path: Path) -> Json:
     document = read_json_object(path)
     if not isinstance(document.get("machine"), dict) or "date" not in document:
         raise UserError(
-            f"{path} is no result: python -m bench, or a measurement that it lists, writes one "
-            "with --out FOLDER."
+            f"{path} is no result: python -m bench, or a measurement "
+            "that it lists, writes one with --out FOLDER."
         )
     return document
 

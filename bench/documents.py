@@ -190,14 +190,13 @@ def judge_documents(rows: list[Json], over: Ratio, tuning_seconds: float, price:
     else:
         even = "tuning never pays"
     value = (
-        f"of {count} facts the model answers {plain['right']} as it is, {documents['right']} with "
-        "passages of a document "
-        f"before the question, and {tuned['right']} after {duration(tuning_seconds)} of "
-        f"fine-tuning. {QUESTIONS:,} questions "
-        f"cost {money(cost(documents, price))} from documents, and {money(cost(tuned, price))} beside "
-        f"{money(tuning_seconds / 3600 * price)} for the tuning without. A question takes "
-        f"{over.format(times)} the time, so "
-        f"that {even}. A fact that changes needs another file, or another tuning."
+        f"of {count} facts the model answers {plain['right']} as it is, "
+        f"{documents['right']} with passages of a document before the question, "
+        f"and {tuned['right']} after {duration(tuning_seconds)} of fine-tuning. "
+        f"{QUESTIONS:,} questions cost {money(cost(documents, price))} from documents, "
+        f"and {money(cost(tuned, price))} beside {money(tuning_seconds / 3600 * price)} "
+        f"for the tuning without. A question takes {over.format(times)} the time, so that {even}. "
+        "A fact that changes needs another file, or another tuning."
     )
     numbers = {"facts": count, **{row["name"]: row["right"] for row in rows}, "over": over._asdict()}
     return {

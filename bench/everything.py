@@ -84,8 +84,8 @@ def measure_everything(flags: EverythingFlags) -> Json:
     about = circumstances(["bench.everything"], flags)
     if not about["commit"] or about["commit"].endswith("-dirty"):
         raise UserError(
-            "The sources are not those of a commit, which all documents name: commit or stash what "
-            "has changed."
+            "The sources are not those of a commit, which all documents name: "
+            "commit or stash what has changed."
         )
     names = [measurement.name for measurement in MEASUREMENTS]
     unknown = [name for name in flags.only if name not in names]

@@ -71,8 +71,7 @@ def load(
     if location.format == "adapter":
         raise UserError(
             f"{location.run} holds an adapter for another model. Fold it into that one first, "
-            "python -m stages.export "
-            f"--model {location.path} --out FOLDER, and give --model FOLDER."
+            f"python -m stages.export --model {location.path} --out FOLDER, and give --model FOLDER."
         )
     model = load_model(name, dtype=dtype, on_config=on_config, keep_blocks=keep_blocks)
     return BenchModel(model.name, model.cfg, model.params, model.tokenizer)

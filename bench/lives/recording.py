@@ -127,8 +127,8 @@ def read_life(recording: Path) -> Json:
     )
     if not (begin and frames and end):
         raise UserError(
-            f"{recording} does not hold a run from its beginning to its end: start the run anew, "
-            "with --record."
+            f"{recording} does not hold a run from its beginning to its end: "
+            "start the run anew, with --record."
         )
     return {"begin": begin[0], "steps": steps, "validation": validation, "frames": frames, "end": end[-1]}
 
@@ -222,8 +222,8 @@ def measure_costs(model: LoadedModel, folder: Path, quick: bool) -> tuple[list[J
     passes = {life: words for life, (_, words) in ROWS.items()} | {"answer": "forward"}
     if recipes["train"]["optimizer"]["kind"] == "muon":
         passes["train"] += (
-            f"; the update, called Muon, takes {muon_flops(cfg) / forward.formula.total:.1f} "
-            "forward passes more"
+            "; the update, called Muon, takes "
+            f"{muon_flops(cfg) / forward.formula.total:.1f} forward passes more"
         )
     timings = measure({life: row.run for life, row in rows.items()}, rounds=MIN_ROUNDS if quick else ROUNDS)
     costs = []

@@ -94,8 +94,8 @@ def start_peer(
         peer = Peer(python or Path(sys.executable), script)
     except OSError as error:
         raise UserError(
-            f"--peer-python {python} cannot be run ({error.strerror}); give the python of an "
-            f"environment that has {needs}."
+            f"--peer-python {python} cannot be run ({error.strerror}); "
+            f"give the python of an environment that has {needs}."
         ) from None
     with contextlib.closing(peer):
         try:

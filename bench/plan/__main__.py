@@ -118,8 +118,8 @@ def check_flags(flags: PlanFlags) -> None:
         raise UserError("--budget and --days choose the model: leave --model and --params out.")
     if flags.out and (flags.validate or flags.calibrate):
         raise UserError(
-            "--out writes the page of a question, with all validation on it; --validate and "
-            "--calibrate ask none."
+            "--out writes the page of a question, with all validation on it; "
+            "--validate and --calibrate ask none."
         )
 
 

@@ -38,8 +38,9 @@ def find_hardware(name: str, flags: dict[str, float | None]) -> Accelerator:
     elif name not in accelerators():
         known = list(accelerators())
         raise UserError(
-            f"There is no hardware {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}, "
-            f"{HERE} (this machine), or custom with --peak, --bandwidth and --memory."
+            f"There is no hardware {name!r}.{did_you_mean(name, known)} "
+            f"Known: {', '.join(known)}, {HERE} (this machine), "
+            "or custom with --peak, --bandwidth and --memory."
         )
     else:
         device = accelerators()[name]

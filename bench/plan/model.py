@@ -35,9 +35,8 @@ def read_model(model: str | None, params: float | None) -> tuple[str, ModelConfi
         path = path / "config.json"
     if not path.is_file():
         raise UserError(
-            f"There is no model {model!r}: neither a file, nor a folder with a config.json, nor "
-            f"one of {', '.join(PRESETS)}."
-            f"{did_you_mean(model, list(PRESETS))}"
+            f"There is no model {model!r}: neither a file, nor a folder with a config.json, "
+            f"nor one of {', '.join(PRESETS)}.{did_you_mean(model, list(PRESETS))}"
         )
     if path.suffix == ".gguf":  # this and what follows imports NumPy
         from engine.storage.architectures import config_from_gguf
@@ -87,8 +86,8 @@ def job(cfg: ModelConfig, method: str, context: int, step_tokens: float = 0) -> 
         number and not (takes_number and number.isdigit())
     ):
         raise UserError(
-            f"--method is {', '.join(METHODS)}, with numbers for K and R, not "
-            f"{method!r}.{did_you_mean(name, METHODS)}"
+            f"--method is {', '.join(METHODS)}, with numbers for K and R, "
+            f"not {method!r}.{did_you_mean(name, METHODS)}"
         )
     trainable = all_trainable(cfg)
     if name == "freeze":
@@ -98,8 +97,8 @@ def job(cfg: ModelConfig, method: str, context: int, step_tokens: float = 0) -> 
         least = min(map(min, cfg.matrices.values()))
         if trainable.rank > least:
             raise UserError(
-                f"The rank of --method {method} must be at most {least}, the least side of this "
-                "model's matrices."
+                f"The rank of --method {method} must be at most {least}, "
+                "the least side of this model's matrices."
             )
     count = count_params(cfg)
     trained = count_trainable(cfg, trainable)

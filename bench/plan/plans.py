@@ -190,8 +190,8 @@ def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices
             result["needed"],
             MEMORY[1] * result["needed"],
             "bytes",
-            f"of {format_bytes(d.memory)}: by formula, from recomputing all activations to as few "
-            "as fit, and 10%",
+            f"of {format_bytes(d.memory)}: by formula, "
+            "from recomputing all activations to as few as fit, and 10%",
         ),
         **costs(hours, d),
     }
@@ -202,8 +202,8 @@ def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices
     sizes = [run.params for run in clean_runs()]
     if d.name != HERE and not min(sizes) <= m.params <= max(sizes):
         notes.append(
-            "no run of a model of this size was published: its share of the peak is extrapolated, "
-            "and may be far off"
+            "no run of a model of this size was published: "
+            "its share of the peak is extrapolated, and may be far off"
         )
     question = f"{method} of {name} on {in_words(tokens)} tokens, {devices} x {d.name}"
     return PlannedAnswer(question, lines, _binding(result, m, d, devices), tuple(notes))
@@ -255,9 +255,9 @@ def plan_serving(
         cache = (prompt + answer) * m.layers * m.kv_width * kv_bits / 4
         enough = math.ceil((weights + cache) / SHARE / d.memory)
         raise UserError(
-            f"A request of {prompt:g} + {answer:g} tokens does not fit: the weights take "
-            f"{format_bytes(weights)}, its cache {format_bytes(cache)}, and {devices} x {d.name} have "
-            f"{format_bytes(SHARE * devices * d.memory)} free. "
+            f"A request of {prompt:g} + {answer:g} tokens does not fit: "
+            f"the weights take {format_bytes(weights)}, its cache {format_bytes(cache)}, "
+            f"and {devices} x {d.name} have {format_bytes(SHARE * devices * d.memory)} free. "
             f"Give --devices {enough}{', or --precision int8' if bits == 16 else ''}."
         )
     rate = around(most["requests"], fit.spread, "requests a second", f"of a replica; {fit.origin}")
@@ -389,14 +389,12 @@ def plan_break_even(
         lines[f"{method} pays after, {words} a prefix cache"] for words in ("without", "with")
     )
     note = (
-        f"Both cost the same at {in_words(computed.middle)} requests ({in_words(cached.middle)} "
-        "cached). By the bounds: "
-        f"put the {extra:,.0f} tokens into the prompt while fewer than {in_words(computed.low)} "
-        "requests are to come, and into "
-        f"the weights by {method} beyond {in_words(computed.high)}; with a prefix cache, "
-        f"{in_words(cached.low)} and "
-        f"{in_words(cached.high)}. That is computing alone: examples cost too, and how good "
-        "answers are must be measured."
+        f"Both cost the same at {in_words(computed.middle)} requests ({in_words(cached.middle)} cached). "
+        f"By the bounds: put the {extra:,.0f} tokens into the prompt "
+        f"while fewer than {in_words(computed.low)} requests are to come, "
+        f"and into the weights by {method} beyond {in_words(computed.high)}; "
+        f"with a prefix cache, {in_words(cached.low)} and {in_words(cached.high)}. "
+        "That is computing alone: examples cost too, and how good answers are must be measured."
     )
     rent = f" at ${price:.3g} an hour" if d.low else ""
     question = f"{extra:,.0f} tokens more in each prompt of {name}, or in its weights"

@@ -82,8 +82,8 @@ async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
         )
         row = await measure.compare_with_engine(server, engine, rounds)
         progress(
-            "  streams that keep to a JSON schema, or have an adapter each, beside streams "
-            "without; idle slots"
+            "  streams that keep to a JSON schema, or have an adapter each, "
+            "beside streams without; idle slots"
         )
         kept = await asyncio.to_thread(measure.compare_with_grammars, engine, tokenizer, rounds)
         others = (measure.compare_with_adapters, measure.compare_with_one_slot)
@@ -110,8 +110,8 @@ def print_tables(document: Json) -> None:
 
     print(BARS_HOLD)
     print(
-        f"{document['model']}, {document['weights']} weights, {document['slots']} slots, on "
-        f"{document['device']}"
+        f"{document['model']}, {document['weights']} weights, "
+        f"{document['slots']} slots, on {document['device']}"
     )
     print(
         f"ready after {document['ready_seconds']:.1f} s, at most "
@@ -129,8 +129,8 @@ def print_tables(document: Json) -> None:
     print(f"/v1/score: {scored} candidates a second, at least {row['bar']:g}{UNMET[row['met']]}\n")
     rate, made = document["saturated"].values()
     print_table(
-        f"Latency in an open loop (Poisson arrivals); saturated at {rate:.1f} requests/s of the "
-        f"mix, {made:.0f} tokens/s",
+        "Latency in an open loop (Poisson arrivals); "
+        f"saturated at {rate:.1f} requests/s of the mix, {made:.0f} tokens/s",
         ("load", "tokens/s", "TTFT p50", "inter-token latency p50", "time per output token p50", "answered"),
         [(*latencies(row), f"{row['answered']} of {row['requests']}") for row in document["under_load"]],
     )

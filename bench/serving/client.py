@@ -280,7 +280,6 @@ def random_text(rng: random.Random, words: int) -> str:
 
 
 COMMON_WORDS = (
-    "the of and to in is that for it as was with be by on not he but at are this have from or had "
-    "an they which you were all "
-    "her would their"
+    "the of and to in is that for it as was with be "
+    "by on not he but at are this have from or had an they which you were all her would their"
 )

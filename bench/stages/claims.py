@@ -150,9 +150,8 @@ def half_of_backward(of: Evidence) -> Judgement:
     parts = of.row("pre-training")["flops_per_token"]
     flops = parts["forward"] / (parts["dx"] + parts["dw"])
     value = (
-        f"the forward pass takes {percent(flops)} of the backward pass's operations: one product "
-        "forward, two back, for the "
-        "input and for the weight."
+        f"the forward pass takes {percent(flops)} of the backward pass's operations: "
+        "one product forward, two back, for the input and for the weight."
     )
     return _true_if(abs(flops - 0.5) < 0.02), value, {"flops": flops}
 
@@ -160,9 +159,9 @@ def half_of_backward(of: Evidence) -> Judgement:
 def half_of_lora(of: Evidence) -> Judgement:
     flops, time = _of_step(of, "LoRA")
     value = (
-        f"a forward pass is {percent(flops)} of a LoRA step's operations and "
-        f"{time.format(percent)} of its time: nothing is "
-        "computed for the weights of the base, but the gradient still passes through them."
+        f"a forward pass is {percent(flops)} of a LoRA step's operations "
+        f"and {time.format(percent)} of its time: "
+        "nothing is computed for the weights of the base, but the gradient still passes through them."
     )
     return _true_if(abs(flops - 0.5) < 0.03), value, {"flops": flops, "time": time}
 
@@ -176,11 +175,10 @@ def six(of: Evidence) -> Judgement:
     optimizer = parts["optimizer"] / parts["formula"]
     back = (parts["dx"] + parts["dw"]) / parts["forward"]
     value = (
-        "6 N D, the usual estimate of training, is six operations for each of N weights and D "
-        "tokens. The optimizer's add "
-        f"{100 * optimizer:.2f}% to those of both passes. Backward alone is {times(back)} forward: "
-        "two for the gradient of the "
-        "input, two for that of the weight."
+        "6 N D, the usual estimate of training, is six operations for each of N weights and D tokens. "
+        f"The optimizer's add {100 * optimizer:.2f}% to those of both passes. "
+        f"Backward alone is {times(back)} forward: "
+        "two for the gradient of the input, two for that of the weight."
     )
     return (
         "false" if optimizer < 0.02 and abs(back - 2) < 0.2 else "partly",
@@ -193,9 +191,8 @@ def life(of: Evidence) -> Judgement:
     trained = of.pretraining
     served = trained * of.flops("pre-training") / of.flops("decode with 8 slots")
     value = (
-        f"pre-training on {in_words(trained)} tokens ({TOKENS_PER_PARAMETER} a parameter) takes as "
-        "many operations as serving "
-        f"{in_words(served)}; below that, training is most of them."
+        f"pre-training on {in_words(trained)} tokens ({TOKENS_PER_PARAMETER} a parameter) "
+        f"takes as many operations as serving {in_words(served)}; below that, training is most of them."
     )
     return (
         f"partly: after {in_words(served)} tokens served",
@@ -207,9 +204,8 @@ def life(of: Evidence) -> Judgement:
 def lora_memory(of: Evidence) -> Judgement:
     left = of.row("LoRA")["peak_bytes"] / of.row("full fine-tuning")["peak_bytes"]
     value = (
-        f"a LoRA step peaks at {percent(left)} of full fine-tuning's memory: the gradients and the "
-        "optimizer's numbers go, "
-        "what each block keeps for the backward pass stays."
+        f"a LoRA step peaks at {percent(left)} of full fine-tuning's memory: "
+        "the gradients and the optimizer's numbers go, what each block keeps for the backward pass stays."
     )
     return "true" if left < 0.37 else "partly: less" if left < 0.9 else "false here", value, {"left": left}
 
@@ -217,9 +213,8 @@ def lora_memory(of: Evidence) -> Judgement:
 def lora_operations(of: Evidence) -> Judgement:
     share = of.flops("LoRA") / of.flops("full fine-tuning")
     value = (
-        f"a LoRA step takes {percent(share)} of full fine-tuning's operations: the products for "
-        "the gradients of the base's "
-        "weights, a third of a step, are not computed."
+        f"a LoRA step takes {percent(share)} of full fine-tuning's operations: "
+        "the products for the gradients of the base's weights, a third of a step, are not computed."
     )
     return _true_if(abs(share - 2 / 3) < 0.03), value, {"flops": share}
 
@@ -232,10 +227,8 @@ def updates(of: Evidence) -> Judgement:
     time = of.ratio("LoRA", "full fine-tuning")
     value = (
         f"updating every weight adds {100 * updating:.2f}% to the operations of the passes forward "
-        "and backward. A LoRA step "
-        f"updates only its adapter and takes {percent(left)} of the operations and "
-        f"{time.format(percent)} of the time: what "
-        "costs are the passes through the model."
+        f"and backward. A LoRA step updates only its adapter and takes {percent(left)} of the operations "
+        f"and {time.format(percent)} of the time: what costs are the passes through the model."
     )
     return (
         "false" if updating < 0.02 and left > 0.5 else "partly",
@@ -247,9 +240,8 @@ def updates(of: Evidence) -> Judgement:
 def last_layers(of: Evidence) -> Judgement:
     flops, time = _over_full(of, "last layer").values()
     value = (
-        f"the last layer alone takes {percent(flops)} of full fine-tuning's operations and "
-        f"{time.format(percent)} of its time, "
-        "for the forward pass goes through all of them."
+        f"the last layer alone takes {percent(flops)} of full fine-tuning's operations "
+        f"and {time.format(percent)} of its time, for the forward pass goes through all of them."
     )
     return judge(time, 0.1, "false", "true"), value, {"flops": flops, "time": time}
 
@@ -269,9 +261,8 @@ def some_layers(of: Evidence) -> Judgement:
     else:
         verdict = "true"
     value = (
-        f"against full fine-tuning: {'; '.join(words)}. Below the lowest weight that trains no "
-        "gradient is needed; above it, "
-        "every one is."
+        f"against full fine-tuning: {'; '.join(words)}. "
+        "Below the lowest weight that trains no gradient is needed; above it, every one is."
     )
     return verdict, value, halves
 
@@ -294,11 +285,10 @@ def generated_cheaper(of: Evidence) -> Judgement:
     lone = of.row("decode alone")
     time = of.ratio("decode alone", "pre-training")
     value = (
-        f"decoding alone takes {of.seconds('decode alone')} a token and a training step "
-        f"{of.seconds('pre-training')}: "
-        f"{time.format(times)} the time for "
-        f"{times(lone['flop_ratio_to_forward'] / step['flop_ratio_to_forward'])} the "
-        "operations. Training multiplies thousands of tokens by a weight at once, a lone stream one."
+        f"decoding alone takes {of.seconds('decode alone')} a token "
+        f"and a training step {of.seconds('pre-training')}: {time.format(times)} the time "
+        f"for {times(lone['flop_ratio_to_forward'] / step['flop_ratio_to_forward'])} the operations. "
+        "Training multiplies thousands of tokens by a weight at once, a lone stream one."
     )
     return judge(time, 1, "false for a lone request", "true here"), value, {"time": time}
 
@@ -353,9 +343,8 @@ def readings(of: Evidence) -> Judgement:
     once, some, many = (by_reading[reading] for reading in (1, LEAST, MOST))
     value = (
         f"a small model reads {in_words(learned['letters'])} letters 1, {LEAST} and {MOST} times. "
-        "Its error on each of them "
-        f"falls: {once[0]:.2f}, {some[0]:.2f} and {many[0]:.2f}. On other pages of the same kind "
-        f"it is {once[1]:.2f}, "
+        f"Its error on each of them falls: {once[0]:.2f}, {some[0]:.2f} and {many[0]:.2f}. "
+        f"On other pages of the same kind it is {once[1]:.2f}, "
         f"{some[1]:.2f} and {many[1]:.2f}, from {LEAST} to {MOST} readings {over.format(times)}."
     )
     return judge(over, 1, "false: it learns it by heart", "true here"), value, {"over": over}
@@ -366,10 +355,8 @@ def moved(of: Evidence) -> Judgement:
     before, once, many = (by[stage]["all weights"] for stage in ("pre-training", "1", str(MOST)))
     value = (
         f"all weights taken as one arrow, pre-training on {in_words(of.learning['pretrained'])} "
-        "letters moved its tip by "
-        f"{percent(before)} of its length; fine-tuning moved it by {percent(once)} when its text "
-        "was read once, and by "
-        f"{percent(many)} when it was read {MOST} times."
+        f"letters moved its tip by {percent(before)} of its length; fine-tuning moved it by {percent(once)} "
+        f"when its text was read once, and by {percent(many)} when it was read {MOST} times."
     )
     if many < before / 2:
         verdict = "true"
@@ -398,13 +385,10 @@ def costs(of: Evidence) -> Judgement:
     share = token.scaled(TUNING_TOKENS / trained)
     served = training / (cost("decode with 8 slots", 1) or 1)
     value = (
-        f"pre-training on {in_words(trained)} tokens ({TOKENS_PER_PARAMETER} a parameter) "
-        f"{money(training)}, LoRA on "
-        f"{in_words(TUNING_TOKENS)} tokens {money(tuning)}, at {money(of.price)} an hour. A token "
-        "of LoRA costs "
-        f"{token.format(percent)} of one of pre-training; the rest is the amount. Serving, eight "
-        "at a time, has cost as much "
-        f"as training after {in_words(served)} tokens."
+        f"pre-training on {in_words(trained)} tokens ({TOKENS_PER_PARAMETER} a parameter) {money(training)}, "
+        f"LoRA on {in_words(TUNING_TOKENS)} tokens {money(tuning)}, at {money(of.price)} an hour. "
+        f"A token of LoRA costs {token.format(percent)} of one of pre-training; the rest is the amount. "
+        f"Serving, eight at a time, has cost as much as training after {in_words(served)} tokens."
     )
     verdict = judge(share, SMALL_PART, "partly: not for so small a model", "true: the data are fewer")
     numbers = {"token_share": token, "share": share, "training_usd": training, "fine_tuning_usd": tuning}
@@ -418,14 +402,12 @@ def fortune(of: Evidence) -> Judgement:
     now = of.usd(operation * GPT2_FLOPS)
     years = operation * GPT2_FLOPS / (365 * 24 * 3600)
     value = (
-        f"GPT-2 cost about {money(round(GPT2_USD, -3))} in 2019. A model as able took "
-        f"{in_words(GPT2_FLOPS / 1e12)} trillion "
-        f"operations in 2026, ${H100S_USD:.0f} on eight rented H100s; all by nanochat's "
-        "leaderboard. At what an "
-        f"operation of training costs on this machine they would be {money(now)}, and take "
-        f"{years:.3g} years. This model's own "
-        f"pre-training, on {TOKENS_PER_PARAMETER} tokens a parameter, is {money(own)}: the price "
-        "goes with the size."
+        f"GPT-2 cost about {money(round(GPT2_USD, -3))} in 2019. "
+        f"A model as able took {in_words(GPT2_FLOPS / 1e12)} trillion operations in 2026, "
+        f"${H100S_USD:.0f} on eight rented H100s; all by nanochat's leaderboard. "
+        f"At what an operation of training costs on this machine they would be {money(now)}, "
+        f"and take {years:.3g} years. This model's own pre-training, "
+        f"on {TOKENS_PER_PARAMETER} tokens a parameter, is {money(own)}: the price goes with the size."
     )
     if now < SMALL_PART * GPT2_USD:
         verdict = "false now"
@@ -450,11 +432,10 @@ def request(of: Evidence) -> Judgement:
     requests = ratio(of.timing("pre-training").scaled(of.pretraining), asked)
     price = of.usd(asked.median)
     value = (
-        f"{PROMPT} tokens are read in {si(PROMPT * reading['seconds_per_token'], 's')} and "
-        f"{COMPLETION} written in "
-        f"{si(COMPLETION * writing['seconds_per_token'], 's')}, eight requests at a time: "
-        f"{money(price)}. Pre-training on "
-        f"{in_words(of.pretraining)} tokens costs as much as {requests.format(in_words)} such requests."
+        f"{PROMPT} tokens are read in {si(PROMPT * reading['seconds_per_token'], 's')} "
+        f"and {COMPLETION} written in {si(COMPLETION * writing['seconds_per_token'], 's')}, "
+        f"eight requests at a time: {money(price)}. Pre-training on {in_words(of.pretraining)} tokens costs "
+        f"as much as {requests.format(in_words)} such requests."
     )
     return judge(requests, MANY, "true for one", "false here"), value, {"usd": price, "requests": requests}
 
@@ -467,9 +448,9 @@ def caching(of: Evidence) -> Judgement:
 def prefix_cache(of: Evidence) -> Judgement:
     return _of_gain(
         of.ratio("chunked prefill", "prefix-cache hit"),
-        f"a prompt's token takes {of.seconds('chunked prefill')} to prefill, and "
-        f"{of.seconds('prefix-cache hit')} to copy into "
-        "its slot where a prompt that began alike was read before",
+        f"a prompt's token takes {of.seconds('chunked prefill')} to prefill, "
+        f"and {of.seconds('prefix-cache hit')} to copy into its slot "
+        "where a prompt that began alike was read before",
     )
 
 
@@ -494,9 +475,8 @@ def quantisation(of: Evidence) -> Judgement:
         with contextlib.suppress(KeyError):
             gains[slots] = of.ratio(wide, int8)
             words.append(
-                f"among {slots}, a token takes {of.seconds(wide)} with weights in "
-                f"{of.bytes_per_weight} bytes and "
-                f"{of.seconds(int8)} in one: {gains[slots].format(times)}"
+                f"among {slots}, a token takes {of.seconds(wide)} with weights "
+                f"in {of.bytes_per_weight} bytes and {of.seconds(int8)} in one: {gains[slots].format(times)}"
             )
     if not gains:
         raise KeyError("int8")

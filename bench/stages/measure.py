@@ -123,9 +123,8 @@ def stage_table(
     over = rounds * seconds - left
     if over > 0:
         progress(
-            f"This takes about {duration(over)} longer than --max-time {max_time:g}: the fewest "
-            f"rounds, {rounds}, take "
-            f"{duration(rounds * seconds)}; a smaller --batch or --context takes less"
+            f"This takes about {duration(over)} longer than --max-time {max_time:g}: the fewest rounds, "
+            f"{rounds}, take {duration(rounds * seconds)}; a smaller --batch or --context takes less"
         )
 
     def report(done: int, total: int) -> None:

@@ -141,8 +141,8 @@ class _Program:
         assignment = getattr(compiled.memory_analysis(), "serialized_buffer_assignment_proto", b"")
         if not assignment:
             raise UserError(
-                "This backend does not say where the values of a program lie, so that its memory "
-                "cannot be drawn."
+                "This backend does not say where the values "
+                "of a program lie, so that its memory cannot be drawn."
             )
         executable: Any = compiled.runtime_executable()
         module = read_message(executable.hlo_modules()[0].as_serialized_hlo_module_proto())
