@@ -19,14 +19,14 @@ TUNING_TOKENS = 1_000_000  # of a fine-tuning run
 SMALL_PART = 0.1  # share of the cost of pre-training that a fine-tuning run may have
 # of a compute-optimal pre-training run (Hoffmann et al. 2022, 2203.15556, table 3)
 TOKENS_PER_PARAMETER = 20
-PROMPT = 500
-COMPLETION = 250  # tokens of a request
+PROMPT = 500  # tokens of a request
+COMPLETION = 250  # tokens of its answer
 MANY = 10_000  # requests that cost as much as pre-training: then one of them costs next to nothing
-# By karpathy/nanochat, dev/LEADERBOARD.md: GPT-2 took 32 TPUs for 168 hours at 8 dollars in 2019.
-# In 2026 its first run to a model as able took so many operations, and 10,949 seconds of eight
-# H100s, 24 dollars an hour by the README there.
+# GPT-2 took 32 TPUs for 168 hours at 8 dollars in 2019 (karpathy/nanochat, dev/LEADERBOARD.md).
 GPT2_USD = 32 * 168 * 8
+# So many operations nanochat's first run to a model as able took in 2026 (the same page).
 GPT2_FLOPS = 4.33e19
+# That run took 10,949 seconds of eight H100s, which are 24 dollars an hour by nanochat's README.
 H100S_USD = 10_949 / 3600 * 24
 
 Judgement = tuple[str, str, dict[str, Any]]  # verdict, numbers in words, numbers
@@ -88,15 +88,8 @@ def claims(evidence: Evidence) -> list[dict[str, Any]]:
         with contextlib.suppress(KeyError):
             verdict, value, numbers = judgement(evidence)
             command = evidence.command + " --out FOLDER" * (judgement in OF_LEARNING)
-            judged.append(
-                {
-                    "claim": claim,
-                    "verdict": verdict,
-                    "value": value,
-                    "numbers": _plain(numbers),
-                    "command": command,
-                }
-            )
+            row = {"claim": claim, "verdict": verdict, "value": value}
+            judged.append(row | {"numbers": _plain(numbers), "command": command})
     return judged
 
 
@@ -104,17 +97,13 @@ def judge(ratio: Ratio, threshold: float, above: str, below: str) -> str:
     """Returns the verdict `above` or `below` the threshold, or that this measurement does not
     decide between them.
     """
-    match ratio.exceeds(threshold):
-        case None:
-            if ratio.low is not None:
-                why = f"{ratio} may lie on either side of {threshold:g}"
-            else:
-                why = str(ratio)
-            return f"undecided on this machine: {why}"
-        case is_above:
-            if is_above:
-                return above
-            return below
+    is_above = ratio.exceeds(threshold)
+    if is_above is not None:
+        return above if is_above else below
+    why = str(ratio)
+    if ratio.low is not None:
+        why += f" may lie on either side of {threshold:g}"
+    return f"undecided on this machine: {why}"
 
 
 def judge_gain(gains: dict[str, Ratio] | Ratio) -> str:
@@ -127,12 +116,10 @@ def judge_gain(gains: dict[str, Ratio] | Ratio) -> str:
     verdicts = {slots: judge_gain(gain) for slots, gain in gains.items()}
     if len(set(verdicts.values())) == 1:
         return next(iter(verdicts.values()))
-    undecided = [
-        f"{verdict} (among {slots})" for slots, verdict in verdicts.items() if verdict.startswith("undecided")
-    ]
+    for slots, verdict in verdicts.items():
+        if verdict.startswith("undecided"):
+            return f"{verdict} (among {slots})"
     by_slots = "; ".join(f"among {slots} {verdict}" for slots, verdict in verdicts.items())
-    if undecided:
-        return undecided[0]
     return f"partly: {by_slots}"
 
 
@@ -180,11 +167,8 @@ def six(of: Evidence) -> Judgement:
         f"Backward alone is {times(back)} forward: "
         "two for the gradient of the input, two for that of the weight."
     )
-    return (
-        "false" if optimizer < 0.02 and abs(back - 2) < 0.2 else "partly",
-        value,
-        {"optimizer": optimizer, "back": back},
-    )
+    verdict = "false" if optimizer < 0.02 and abs(back - 2) < 0.2 else "partly"
+    return verdict, value, {"optimizer": optimizer, "back": back}
 
 
 def life(of: Evidence) -> Judgement:
@@ -194,11 +178,8 @@ def life(of: Evidence) -> Judgement:
         f"pre-training on {in_words(trained)} tokens ({TOKENS_PER_PARAMETER} a parameter) "
         f"takes as many operations as serving {in_words(served)}; below that, training is most of them."
     )
-    return (
-        f"partly: after {in_words(served)} tokens served",
-        value,
-        {"trained_tokens": trained, "served_tokens": served},
-    )
+    verdict = f"partly: after {in_words(served)} tokens served"
+    return verdict, value, {"trained_tokens": trained, "served_tokens": served}
 
 
 def lora_memory(of: Evidence) -> Judgement:
@@ -207,7 +188,13 @@ def lora_memory(of: Evidence) -> Judgement:
         f"a LoRA step peaks at {percent(left)} of full fine-tuning's memory: "
         "the gradients and the optimizer's numbers go, what each block keeps for the backward pass stays."
     )
-    return "true" if left < 0.37 else "partly: less" if left < 0.9 else "false here", value, {"left": left}
+    if left < 0.37:
+        verdict = "true"
+    elif left < 0.9:
+        verdict = "partly: less"
+    else:
+        verdict = "false here"
+    return verdict, value, {"left": left}
 
 
 def lora_operations(of: Evidence) -> Judgement:
@@ -226,15 +213,13 @@ def updates(of: Evidence) -> Judgement:
     left = lora["formula"] / full["formula"]
     time = of.ratio("LoRA", "full fine-tuning")
     value = (
-        f"updating every weight adds {100 * updating:.2f}% to the operations of the passes forward "
-        f"and backward. A LoRA step updates only its adapter and takes {percent(left)} of the operations "
+        f"updating every weight adds {100 * updating:.2f}% "
+        "to the operations of the passes forward and backward. "
+        f"A LoRA step updates only its adapter and takes {percent(left)} of the operations "
         f"and {time.format(percent)} of the time: what costs are the passes through the model."
     )
-    return (
-        "false" if updating < 0.02 and left > 0.5 else "partly",
-        value,
-        {"updating": updating, "left": left, "time": time},
-    )
+    verdict = "false" if updating < 0.02 and left > 0.5 else "partly"
+    return verdict, value, {"updating": updating, "left": left, "time": time}
 
 
 def last_layers(of: Evidence) -> Judgement:
@@ -283,57 +268,57 @@ def more_slots(of: Evidence) -> Judgement:
 def generated_cheaper(of: Evidence) -> Judgement:
     step = of.row("pre-training")
     lone = of.row("decode alone")
+    operations = lone["flop_ratio_to_forward"] / step["flop_ratio_to_forward"]
     time = of.ratio("decode alone", "pre-training")
     value = (
         f"decoding alone takes {of.seconds('decode alone')} a token "
         f"and a training step {of.seconds('pre-training')}: {time.format(times)} the time "
-        f"for {times(lone['flop_ratio_to_forward'] / step['flop_ratio_to_forward'])} the operations. "
+        f"for {times(operations)} the operations. "
         "Training multiplies thousands of tokens by a weight at once, a lone stream one."
     )
     return judge(time, 1, "false for a lone request", "true here"), value, {"time": time}
 
 
 def weights(of: Evidence) -> Judgement:
-    names = {
-        change: [row["name"] for row in of.rows.values() if row["weights"] == change]
-        for change in ("changed", "partly", "identical")
-    }
-    defect = any(
-        row["weights"] != "identical" for row in of.rows.values() if row["stage"] in ("inference", "decode")
-    )
+    names: dict[str, list[str]] = {"changed": [], "partly": [], "identical": []}
+    verdict = "true"
+    for row in of.rows.values():
+        names[row["weights"]].append(row["name"])
+        if row["stage"] in ("inference", "decode") and row["weights"] != "identical":
+            verdict = "false here, which is a defect"
     words = "; ".join(f"{change}: {', '.join(rows)}" for change, rows in names.items() if rows)
     value = f"by a fingerprint (SHA-256) of each matrix of weights, before and after: {words}."
-    return (
-        "false here, which is a defect" if defect else "true",
-        value,
-        {change: len(rows) for change, rows in names.items()},
-    )
+    return verdict, value, {change: len(rows) for change, rows in names.items()}
 
 
 def independent(of: Evidence) -> Judgement:
     same = not of.changed_answers
-    value = f"one request, alone and beside {SLOTS - 1} others in each slot in turn: " + (
-        "the same tokens, and the same probability of each, to the last bit."
-        if same
-        else "its bits differed."
-    )
-    return "true" if same else "false here, which is a defect", value, {"same_bits": same}
+    if same:
+        verdict = "true"
+        found = "the same tokens, and the same probability of each, to the last bit."
+    else:
+        verdict = "false here, which is a defect"
+        found = "its bits differed."
+    value = f"one request, alone and beside {SLOTS - 1} others in each slot in turn: {found}"
+    return verdict, value, {"same_bits": same}
 
 
 def learns(of: Evidence) -> Judgement:
-    (before, digest) = of.before
-    (after, digest_after) = of.after
+    before, digest = of.before
+    after, digest_after = of.after
     same = of.before == of.after
 
     def nats(bits: str) -> str:
         return f"{float.fromhex(bits):.4f} ({bits})"
 
-    value = f"{of.generated:,} tokens were generated; the error on a text is {nats(before)} " + (
-        f"and the fingerprint of the weights {digest[:12]}, before and after, to the last bit."
-        if same
-        else f"before and {nats(after)} after, the fingerprints {digest[:12]} and {digest_after[:12]}."
-    )
-    return "false" if same else "true here, which is a defect", value, {"same": same}
+    if same:
+        verdict = "false"
+        found = f"and the fingerprint of the weights {digest[:12]}, before and after, to the last bit."
+    else:
+        verdict = "true here, which is a defect"
+        found = f"before and {nats(after)} after, the fingerprints {digest[:12]} and {digest_after[:12]}."
+    value = f"{of.generated:,} tokens were generated; the error on a text is {nats(before)} {found}"
+    return verdict, value, {"same": same}
 
 
 def readings(of: Evidence) -> Judgement:
@@ -368,13 +353,10 @@ def moved(of: Evidence) -> Judgement:
 
 
 def _true_if(holds: bool) -> str:
-    if holds:
-        return "true"
-    return "partly"
+    return "true" if holds else "partly"
 
 
 def costs(of: Evidence) -> Judgement:
-
     def cost(start: str, tokens: float) -> Any:
         return of.usd(of.row(start)["seconds_per_token"] * tokens)
 
@@ -434,15 +416,19 @@ def request(of: Evidence) -> Judgement:
     value = (
         f"{PROMPT} tokens are read in {si(PROMPT * reading['seconds_per_token'], 's')} "
         f"and {COMPLETION} written in {si(COMPLETION * writing['seconds_per_token'], 's')}, "
-        f"eight requests at a time: {money(price)}. Pre-training on {in_words(of.pretraining)} tokens costs "
-        f"as much as {requests.format(in_words)} such requests."
+        f"eight requests at a time: {money(price)}. "
+        f"Pre-training on {in_words(of.pretraining)} tokens costs as much as "
+        f"{requests.format(in_words)} such requests."
     )
     return judge(requests, MANY, "true for one", "false here"), value, {"usd": price, "requests": requests}
 
 
 def caching(of: Evidence) -> Judgement:
-    words = f"one more token behind {of.uncached_tokens} takes {si(of.timing('uncached').median, 's')} without a cache and "
-    return _of_gain(of.ratio("uncached", "decode alone"), words + f"{of.seconds('decode alone')} with one")
+    words = (
+        f"one more token behind {of.uncached_tokens} takes {si(of.timing('uncached').median, 's')} "
+        f"without a cache and {of.seconds('decode alone')} with one"
+    )
+    return _of_gain(of.ratio("uncached", "decode alone"), words)
 
 
 def prefix_cache(of: Evidence) -> Judgement:
@@ -456,10 +442,10 @@ def prefix_cache(of: Evidence) -> Judgement:
 
 def batching(of: Evidence) -> Judgement:
     words = (
-        f"a token takes {of.seconds('decode alone')} alone, {of.seconds('decode with 8 slots')} among 8 and "
+        f"a token takes {of.seconds('decode alone')} alone, {of.seconds('decode with 8 slots')} among 8 "
+        f"and {of.seconds('decode with 32 slots')} among 32"
     )
-    gain = of.ratio("decode alone", "decode with 32 slots")
-    return _of_gain(gain, words + f"{of.seconds('decode with 32 slots')} among 32")
+    return _of_gain(of.ratio("decode alone", "decode with 32 slots"), words)
 
 
 def _of_gain(gain: Ratio, words: str) -> Judgement:
@@ -484,7 +470,8 @@ def quantisation(of: Evidence) -> Judgement:
     return judge_gain(gains), value, {"off_over_on": gains}
 
 
-CLAIMS: dict[str, Callable[[Evidence], Judgement]] = {  # in the order of the report
+# in the order of the report
+CLAIMS: dict[str, Callable[[Evidence], Judgement]] = {
     "Inference is only half the computation of training.": half,
     "The backward pass costs about twice the forward pass.": half_of_backward,
     "Half is right for one kind of training: a LoRA step.": half_of_lora,

@@ -9,7 +9,7 @@ it.
 import inspect
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ HALVES: dict[str, tuple[Any, Any, Any]] = {
     "feed-forward": (block.SwigluResiduals, block.feed_forward_with_residuals, block.feed_forward_backward),
 }
 # of the block, which gradient checkpointing keeps, and computes the rest again
-INPUT = "attention", "x"
+INPUT = ("attention", "x")
 FROZEN = {
     "LoRA on q and v": LoraConfig(targets=("q", "v")),
     "LoRA on every matrix": LoraConfig(),
@@ -41,10 +41,11 @@ def block_residuals(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Json:
     below trains. Raises ValueError for a field without a reason.
     """
     weights = to_numpy(params)
-    rows = _run(cfg, weights, tokens)
+    rows = _kept_rows(cfg, weights, tokens)
     # NaN spreads as well from three tokens
-    for row, few in zip(rows, _run(cfg, weights, tokens[:1, :3])):
-        row["needed_for"] = few["needed_for"]
+    needs = _needed_for(cfg, weights, tokens[:1, :3])
+    for row in rows:
+        row["needed_for"] = needs[row["half"], row["name"]]
         row["kept_by"] = _ways(cfg, row)
     # The block's input is kept in every way.
     kept = {way: sum(row["bytes"] for row in rows if way in row["kept_by"]) for way in rows[0]["kept_by"]}
@@ -57,47 +58,77 @@ def field_reasons(source: str) -> dict[str, tuple[str, str]]:
     """
     names = re.findall(r"^    (\w+): ", source, re.M)
     found = {}
-    for match in filter(None, map(_FIELD.match, source.splitlines())):
-        found[match[1]] = match[2], " ".join(match[3].split())
+    for line in source.splitlines():
+        match = _FIELD.match(line)
+        if match:
+            name, shape, reason = match.groups()
+            found[name] = (shape, " ".join(reason.split()))
     unexplained = [name for name in names if name not in found]
     if unexplained:
         raise ValueError(f"{unexplained[0]} does not say its shape and which derivative needs it.")
     return found
 
 
-def _run(cfg: ModelConfig, weights: Any, tokens: np.ndarray) -> list[Json]:
+class _Half(NamedTuple):
+    """A half of block 0, run forward."""
+
+    residuals: Any
+    output: np.ndarray  # (B, T, D)
+    tables: tuple[block.PositionTables, ...]  # that its passes take besides; none of feed-forward
+
+
+def _run_forward(cfg: ModelConfig, weights: Any, tokens: np.ndarray) -> dict[str, _Half]:
+    """Returns the halves of block 0 by name, after its forward pass over tokens (B, T)."""
     T = tokens.shape[1]
     x = layers.lookup(weights["embed"], tokens)
-    w = weights["blocks"]["0"]
     cos, sin = layers.rope_tables(cfg, np.arange(T)[None], x.dtype)
-    tables = block.PositionTables(cos, sin, layers.causal_mask(None, T))
-    rows = []
-    for half, (kind, forward, backward) in HALVES.items():
-        with_tables: Any = (tables,) if half == "attention" else ()
-        reasons = field_reasons(inspect.getsource(kind))
-        reading = inspect.getsource(backward).splitlines()
-        x, residuals = forward(cfg, w, x, *with_tables)
-        for name in kind._fields:
-            value = getattr(residuals, name)
+    positions = block.PositionTables(cos, sin, layers.causal_mask(None, T))
+    halves = {}
+    for half, (_, forward, _) in HALVES.items():
+        tables = (positions,) if half == "attention" else ()
+        x, residuals = forward(cfg, weights["blocks"]["0"], x, *tables)
+        halves[half] = _Half(residuals, x, tables)
+    return halves
+
+
+def _needed_for(cfg: ModelConfig, weights: Any, tokens: np.ndarray) -> dict[tuple[str, str], list[str]]:
+    """Returns (half, name) -> the derivatives that become NaN when the backward pass reads NaN in
+    place of that array: "dx", and the names of weights.
+    """
+    needs = {}
+    for half, run in _run_forward(cfg, weights, tokens).items():
+        _, _, backward = HALVES[half]
+        for name, value in run.residuals._asdict().items():
             if value is None:
                 continue
-            needed_for: list[str] = []
-            if T <= 3:
-                absent = residuals._replace(**{name: np.full_like(value, math.nan)})
-                dx, d = backward(cfg, w, absent, np.ones_like(x), *with_tables)
-                needed_for = [of for of, array in (("dx", dx), *d.items()) if np.isnan(array).any()]
+            absent = run.residuals._replace(**{name: np.full_like(value, math.nan)})
+            dx, d = backward(cfg, weights["blocks"]["0"], absent, np.ones_like(run.output), *run.tables)
+            derivatives = {"dx": dx, **d}
+            needs[half, name] = [of for of, array in derivatives.items() if np.isnan(array).any()]
+    return needs
+
+
+def _kept_rows(cfg: ModelConfig, weights: Any, tokens: np.ndarray) -> list[Json]:
+    """Returns a row for each array that the halves keep for tokens (B, T), without what needs it."""
+    rows = []
+    for half, run in _run_forward(cfg, weights, tokens).items():
+        kind, _, backward = HALVES[half]
+        reasons = field_reasons(inspect.getsource(kind))
+        reading = inspect.getsource(backward).splitlines()
+        for name, value in run.residuals._asdict().items():
+            if value is None:
+                continue
+            shape, reason = reasons[name]
+            reads = re.compile(rf" = .*residuals\.{name}\b")
             rows.append(
                 {
                     "half": half,
                     "name": name,
-                    "axes": reasons[name][0],
-                    "reason": reasons[name][1],
+                    "axes": shape,
+                    "reason": reason,
                     "shape": list(value.shape),
                     "bytes": value.nbytes,
-                    "lines": [
-                        line.strip() for line in reading if re.search(rf" = .*residuals\.{name}\b", line)
-                    ],
-                    "needed_for": needed_for,
+                    "lines": [line.strip() for line in reading if reads.search(line)],
                 }
             )
     return rows
@@ -111,4 +142,6 @@ def _ways(cfg: ModelConfig, row: Json) -> list[str]:
         # A pair's gradient reads the matrix's input, as the matrix's own would.
         if {"dx", *adapted} & {*row["needed_for"]}:
             kept.append(way)
-    return kept + ["gradient checkpointing"] * ((row["half"], row["name"]) == INPUT)
+    if (row["half"], row["name"]) == INPUT:
+        kept.append("gradient checkpointing")
+    return kept
