@@ -84,7 +84,8 @@ def run_bench[Flags](
         )
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
         with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
-            if options.out and (problem := write_problem(options.out)):
+            problem = write_problem(options.out) if options.out else None
+            if problem:
                 raise UserError(f"--out {options.out} cannot be written: {problem}. Choose another folder.")
             beside = circumstances([*name.split(), *(sys.argv[1:] if args is None else args)], options)
             watch = None
@@ -242,9 +243,13 @@ def busy_cores() -> float:
         user, nice, system, idle, iowait, irq, softirq, steal = map(int, path.read_text().split()[1:9])
         ticks.append((user + nice + system + irq + softirq + steal, idle + iowait))
         time.sleep(wait)
-    if len(ticks) < 2 or (total := sum(ticks[1]) - sum(ticks[0])) <= 0:
+    if len(ticks) < 2:
         return os.getloadavg()[0]
-    return (ticks[1][0] - ticks[0][0]) / total * (os.cpu_count() or 1)
+    before, after = ticks
+    total = sum(after) - sum(before)
+    if total <= 0:
+        return os.getloadavg()[0]
+    return (after[0] - before[0]) / total * (os.cpu_count() or 1)
 
 
 def _with_common(flags: type[Any], name: str) -> type[Any]:

@@ -10,6 +10,8 @@ time, without a prefix cache.
 """
 
 import dataclasses
+import functools
+import itertools
 import json
 import sys
 import tempfile
@@ -58,20 +60,14 @@ def measure_documents(flags: DocumentsFlags) -> Json:
         rows, over = ask(flags, facts[: flags.facts], Path(folder) / "documents", run)
     price = flags.price
     claim = judge_documents(rows, over, seconds, price)
-    print_table(
-        f"{flags.facts} facts",
-        ("", "right", "tokens read", "a question", f"{QUESTIONS:,} questions"),
-        [
-            (
-                row["name"],
-                f"{row['right']}",
-                f"{row['prompt_tokens']:.0f}",
-                duration(row["seconds"]),
-                money(cost(row, price)),
-            )
-            for row in rows
-        ],
-    )
+    lines = []
+    for row in rows:
+        read = f"{row['prompt_tokens']:.0f}"
+        lines.append(
+            (row["name"], f"{row['right']}", read, duration(row["seconds"]), money(cost(row, price)))
+        )
+    titles = ("", "right", "tokens read", "a question", f"{QUESTIONS:,} questions")
+    print_table(f"{flags.facts} facts", titles, lines)
     print(f"{claim['claim']}\n{claim['verdict']}: {claim['value']}")
     return {"rows": rows, "claims": [claim], "fine_tuning_seconds": seconds, "ratio": over._asdict()}
 
@@ -82,30 +78,28 @@ def tune(folder: Path, facts: list[Json], flags: DocumentsFlags) -> tuple[Path, 
     """
     (folder / "documents").mkdir()
     (folder / "documents" / "island.md").write_text("\n\n".join(fact["fact"] for fact in facts), "utf-8")
-    for name, forms in (
-        ("train", ("{question}", "Do you know the island? {question}")),
-        ("asked", ("{asked}",)),
-    ):
+    asked_forms = {
+        "train": ("{question}", "Do you know the island? {question}"),
+        "asked": ("{asked}",),
+    }
+    for name, forms in asked_forms.items():
         rows = []
         for fact in facts:
             rows += [{"prompt": form.format(**fact), "completion": fact["fact"]} for form in forms]
         (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
     progress("fine-tuning")
-    words = [
-        "stages.finetune",
-        "--model",
-        flags.model,
-        "--data",
-        str(folder / "train.jsonl"),
-        "--general",
-        "none",
-    ]
-    words += ["--validation", str(folder / "asked.jsonl"), "--steps", str(flags.steps)]
-    run_module([*words, "--out-dir", str(folder / "run")])
-    metrics = [
-        json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
-    ]
-    return folder / "run", max(row["seconds"] for row in metrics if "seconds" in row)
+    run = folder / "run"
+    options = {
+        "--model": flags.model,
+        "--data": str(folder / "train.jsonl"),
+        "--general": "none",
+        "--validation": str(folder / "asked.jsonl"),
+        "--steps": str(flags.steps),
+        "--out-dir": str(run),
+    }
+    run_module(["stages.finetune", *itertools.chain.from_iterable(options.items())])
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return run, max(row["seconds"] for row in metrics if "seconds" in row)
 
 
 def ask(
@@ -124,20 +118,25 @@ def ask(
     from engine.text.chat_tokenizer import ChatTokenizer
     from engine.text.documents import Documents, prompt_with
 
+    def make_engine(model: Any) -> Engine:
+        return Engine(model.cfg, prepare_params(model.cfg, model.params), EngineConfig(1, 1024))
+
+    def answer_each(engine: Engine, requests: list[Request]) -> list[list[int]]:
+        return [answer(engine, [request])[0] for request in requests]
+
     documents = Documents(documents_folder)
-    engines = {}
     rows = []
     calls = {}
-    for name in (flags.model, str(run)):
-        model = load_model(name)
-        engines[name] = Engine(model.cfg, prepare_params(model.cfg, model.params), EngineConfig(1, 1024))
+    plain = make_engine(load_model(flags.model))
+    model = load_model(str(run))
+    tuned = make_engine(model)
     chat = ChatTokenizer(model.tokenizer)
 
     def tokenize(turns: Any) -> list[int]:
         return chat.prompt(turns).tolist()
 
     for way in WAYS:
-        engine = engines[str(run) if way == "fine-tuned" else flags.model]
+        engine = tuned if way == "fine-tuned" else plain
         searched = documents if way == "from documents" else None
         prompts = []
         for fact in facts:
@@ -146,9 +145,7 @@ def ask(
             prompts.append(prompt)
         sampling = SamplingParams(MAX_TOKENS, temperature=0.0, stop_token_ids={*model.eos_ids, *chat.eot_ids})
         requests = [Request(tuple(prompt), sampling) for prompt in prompts]
-        calls[way] = lambda engine=engine, requests=requests: [
-            answer(engine, [request])[0] for request in requests
-        ]
+        calls[way] = functools.partial(answer_each, engine, requests)
         texts = [model.tokenizer.decode(tokens) for tokens in calls[way]()]
         answers = [
             {"question": fact["asked"], "answer": text, "right": fact["answer"].lower() in text.lower()}
@@ -158,11 +155,11 @@ def ask(
         read = sum(map(len, prompts)) / len(prompts)
         rows.append({"name": way, "right": right, "answers": answers, "prompt_tokens": read})
     chat.close()
-    timings = measure(
-        calls,
-        rounds=flags.rounds,
-        report=lambda done, total: progress(f"round {done} of {total}", replace=True),
-    )
+
+    def report(done: int, total: int) -> None:
+        progress(f"round {done} of {total}", replace=True)
+
+    timings = measure(calls, rounds=flags.rounds, report=report)
     for row in rows:
         row["seconds"] = timings[row["name"]].median / len(facts)
     return rows, ratio(timings["from documents"], timings["fine-tuned"])

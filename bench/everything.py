@@ -58,10 +58,8 @@ MEASUREMENTS = (
     Measurement("commands", ("bench.commands",)),
     Measurement("commands-resuming", ("bench.commands", "--of", "resuming")),
 )
-LAST = (
-    "tests/transcript.py",
-    "tests/readmes.py",
-)  # what the README's commands print, and READMEs with their pictures
+# what the README's commands print, and READMEs with their pictures
+LAST = ("tests/transcript.py", "tests/readmes.py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +166,9 @@ def pool(documents: Sequence[Any]) -> Any:
     first = documents[0]
     if isinstance(first, dict):
         pooled = {key: pool([document[key] for document in documents if key in document]) for key in first}
-        rounds = [ratio for document in documents for ratio in document.get("round_ratios") or ()]
+        rounds: list[float] = []
+        for document in documents:
+            rounds += document.get("round_ratios") or ()
         if rounds:
             pooled |= median_ratio(rounds)._asdict()
             if pooled.get("bar"):

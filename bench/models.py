@@ -44,10 +44,10 @@ def random_model(name: str, cfg: ModelConfig) -> BenchModel:
         leaves = leaf_paths(init_params(cfg, key))
         for n, (path, leaf) in enumerate(leaves.items()):
             if not path.endswith("norm"):
+                scale = 0.05
                 if leaf.ndim == 2:
-                    scale = leaf.shape[1 if path == "embed" else 0] ** -0.5
-                else:
-                    scale = 0.05
+                    inputs = leaf.shape[1] if path == "embed" else leaf.shape[0]
+                    scale = inputs**-0.5
                 leaves[path] = jax.random.normal(jax.random.fold_in(key, n), leaf.shape, jnp.float32) * scale
         return unflatten(leaves)
 
@@ -94,7 +94,8 @@ def find_model(preset_name: str, name: str | None, on_config: Callable[[ModelCon
     """
     if name:
         return load(name, on_config=on_config)
-    on_config(cfg := preset(preset_name))
+    cfg = preset(preset_name)
+    on_config(cfg)
     return random_model(preset_name, cfg)
 
 

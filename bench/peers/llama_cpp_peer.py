@@ -25,13 +25,11 @@ def make(spec: dict[str, Any]) -> Run:
 
     new = spec["new"]
     ends = spec.get("ends", ())
-    if ends:
-        groups = [[prompt] for prompt in spec["prompts"]]
-    else:
-        groups = [spec["prompts"]]
+    groups = [[prompt] for prompt in spec["prompts"]] if ends else [spec["prompts"]]
     rows = len(groups[0])
     longest = max(map(len, spec["prompts"]))
-    quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+    log_type = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+    quiet = log_type(lambda *_: None)
     llama.llama_log_set(quiet, None)
     llama.llama_backend_init()
     settings = llama.llama_model_default_params()
@@ -87,12 +85,15 @@ def make(spec: dict[str, Any]) -> Run:
         return prefilled - begin, time.perf_counter() - prefilled, output
 
     def run() -> dict[str, Any]:
-        prefills, decodes, outputs = zip(*map(run_group, groups))
-        return {
-            "prefill": sum(prefills),
-            "decode": sum(decodes),
-            "tokens": [tokens for output in outputs for tokens in output],
-        }
+        prefill = 0.0
+        decode = 0.0
+        tokens: list[list[int]] = []
+        for prompts in groups:
+            prefill_seconds, decode_seconds, output = run_group(prompts)
+            prefill += prefill_seconds
+            decode += decode_seconds
+            tokens += output
+        return {"prefill": prefill, "decode": decode, "tokens": tokens}
 
     return run
 

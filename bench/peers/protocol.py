@@ -26,7 +26,10 @@ def serve_jobs(needs: list[str], make: Callable[[dict[str, Any]], Run]) -> None:
     # Libraries print to standard output; the answers have a descriptor of their own.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    say = lambda reply: print(json.dumps(reply), file=answers, flush=True)
+
+    def say(reply: dict[str, Any]) -> None:
+        print(json.dumps(reply), file=answers, flush=True)
+
     versions = {}
     for name in needs:
         try:

@@ -22,11 +22,15 @@ def make(spec: dict[str, Any]) -> Run:
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
     torch.set_num_threads(spec["threads"])
-    load = lambda: AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
+
     # A trainer wants a tokenizer and a data set. It has these, and its collator then gets our
     # tokens.
     words = models.WordLevel({"a": 0, "b": 1, "<pad>": 2, "</s>": 3, "<unk>": 4}, unk_token="<unk>")
-    (inner := Tokenizer(words)).pre_tokenizer = pre_tokenizers.Whitespace()
+    inner = Tokenizer(words)
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
@@ -52,10 +56,7 @@ def make(spec: dict[str, Any]) -> Run:
         gradient_checkpointing=False,
         **options,
     )
-    if spec["objective"] in ("dpo", "kto"):
-        reference = {"ref_model": load()}
-    else:
-        reference = {}
+    reference = {"ref_model": load()} if spec["objective"] in ("dpo", "kto") else {}
     data = Dataset.from_list([row] * 4)
     trainer = trainer_type(load(), args=config, train_dataset=data, processing_class=tokenizer, **reference)
     model = trainer.model.train()

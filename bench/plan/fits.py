@@ -99,7 +99,10 @@ def predict_efficiency(hardware: str, runs: Sequence[Any] | None = None, year: f
     runs = tuple(runs or clean_runs())
     own = chip(hardware)
     weights, left_out = _fit(runs)
-    count = lambda table: sum(chip(row.hardware) == own for row in table)
+
+    def count(table: Sequence[Any]) -> int:
+        return sum(chip(row.hardware) == own for row in table)
+
     base = weights["base"] + weights.get(own, 0.0)
     newest = max(
         (run.year for run in runs if chip(run.hardware) == own), default=max(run.year for run in runs)

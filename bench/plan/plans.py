@@ -32,7 +32,7 @@ from engine.planning.formulas import (
 # LLaMA on A100, 400 and a tenth for the building (2302.13971, table 15).
 POWER = (0.89, 1.10)
 _SCALES = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
-# of the formula, with and without recomputation: the bounds that hold published peaks
+# Shares of the formula, with and without recomputation, between which published peaks lie.
 MEMORY = (0.9, 1.1)
 ADAPTER_BOUND = 0.3  # within which published times of LoRA over those of full fine-tuning lie
 # bits of a weight, and of the KV cache
@@ -82,8 +82,12 @@ def cells(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     its origin.
     """
     for name, line in document["answer"].items():
-        low, middle, high = (write(line[bound], line["unit"]) for bound in ("low", "middle", "high"))
-        yield name, middle, "" if low == high else f"{low} to {high}", line["origin"]
+        unit = line["unit"]
+        middle = write(line["middle"], unit)
+        low = write(line["low"], unit)
+        high = write(line["high"], unit)
+        bounds = "" if low == high else f"{low} to {high}"
+        yield name, middle, bounds, line["origin"]
 
 
 def interval(bounds: Iterable[float], unit: str, origin: str) -> Interval:
@@ -99,18 +103,17 @@ def around(middle: float, spread: float, unit: str, origin: str) -> Interval:
 def costs(hours: Interval, d: Any) -> dict[str, Interval]:
     """Returns dollars and energy of device-hours, where the device has a price and watts."""
     lines = {}
-    for name, unit, low, high, origin in (
-        ("dollars", "dollars", d.low, d.high, f"${d.low:g} to ${d.high:g} a device-hour: {d.price}"),
-        (
-            "energy",
-            "kWh",
-            *(share * d.watts / 1000 for share in POWER),
-            f"{d.watts:g} W, of which runs draw 89% to 110%",
-        ),
-    ):
-        if high:
-            factors = (low, math.sqrt(low * high), high)
-            lines[name] = interval(map(operator.mul, hours[:3], factors), unit, origin)
+    if d.high:
+        prices = (d.low, math.sqrt(d.low * d.high), d.high)
+        dollars = map(operator.mul, hours[:3], prices)
+        origin = f"${d.low:g} to ${d.high:g} a device-hour: {d.price}"
+        lines["dollars"] = interval(dollars, unit="dollars", origin=origin)
+    if d.watts:
+        low, high = (share * d.watts / 1000 for share in POWER)
+        kilowatts = (low, math.sqrt(low * high), high)
+        energy = map(operator.mul, hours[:3], kilowatts)
+        origin = f"{d.watts:g} W, of which runs draw 89% to 110%"
+        lines["energy"] = interval(energy, unit="kWh", origin=origin)
     return lines
 
 
@@ -138,7 +141,8 @@ def write(value: float, unit: str) -> str:
         case "hours" | "kWh":
             return f"{significant(value)} {unit}"
         case _:
-            return f"{in_words(value) if value >= 1000 else f'{value:.3g}'} {unit}"
+            number = in_words(value) if value >= 1000 else f"{value:.3g}"
+            return f"{number} {unit}"
 
 
 def amount(flag: str, text: str | None) -> float:
@@ -163,10 +167,11 @@ def amount(flag: str, text: str | None) -> float:
 def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices: int) -> PlannedAnswer:
     """Returns the answer for a model and method m on so many devices d."""
     sampling = 0.0
-    if method == "rl":  # answers of three quarters of a text
-        sampling = (
-            devices / serving(m, d, 16, 16, devices, SLOTS, m.context / 4, 3 * m.context / 4, 0)["tokens"]
-        )
+    if method == "rl":
+        prompt = m.context / 4
+        completion = 3 * prompt  # answers are three quarters of a text
+        served = serving(m, d, 16, 16, devices, SLOTS, prompt, completion, 0)
+        sampling = devices / served["tokens"]
     result = training(m, d, tokens, devices, sampling)
     spread = d.spread
     origin = d.origin
@@ -195,10 +200,9 @@ def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices
         ),
         **costs(hours, d),
     }
+    notes = []
     if result["recompute"]:
-        notes = ["activations are computed a second time, for they would not fit"]
-    else:
-        notes = []
+        notes.append("activations are computed a second time, for they would not fit")
     sizes = [run.params for run in clean_runs()]
     if d.name != HERE and not min(sizes) <= m.params <= max(sizes):
         notes.append(
@@ -290,7 +294,10 @@ def plan_serving(
         "launching": f"launching kernels, because only {loaded['batch']:g} requests run at once",
     }
     slowest = max(parts, key=loaded.__getitem__)
-    question = f"{name} in {precision}: {requests:g} requests a second of {prompt:g} + {answer:g} tokens, {devices} x {d.name}"
+    question = (
+        f"{name} in {precision}: {requests:g} requests a second "
+        f"of {prompt:g} + {answer:g} tokens, {devices} x {d.name}"
+    )
     share = loaded[slowest] / loaded["token_seconds"]
     return PlannedAnswer(question, lines, f"{share:.0%} of the time goes into {parts[slowest]}")
 
@@ -310,9 +317,9 @@ def plan_budget(d: Any, devices: int, dollars: float | None, days: float) -> Pla
         spread = spread + math.log(d.high / d.low) / 2
         origin = f"{origin}; ${d.low:g} to ${d.high:g} an hour"
         budget = money(dollars)
-    (low, least), (flops, params), (high, most) = (
-        _best(hours * math.exp(sign * spread), d, devices) for sign in (-1, 0, 1)
-    )
+    low, least = _best(hours * math.exp(-spread), d, devices)
+    flops, params = _best(hours, d, devices)
+    high, most = _best(hours * math.exp(spread), d, devices)
     rule = [math.sqrt(each / 6 / RULE) for each in (low, flops, high)]
     laws = "Besiroglu 2024 to Hoffmann 2022"
     lines = {
@@ -385,9 +392,8 @@ def plan_break_even(
                 bounds, "requests", "what it costs over that of a request"
             )
     method = next(iter(investments))
-    computed, cached = (
-        lines[f"{method} pays after, {words} a prefix cache"] for words in ("without", "with")
-    )
+    computed = lines[f"{method} pays after, without a prefix cache"]
+    cached = lines[f"{method} pays after, with a prefix cache"]
     note = (
         f"Both cost the same at {in_words(computed.middle)} requests ({in_words(cached.middle)} cached). "
         f"By the bounds: put the {extra:,.0f} tokens into the prompt "

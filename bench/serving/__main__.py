@@ -86,12 +86,9 @@ async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
             "beside streams without; idle slots"
         )
         kept = await asyncio.to_thread(measure.compare_with_grammars, engine, tokenizer, rounds)
-        others = (measure.compare_with_adapters, measure.compare_with_one_slot)
-        document["rows"] = [
-            row,
-            *kept,
-            *[await asyncio.to_thread(compare, engine, rounds) for compare in others],
-        ]
+        document["rows"] = [row, *kept]
+        for compare in (measure.compare_with_adapters, measure.compare_with_one_slot):
+            document["rows"].append(await asyncio.to_thread(compare, engine, rounds))
         document["scored"] = await measure.scored_per_second(server, rounds)
         progress("saturated with a mix of requests, and latency at shares of that load")
         peak, tokens = await measure.saturated_throughput(server, slots, slots * (4 if quick else 8))

@@ -40,6 +40,11 @@ class Response:
     def seconds(self) -> float:
         return self.ended_at - self.sent_at
 
+    def add(self, data: bytes) -> None:
+        """Adds what has arrived of the body, at this moment."""
+        self.body += data
+        self.arrivals.append((clock(), len(self.body)))
+
     def json(self) -> Any:
         return json.loads(self.body)
 
@@ -93,10 +98,7 @@ class Client:
         data = b""
         fields = {"host": f"{HOST}:{self.port}"}
         if body is not None:
-            if isinstance(body, bytes):
-                data = body
-            else:
-                data = json.dumps(body).encode()
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
             fields |= {"content-type": "application/json", "content-length": str(len(data))}
         fields |= {name.lower(): value for name, value in headers.items()}
         lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
@@ -133,9 +135,9 @@ class Client:
                 head = await reader.readuntil(b"\r\n\r\n")
             first, *lines = head[:-4].decode("latin-1").split("\r\n")
             response.status = int(first.removeprefix("HTTP/1.1 ")[:3])
-            response.headers = {
-                name.lower(): value.strip() for name, value in (line.split(":", 1) for line in lines)
-            }
+            for line in lines:
+                name, value = line.split(":", 1)
+                response.headers[name.lower()] = value.strip()
             if not data.startswith(b"HEAD "):
                 await self._receive_body(response, reader)
         except BaseException:
@@ -147,42 +149,32 @@ class Client:
             self._idle.append((reader, writer))
 
     async def _receive_body(self, response: Response, reader: asyncio.StreamReader) -> None:
-        is_chunked = "transfer-encoding" in response.headers
-        if is_chunked:
-            size = 0
-        else:
+        if "transfer-encoding" not in response.headers:
             size = int(response.headers["content-length"])
-        while True:
-            if is_chunked and not size:
-                size = int(await reader.readuntil(), 16)
-            if not size:
-                break
-            response.body += await reader.readexactly(size)
-            response.arrivals.append((clock(), len(response.body)))
-            if is_chunked:
-                size = len(await reader.readexactly(2)) - 2
-            else:
-                size = 0
-        if is_chunked:
+            if size:
+                response.add(await reader.readexactly(size))
+            return
+        size = int(await reader.readuntil(), 16)
+        while size:
+            response.add(await reader.readexactly(size))
             await reader.readexactly(2)
+            size = int(await reader.readuntil(), 16)
+        await reader.readexactly(2)
 
 
 def completion_request(prompt: str | list[int], max_tokens: int, **fields: Any) -> Json:
     """Returns the body of a /v1/completions, streamed and greedy unless `fields` say otherwise."""
-    body = {
-        "model": "default",
-        "prompt": prompt,
-        "max_tokens": max_tokens,
-        "temperature": 0,
-        "stream": True,
-    } | fields
-    return ({"stream_options": {"include_usage": True}} if body["stream"] else {}) | body
+    body: Json = {"model": "default", "prompt": prompt, "max_tokens": max_tokens}
+    body |= {"temperature": 0, "stream": True}
+    body |= fields
+    if body["stream"]:
+        body.setdefault("stream_options", {"include_usage": True})
+    return body
 
 
 async def send(client: Client, body: Json, **options: Any) -> Response:
-    return await client.post(
-        "/v1/chat/completions" if "messages" in body else "/v1/completions", body, **options
-    )
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    return await client.post(path, body, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,8 +215,7 @@ def read_completion(response: Response) -> Completion:
     if response.error or response.status != 200:
         why = response.error or _error_message(response)
         return Completion(response.status, "", 0, 0, None, math.nan, response.seconds, error=why)
-    is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
-    if is_stream:
+    if response.headers.get("content-type", "").startswith("text/event-stream"):
         events = response.events()
     else:
         events = [(response.ended_at, response.json())]
@@ -242,11 +233,8 @@ def read_completion(response: Response) -> Completion:
             message = choice.get("delta", choice.get("message", {}))
             text = choice.get("text") or message.get("content")
             values = choice.get("logprobs") or {}
-            logprobs += (
-                [entry["logprob"] for entry in values.get("content") or ()]
-                or values.get("token_logprobs")
-                or ()
-            )
+            of_chat = [entry["logprob"] for entry in values.get("content") or ()]
+            logprobs += of_chat or values.get("token_logprobs") or ()
             finish_reason = choice.get("finish_reason") or finish_reason
             if text:
                 full_text += text

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -55,7 +55,8 @@ FORWARD = "evaluation forward"  # the row of all ratios
 READING = "chunked prefill into a slot"  # the row that reads the prompt of a request
 # the pre-training step with it, which is no row of the table
 CHECKPOINTED = "gradient checkpointing"
-DRAWN = (  # the rows whose memory is drawn
+# the rows whose memory is drawn
+DRAWN = (
     "pre-training step",
     "bottom half frozen",
     f"LoRA rank {ADAPTER.rank} on q and v",
@@ -164,7 +165,7 @@ def stage_table(
         after=model_state(cfg, frozen, data),
         int8_error=logits_error(cfg, frozen, int8, data),
     )
-    return {
+    document = {
         "machine": {name: getattr(ceilings, name) for name in ("device", "cores", "jax", "backend")},
         "model": {
             "name": model.name,
@@ -183,8 +184,11 @@ def stage_table(
         "rounds": rounds,
         "seconds": clock() - begin,
         "noise": describe_noise({name: timings[name] for name in rows}),
-        **({"learning": learning, **_pictures(cfg, model.params, rows, data)} if pictures else {}),
     }
+    if pictures:
+        document["learning"] = learning
+        document |= _pictures(cfg, model.params, rows, data)
+    return document
 
 
 def _pictures(cfg: ModelConfig, params: Any, rows: dict[str, Row], batch: Batch) -> dict[str, Any]:
@@ -294,10 +298,13 @@ def row_document(
     if row.utilisation_of == "MFU":
         used = per_token(flops.total) / seconds / ceilings.peak_flops(row.dtype)
     by_layer = [layer.by_pass for layer in row.layers]
-    if row.stage == "decode":
-        asked = request_timing(timings[READING], timing).median
-    else:
-        asked = None
+    asked = request_timing(timings[READING], timing).median if row.stage == "decode" else None
+    interval = None
+    round_ratios: Sequence[float] = ()
+    if row is not forward:
+        round_ratios = times.round_ratios
+        if times.low is not None:
+            interval = [times.low, times.high]
     counted = {
         "formula": flops.total,
         "walker": row.walker and row.walker.matmul,
@@ -322,8 +329,8 @@ def row_document(
         "seconds_per_token": seconds,
         "spread": timing.spread,
         "time_ratio_to_forward": times.ratio,
-        "time_ratio_interval": None if row is forward or times.low is None else [times.low, times.high],
-        "round_ratios": [] if row is forward else times.round_ratios,
+        "time_ratio_interval": interval,
+        "round_ratios": round_ratios,
         "peak_bytes": row.peak_bytes,
         "predicted_peak_bytes": row.predicted_bytes,
         "bytes_per_token": per_token(row.traffic),

@@ -77,6 +77,12 @@ def write_pictures(folder: Path, document: Json) -> None:
     """Writes `folder`/stages.svg and passes.svg, each whole or not at all. They follow the reader's
     light or dark theme.
     """
+
+    def write_number(value: Any) -> Any:
+        if isinstance(value, float):
+            return f"{value:.2f}".rstrip("0").rstrip(".")
+        return value
+
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGE),
         autoescape=True,
@@ -84,7 +90,7 @@ def write_pictures(folder: Path, document: Json) -> None:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=jinja2.ChainableUndefined,
-        finalize=lambda value: f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value,
+        finalize=write_number,
     )
     templates.filters |= {"times": format.times, "si": format.si}
     for name in ("stages.svg", "passes.svg"):

@@ -56,9 +56,8 @@ def make_way(
     rows, tokens = batch.tokens.shape
     flops = train_flops(cfg, tokens, attention="full", trainable=paths).total * rows * tokens
     tx = make_optimizer(OptimizerConfig(kind=kind))
-    return Way(
-        TrainingStep(cfg, tx, new_state(tx, trainable), frozen, batch, compiler_options=options), flops
-    )
+    step = TrainingStep(cfg, tx, new_state(tx, trainable), frozen, batch, compiler_options=options)
+    return Way(step, flops)
 
 
 def optimizer_ways(inputs: StepInputs) -> dict[str, Way]:
@@ -72,15 +71,14 @@ def finetuning_ways(model: BenchModel, rows: int, tokens: int, rank: int) -> dic
     """
     cfg = model.cfg
     params = model.params
-    data = next_token_batch(tokens_for(model, rows, tokens + 1))._replace(
-        segments=jnp.ones((rows, tokens), jnp.int32)
-    )
+    batch = next_token_batch(tokens_for(model, rows, tokens + 1))
+    data = batch._replace(segments=jnp.ones((rows, tokens), jnp.int32))
 
     def make(trainable: Any, frozen: Any, paths: TrainablePaths, **options: Any) -> Any:
         return make_way(cfg, trainable, frozen, data, paths, **options)
 
     frozen = cast_matrices(params, cfg.dtype)
-    (upper, _) = select_trainable(cfg, freeze=[f"bottom:{max(cfg.layers // 2, 1)}"])
+    upper, _ = select_trainable(cfg, freeze=[f"bottom:{max(cfg.layers // 2, 1)}"])
     queries = LoraConfig(rank, targets=("q", "v"))
     every = LoraConfig(rank)
     pairs = functools.partial(init_lora, cfg, jax.random.key(0))
@@ -100,9 +98,8 @@ def measure_ways(name: str, ways: Mapping[str, Way], tokens: int, dtype: str, ro
     """
     progress(f"measuring {name} ...")
     multiply, product_flops = square_product(dtype)
-    timings = measure(
-        {"product": multiply} | {way: each.step for way, each in ways.items()}, rounds=rounds, warmups=2
-    )
+    calls = {"product": multiply} | {way: each.step for way, each in ways.items()}
+    timings = measure(calls, rounds=rounds, warmups=2)
     first = next(iter(ways))
     ceiling = product_flops / timings["product"].median / 1e9
     rows = []
@@ -194,13 +191,13 @@ def measure_saving(
         def report(done: int, total: int) -> None:
             progress(f"round {done} of {total}")
 
-        timings = measure(
-            {"alone": alone, "beside": beside}, rounds=rounds, warmups=0, report=report, seconds_of=float
-        )
-    times = list(zip(timings["alone"].seconds, timings["beside"].seconds, counts))
-    slowed = [(beside - alone) * count for alone, beside, count in times]
+        calls = {"alone": alone, "beside": beside}
+        timings = measure(calls, rounds=rounds, warmups=0, report=report, seconds_of=float)
+    seconds_alone = timings["alone"].seconds
+    seconds_beside = timings["beside"].seconds
+    slowed = [(slow - fast) * count for slow, fast, count in zip(seconds_beside, seconds_alone, counts)]
     rows = {
-        "step": [alone for alone, *_ in times],
+        "step": list(seconds_alone),
         "stopped": stopped,
         "slowed": slowed,
         "written after": written,
