@@ -103,6 +103,9 @@ def print_summary(document: Json) -> None:
     print(f"SHA-256 before {answer['before']}\n        after  {answer['after']}")
 
 
+def write_lives(source: Path, _: Json) -> Path:
+    return write_page(source, "lives.html")
+
+
 if __name__ == "__main__":
-    write_pages = lambda source, _: write_page(source, "lives.html")
-    sys.exit(run_bench("bench.lives", __doc__, LivesFlags, measure_lives, write_pages=write_pages))
+    sys.exit(run_bench("bench.lives", __doc__, LivesFlags, measure_lives, write_pages=write_lives))

@@ -76,8 +76,7 @@ class Row:
     peak_bytes: int | None  # that the compiled program needs, by XLA
     predicted_bytes: int  # the same, by formula
     traffic: int  # bytes that it must read and write
-    # of a training step: the formula of each block, and last of the head
-    layers: Sequence[Flops] = ()
+    layers: Sequence[Flops] = ()  # of a training step: the formula of each block, and last of the head
     program: Any = None  # compiled; None for NumPy
     walker: JaxprCost | None = None
     update: int = 0  # operations outside the gradient: clipping, the optimizer, the guard
@@ -157,18 +156,13 @@ def training_kinds(cfg: ModelConfig) -> list[TrainingKind]:
     last = TrainablePaths(
         frozenset(path for path in every.weights if path.startswith(f"blocks/{cfg.layers - 1}/"))
     )
-    halves = {
-        f"{end} half frozen": select_trainable(cfg, freeze=[f"{end}:{half}"])[0]
-        for end in ("bottom", "top")
-        if half
-    }
-    fine_tuning = {
-        "full fine-tuning": every,
-        **halves,
-        **({"last layer": last} if half else {}),
-        "head only": select_trainable(cfg, train=["head"])[0],
-        f"LoRA rank {ADAPTER.rank} on q and v": lora,
-    }
+    fine_tuning = {"full fine-tuning": every}
+    if half:
+        for end in ("bottom", "top"):
+            fine_tuning[f"{end} half frozen"], _ = select_trainable(cfg, freeze=[f"{end}:{half}"])
+        fine_tuning["last layer"] = last
+    fine_tuning["head only"], _ = select_trainable(cfg, train=["head"])
+    fine_tuning[f"LoRA rank {ADAPTER.rank} on q and v"] = lora
     return [
         TrainingKind("pre-training step", "training", every),
         *(TrainingKind(name, "fine-tuning", paths) for name, paths in fine_tuning.items()),
@@ -199,15 +193,15 @@ def training_row(
     objective: Objective = NEXT_TOKEN
     if kind.preference:
         objective = preference_objective("dpo", 0.1)
-        chosen, rejected = (jax.tree.map(lambda x, part=part: x[part::2], batch) for part in (0, 1))
+        chosen = jax.tree.map(lambda x: x[0::2], batch)
+        rejected = jax.tree.map(lambda x: x[1::2], batch)
         pairs = Preferences(chosen, rejected)
         data = pairs._replace(reference=pair_logprobs(cfg, frozen, pairs))
     step = TrainingStep(cfg, tx, new_state(tx, trainable), frozen, data, objective=objective)
     program = functools.partial(train_step, cfg, tx, objective=objective)
     cost = cost_of(step.lowered, step.program, program, step.state, *step.arguments)
-    walker = jaxpr_cost(
-        functools.partial(loss_and_gradient, cfg, objective=objective), trainable, frozen, data
-    )
+    gradient = functools.partial(loss_and_gradient, cfg, objective=objective)
+    walker = jaxpr_cost(gradient, trainable, frozen, data)
     update = cost["walker"].elementwise - walker.elementwise
     loss_chunk = None
     if cfg.head_path in trainable and 4 * B * T * cfg.vocab > LOGITS_LIMIT:  # a frozen head goes by rows
@@ -239,10 +233,14 @@ def evaluation_row(cfg: ModelConfig, params: Any, batch: Batch) -> Row:
     """Returns the row that scores a batch: the forward pass of all ratios."""
     B, T = batch.tokens.shape
     program, cost = compile_program(score, (cfg,), params, batch)
+
+    def run() -> Any:
+        return program(params, batch)
+
     return Row(
         "evaluation forward",
         "inference",
-        lambda: program(params, batch),
+        run,
         lambda: params,
         tokens=B * T,
         formula=forward_flops(cfg, T, attention=QUERY_BLOCK) * (B * T),
@@ -337,11 +335,17 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
 
     cached = [read_chunk(cache, slot, start, size) for start in starts]
     whole = np.int32(size)
-    program, cost = compile_program(write_chunk, (), cache, cached[0], slot, starts[0], whole, calls=chunks)
+    write_program, cost = compile_program(
+        write_chunk, (), cache, cached[0], slot, starts[0], whole, calls=chunks
+    )
+
+    def write(cache: Any, piece: Any, slot: Any, start: Any) -> Any:
+        return write_program(cache, piece, slot, start, whole)
+
     yield Row(
         "prefix-cache hit",
         "inference",
-        in_turn(lambda *call: program(*call, whole), cached),
+        in_turn(write, cached),
         lambda: params,
         tokens=T,
         formula=Flops({}),
@@ -363,8 +367,12 @@ def decode_row(
     """
     rows = max(requests, MIN_ROWS if ops().pads_lone_row else 1)
     empty = make_cache(cfg, rows, length + STEPS)
+
+    def random_like(x: Any) -> Any:
+        return jax.random.normal(jax.random.key(0), x.shape).astype(x.dtype)
+
     # Random numbers in its places, as other requests leave them.
-    cache = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape).astype(x.dtype), empty)
+    cache = jax.tree.map(random_like, empty)
     sampling = jax.device_put(sampling_arrays(SamplingParams(temperature=0.0).per_row(rows)))
     token = jnp.zeros((rows,), jnp.int32)
     capacity = cache.k[0].shape[2]
@@ -376,14 +384,14 @@ def decode_row(
         tokens, cache = program(params, token, fresh, sampling)
         return tokens
 
+    int16 = int16_activation_matrices(params)
     return Row(
         name,
         "decode",
         run,
         lambda: params,
         tokens=requests * STEPS,
-        formula=decode_program_flops(cfg, rows, capacity, int16_activations=int16_activation_matrices(params))
-        * STEPS,
+        formula=decode_program_flops(cfg, rows, capacity, int16_activations=int16) * STEPS,
         slots=requests,
         series=weights and f"{weights} weights",
         dtype=weights or cfg.dtype,
@@ -396,12 +404,11 @@ def int16_activation_matrices(params: Any) -> set[str]:
     """Returns the names of the Int8 matrices whose activations are 16 bits wide, multiplied as two
     int8 digits.
     """
-    leaves = leaf_paths(params).items()
-    return {
-        path.rpartition("/")[2]
-        for path, leaf in leaves
-        if isinstance(leaf, Int8) and leaf.activations == "int16"
-    }
+    names = set()
+    for path, leaf in leaf_paths(params).items():
+        if isinstance(leaf, Int8) and leaf.activations == "int16":
+            names.add(path.rpartition("/")[2])
+    return names
 
 
 def uncached_decode(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Any:
@@ -414,7 +421,7 @@ def uncached_decode(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Any:
 
     rows = jnp.asarray(tokens)[None]
     program = jax.jit(next_token).lower(params, rows).compile()
-    return lambda: program(params, rows)
+    return functools.partial(program, params, rows)
 
 
 def _predicted(
@@ -452,6 +459,9 @@ def by_hand_rows(cfg: ModelConfig, params: Any, batch: Batch) -> list[Row]:
         trained, moments = adamw.step(optimizer, trained, gradient, moments)
         return loss
 
+    def forward() -> Any:
+        return by_hand.forward(plain, weights, tokens)
+
     def row(name: str, run: Callable[[], Any], weights: Callable[[], Any], held: int, **cost: Any) -> Row:
         cost["formula"] *= B * T
         return Row(
@@ -468,7 +478,7 @@ def by_hand_rows(cfg: ModelConfig, params: Any, batch: Batch) -> list[Row]:
     return [
         row(
             "forward",
-            lambda: by_hand.forward(plain, weights, tokens),
+            forward,
             lambda: weights,
             inference.params,
             formula=forward_flops(plain, T, attention="full"),
