@@ -51,7 +51,8 @@ INDEPENDENT = (
     "The king is well.\n\nROMEO:\n",
 )
 ROUNDS = 20
-ROWS = {  # of the stage table: the one that computes as a life does, and its passes
+# the row of the stage table that computes as a life does, and its passes
+ROWS = {
     "train": ("pre-training step", "forward and backward"),
     "frozen": ("bottom half frozen", "forward, and backward to the middle"),
     "lora": (f"LoRA rank {ADAPTER.rank} on q and v", "forward, and backward to the adapters"),

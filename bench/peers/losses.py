@@ -30,8 +30,8 @@ from engine.training.preference import (
 from engine.training.step import NEXT_TOKEN, init_state, train_step
 
 STEPS = 20
-ROWS = 4
-TOKENS = 96  # TOKENS of a row at most
+ROWS = 4  # of a step
+TOKENS = 96  # of a row at most
 MOST_APART = 1e-4  # nats, at any step
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup=0.0, beta2=0.99, weight_decay=0.0)
 CONFIG = ModelConfig(

@@ -23,8 +23,8 @@ from engine.storage.digest import digest
 from engine.text.batch import Batch
 from engine.training.step import loss_and_gradient
 
-SLOTS = 8
-NEW = 32  # of the server; tokens of each answer
+SLOTS = 8  # of the server
+NEW = 32  # tokens of each answer
 ROWS = 4
 TOKENS = 256
 # Relative to the largest number of each array. In bfloat16 they are sums of many roundings, in

@@ -25,7 +25,8 @@ SHAPES = {
     "training": ("4x256x256x16", "6x384x256x16", "8x768x256x8"),
     "finetuning": ("6x512x256x8",),
 }
-USED = {  # the flags of each measurement
+# the flags of each measurement
+USED = {
     "training": ("shapes", "dtype", "allocator", "rounds"),
     "finetuning": ("shapes", "model", "context", "batch", "rank", "rounds"),
     "saving": ("preset", "interval", "batch", "context", "steps", "rounds"),
