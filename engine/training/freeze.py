@@ -32,8 +32,8 @@ def select_trainable(
     trainable = trainable.difference(*(matches[rule] for rule in freeze))
     if not trainable:
         raise UserError(
-            f"Nothing is left to train: {' '.join(freeze)} names all that would be trained. Freeze "
-            "less of it."
+            f"Nothing is left to train: {' '.join(freeze)} names all that would be trained. "
+            "Freeze less of it."
         )
     return TrainablePaths(frozenset(trainable)), matches
 

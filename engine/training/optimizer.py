@@ -76,8 +76,8 @@ class OptimizerConfig:
                 raise UserError(f"{name} must lie between 0 and {most:g}, not {value!r}.")
         if self.clip == 0:
             raise UserError(
-                "clip must be above 0: a gradient clipped to norm 0 teaches nothing. Give inf for "
-                "no clipping."
+                "clip must be above 0: a gradient clipped to norm 0 teaches nothing. "
+                "Give inf for no clipping."
             )
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise UserError(f"warmup {self.warmup} and decay {self.decay} together are longer than the run.")
@@ -186,11 +186,8 @@ STEPS = (
     (2.3809, -1.7701, 0.4200),
 )
 SECOND_BEGINS = 1.936  # the largest that the first makes of [0, 1]
-NEARLY_SQUARE = (
-    # long over short side: below, the matrix itself is stepped, which costs as little and is more
-    # exact
-    1.5
-)
+# long over short side: below, the matrix itself is stepped, which costs as little and is more exact
+NEARLY_SQUARE = 1.5
 
 
 def orthogonalize() -> optax.GradientTransformationExtraArgs:
@@ -203,9 +200,8 @@ def orthogonalize() -> optax.GradientTransformationExtraArgs:
     def update(
         updates: Any, state: Any, params: Any = None, *, dtype: DTypeLike = "float32", **_: Any
     ) -> tuple[Any, Any]:
-        traced_once = jax.jit(
-            lambda matrix: orthogonal(matrix, dtype), inline=True
-        )  # for the matrices of a shape
+        # for the matrices of a shape
+        traced_once = jax.jit(lambda matrix: orthogonal(matrix, dtype), inline=True)
         return layout.map_whole_matrices(traced_once, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

@@ -53,8 +53,8 @@ def preference_batch(
     `logprobs` (pairs, 2): those of both their answers by the reference.
     """
     rows = [pairs[at] if at < len(pairs) else None for at in index]
-    answer = example_rows([row and row.answer for row in rows], seq)
-    other = example_rows([row and row.other for row in rows], seq)
+    answer = example_rows([row.answer if row else None for row in rows], seq)
+    other = example_rows([row.other if row else None for row in rows], seq)
     value = np.array([row.value if row else 0 for row in rows], np.float32)
     return Preferences(answer, other, logprobs[np.minimum(index, len(pairs) - 1)], value)
 
@@ -67,6 +67,15 @@ class AnswerLogProbs(NamedTuple):
     rejected: Array
     chosen_mean: Array
     rejected_mean: Array
+
+
+class RatedLogProbs(NamedTuple):
+    """The log-probabilities by one model of B `answer`s and of their `other`s, (B,) float32 nats
+    each, summed over tokens. The latter are without a gradient.
+    """
+
+    answer: Array
+    other: Array
 
 
 def answer_logprobs(
@@ -88,8 +97,9 @@ def pair_logprobs(cfg: ModelConfig, params: Params, pairs: Preferences) -> Array
 
 
 def _dpo(logprobs: AnswerLogProbs, pairs: Preferences, beta: float) -> Array:
-    """-log sigmoid(beta (margin - reference)) (Rafailov et al. 2023, 2305.18290, equation 7): ln 2
-    at the reference."""
+    """-log sigmoid(beta (margin - reference)), ln 2 at the reference
+    (Rafailov et al. 2023, 2305.18290, equation 7).
+    """
     margin = pairs.reference[:, 0] - pairs.reference[:, 1]
     return -jax.nn.log_sigmoid(beta * (logprobs.chosen - logprobs.rejected - margin))
 
@@ -112,23 +122,23 @@ def _orpo(logprobs: AnswerLogProbs, _: Preferences, beta: float) -> Array:
 
 
 def _simpo(logprobs: AnswerLogProbs, _: Preferences, beta: float) -> Array:
-    """-log sigmoid(beta (mean log p(chosen) - mean log p(rejected)) - gamma) (Meng et al. 2024,
-    2405.14734, equation 6).
+    """-log sigmoid(beta (mean log p(chosen) - mean log p(rejected)) - gamma)
+    (Meng et al. 2024, 2405.14734, equation 6).
 
     gamma is SIMPO_MARGIN times beta, the ratio that the paper found to do well.
     """
     return -jax.nn.log_sigmoid(beta * (logprobs.chosen_mean - logprobs.rejected_mean - SIMPO_MARGIN))
 
 
-def _kto(logprobs: Sequence[Array], answers: Preferences, beta: float) -> Array:
-    """|value| sigmoid(-/+ beta (log p / reference - KL)), - for a good answer (Ethayarajh et al.
-    2024, 2402.01306, equation 8).
+def _kto(logprobs: RatedLogProbs, answers: Preferences, beta: float) -> Array:
+    """|value| sigmoid(-/+ beta (log p / reference - KL)), - for a good answer
+    (Ethayarajh et al. 2024, 2402.01306, equation 8).
 
     KL, at least 0, is the mean of the batch's mismatched answers' log p / reference, through which
     no gradient goes.
     """
-    log_ratio = logprobs[0] - answers.reference[:, 0]
-    mismatched = logprobs[1] - answers.reference[:, 1]
+    log_ratio = logprobs.answer - answers.reference[:, 0]
+    mismatched = logprobs.other - answers.reference[:, 1]
     value = answers.value
     counts = value != 0
     kl = jnp.maximum(0, jnp.where(counts, mismatched, 0).sum() / jnp.maximum(counts.sum(), 1))
@@ -140,8 +150,7 @@ class PreferenceLoss(NamedTuple):
     paper's own beta.
 
     `has_reference`: whether it compares with a reference. `is_rating`: whether it rates single
-    answers, as KTO, which has the log-probabilities of `answer` and `other`, (B,) each, the latter
-    without a gradient.
+    answers, as KTO, by RatedLogProbs in place of AnswerLogProbs.
     """
 
     of_rows: Callable[..., Array]
@@ -173,9 +182,10 @@ def preference_objective(name: str = "dpo", beta: float | None = None) -> Object
 
     def summed(cfg: ModelConfig, params: Params, pairs: Preferences, head_trains: bool = True) -> Array:
         if loss.is_rating:
-            sides = (params, pairs.answer), (jax.lax.stop_gradient(params), pairs.other)
-            losses = [target_losses(cfg, weights, side, head_trains) for weights, side in sides]
-            logprobs: Sequence[Array] = [-each.sum(-1) for each in losses]
+            fixed = jax.lax.stop_gradient(params)
+            answer = target_losses(cfg, params, pairs.answer, head_trains)
+            other = target_losses(cfg, fixed, pairs.other, head_trains)
+            logprobs: RatedLogProbs | AnswerLogProbs = RatedLogProbs(-answer.sum(-1), -other.sum(-1))
         else:
             logprobs = answer_logprobs(cfg, params, pairs, head_trains)
         return jnp.where(pairs.answer.mask.any(-1), loss.of_rows(logprobs, pairs, beta), 0).sum()

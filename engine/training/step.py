@@ -18,8 +18,7 @@ from engine.model.weights.lora import gather_frozen
 
 
 class TrainState(NamedTuple):
-    """The state that a step replaces. Frozen weights are not in it: neither differentiated nor
-    donated."""
+    """The state that a step replaces. Frozen weights are not in it: neither differentiated nor donated."""
 
     step: Array  # () int32: batches seen, refused ones too
     trainable: Params
@@ -137,9 +136,8 @@ def train_step(
         updates, opt_state = tx.update(
             gradient, state.opt_state, state.trainable, progress=progress, dtype=cfg.dtype
         )
-        updates = jax.lax.optimization_barrier(
-            updates
-        )  # or XLA would keep their squares too: held by tests/laws/test_barriers.py
+        # or XLA would keep their squares too: held by tests/laws/test_barriers.py
+        updates = jax.lax.optimization_barrier(updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
         trainable = optax.apply_updates(state.trainable, updates)
         trainable, opt_state = jax.tree.map(

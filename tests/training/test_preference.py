@@ -16,6 +16,7 @@ from engine.training.preference import (
     LOSSES,
     AnswerLogProbs,
     Preferences,
+    RatedLogProbs,
     pair_logprobs,
     preference_objective,
 )
@@ -95,7 +96,10 @@ def test_losses_are_trls(name):
     """
     stored = json.loads(Path(__file__).with_name("trl.json").read_text())[name]
     (loss, *_), value = LOSSES[name], {key: jnp.array(numbers) for key, numbers in stored.items()}
-    logprobs = AnswerLogProbs(*(value[field] for field in AnswerLogProbs._fields))
+    if LOSSES[name].is_rating:
+        logprobs = RatedLogProbs(value["chosen"], value["rejected"])
+    else:
+        logprobs = AnswerLogProbs(*(value[field] for field in AnswerLogProbs._fields))
     pairs = Preferences(*pairs_of(0)[:2], value["reference"], value.get("value"))
     losses = loss(logprobs, pairs, LOSSES[name].beta)
     assert len(losses) == 4
