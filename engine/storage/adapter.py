@@ -68,9 +68,7 @@ class DoRA(NamedTuple):
     magnitude: jax.Array
 
     def on(self, base: Any) -> jax.Array:
-        """Returns magnitude (base + scale a b) / its columns' norms, equation 5, in the base's
-        dtype.
-        """
+        """Returns magnitude (base + scale a b) / its columns' norms, equation 5, in the base's dtype."""
         weight = to_dense(base)
         merged = to_dense(self.adapter.on(weight.astype(jnp.float32)))
         return (merged * (self.magnitude / jnp.linalg.norm(merged, axis=0))).astype(weight.dtype)
@@ -206,16 +204,14 @@ def config_of(cfg: ModelConfig, leaves: dict[str, Any]) -> LoraConfig | None:
 
 
 def adapter_leaves(params: dict[str, Any]) -> dict[str, LoRA]:
-    """Returns the LoRA leaves by path. Raises UserError when there are none, or one lies on
-    another.
-    """
+    """Returns the LoRA leaves by path. Raises UserError when there are none, or one lies on another."""
     leaves = {path: leaf for path, leaf in leaf_paths(params).items() if isinstance(leaf, LoRA)}
     if not leaves:
         raise UserError("This model has no LoRA adapters to write; write all of it instead.")
     if any(isinstance(leaf.base, LoRA) for leaf in leaves.values()):
         raise UserError(
-            "This model has several adapters on one base, and PEFT's layout holds one; export it "
-            "merged instead."
+            "This model has several adapters on one base, "
+            "and PEFT's layout holds one; export it merged instead."
         )
     return leaves
 
@@ -232,9 +228,8 @@ def load_adapter(
         damaged = manifest.verify(folder, skip="optimizer", extra=False)
         if damaged:
             raise UserError(
-                f"The adapter {folder} is damaged: {'; '.join(damaged)}. Restore it, or train it "
-                "again; after a change of "
-                f"your own, remove {manifest.NAME}."
+                f"The adapter {folder} is damaged: {'; '.join(damaged)}. "
+                f"Restore it, or train it again; after a change of your own, remove {manifest.NAME}."
             )
     return read_leaves(folder, cfg, digest_base)
 
@@ -268,9 +263,9 @@ def read_leaves(
                 raise UserError(f"{path}: {name} should be {list(leaf.stored)} and is {list(whole.shape)}.")
             if leaf.path == "embed" and cfg.tied and not fields.flag("ensure_weight_tying"):
                 raise UserError(
-                    f"{path} has an embedding that was trained whole, and the head, which is the "
-                    "same matrix in this model, as it was: that can be computed here only where "
-                    f"{CONFIG} says ensure_weight_tying."
+                    f"{path} has an embedding that was trained whole, "
+                    "and the head, which is the same matrix in this model, as it was: "
+                    f"that can be computed here only where {CONFIG} says ensure_weight_tying."
                 )
             leaves[leaf.path] = Replacement(jax.device_put(whole.T if leaf.transposed else whole))
         elif leaf.path.rpartition("/")[2] in cfg.matrices:
@@ -335,9 +330,7 @@ def _join(
     stored: tuple[int, ...],
     magnitude: np.ndarray | None,
 ) -> LoRA | DoRA:
-    """Returns the adapter of a matrix, `stored` (out, in) in its base's file, by a pair (R, in),
-    (out, R).
-    """
+    """Returns the adapter of a matrix, `stored` (out, in) in its base's file, by a pair (R, in), (out, R)."""
     if len(pair) == 1:
         raise UserError(f"{path} has {next(iter(pair))!r} alone, without the other half of a pair.")
     rank = _setting(fields, "rank_pattern", module, fields.number("r", int))
@@ -357,14 +350,14 @@ def _join(
     if not fields.values.get("use_dora"):
         if magnitude is not None:
             raise UserError(
-                f"{path} has a lora_magnitude_vector of {module}, and {fields.path.name} does not "
-                "say use_dora."
+                f"{path} has a lora_magnitude_vector of {module}, "
+                f"and {fields.path.name} does not say use_dora."
             )
         return adapter
     if magnitude is None or magnitude.shape != stored[:1]:
         raise UserError(
-            f"{path} has no lora_magnitude_vector of {stored[0]} numbers for {module}, which "
-            "use_dora asks for."
+            f"{path} has no lora_magnitude_vector "
+            f"of {stored[0]} numbers for {module}, which use_dora asks for."
         )
     return DoRA(adapter, jax.device_put(magnitude))
 
@@ -382,8 +375,8 @@ def _setting(fields: Fields, name: str, module: str, default: Any) -> Any:
     for pattern in patterns:
         if not re.fullmatch(r"\^?[\w.]+", pattern):
             raise UserError(
-                f"{fields.path}: {name} has {quote(pattern)}, and only names of modules are read, "
-                "no patterns."
+                f"{fields.path}: {name} has {quote(pattern)}, "
+                "and only names of modules are read, no patterns."
             )
         plain = pattern.removeprefix("^")
         if module == plain or (plain == pattern and module.endswith(f".{plain}")):
@@ -423,9 +416,9 @@ def check_base(folder: Path, digest_base: Callable[[], str], trained_on: str, ba
     own = digest_base()
     if trained_on != own:
         raise UserError(
-            f"The adapter {folder} was trained on another model: its base has the digest "
-            f"{quote(trained_on[:16])}, this one "
-            f"{own[:16]!r}. It was trained on {ascii(base_name)[:300]}."
+            f"The adapter {folder} was trained on another model: "
+            f"its base has the digest {quote(trained_on[:16])}, this one {own[:16]!r}. "
+            f"It was trained on {ascii(base_name)[:300]}."
         )
 
 

@@ -263,9 +263,7 @@ KNOWN_SCALINGS = [RopeScaling(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0)]
 
 
 def config_from_gguf(header: "Header") -> ModelConfig:
-    """Returns a file's architecture; refuses, by name, a key that is missing or cannot be computed
-    here.
-    """
+    """Returns a file's architecture; refuses, by name, a key that is missing or cannot be computed here."""
     path = header.path
     metadata = header.metadata
     kind = known_name(metadata.get("general.architecture"), GGUF_BLOCKS, "general.architecture", path)
@@ -293,8 +291,8 @@ def config_from_gguf(header: "Header") -> ModelConfig:
         value = fields.number(key, int, cfg.head_dim)
         if value != cfg.head_dim:
             raise UserError(
-                f"{path}: {kind}.{key} is {value} and not {cfg.head_dim}, a head's width; that is "
-                "not built here."
+                f"{path}: {kind}.{key} is {value} and not {cfg.head_dim}, "
+                "a head's width; that is not built here."
             )
     return cfg
 
@@ -346,7 +344,7 @@ def _read_scaling(header: "Header", theta: float) -> RopeScaling | None:
         if np.allclose(rope_factors(scaling, theta, 2 * len(factors)), factors, rtol=1e-3):
             return scaling
     raise UserError(
-        f"{header.path}: {FREQUENCIES} is none of the RoPE scalings that Llama 3.1 and 3.2 were "
-        "published with. A GGUF file "
-        "does not say how it was made; the model's Hugging Face folder does, in config.json."
+        f"{header.path}: {FREQUENCIES} is none of the RoPE scalings "
+        "that Llama 3.1 and 3.2 were published with. "
+        "A GGUF file does not say how it was made; the model's Hugging Face folder does, in config.json."
     )

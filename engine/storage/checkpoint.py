@@ -196,9 +196,7 @@ class BackgroundSaver:
         return self._work is not None
 
     def wait(self) -> None:
-        """Waits until the last checkpoint is on the disk. Raises UserError when it could not be
-        written.
-        """
+        """Waits until the last checkpoint is on the disk. Raises UserError when it could not be written."""
         if self._work is not None:
             # an exception from a signal leaves it to the next call
             concurrent.futures.wait([self._work])
@@ -283,8 +281,8 @@ def write(
     except OSError as error:
         raise UserError(
             f"Checkpoint {target} could not be written ({wanted / 1e6:,.1f} MB wanted): "
-            f"{error.strerror or error}. Earlier "
-            "checkpoints are untouched; make room, or choose another folder."
+            f"{error.strerror or error}. Earlier checkpoints are untouched; "
+            "make room, or choose another folder."
         ) from error
     return target
 

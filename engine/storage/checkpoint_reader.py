@@ -95,8 +95,8 @@ def load(
             ", ".join(f"{name}={value}" for name, value in prng.items()) for prng in (trained, settings)
         )
         raise UserError(
-            f"{newest} was trained with {former}; with the settings of now, {now}, its keys would "
-            "draw other numbers. "
+            f"{newest} was trained with {former}; "
+            f"with the settings of now, {now}, its keys would draw other numbers. "
             f"Set the former in the environment ({', '.join(trained).upper()})."
         )
     if adapter_of is None:
@@ -150,9 +150,8 @@ def check_is_adapter(checkpoint: Path) -> None:
     """
     if not is_adapter(checkpoint):
         raise UserError(
-            f"{checkpoint} has no {CONFIG} and {WEIGHTS}: it is of an earlier version of this "
-            "program, which cannot be read "
-            "any more. Train the adapter anew."
+            f"{checkpoint} has no {CONFIG} and {WEIGHTS}: it is of an earlier version of this program, "
+            "which cannot be read any more. Train the adapter anew."
         )
 
 
@@ -270,9 +269,8 @@ def _refuse_difference(where: Path, wanted: dict[str, Any], came: dict[str, Any]
         else:
             more = ""
         raise UserError(
-            f"{where} is of another model: at {differing[0]} {expected} was wanted and {actual} "
-            f"came{more}. Use the config it "
-            "was trained with, or another folder."
+            f"{where} is of another model: at {differing[0]} {expected} was wanted and {actual} came{more}. "
+            "Use the config it was trained with, or another folder."
         )
 
 
@@ -328,6 +326,6 @@ def _newest_intact(folder: Path, skip: str | None = None) -> tuple[Path, list[st
     if not damaged:
         raise UserError(f"{folder} has no checkpoint.")
     raise UserError(
-        f"{folder} has no intact checkpoint: {'; '.join(damaged)}. Train anew, or restore the "
-        "files from a copy."
+        f"{folder} has no intact checkpoint: {'; '.join(damaged)}. "
+        "Train anew, or restore the files from a copy."
     )

@@ -231,10 +231,7 @@ FALLBACK_PRE_TOKENIZER = "llama-bpe"  # where llama.cpp has no name for it
 
 def set_pre_tokenizer(tokenizer: tokenizers.Tokenizer, name: str) -> None:
     """Sets the normalizer and pre-tokenizer of one of PRE_TOKENIZERS."""
-    if name == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    else:
-        tokenizer.normalizer = None
+    tokenizer.normalizer = normalizers.NFC() if name == "qwen2" else None
     tokenizer.pre_tokenizer = gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if name == "smollm":
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -284,8 +281,8 @@ def read_tokenizer(header: Header, vocab: int) -> ModelTokenizer:
         if value is not None:
             if type(value) is not int or not 0 <= value < vocab:
                 raise UserError(
-                    f"{path}: tokenizer.ggml.{name}_token_id is {quote(value)}, and there are "
-                    f"{vocab:,} tokens."
+                    f"{path}: tokenizer.ggml.{name}_token_id is {quote(value)}, "
+                    f"and there are {vocab:,} tokens."
                 )
             ids[name] = value
     if "eos" not in ids:
@@ -363,9 +360,7 @@ def _byte_level(header: Header, places: dict[str, int], pre: Any) -> tokenizers.
 
 
 def _sentencepiece(header: Header, places: dict[str, int], kinds: np.ndarray) -> tokenizers.Tokenizer:
-    """Builds BPE over characters, unknown ones as bytes; pairs merge in the order of their token's
-    score.
-    """
+    """Builds BPE over characters, unknown ones as bytes; pairs merge in the order of their token's score."""
     scores = _read_list(header, "scores", len(places)).tolist()
     order: list[tuple[float, int]] = []
     pairs: list[tuple[str, str]] = []
@@ -418,10 +413,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, eos_ids: tuple[int, ...], vocab: in
             kinds[place] = NORMAL
     for added in written["added_tokens"]:
         tokens[added["id"]] = added["content"]
-        if added["special"]:
-            kinds[added["id"]] = CONTROL
-        else:
-            kinds[added["id"]] = USER_DEFINED
+        kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     fields: dict[str, Any] = {"tokens": tokens, "token_type": kinds, "add_bos_token": bool(tokenizer.bos_ids)}
     texts = tokenizer.special_names
     named = {

@@ -66,10 +66,7 @@ def explain_gguf_name(name: str, hub_id: str, wanted: str) -> str:
     except errors.RepositoryNotFoundError:
         return _explain_missing(name, hub_id)
     if files is None:
-        if wanted.endswith(".gguf"):
-            pattern = wanted
-        else:
-            pattern = f"*{wanted}*.gguf"
+        pattern = wanted if wanted.endswith(".gguf") else f"*{wanted}*.gguf"
         command = f"hf download {hub_id} --include {shlex.quote(pattern)} --local-dir ."
         return f"{takes}: fetch it by `uv run {command}`. The hub did not say what {hub_id} holds."
     if not files:

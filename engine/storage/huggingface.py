@@ -41,20 +41,16 @@ def open_model(path: Path) -> StoredModel:
     cfg = config_from_json(fields, path / "config.json")
     files = safetensors.read_folder(path)
     stored = {name: tensor for name, tensor in files.items() if not name.endswith(".rotary_emb.inv_freq")}
-    if cfg.tied:
-        head = stored.pop(HUGGING_FACE_NAMES["head"], None)
-    else:
-        head = None
-    leaves = check_tensors(
-        layout_of(cfg, HUGGING_FACE_NAMES), {name: tensor.shape for name, tensor in stored.items()}, path
-    )
+    head = stored.pop(HUGGING_FACE_NAMES["head"], None) if cfg.tied else None
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    leaves = check_tensors(layout_of(cfg, HUGGING_FACE_NAMES), shapes, path)
     for name, tensor in stored.items():
         if tensor.dtype not in safetensors.FLOATS:
             readable = ", ".join(safetensors.FLOATS)
             raise UserError(
                 f"{tensor.path}: the tensor {quote(name)} is {tensor.dtype}; weights are read as {readable}."
             )
-    # which of the two is meant cannot be known
+    # Of a head that differs nobody knows whether it is meant, or the embedding.
     if head and not _are_equal(head, stored[HUGGING_FACE_NAMES["embed"]]):
         raise UserError(
             f"{path} says tie_word_embeddings but has a lm_head.weight that differs from its embedding."
@@ -89,26 +85,24 @@ def load_tokenizer(folder: Path, vocab: int | None = None, eos: Any = None) -> M
     beside = folder / "tokenizer_config.json"
     generation_file = folder / GENERATION
     if not source.is_file():
-        other = next((name for name in ("tokenizer.model", "vocab.json") if (folder / name).exists()), None)
-        if other:
-            instead = f", only {other}: save the model's fast tokenizer, which writes one"
-        else:
-            instead = ""
-        raise UserError(f"{folder} has no tokenizer.json{instead}.")
+        for other in ("tokenizer.model", "vocab.json"):
+            if (folder / other).exists():
+                raise UserError(
+                    f"{folder} has no tokenizer.json, only {other}: "
+                    "save the model's fast tokenizer, which writes one."
+                )
+        raise UserError(f"{folder} has no tokenizer.json.")
     text = read_text(source, MAX_TOKENIZER_BYTES)
     inner = build_tokenizer(lambda: tokenizers.Tokenizer.from_str(text), source)
-    if generation_file.exists():
-        generation = read_json_object(generation_file)
-    else:
-        generation = {}
+    generation = read_json_object(generation_file) if generation_file.exists() else {}
     ids = vocab or max(inner.get_vocab().values(), default=0) + 1
     eos_ids = _read_eos_ids(generation.get("eos_token_id", eos), ids, generation_file)
     config = read_json_object(beside) if beside.exists() else {}
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name
-        template = {
-            entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)
-        }.get("default")
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        by_name = {entry.get("name"): entry.get("template") for entry in entries}
+        template = by_name.get("default")
     file = folder / "chat_template.jinja"
     if file.is_file():
         template = read_text(file)
@@ -124,12 +118,11 @@ def load_tokenizer(folder: Path, vocab: int | None = None, eos: Any = None) -> M
     tokenizer = build_tokenizer(lambda: Tokenizer(inner, known, folder), folder)
     if vocab is not None and tokenizer.vocab > vocab:
         raise UserError(
-            f"{source} has a token {tokenizer.vocab - 1:,} and the model only {vocab:,}: they do "
-            "not belong together."
+            f"{source} has a token {tokenizer.vocab - 1:,} and the model only {vocab:,}: "
+            "they do not belong together."
         )
-    return ModelTokenizer(
-        tokenizer, tuple(dict.fromkeys((tokenizer.eos_id, *eos_ids))), _read_sampling(generation)
-    )
+    all_eos_ids = tuple(dict.fromkeys((tokenizer.eos_id, *eos_ids)))
+    return ModelTokenizer(tokenizer, all_eos_ids, _read_sampling(generation))
 
 
 def _read_eos_ids(value: Any, vocab: int, path: Path) -> list[int]:
@@ -146,9 +139,7 @@ def _read_eos_ids(value: Any, vocab: int, path: Path) -> list[int]:
 
 
 def _read_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the recommended sampling: greedy where `do_sample` is false, whatever stands beside
-    it.
-    """
+    """Returns the recommended sampling: greedy where `do_sample` is false, whatever stands beside it."""
     if values.get("do_sample") is False:
         values = {**values, "temperature": 0.0, "top_k": None, "top_p": None, "min_p": None}
     return {name: values[name] for name in SAMPLING if values.get(name) is not None}

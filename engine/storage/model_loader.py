@@ -40,14 +40,15 @@ from engine.text import OnProgress
 from engine.text.tokenizer import Tokenizer
 
 FORMS = (
-    "a run folder, a step folder in it (runs/NAME/checkpoints/STEP), a Hugging Face folder, a "
-    ".gguf file, an adapter's folder "
-    "in PEFT's layout, ORG/NAME or ORG/NAME@REVISION on the Hugging Face hub, or " + " or ".join(MODELS)
+    "a run folder, a step folder in it (runs/NAME/checkpoints/STEP), a Hugging Face folder, "
+    "a .gguf file, an adapter's folder in PEFT's layout, "
+    "ORG/NAME or ORG/NAME@REVISION on the Hugging Face hub, or " + " or ".join(MODELS)
 )
 MAX_STEP = 10**18  # which no run reaches; a longer number is no name of a folder
 
 
 OnConfig = Callable[[ModelConfig], None]
+OnBlocks = Callable[[dict[str, Blocks]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +115,9 @@ def locate(
     """Returns the location of the model `--model` names, by default the newest finished run.
 
     Fetches a named asset (`report`: bytes done and in all), and a model on the Hugging Face hub
-    unless `cached_only`; `on_config` gets its architecture before the weights are fetched. An
-    existing path comes first, and nothing in runs/ is fetched.
+    unless `cached_only`; `on_config` gets its architecture before the weights are fetched. A named
+    asset comes before a path of its name, and an existing path before the hub. Nothing in runs/ is
+    fetched.
     """
     if name in MODELS:
         return Location("gguf", fetch(name, report)["model"])
@@ -163,8 +165,8 @@ def _kept_step(run: Path, record: dict[str, Any]) -> int | None:
         return kept
     record_path = run / "run.json"
     raise UserError(
-        f"{record_path} does not say which step of the run is its best: restore it from a copy, or "
-        "train anew."
+        f"{record_path} does not say which step of the run is its best: "
+        "restore it from a copy, or train anew."
     )
 
 
@@ -196,7 +198,7 @@ def load_model(
     on_config: OnConfig = lambda cfg: None,
     adapted_by: tuple[Path, ...] = (),
     keep_blocks: bool = False,
-    on_blocks: Callable[[dict[str, Blocks]], None] = lambda blocks: None,
+    on_blocks: OnBlocks = lambda blocks: None,
 ) -> LoadedModel:
     """Loads the model `--model` names, by default the newest finished run; a LoRA run with its
     adapter on its base.
@@ -208,58 +210,78 @@ def load_model(
     then gets their shapes, by path, before `on_config`. Raises UserError, too, when the weights
     exceed the memory.
     """
-    run: Path | None = None
 
-    def check_memory(cfg: ModelConfig) -> None:
-        matrices = "float32" if run else dtype or cfg.dtype
-        bytes_each = 4 if matrices == "float32" else 2
-        size = count_params(cfg).total * bytes_each
-        require_memory(
-            size,
-            f"The weights of {model_name(str(run or name))} take",
-            "choose a smaller model.",
-            detail=f" in {matrices}",
-        )
+    def check_fetched(cfg: ModelConfig) -> None:
+        _check_memory(cfg, str(name), dtype or cfg.dtype)
 
-    def prepare(cfg: ModelConfig) -> None:
-        on_config(cfg)
-        check_memory(cfg)
-
-    location = locate(name, report, bool(adapted_by), check_memory)
-    run = location.run
+    location = locate(name, report, bool(adapted_by), check_fetched)
     if location.format == "adapter":
         return _load_adapted(location, on_config, adapted_by)
-    if not run:
-        stored: StoredModel = _reader(location.path).open_model(location.path)
-        kept = block_leaves(stored) if keep_blocks else {}
-        if keep_blocks:
-            on_blocks(kept)
-        cfg = stored.cfg
-        prepare(cfg)
-        tokenizer, eos_ids, sampling = stored.tokenizer()
-        params = read_params(stored, dtype or cfg.dtype, report, kept)
-        title = stored.name
-        hub_id = stored.hub_id
-        if name in HUB_IDS:
-            title = name
-            hub_id = HUB_IDS[name]
-        notes = stored.notes
-        if cfg.context < stored.context:
-            notes += (
-                f"attention windows are not built here: the context of {stored.context:,} ends with "
-                f"the first, of {cfg.context:,}",
-            )
-        sampling = RECOMMENDED_SAMPLING.get(name or "", sampling)
-        kinds = file_kinds(stored)
-        return LoadedModel(
-            title, cfg, params, tokenizer, eos_ids, location.path, None, hub_id, notes, sampling, kinds=kinds
+    if location.run:
+        return _load_run(location, location.run, on_config, keep_blocks, on_blocks)
+    return _load_file(str(name), location.path, dtype, report, on_config, keep_blocks, on_blocks)
+
+
+def _check_memory(cfg: ModelConfig, model: str, dtype: str) -> None:
+    """Raises UserError when the weights of `model`, a name or path, exceed the memory with their
+    matrices in `dtype`.
+    """
+    bytes_each = 4 if dtype == "float32" else 2
+    size = count_params(cfg).total * bytes_each
+    subject = f"The weights of {model_name(model)} take"
+    require_memory(size, subject, "choose a smaller model.", detail=f" in {dtype}")
+
+
+def _load_file(
+    name: str,
+    path: Path,
+    dtype: str | None,
+    report: OnProgress,
+    on_config: OnConfig,
+    keep_blocks: bool,
+    on_blocks: OnBlocks,
+) -> LoadedModel:
+    """Loads a GGUF file or a Hugging Face folder at `path`, which was named `name`; else as `load_model`."""
+    stored: StoredModel = _reader(path).open_model(path)
+    cfg = stored.cfg
+    kept: dict[str, Blocks] = {}
+    if keep_blocks:
+        kept = block_leaves(stored)
+        on_blocks(kept)
+    on_config(cfg)
+    _check_memory(cfg, name, dtype or cfg.dtype)
+    tokenizer, eos_ids, sampling = stored.tokenizer()
+    params = read_params(stored, dtype or cfg.dtype, report, kept)
+    notes = stored.notes
+    if cfg.context < stored.context:
+        notes += (
+            "attention windows are not built here: "
+            f"the context of {stored.context:,} ends with the first, of {cfg.context:,}",
         )
+    return LoadedModel(
+        name if name in HUB_IDS else stored.name,
+        cfg,
+        params,
+        tokenizer,
+        eos_ids,
+        checkpoint=path,
+        hub_id=HUB_IDS.get(name, stored.hub_id),
+        notes=notes,
+        sampling=RECOMMENDED_SAMPLING.get(name, sampling),
+        kinds=file_kinds(stored),
+    )
+
+
+def _load_run(
+    location: Location, run: Path, on_config: OnConfig, keep_blocks: bool, on_blocks: OnBlocks
+) -> LoadedModel:
+    """Loads a checkpoint of a run folder; else as `load_model`."""
     cfg = run_folder.read_config(run)
     tokenizer, eos_ids, sampling = load_tokenizer(run / "tokenizer", cfg.vocab)
     trained_blocks = run_folder.read_json(run / "run.json").get(TRAINED_BLOCKS)
-    check = functools.partial(
-        check_arrays, cfg, trained_blocks=trained_blocks if isinstance(trained_blocks, list) else None
-    )
+    if not isinstance(trained_blocks, list):
+        trained_blocks = None
+    check = functools.partial(check_arrays, cfg, trained_blocks=trained_blocks)
     arrays = checkpoint_reader.peek_arrays(location.path, check)
     packed_shapes = {}
     for path, array in arrays.items():
@@ -268,25 +290,33 @@ def load_model(
     planned = _with_blocks(cfg, packed_shapes)
     if keep_blocks:
         on_blocks(planned)
-    prepare(cfg)
+    on_config(cfg)
+    _check_memory(cfg, str(run), "float32")
     loaded = checkpoint_reader.load_params(location.path, check)
     leaves = _with_blocks(cfg, leaf_paths(loaded.params))
     check_factors(loaded.path, leaves)
     if _kinds(leaves) != _kinds(planned):
         raise UserError(
-            f"{loaded.path} has other weights in blocks than a newer checkpoint of its run. Name "
-            "the one to load."
+            f"{loaded.path} has other weights in blocks than a newer checkpoint of its run. "
+            "Name the one to load."
         )
-    params = unflatten(leaves if keep_blocks else {path: to_dense(leaf) for path, leaf in leaves.items()})
-    notes = location.notes + _damage(loaded.path, loaded.damaged)
-    title = model_name(str(run))
-    return LoadedModel(title, cfg, params, tokenizer, eos_ids, loaded.path, run, "", notes, sampling)
+    if not keep_blocks:
+        leaves = {path: to_dense(leaf) for path, leaf in leaves.items()}
+    return LoadedModel(
+        model_name(str(run)),
+        cfg,
+        unflatten(leaves),
+        tokenizer,
+        eos_ids,
+        checkpoint=loaded.path,
+        run=run,
+        notes=location.notes + _damage(loaded.path, loaded.damaged),
+        sampling=sampling,
+    )
 
 
 def _with_blocks(cfg: ModelConfig, leaves: dict[str, Any]) -> dict[str, Any]:
-    """Returns a checkpoint's leaves with those under `packed/` as Blocks, with the factors that
-    trained.
-    """
+    """Returns a checkpoint's leaves with those under `packed/` as Blocks, with the factors that trained."""
     for path, shape in leaf_shapes(cfg).items():
         packed = leaves.pop(PACKED + path, None)
         if packed is not None:
@@ -323,13 +353,16 @@ def check_loads(written: Path, path: Path, report: OnProgress = None) -> None:
 
     `report`: numbers read and in all.
     """
-    to_gguf = path.suffix == ".gguf"
-    remedy = "A Hugging Face folder may hold it." * to_gguf
+    if path.suffix == ".gguf":
+        remedy = " A Hugging Face folder may hold it."
+        remedy_of_weights = " Another type of weights, or a Hugging Face folder, may hold it."
+    else:
+        remedy = ""
+        remedy_of_weights = " Another type of weights may hold it."
     try:
         stored: StoredModel = _reader(written).open_model(written)
         stored.tokenizer()
-        # of weights, which are rounded
-        remedy = f"Another type of weights{', or a Hugging Face folder,' * to_gguf} may hold it."
+        remedy = remedy_of_weights  # they were rounded
         done = 0
         total = sum(math.prod(leaf.stored) for leaf in stored.leaves)
         for leaf in stored.leaves:
@@ -339,9 +372,7 @@ def check_loads(written: Path, path: Path, report: OnProgress = None) -> None:
                 report(done, total)
     except UserError as error:
         sentence = str(error).replace(str(written), str(path))
-        raise UserError(
-            f"Nothing was written, because it would not load again: {sentence} {remedy}".rstrip()
-        ) from None
+        raise UserError(f"Nothing was written, because it would not load again: {sentence}{remedy}") from None
 
 
 def _base_of(location: Location) -> str:
@@ -377,7 +408,9 @@ def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Pat
         if error in refused:  # the base can be read, and its user wants another
             raise
         raise UserError(f"{folder} adapts {name}, which cannot be read: {error}") from None
-    adapter, source, notes = _read_adapter(base.cfg, location, functools.partial(base_digest, base.params))
+    adapter, source, notes = _read_located_adapter(
+        base.cfg, location, functools.partial(base_digest, base.params)
+    )
     if location.run:
         tokenizer, eos_ids, _ = load_tokenizer(folder / "tokenizer", base.cfg.vocab)
     else:
@@ -388,7 +421,7 @@ def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Pat
     return dataclasses.replace(
         base,
         name=model_name(str(folder)),
-        params=_put_on(base.params, adapter, source),
+        params=_apply_adapter(base.params, adapter, source),
         tokenizer=tokenizer,
         eos_ids=eos_ids,
         checkpoint=source,
@@ -420,7 +453,7 @@ def adapter_origin(name: str, cfg: ModelConfig) -> tuple[str, LoraConfig | None]
     location = locate(name)
     if location.format != "adapter":
         return None
-    adapter, _, _ = _read_adapter(cfg, location)
+    adapter, _, _ = _read_located_adapter(cfg, location)
     return _base_of(location), config_of(cfg, leaf_paths(adapter))
 
 
@@ -434,7 +467,7 @@ def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> tup
     notes = tuple[str, ...]()
     for folder in folders:
         adapter, path, more = read_adapter(cfg, folder, functools.partial(base_digest, params))
-        adapted = _put_on(adapted, adapter, path)
+        adapted = _apply_adapter(adapted, adapter, path)
         notes = notes + more
     return adapted, notes
 
@@ -445,17 +478,21 @@ def read_adapter(
     """Returns an adapter as `load_adapter` does, from a folder as of `with_adapters`; its path; and
     notes to print.
     """
-    if any((folder / name).exists() for name in ("run.json", "state.json")):
-        location = locate(str(folder))
-    else:
-        location = None
-    if not location or location.format != "adapter":
-        location = Location("adapter", folder)
-    adapter, path, notes = _read_adapter(cfg, location, digest_base)
+    location = _locate_adapter(folder)
+    adapter, path, notes = _read_located_adapter(cfg, location, digest_base)
     return adapter, path, location.notes + notes
 
 
-def _read_adapter(
+def _locate_adapter(folder: Path) -> Location:
+    """Returns the location of an adapter that a run trained; any other folder as one in PEFT's layout."""
+    if any((folder / name).exists() for name in ("run.json", "state.json")):
+        location = locate(str(folder))
+        if location.format == "adapter":
+            return location
+    return Location("adapter", folder)
+
+
+def _read_located_adapter(
     cfg: ModelConfig, location: Location, digest_base: Callable[[], str] | None = None
 ) -> tuple[Any, Path, tuple[str, ...]]:
     folder = location.path
@@ -466,13 +503,13 @@ def _read_adapter(
     notes: tuple[str, ...] = ()
     if not (folder / manifest.NAME).exists():
         notes = (
-            f"{folder} has no {manifest.NAME}, as other programs' adapters: a change of its "
-            "weights goes unnoticed",
+            f"{folder} has no {manifest.NAME}, as other programs' adapters: "
+            "a change of its weights goes unnoticed",
         )
     return load_adapter(folder, cfg, digest_base), folder, notes
 
 
-def _put_on(params: Any, adapter: Any, path: Path) -> Any:
+def _apply_adapter(params: Any, adapter: Any, path: Path) -> Any:
     try:
         return put_on(params, adapter)
     except ValueError as error:

@@ -52,8 +52,8 @@ def newest_run() -> tuple[Path, tuple[str, ...]]:
             f"No run in {ROOT}/ is finished. Finish {first}, or name it as the model to take it as it is."
         )
     raise UserError(
-        f"There is no trained model in {ROOT}/: run `python -m stages.train` first, or name a "
-        "model by its folder."
+        f"There is no trained model in {ROOT}/: "
+        "run `python -m stages.train` first, or name a model by its folder."
     )
 
 
@@ -89,8 +89,8 @@ def verify(folder: Path) -> tuple[str, ...]:
         if not damaged:
             return ()
     raise UserError(
-        f"The run {folder} is damaged: {'; '.join(damaged)}. Restore it from a copy, or train anew "
-        f"in its place; after a change of your own, remove {folder / manifest.NAME}."
+        f"The run {folder} is damaged: {'; '.join(damaged)}. Restore it from a copy, "
+        f"or train anew in its place; after a change of your own, remove {folder / manifest.NAME}."
     )
 
 

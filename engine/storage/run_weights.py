@@ -94,9 +94,8 @@ def check_arrays(
         else:
             more = ""
         raise UserError(
-            f"{checkpoint / 'params.safetensors'} does not hold the model that the config "
-            f"describes: {faults[0]}{more}. "
-            "Restore the run from a copy, or train anew."
+            f"{checkpoint / 'params.safetensors'} does not hold the model that the config describes: "
+            f"{faults[0]}{more}. Restore the run from a copy, or train anew."
         )
 
 
@@ -106,6 +105,5 @@ def check_factors(checkpoint: Path, leaves: Mapping[str, Any]) -> None:
         if isinstance(leaf, Blocks) and not has_finite_factors(leaf):
             raise UserError(
                 f"{checkpoint / 'params.safetensors'} is damaged: {path} has a block whose scale "
-                "or minimum is not a finite "
-                "number. Restore the run from a copy, or train anew."
+                "or minimum is not a finite number. Restore the run from a copy, or train anew."
             )

@@ -49,8 +49,8 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         length = int.from_bytes(read_exactly(file, 8, path), "little")
         if length > MAX_HEADER:
             raise UserError(
-                f"{path} has a header of {length:,} bytes by its own account; {MAX_HEADER:,} are "
-                "read at most."
+                f"{path} has a header of {length:,} bytes by its own account; "
+                f"{MAX_HEADER:,} are read at most."
             )
         header = parse_json_object(read_exactly(file, length, path), path)
         end = file.tell()
@@ -143,21 +143,20 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
         ]
         if pickled:
             raise UserError(
-                f"{folder} has its weights in {pickled[0]}, a pickle, which can run code when it is "
-                "opened, so it is never read. Take the model's safetensors files, or convert it where "
-                "it is trusted."
+                f"{folder} has its weights in {pickled[0]}, a pickle, which can run code when it is opened, "
+                "so it is never read. Take the model's safetensors files, or convert it where it is trusted."
             )
         raise UserError(
-            f"{folder} has neither model.safetensors nor model.safetensors.index.json, so it holds "
-            "no weights."
+            f"{folder} has neither model.safetensors nor model.safetensors.index.json, "
+            "so it holds no weights."
         )
     weight_map = read_index(index)
     tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(weight_map.values())):
         if not (folder / name).is_file():
             raise UserError(
-                f"{index} names {quote(name)}, and it is not there: the model was not copied or "
-                "downloaded whole."
+                f"{index} names {quote(name)}, and it is not there: "
+                "the model was not copied or downloaded whole."
             )
         shard, _ = read_header(folder / name)
         wanted = {tensor for tensor, file in weight_map.items() if file == name}

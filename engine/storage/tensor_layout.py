@@ -1,7 +1,8 @@
 """Maps a file's tensors to the leaves of the params tree, and back.
 
 Files keep a matrix as (out, in), the tree as (in, out). All is checked before the first weight is
-read, and no more than a few million numbers exist beside the tree.
+read. Weights are read leaf by leaf, so that beside the tree exist only the leaf that is put on the
+device and, of one that is converted, about a million of the file's numbers at a time.
 """
 
 import dataclasses
@@ -27,7 +28,8 @@ from engine.text.tokenizer import ModelTokenizer
 from engine.untrusted import quote
 
 CHUNK = 2**20  # numbers read and converted at a time
-DTYPE_NAMES = {  # the files' names of dtypes
+# the files' names of dtypes
+DTYPE_NAMES = {
     "float32": "F32",
     "bfloat16": "BF16",
     "float16": "F16",
@@ -75,17 +77,21 @@ _STEMS = {
     "norm": ("model.norm", "output_norm"),
     "head": ("lm_head", "output"),
 } | {part: (f"model.layers.{{}}.{hf}", f"blk.{{}}.{gguf}") for part, (hf, gguf) in _LAYER.items()}
-HUGGING_FACE_NAMES, GGUF_NAMES = (
-    {part: f"{stems[place]}.weight" for part, stems in _STEMS.items()}
-    | {f"{part}_bias": f"{_STEMS[part][place]}.bias" for part in "qkv"}
-    for place in (0, 1)
-)
+
+
+def _names(place: int) -> dict[str, str]:
+    """Returns the names of a file's tensors by part, from the stems at a place of `_STEMS`."""
+    weights = {part: f"{stems[place]}.weight" for part, stems in _STEMS.items()}
+    biases = {f"{part}_bias": f"{_STEMS[part][place]}.bias" for part in "qkv"}
+    return weights | biases
+
+
+HUGGING_FACE_NAMES = _names(0)
+GGUF_NAMES = _names(1)
 
 
 def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
-    """Yields every leaf of the architecture, bottom first; `names`: HUGGING_FACE_NAMES or
-    GGUF_NAMES.
-    """
+    """Yields every leaf of the architecture, bottom first; `names`: HUGGING_FACE_NAMES or GGUF_NAMES."""
     # a file may claim any number of layers
     shapes = leaf_shapes(dataclasses.replace(cfg, layers=1))
     block = {
@@ -94,10 +100,7 @@ def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
     yield Leaf("embed", names["embed"], shapes["embed"])
     for layer in range(cfg.layers):
         for part, shape in block.items():
-            if part in ("q", "k", "q_bias", "k_bias"):
-                paired = cfg.head_dim
-            else:
-                paired = 0
+            paired = cfg.head_dim if part in ("q", "k", "q_bias", "k_bias") else 0
             yield Leaf(f"blocks/{layer}/{part}", names[part].format(layer), shape[::-1], paired)
     for part in ("norm", "head")[: 2 - cfg.tied]:
         yield Leaf(part, names[part], shapes[part][::-1])
@@ -148,9 +151,7 @@ class StoredModel(NamedTuple):
 
 
 def file_kinds(model: StoredModel) -> dict[str, str]:
-    """Returns the kinds of a GGUF file's matrices by path, such as Q6_K and F16; none of another
-    model.
-    """
+    """Returns the kinds of a GGUF file's matrices by path, such as Q6_K and F16; none of another model."""
     return {leaf.path: model.kinds[leaf.name] for leaf in model.leaves if leaf.name in model.kinds}
 
 
@@ -166,25 +167,26 @@ def describe_kinds(kinds: Mapping[str, str], params: Any) -> str:
     for path, kind in kinds.items():
         block, _, part = path.rpartition("/")
         joined = next((name for name, parts in JOINED.items() if part in parts), "")
-        leaf = innermost_base(leaves[path] if path in leaves else leaves[f"{block}/{joined}"])
-        groups.setdefault(_change_of(kind, leaf), Counter())[kind] += 1
+        place = path if path in leaves else f"{block}/{joined}"
+        change = _change_of(kind, innermost_base(leaves[place]))
+        groups.setdefault(change, Counter())[kind] += 1
     parts = []
     for change, counts in sorted(groups.items()):
-        count = sum(counts.values())
-        if change:
-            phrase = f"{'is' if count == 1 else 'are'} {change}"
-        else:
-            if count == 1:
-                phrase = "stays as it is"
-            else:
-                phrase = "stay as they are"
-        phrase += f" ({', '.join(kind for kind, _ in counts.most_common())})"
+        count = counts.total()
+        names = ", ".join(kind for kind, _ in counts.most_common())
+        phrase = f"{_say_change(change, count)} ({names})"
         if len(groups) == 1:
             return f"all {count:,} matrices {phrase}"
         parts.append(f"{count:,} {phrase}")
     if parts:
         return f"of {len(kinds):,} matrices {', '.join(parts)}"
     return ""
+
+
+def _say_change(change: str, count: int) -> str:
+    if change:
+        return f"is {change}" if count == 1 else f"are {change}"
+    return "stays as it is" if count == 1 else "stay as they are"
 
 
 def _change_of(kind: str, leaf: Any) -> str:
@@ -224,9 +226,8 @@ def read_params(
     for leaf in model.leaves:
         if leaf.path in blocks:
             assert model.packed
-            params[leaf.path] = dataclasses.replace(
-                blocks[leaf.path], packed=jax.device_put(model.packed(leaf.name))
-            )
+            packed = jax.device_put(model.packed(leaf.name))
+            params[leaf.path] = dataclasses.replace(blocks[leaf.path], packed=packed)
         else:
             params[leaf.path] = jax.device_put(read_leaf(model, leaf, dtype))
         done += math.prod(leaf.stored)
@@ -236,17 +237,23 @@ def read_params(
 
 
 def read_leaf(model: StoredModel, leaf: Leaf, dtype: str) -> np.ndarray:
+    """Reads a leaf: a matrix in `dtype`, another in float32. Raises as `read_params`."""
     shape = leaf.stored[::-1] if leaf.transposed else leaf.stored
-    value = np.empty(shape, jnp.dtype(dtype) if len(shape) == 2 else np.float32)
+    if len(shape) != 2:
+        dtype = "float32"
+    value = np.empty(shape, jnp.dtype(dtype))
     # NumPy copies bfloat16 one number at a time, and integers quickly
     bits = np.dtype(f"u{value.itemsize}")
-    view = value.view(bits).T if leaf.transposed else value.view(bits)
+    view = value.view(bits)
+    if leaf.transposed:
+        view = view.T
     rows = leaf.stored[0]
     unit = leaf.paired or 1  # a head's rows belong together
     step = max(1, CHUNK // math.prod(leaf.stored[1:]) // unit) * unit
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        with np.errstate(all="ignore"):  # what is not finite is named below
+        # what is not finite is named below
+        with np.errstate(all="ignore"):
             values = model.rows(leaf.name, start, stop)
             # of a NaN, both are NaN
             extremes = np.array([values.min(), values.max()]).astype(value.dtype)
