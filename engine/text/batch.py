@@ -82,9 +82,8 @@ class TextBatches:
     def __post_init__(self) -> None:
         if len(self.tokens) < self.seq + 1:
             raise UserError(
-                f"The text has {len(self.tokens)} tokens and one window of {self.seq} needs "
-                f"{self.seq + 1}: give a "
-                "longer text or a shorter context."
+                f"The text has {len(self.tokens)} tokens and one window of {self.seq} needs {self.seq + 1}: "
+                "give a longer text or a shorter context."
             )
         self._ring = len(self.tokens) - 1  # targets
         self.order = EpochOrder(self._ring // self.seq, self.batch, self.seed)
@@ -128,9 +127,7 @@ def count_windows(tokens: int, seq: int, stride: int) -> int:
 
 
 def window_batch(tokens: np.ndarray, at: np.ndarray, mask: np.ndarray | None = None) -> Batch:
-    """Returns the batch of the windows tokens[at], `at` (B, T), with `mask` (B, T) or all targets
-    counted.
-    """
+    """Returns the batch of the windows tokens[at], `at` (B, T), with `mask` (B, T) or all targets counted."""
     positions = np.ascontiguousarray(np.broadcast_to(np.arange(at.shape[1], dtype=np.int32), at.shape))
     if mask is None:
         mask = np.ones(at.shape, bool)

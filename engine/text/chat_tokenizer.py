@@ -15,12 +15,12 @@ from engine.errors import UserError
 from engine.text.template import FIXED_DAY, InvalidConversation, Message, Template
 from engine.text.tokenizer import Tokenizer
 
-# CHATML is for a model that has its control tokens and no template of its own (the format of Qwen
-# and SmolLM). PLAIN, names and line ends as in a play, is for one without control tokens for roles,
-# such as one trained here from nothing: only the end of an answer is a control token, so it keeps a
-# user from ending the answer but not from writing a role.
 TEMPLATES = Path(__file__).with_name("templates")
+# For a model that has its control tokens and no template of its own: the format of Qwen and SmolLM.
 CHATML = (TEMPLATES / "chatml.jinja").read_text("utf-8").rstrip()
+# For a model without control tokens for roles, such as one trained here from nothing: names and line
+# ends as in a play. Only the end of an answer is a control token, so it keeps a user from ending the
+# answer but not from writing a role.
 PLAIN = (TEMPLATES / "plain.jinja").read_text("utf-8").rstrip()
 ROLES = ("system", "user", "assistant", "tool")
 PRIVATE = range(0xF0000, 0xFFFFE)  # Unicode's private use: no character of any text
@@ -37,12 +37,13 @@ class Example(NamedTuple):
 class ChatTokenizer:
     """Tokenizes conversations by a chat template, as prompts or as training examples.
 
-    `source` is the template and `template_name` says which (see `choose_template`); `now` is the
-    time it reads, `eot_ids` the control token by which it closes the assistant's turns, (token,) or
-    (). The template's control tokens become ids; one written in a message is encoded as its
-    letters. Text is cut where an assistant's turn begins and ends, so that the tokens before an
-    answer are the same in training and in a prompt. Raises UserError when the template cannot be
-    compiled or run.
+    source: the template. template_name: which it is, as `choose_template` says. now: the time that
+    it reads. eot_ids: the control token by which it closes the assistant's turns, (token,) or ().
+
+    The template's control tokens become ids; one written in a message is encoded as its letters.
+    Text is cut where an assistant's turn begins and ends, so that the tokens before an answer are
+    the same in training and in a prompt. Raises UserError when the template cannot be compiled or
+    run.
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str | None = None, now: str = FIXED_DAY) -> None:
@@ -99,12 +100,12 @@ class ChatTokenizer:
         """
         answers = _answers(messages)
         trained = [index for index in answers if index not in context]
-        if not trained or answers[0] == 0:
-            if trained:
-                raise InvalidConversation("it begins with the assistant's turn")
-            if answers:
-                raise InvalidConversation("no turn of the assistant is trained on")
+        if not answers:
             raise InvalidConversation("there is no turn of the assistant")
+        if not trained:
+            raise InvalidConversation("no turn of the assistant is trained on")
+        if answers[0] == 0:
+            raise InvalidConversation("it begins with the assistant's turn")
         messages = messages[: trained[-1] + 1]
         counts = [index in trained for index in _answers(messages)]
         text, turns, marks = self._render(messages)
@@ -158,9 +159,9 @@ class ChatTokenizer:
                 turns.append((len(before), end))
         if not prompt and (not turns or end < len(text)):
             raise UserError(
-                "The chat template begins the assistant's turn otherwise than it writes one that "
-                "is complete, so "
-                "training would not match the prompts of inference: give another template."
+                "The chat template begins the assistant's turn otherwise "
+                "than it writes one that is complete, "
+                "so training would not match the prompts of inference: give another template."
             )
         return text, turns, marks
 
@@ -191,9 +192,7 @@ class ChatTokenizer:
         return length
 
     def _pieces(self, text: str, turns: list[tuple[int, int]], marks: dict[str, str]) -> list[np.ndarray]:
-        """Returns the tokens before, in, and after each turn of the assistant: 2 len(turns) + 1
-        pieces.
-        """
+        """Returns the tokens before, in, and after each turn of the assistant: 2 len(turns) + 1 pieces."""
         original = str.maketrans(marks)
         pieces: list[np.ndarray] = []
         continued = False  # whether the text before ended in plain text

@@ -101,17 +101,14 @@ def read_conversations(source: Path | str) -> Conversations:
     name = str(source)
     path = SHIPPED.get(name) or Path(source).expanduser()
     if not path.is_file():
-        if path.exists():
-            problem = "is not a file"
-        else:
-            problem = "does not exist"
+        problem = "is not a file" if path.exists() else "does not exist"
         if path.is_dir():
             problem = (
                 "is a folder, and one file is read: join its texts into a .txt, or its rows into a .jsonl"
             )
         raise UserError(
-            f"{path} {problem}; wanted {FORMS}, or one of "
-            f"{', '.join(SHIPPED)}.{did_you_mean(name, [*SHIPPED])}"
+            f"{path} {problem}; wanted {FORMS}, "
+            f"or one of {', '.join(SHIPPED)}.{did_you_mean(name, [*SHIPPED])}"
         )
     if path.suffix.lower() in (".txt", ".md"):
         return Conversations(name, functools.partial(_read_whole, path))
@@ -273,8 +270,8 @@ def _messages(
         if speaker.lower() not in SPEAKERS:
             known = [*SPEAKERS] if share_gpt else [*ROLES]
             raise UserError(
-                f"{at} has the {role} {speaker!r}; wanted one of "
-                f"{', '.join(known)}.{did_you_mean(speaker, known)}"
+                f"{at} has the {role} {speaker!r}; "
+                f"wanted one of {', '.join(known)}.{did_you_mean(speaker, known)}"
             )
         text = message[content]
         if isinstance(text, list) and all(
@@ -299,8 +296,8 @@ def _is_context(message: dict[str, Any], role: str, at: str) -> bool:
             )
         if value and role != "assistant":
             raise UserError(
-                f"{at} has the `{name}` {value!r}, and only the assistant's messages are trained "
-                "on: give it 0."
+                f"{at} has the `{name}` {value!r}, "
+                "and only the assistant's messages are trained on: give it 0."
             )
     return role == "assistant" and not all(values.values())
 

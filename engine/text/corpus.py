@@ -390,8 +390,9 @@ def open_bin(path: Path, tokenizer: Tokenizer) -> TokenFile:
         wrong = np.flatnonzero(block >= tokenizer.vocab)
         if len(wrong):
             raise UserError(
-                f"{path} holds the id {block[wrong[0]]} at token {start + wrong[0]}, and the tokenizer has "
-                f"{tokenizer.vocab} ids: give the tokenizer that the file was made with."
+                f"{path} holds the id {block[wrong[0]]} at token {start + wrong[0]}, "
+                f"and the tokenizer has {tokenizer.vocab} ids: "
+                "give the tokenizer that the file was made with."
             )
         count += tokenizer.count_bytes(block)
     return TokenFile(tokens, count, path)

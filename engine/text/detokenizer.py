@@ -32,9 +32,7 @@ class CompletionText:
         self.stopped: str | None = None
 
     def push(self, tokens: Sequence[int], last: bool = False) -> str:
-        """Returns the text that is certain now; with the last tokens the rest, without half a
-        character.
-        """
+        """Returns the text that is certain now; with the last tokens the rest, without half a character."""
         certain = []
         for token in tokens:
             if self.stopped is not None:

@@ -71,8 +71,8 @@ class Documents:
             characters += len(text)
             if characters > MAX_BYTES:  # of a parquet file, which is compressed
                 raise UserError(
-                    f"The texts at {path} have more than {MAX_BYTES:,} characters, up to {file}: "
-                    "take texts out."
+                    f"The texts at {path} have more than {MAX_BYTES:,} characters, "
+                    f"up to {file}: take texts out."
                 )
             for passage in cut(text):
                 number += 1

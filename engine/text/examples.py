@@ -107,8 +107,8 @@ class Dataset:
         dropped = len(self.dropped)
         cut = len(self.truncated)
         lines = [
-            f"{used:,} of {quantity(used + dropped, 'row')} kept, {cut:,} of them truncated; "
-            f"{dropped:,} dropped"
+            f"{used:,} of {quantity(used + dropped, 'row')} kept, "
+            f"{cut:,} of them truncated; {dropped:,} dropped"
         ]
         for verb, rows in (("truncated", self.truncated), ("dropped", self.dropped)):
             reasons = Counter(reason for _, reason in rows)
@@ -164,9 +164,7 @@ def make_ratings(rows: Iterable[Record], chat: ChatTokenizer, seq: int, report: 
 def _make_dataset(
     rows: Iterable[Record], seq: int, report: OnProgress, make_row: Callable[[Record], tuple[list[Any], bool]]
 ) -> Dataset:
-    """Returns the dataset of all that `make_row` makes: a row's examples, and whether its end was
-    cut off.
-    """
+    """Returns the dataset of all that `make_row` makes: a row's examples, and whether its end was cut off."""
     dataset = Dataset()
     rows = list(rows)
     for number, row in enumerate(rows, 1):
@@ -221,8 +219,8 @@ def _pieces(row: Text, chat: ChatTokenizer, seq: int) -> list[Example]:
 def _answers(row: Conversation, chat: ChatTokenizer) -> list[Example]:
     if row.label is False:
         raise UserError(
-            "`label` is false, an answer not to give, which this objective would train: leave the "
-            "row out, or train on ratings (KTO)."
+            "`label` is false, an answer not to give, which this objective would train: "
+            "leave the row out, or train on ratings (KTO)."
         )
     for index, message in enumerate(row.messages):
         if message["role"] == "assistant" and not message["content"].strip() and index not in row.context:

@@ -28,9 +28,7 @@ def read_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def check_text(value: Any, name: str, where: str) -> str:
-    """Returns the field `name` of a row, `value`. Raises UserError unless it is text that UTF-8 can
-    carry.
-    """
+    """Returns the field `name` of a row, `value`. Raises UserError unless it is text that UTF-8 can carry."""
     if value is None:
         raise UserError(f"{where}: `{name}` should be text, but is missing.")
     if not isinstance(value, str):
@@ -94,8 +92,8 @@ def read_parquet_texts(file: Path) -> Iterator[str]:
         from pyarrow import parquet
     except ImportError:
         raise UserError(
-            f"Reading {file} needs pyarrow, which is not installed: run the command as "
-            "`uv run --extra parquet python -m ...`, or `pip install pyarrow`."
+            f"Reading {file} needs pyarrow, which is not installed: "
+            "run the command as `uv run --extra parquet python -m ...`, or `pip install pyarrow`."
         ) from None
     try:
         table = parquet.ParquetFile(file)

@@ -78,9 +78,7 @@ def compile_template(source: str, variables: dict[str, Any], now: str) -> Callab
     import jinja2.sandbox
 
     class GenerationTag(jinja2.ext.Extension):
-        """`{% generation %}`, by which some templates mark what the model says: renders its
-        contents.
-        """
+        """`{% generation %}`, by which some templates mark what the model says: renders its contents."""
 
         tags = {"generation"}  # noqa: RUF012
 

@@ -77,10 +77,8 @@ class Tokenizer:
             )
         byte_level = "ByteLevel" in decoder
         self._table = _byte_table(inner, byte_level)
-        if byte_level:
-            self._later = None
-        else:
-            self._later = _without_first_space(fields)
+        # It encodes the rest of a text where that gets no space before its first word; else None.
+        self._inner_of_rest = None if byte_level else _without_first_space(fields)
         # Where a token reaches across such a place, a text is encoded in one piece.
         self._cuts = byte_level or not any(
             TOKEN_END.search(value.decode("utf-8", "ignore")) for value in self._table.values()
@@ -119,13 +117,12 @@ class Tokenizer:
         """Yields the tokens of a text that comes in parts, a megabyte at a time, so that memory
         stays bounded.
         """
-        if continued:
-            inner = self._later or self.inner
-        else:
-            inner = self.inner
-        for pieces in itertools.batched(self._pieces(parts), TOGETHER if self._later is None else 1):
+        rest = self._inner_of_rest or self.inner
+        together = TOGETHER if rest is self.inner else 1
+        for number, pieces in enumerate(itertools.batched(self._pieces(parts), together)):
+            begins = number == 0 and not continued
+            inner = self.inner if begins else rest
             encoded = inner.encode_batch_fast(list(pieces), add_special_tokens=False)
-            inner = self._later or inner
             yield np.fromiter(itertools.chain.from_iterable(piece.ids for piece in encoded), np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -133,7 +130,7 @@ class Tokenizer:
         ids are left out.
         """
         text = b"".join(map(self.bytes_of, ids)).decode("utf-8", "replace")
-        if self._later:
+        if self._inner_of_rest:
             return text.removeprefix(" ")
         return text
 
@@ -215,14 +212,14 @@ def save_tokenizer(
     tokens: dict[str, Any] = {"eos_token_id": list(eos_ids) if len(eos_ids) > 1 else eos_ids[0]}
     for name in ("bos_token", "pad_token"):
         token = tokenizer.id_of(tokenizer.special_names.get(name, ""))
-        tokens |= {} if token is None else {f"{name}_id": token}
+        if token is not None:
+            tokens[f"{name}_id"] = token
     tokenizer.save(folder)
-    # for transformers
+    fields = dict(tokens)
     if sampling:
-        do_sample = {"do_sample": sampling.get("temperature") != 0}
-    else:
-        do_sample = {}
-    write_json(folder / GENERATION, tokens | do_sample | dict(sampling))
+        fields["do_sample"] = sampling.get("temperature") != 0  # for transformers
+    fields |= sampling
+    write_json(folder / GENERATION, fields)
     return tokens
 
 
@@ -283,7 +280,8 @@ def _without_first_space(fields: dict[str, Any]) -> tokenizers.Tokenizer | None:
 
 
 def _starts_with(inner: tokenizers.Tokenizer) -> tuple[int, ...]:
-    plain, whole = (inner.encode("a", add_special_tokens=special).ids for special in (False, True))
+    plain = inner.encode("a", add_special_tokens=False).ids
+    whole = inner.encode("a", add_special_tokens=True).ids
     places = (n for n in range(len(whole) - len(plain) + 1) if whole[n : n + len(plain)] == plain)
     return tuple(whole[: next(places, 0)])
 
@@ -302,10 +300,7 @@ def _byte_table(inner: tokenizers.Tokenizer, byte_level: bool) -> dict[int, byte
         else:  # a token added by its plain name
             table[token] = name.encode()
     for token, added in inner.get_added_tokens_decoder().items():
-        if added.special:
-            table[token] = b""
-        else:
-            table[token] = added.content.encode()
+        table[token] = b"" if added.special else added.content.encode()
     return table
 
 
@@ -314,6 +309,6 @@ def _check_unicode(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(
-            f"The text has half a character (the lone surrogate U+{ord(text[error.start]):04X}) at character "
-            f"{error.start}, which no UTF-8 file can hold; remove it, or replace it with U+FFFD."
+            f"The text has half a character (the lone surrogate U+{ord(text[error.start]):04X}) "
+            f"at character {error.start}, which no UTF-8 file can hold; remove it, or replace it with U+FFFD."
         ) from None
