@@ -17,22 +17,20 @@ from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import merge_lora
 
 WeightType = Literal["file", "q4", "int8", "bfloat16", "float32"]
-# Of a weight at most, and a block's scale.
+# of a weight at most, and of a block's scale
 BYTES: dict[str, float] = {"file": 17 / 16, "q4": 17 / 16, "int8": 17 / 16, "bfloat16": 2, "float32": 4}
 CHUNK = 128  # prompt tokens a call
 TAIL = 32  # prompt tokens a call of a short rest
-# Where an engine completes a few prompts and is gone: one program reads any prompt.
+# Prompt tokens a call where an engine completes a few prompts and is gone: one program reads any prompt.
 SMALL_CHUNK = 64
-SMALL_SEGMENT = 256
-SMALL_CAPACITY = 2048  # tokens that a slot has by default even where they take more than the SHARE
-SMALL_PREFIX_CACHE = 64 * 10**6  # bytes
+SMALL_SEGMENT = 256  # tokens of a segment of such an engine's KV cache
+SMALL_CAPACITY = 2048  # tokens that its slots have by default even where they take more than the SHARE
+SMALL_PREFIX_CACHE = 64 * 10**6  # bytes of its prefix cache
 SHARE = 0.5  # of free memory that an engine takes at most by default
 
 
 def largest_power_of_two_below(number: int) -> int:
-    """Returns the largest power of two that is less than a number of at least 2: 4 for 5, and 4 for
-    8.
-    """
+    """Returns the largest power of two that is less than a number of at least 2: 4 for 5, and 4 for 8."""
     return 1 << (number - 1).bit_length() - 1
 
 

@@ -16,11 +16,8 @@ import numpy as np
 from engine.errors import UserError
 from engine.text.tokenizer import Tokenizer
 
-MAX_BYTES = (
-    # of a grammar: the time to compile a schema grows with the square of its properties, to about 1
-    # s
-    65_536
-)
+# of a grammar: the time to compile a schema grows with the square of its properties, to about 1 s
+MAX_BYTES = 65_536
 MAX_FORCED_BYTES = 16_384  # with which every text would begin
 MAX_DEPTH = 100  # of a schema
 # of `multipleOf`, without its point: the time to compile it grows with the square
@@ -39,9 +36,7 @@ JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separ
 
 
 class Constraint:
-    """Follows one completion through a grammar, which has `failed` when it became too complex on
-    the way.
-    """
+    """Follows one completion through a grammar, which has `failed` when it became too complex on the way."""
 
     def __init__(self, matcher: Any, end_ids: frozenset[int]) -> None:
         self._matcher = matcher
@@ -70,9 +65,7 @@ class Constraint:
             self._matcher.rollback(len(drafts))
 
     def allowed_drafts(self, drafts: Sequence[int], count: int) -> list[int]:
-        """Returns up to `count` tokens that the grammar forces, else those of the drafts that it
-        allows.
-        """
+        """Returns up to `count` tokens that the grammar forces, else those of the drafts that it allows."""
         forced = self._matcher.compute_ff_tokens()[:count]
         if forced or not drafts:
             return forced
@@ -145,10 +138,8 @@ class GrammarCompiler:
         """
         check_size(grammar)
         matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
-        trial = Constraint(
-            matcher.deep_copy(), self._end_ids
-        )  # a beginning that has no end shows in the first mask, or in
-        # what is forced
+        # A beginning that has no end shows in the first mask, or in what is forced.
+        trial = Constraint(matcher.deep_copy(), self._end_ids)
         trial.fill(np.zeros((1, -(-self._tokenizer.vocab_size // 32)), np.uint32), [0], [])
         if trial.failed:
             raise UserError(_explain(trial._matcher.get_error()))

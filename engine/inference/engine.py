@@ -331,9 +331,7 @@ class Engine:
         self.prefix_cache.put(keys[0], chunk, sequence.prefix_key if start else None, keys[1:])
 
     def _prefix_lengths(self, tokens: tuple[int, ...]) -> range:
-        """Returns the counts of a chunk's first tokens after which tails may follow, the most
-        first.
-        """
+        """Returns the counts of a chunk's first tokens after which tails may follow, the most first."""
         if not self.tails_are_exact:
             return range(0)
         tail = self.config.tail

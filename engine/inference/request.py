@@ -99,16 +99,12 @@ class SamplingParams:
         return dataclasses.replace(self, max_tokens=min(self.max_tokens, max(room, 1)))
 
     def per_row(self, rows: int) -> list["SamplingParams"]:
-        """Returns these for each of `rows` completions, with seeds seed, seed + 1, ... (modulo
-        2**32).
-        """
+        """Returns these for each of `rows` completions, with seeds seed, seed + 1, ... (modulo 2**32)."""
         return [self, *(dataclasses.replace(self, seed=(self.seed + row) % SEEDS) for row in range(1, rows))]
 
 
 def token_ids(name: str, values: Any) -> tuple[int, ...]:
-    """Returns any iterable of integers as a tuple; True is 1. Raises InvalidField for anything
-    else.
-    """
+    """Returns any iterable of integers as a tuple; True is 1. Raises InvalidField for anything else."""
     try:
         return tuple(map(operator.index, values))
     except TypeError as error:
@@ -150,9 +146,7 @@ class Request:
 
 
 class LogProb(NamedTuple):
-    """A sampled token's log-probability, nats, and the most probable tokens with theirs, best
-    first.
-    """
+    """A sampled token's log-probability, nats, and the most probable tokens with theirs, best first."""
 
     token: int
     logprob: float
@@ -178,9 +172,7 @@ class Event(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """The tokens of a completion, without the `stop_token` that ended it if one did, and why it
-    ended.
-    """
+    """The tokens of a completion, without the `stop_token` that ended it if one did, and why it ended."""
 
     tokens: list[int]
     finish_reason: FinishReason | None
@@ -202,13 +194,12 @@ def check_request(request: Request, vocab: int, capacity: int) -> None:
     if len(prompt) >= capacity:
         raise InvalidField(
             "prompt",
-            f"The prompt has {len(prompt)} tokens, and at most {capacity} fit with the answer. "
-            "Shorten the prompt.",
+            f"The prompt has {len(prompt)} tokens, "
+            f"and at most {capacity} fit with the answer. Shorten the prompt.",
         )
     if len(prompt) + sampling.max_tokens > capacity:
         raise InvalidField(
             "prompt",
             f"The prompt has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}; "
-            f"together at most {capacity} fit. "
-            "Shorten the prompt, or ask for fewer tokens.",
+            f"together at most {capacity} fit. Shorten the prompt, or ask for fewer tokens.",
         )

@@ -393,9 +393,7 @@ class ModelRunner:
         self.compiling = ThreadPoolExecutor(1).submit(lowered.compile)
 
     def put_adapter(self, index: int, adapter: Params) -> None:
-        """Puts an adapter into new stacks, at an index that no request uses. In any thread, one at
-        a time.
-        """
+        """Puts an adapter into new stacks, at an index that no request uses. In any thread, one at a time."""
         assert self.stacks is not None
         self.stacks = self._device_put(put_adapter(self.cfg, self.stacks, index, adapter))
 
@@ -432,9 +430,7 @@ class ModelRunner:
         self.segments = clear_slot(self.segments, np.int32(slot), np.int32(max_positions))
 
     def copy(self, slot: int, targets: Sequence[int], max_positions: int) -> None:
-        """Copies the segments that begin below `max_positions` from a slot to at most DRAFT_ROWS
-        others.
-        """
+        """Copies the segments that begin below `max_positions` from a slot to at most DRAFT_ROWS others."""
         padded = np.array([*targets, *[self.segments.slots] * (DRAFT_ROWS - len(targets))], np.int32)
         self.segments = copy_slot(self.segments, np.int32(slot), padded, np.int32(max_positions))
 

@@ -69,9 +69,7 @@ class Drafter:
             self._append(token)
 
     def draft(self, count: int) -> list[int]:
-        """Returns up to `count` draft tokens: as many as are right often enough for checking them
-        to pay.
-        """
+        """Returns up to `count` draft tokens: as many as are right often enough for checking them to pay."""
         drafts: list[int] = []
         tail = self._text[-len(CHANCES) :]
         chance = 1.0
@@ -156,9 +154,7 @@ class Sequence:
 
     @property
     def to_prefill(self) -> int:
-        """Prompt tokens left to prefill: all but the last, which decoding reads, if it is to be
-        completed.
-        """
+        """Prompt tokens left to prefill: all but the last, which decoding reads, if it is to be completed."""
         return len(self.request.prompt) - (not self.request.embed) - self.prefilled_tokens
 
     @property

@@ -41,9 +41,7 @@ def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Ar
 
 
 def has_fused_attention(cfg: ModelConfig, tokens: int) -> bool:
-    """Whether a fused kernel computes a model's attention over texts of `tokens`, on JAX's
-    platform.
-    """
+    """Whether a fused kernel computes a model's attention over texts of `tokens`, on JAX's platform."""
     kernel = ops().fused_attention
     if kernel is None:
         return False
@@ -55,9 +53,7 @@ def has_fused_attention(cfg: ModelConfig, tokens: int) -> bool:
 
 
 def attention_path(cfg: ModelConfig, tokens: int) -> str:
-    """Returns what computes it, in words: paths agree within rounding, and each by itself to the
-    bit.
-    """
+    """Returns what computes it, in words: paths agree within rounding, and each by itself to the bit."""
     if not has_fused_attention(cfg, tokens):
         return "by XLA"
     return "in C" if platform() == "cpu" else "by a fused kernel"

@@ -64,8 +64,13 @@ def _causal_attention_forward(q: Array, k: Array, v: Array, segments: Array | No
 
 
 def _causal_attention_backward(residuals: Any, g: Array):
-    """With P the weights and o = P v: dv = P^T g, dP = g v^T, dS = P (dP - sum(o g)), dq = dS k, dk
-    = dS^T q.
+    """Returns the gradients of q, k and v, and None for the segments. With P the weights and o = P v:
+
+    dv = P^T g
+    dP = g v^T
+    dS = P (dP - sum(o g))
+    dq = dS k
+    dk = dS^T q
     """
     q, k, v, _, weights, o = residuals
     B, K, G, T, H = q.shape

@@ -35,9 +35,7 @@ def _with_backward[F: Callable[..., Any]](
 
 
 def matmul_backward(dtype: DTypeLike, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    """dx = g w^T and dw = x^T g, summed in float32. Transposes the narrower of x and g, the cheaper
-    copy.
-    """
+    """dx = g w^T and dw = x^T g, summed in float32. Transposes the narrower of x and g, the cheaper copy."""
     x, w = residuals
     w, g = layout.regather(w, g.astype(x.dtype))
     dx = jnp.einsum("mf,df->md", g, w.astype(x.dtype), preferred_element_type=x.dtype)
@@ -125,9 +123,8 @@ def _rotate(x: Array, cos: Array, sin: Array, scale: float, dtype: DTypeLike) ->
     an axis, ten times as fast as inside H. The barrier keeps the loop to this shape.
     """
     pairs = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
-    cos, sin = jax.lax.optimization_barrier(
-        (cos, jnp.stack([-sin, sin], axis=2))
-    )  # or each head would compute them
+    # or each head would compute them
+    cos, sin = jax.lax.optimization_barrier((cos, jnp.stack([-sin, sin], axis=2)))
     cos = cos[:, :, None, None]
     sin = sin[:, :, None]
     rotated = (pairs.astype(jnp.float32) * cos + jnp.flip(pairs, axis=-2).astype(jnp.float32) * sin) * scale

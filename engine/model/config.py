@@ -11,17 +11,13 @@ if TYPE_CHECKING:
 
 # of a block, in the order of the forward pass
 MATRICES = ("q", "k", "v", "out", "gate", "up", "down")
-JOINED = {
-    "qkv": ("q", "k", "v"),
-    "gate_up": ("gate", "up"),
-}  # those that read the same input, and their name side by side
+# those that read the same input, and their name side by side
+JOINED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's scaling of RoPE frequencies (The Llama 3 Herd of Models, 2407.21783, section
-    3.4.1).
-    """
+    """Llama 3's scaling of RoPE frequencies (The Llama 3 Herd of Models, 2407.21783, section 3.4.1)."""
 
     factor: float
     low_freq_factor: float
@@ -200,9 +196,7 @@ class LoraConfig:
 
 
 def _from_fields[T: DataclassInstance](kind: type[T], fields: dict[str, Any]) -> T:
-    """Returns kind(**fields). Raises UserError naming a field that `kind` does not know or that it
-    needs.
-    """
+    """Returns kind(**fields). Raises UserError naming a field that `kind` does not know or that it needs."""
     known = {field.name: field for field in dataclasses.fields(kind)}
     for name in fields:
         if name not in known:

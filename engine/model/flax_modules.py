@@ -19,11 +19,11 @@ from engine.model.cache.segmented import SegmentedLayer
 from engine.model.config import ModelConfig
 from engine.model.weights.matmul import lookup, norm_and_project, project, swiglu_and_project
 
-# A tied embedding is also the head, whose logits start at TIED_STD, lower for a small vocabulary;
-# an untied one starts as large as what blocks add. A tied 4 x 256 reaches 2.31 bits per byte after
-# 500 steps of 1,024 tokens with the first SwiGLU random, 2.32 with all so, and with none 2.39 (an
-# embedding of 1 / D) or 2.47 (a small last gain).
+# A tied embedding is also the head, whose logits start at this, lower for a small vocabulary. A tied
+# 4 x 256 reaches 2.31 bits per byte after 500 steps of 1,024 tokens with the first SwiGLU random, 2.32
+# with all so, and with none 2.39 (an embedding of 1 / D) or 2.47 (a small last gain).
 TIED_STD = 0.3
+# An untied embedding starts as large as what blocks add.
 EMBED_STD = 0.5
 Rotary = tuple[Array, Array]
 Cached = tuple[Array, Array, Array]  # one layer's k and v (B, K, S, H), and each row's length (B,)
@@ -120,9 +120,7 @@ class Block(nn.Module):
         return causal_attention(q, k, v, segments), None
 
     def cached_attention(self, q: Array, k: Array, v: Array, cached: Cached):
-        """Writes this call's keys and values after each row's length, then attends to all of the
-        row.
-        """
+        """Writes this call's keys and values after each row's length, then attends to all of the row."""
         keys, values, length = cached
         keys = write_rows(keys, k.transpose(0, 2, 1, 3), length)
         values = write_rows(values, v.transpose(0, 2, 1, 3), length)
@@ -189,9 +187,8 @@ class BlockStack(nn.Module):
             return x, None
         if cfg.remat == "block":
             run = jax.checkpoint(run)
-        run = jax.jit(
-            run, inline=True
-        )  # traced once, and inlined L times: the same program in two thirds of the time
+        # traced once, and inlined L times: the same program in two thirds of the time
+        run = jax.jit(run, inline=True)
         params = [self.variables["params"][str(i)] for i in range(cfg.layers)]
         if cfg.scan:
 

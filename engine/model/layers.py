@@ -13,9 +13,8 @@ from jax.typing import DTypeLike
 
 from engine.model.config import ModelConfig
 
-MASKED = (
-    -1e30
-)  # a score that softmax turns into 0; finite, so that a row without any key gives numbers and not NaN
+# a score that softmax turns into 0; finite, so that a row without any key gives numbers and not NaN
+MASKED = -1e30
 
 
 def dot32(
@@ -111,8 +110,8 @@ def join_heads(x: Array) -> Array:
 
 
 def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
-    """q (B, T, N, H) scaled by H ** -0.5, k and v (B, T, K, H), segments (B, T) or None -> (B, T, N
-    * H).
+    """q (B, T, N, H) scaled by H ** -0.5, k and v (B, T, K, H), segments (B, T) or None
+    -> (B, T, N * H).
     """
     k = k.transpose(0, 2, 1, 3)
     v = v.transpose(0, 2, 1, 3)

@@ -11,13 +11,12 @@ from engine.model.config import ModelConfig
 from engine.model.loss_in_parts import CHUNK, chunked_losses, row_losses
 from engine.model.transformer import Params, hidden_states, logits_of
 
-LOGITS_LIMIT = (
-    512 * 2**20
-)  # bytes of float32 logits a device that a trained head makes at once, else chunk by chunk
-ROWS_LIMIT = (
-    32 * 2**20
-)  # bytes of float32 logits a device that a frozen head makes at once, else a few rows at a time
-SCORED_LIMIT = 64 * 2**20  # bytes of float32 logits a device that `score` makes at once
+# Bytes of float32 logits a device that a trained head makes at once, else chunk by chunk.
+LOGITS_LIMIT = 512 * 2**20
+# The same of a frozen head, else a few rows at a time.
+ROWS_LIMIT = 32 * 2**20
+# The same of `score`.
+SCORED_LIMIT = 64 * 2**20
 
 
 def target_losses(
@@ -59,9 +58,7 @@ def summed_loss(cfg: ModelConfig, params: Params, batch: Any, head_trains: bool 
 
 @jax.jit(static_argnames="cfg")
 def score(cfg: ModelConfig, params: Params, batch: Any) -> Array:
-    """Sums the negative log-probability of the masked-in targets, () float32 nats. Bits are nats /
-    ln 2.
-    """
+    """Sums the negative log-probability of the masked-in targets, () float32 nats. Bits are nats / ln 2."""
     return target_losses(cfg, params, batch, head_trains=False, limit=SCORED_LIMIT).sum()
 
 
@@ -74,8 +71,6 @@ def loss_chunks(cfg: ModelConfig, rows: int, head_trains: bool) -> int:
 
 
 def token_losses(logits: Array, targets: Array) -> Array:
-    """logits (..., V) float32, targets (...) int32 -> (...) nats: log sum exp(logits) -
-    logits[target].
-    """
+    """logits (..., V) float32, targets (...) int32 -> (...) nats: log sum exp(logits) - logits[target]."""
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked

@@ -34,9 +34,7 @@ def cudnn(q: Array, k: Array, v: Array, segments: Array | None) -> Array | None:
 
 
 def cudnn_masked(q: Array, k: Array, v: Array, mask: Array | None, *, causal: bool = False) -> Array | None:
-    """As `cudnn`, with keys (B, S, K, H) and a mask (B, T, S) that is True where a query may
-    attend.
-    """
+    """As `cudnn`, with keys (B, S, K, H) and a mask (B, T, S) that is True where a query may attend."""
     if mask is not None and (
         q.shape[1] % 2 or k.shape[1] % 2
     ):  # cuDNN has no gradient for it, and says so too late
@@ -159,9 +157,7 @@ def computes_in_c() -> bool:
 
 
 def kernels_note() -> str:
-    """Returns what a banner says of them behind the device: with and without them the last bits
-    differ.
-    """
+    """Returns what a banner says of them behind the device: with and without them the last bits differ."""
     if not _on_one_cpu():
         return ""
     problem = native_problem()

@@ -23,9 +23,7 @@ class LayerInC(SegmentedLayer):
 
 
 class KVInC(KVSegments):
-    """k and v: for each layer one segment, the keys or values (B, K, S, H) of all positions in all
-    slots.
-    """
+    """k and v: for each layer one segment, the keys or values (B, K, S, H) of all positions in all slots."""
 
     @property
     def layer_type(self) -> type[LayerInC]:

@@ -365,9 +365,7 @@ def attend_segment(
 
 
 def _scores(q: Any, keys: KVArray) -> Array:
-    """q (R, K, M, H), as `two_digit_rows` for quantized keys, keys (R, K, C, H) -> (R, K, M, C)
-    float32.
-    """
+    """q (R, K, M, H), as `two_digit_rows` for quantized keys, keys (R, K, C, H) -> (R, K, M, C) float32."""
     if not isinstance(keys, QuantizedKV):
         return einsum32("rkmh,rkch->rkmc", q, keys)
     digits, scale = q

@@ -41,16 +41,15 @@ KERNELS = {
     "adapter_matmul": "-ffp-contract=off",
     "causal_attention": "-ffp-contract=fast",
 }
-FUNCTIONS = {  # of files that hold others than that of their name
+# The functions of files that hold others than that of their name.
+FUNCTIONS = {
     "causal_attention": ("causal_attention", "causal_attention_backward", "prefill_attention"),
     "decode_attention": ("decode_attention", "empty_cache"),
 }
 # Without traps numbers are rounded many at once.
 FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
-INSTRUCTIONS = {
-    "x86_64": {"avx512_vnni", "avx2"},
-    "aarch64": {"asimddp"},
-}  # one of which is needed, as /proc/cpuinfo has them
+# One of these is needed, as /proc/cpuinfo has them.
+INSTRUCTIONS = {"x86_64": {"avx512_vnni", "avx2"}, "aarch64": {"asimddp"}}
 TUNING = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
 MAX_BYTES = 2**22  # that are read of a library; it has some 80 thousand
 # The time that all compilers together may take. One that hangs takes its share of what is left, and
@@ -122,9 +121,7 @@ def _functions(kernel: str) -> list[str]:
 
 
 def read_library(kernel: str) -> Library:
-    """Returns a kernel's library for this machine, built if need be. Raises _Unavailable or
-    OSError.
-    """
+    """Returns a kernel's library for this machine, built if need be. Raises _Unavailable or OSError."""
     machine = platform.machine()
     instructions = processor()[1]
     if not INSTRUCTIONS.get(machine, set()) & {*instructions.split()}:
@@ -199,9 +196,7 @@ def _compile(kernel: str, command: list[str], sources: dict[str, bytes], deadlin
 
 
 def _run(command: list[str], deadline: float, *files: int) -> str:
-    """Runs a program that inherits the open `files`, and returns why it failed; empty when it did
-    not.
-    """
+    """Runs a program that inherits the open `files`, and returns why it failed; empty when it did not."""
     seconds = max(deadline - time.monotonic(), 0)
     try:
         subprocess.run(

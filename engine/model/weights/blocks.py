@@ -25,11 +25,8 @@ from engine.model.weights.weight import TrainingForm, Weight
 COLUMNS = 16  # that lie side by side
 GROUP = 32  # inputs of a block
 KINDS = {"Q4_0": 288, "Q4_1": 320, "Q8_0": 544}  # bytes of 16 blocks
-STEPS = {
-    "Q4_0": (-8, 7),
-    "Q4_1": (0, 15),
-    "Q8_0": (-127, 127),
-}  # the least and the largest that a weight is rounded to
+# the least and the largest that a weight is rounded to
+STEPS = {"Q4_0": (-8, 7), "Q4_1": (0, 15), "Q8_0": (-127, 127)}
 SMALLEST = np.finfo(np.float32).tiny  # a smaller scale's inverse could be infinite
 LARGEST = 127
 # the exponent's bits of a float16, all set in what is not finite; NumPy's own test takes three
@@ -287,9 +284,7 @@ def factors_shape(packed: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _factor_bytes(size: int) -> int:
-    """Returns the bytes of the factors of 16 blocks of so many bytes: float16 scales, and in Q4_1
-    minima.
-    """
+    """Returns the bytes of the factors of 16 blocks of so many bytes: float16 scales, and in Q4_1 minima."""
     count = 1 + (size == KINDS["Q4_1"])
     return count * 2 * COLUMNS
 

@@ -24,9 +24,8 @@ def join_projections(block: Params) -> Params:
     kind lie side by side.
     """
     for name, parts in JOINED.items():
-        weights = [
-            as_weight(block[part]) for part in parts if part in block
-        ]  # none where they are joined already
+        # none where they are joined already
+        weights = [as_weight(block[part]) for part in parts if part in block]
         if len({type(weight) for weight in weights}) != 1:
             continue
         joined = weights[0].beside(weights[1:])
@@ -87,9 +86,7 @@ def _rounding(path: str, leaf: Any, kind: str = "Q4_0") -> Rounding | None:
 
 
 def weight_types(params: Params) -> str:
-    """Returns the types of a model's matrices: `Q4_1, Q8_0` as in its file, int8, both, or else a
-    dtype.
-    """
+    """Returns the types of a model's matrices: `Q4_1, Q8_0` as in its file, int8, both, or else a dtype."""
     leaves = leaf_paths(params).values()
     kinds = {leaf.kind for leaf in leaves if isinstance(leaf, Weight)}
     if kinds:

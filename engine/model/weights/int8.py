@@ -164,9 +164,7 @@ def lookup_rows(leaf: Int8, rows: Array) -> Array:
 
 
 def slice_columns(leaf: Int8, start: int, stop: int) -> Int8:
-    """Returns columns start..stop of the matrix that `int8_matmul` multiplies by, with their
-    scales.
-    """
+    """Returns columns start..stop of the matrix that `int8_matmul` multiplies by, with their scales."""
     along = 1 - leaf.contracting_axis
     values = jax.lax.slice_in_dim(leaf.values, start, min(stop, leaf.values.shape[along]), axis=along)
     return dataclasses.replace(leaf, values=values, scale=leaf.scale[start:stop])
@@ -273,8 +271,8 @@ def _multiply_integers(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
 
 def _no_gradient(*_: Any) -> Any:
     raise UserError(
-        "This weight multiplies int8 by int8, which has no gradient. Quantise the base with "
-        "activations 'full' to train on it."
+        "This weight multiplies int8 by int8, which has no gradient. "
+        "Quantise the base with activations 'full' to train on it."
     )
 
 

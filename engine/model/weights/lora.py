@@ -71,9 +71,7 @@ class LoRA(Weight):
         return (base.astype(jnp.float32) - less).astype(dtype or base.dtype)
 
     def times(self, x: Array, dtype: DTypeLike) -> Array:
-        """The base gets no gradient. Many rows are multiplied by the merged weight:
-        `matmul.project`.
-        """
+        """The base gets no gradient. Many rows are multiplied by the merged weight: `matmul.project`."""
         whole = as_weight(jax.lax.stop_gradient(self.base)).times(x, dtype)
         inner = Plain(self.a).times(x, x.dtype)
         return whole - Plain(self.b * -self.scale).times(inner, dtype)  # subtracted as in `dense`
@@ -89,9 +87,7 @@ class LoRA(Weight):
         return as_weight(self.base).can_be_merged
 
     def merged(self, dtype: DTypeLike) -> Array:
-        """Returns base + scale a b, added up in float32, in `dtype`; the pair is multiplied in
-        `dtype`.
-        """
+        """Returns base + scale a b, added up in float32, in `dtype`; the pair is multiplied in `dtype`."""
         base = as_weight(self.base).dense()
         b = (self.b * -self.scale).astype(dtype)
         # subtracted as in `dense`
@@ -99,9 +95,7 @@ class LoRA(Weight):
         return (base.astype(jnp.float32) - less.astype(jnp.float32)).astype(base.dtype).astype(dtype)
 
     def on_mesh(self, path: str) -> "LoRA":
-        """If each product gathered its pair, XLA would exchange slices of it with the merged
-        weights.
-        """
+        """If each product gathered its pair, XLA would exchange slices of it with the merged weights."""
         rows, columns = tensor_axes(path)
         a = jax.lax.with_sharding_constraint(self.a, P(rows, None))
         b = jax.lax.with_sharding_constraint(self.b, P(None, columns))

@@ -15,9 +15,7 @@ from engine.model.weights.plain import as_weight
 
 
 def project(x: Array, weight: Any, dtype: DTypeLike) -> Array:
-    """x (..., in), weight (in, out) -> (..., out) in `dtype`, multiplied in x's dtype, summed in
-    float32.
-    """
+    """x (..., in), weight (in, out) -> (..., out) in `dtype`, multiplied in x's dtype, summed in float32."""
     if isinstance(weight, LoRA) and is_merged(weight, x):
         return project_each(x, [weight], dtype)[0]
     return as_weight(weight).times(x, dtype)

@@ -28,9 +28,8 @@ from engine.model.weights.int8 import LARGEST
 from engine.model.weights.plain import as_weight
 from engine.model.weights.weight import Weight
 
-PARTS = {
-    name: (name,) for name in MATRICES
-} | JOINED  # a block's weights, alone or side by side for inference: their matrices
+# a block's weights, alone or side by side for inference: their matrices
+PARTS = {name: (name,) for name in MATRICES} | JOINED
 
 
 @functools.partial(
@@ -107,9 +106,9 @@ def adapter_product(x: Array, weight: StackedLoRA) -> Array:
     rank = weight.b.shape[1]
     if x.shape[1] == 1 and computes_in_c():
         shape = jax.ShapeDtypeStruct((len(x), edges[-1]), jnp.float32)
-        return jax.ffi.ffi_call(target("adapter_matmul"), shape)(x[:, 0].astype(jnp.float32), *weight.pairs)[
-            :, None
-        ]
+        kernel = jax.ffi.ffi_call(target("adapter_matmul"), shape)
+        added = kernel(x[:, 0].astype(jnp.float32), *weight.pairs)
+        return added[:, None]
     a, b, scale = (stack[weight.index] for stack in (weight.a, weight.b, weight.scale))
     inner = (einsum32("bti,bri->btr", x, a.astype(x.dtype)) * scale[:, None]).astype(x.dtype)
     parts = [
@@ -150,18 +149,20 @@ def put_adapter(cfg: ModelConfig, stacks: Params, index: int, adapter: Params) -
     def put(path: str, stack: Any) -> Any:
         block, _, name = path.rpartition("/")
         a, b, scale = map(np.array, stack)
-        a[index] = b[index] = scale[index] = 0
+        a[index] = 0
+        b[index] = 0
+        scale[index] = 0
         column = 0
         rank = b.shape[1]
         for n, (part, columns) in enumerate(zip(PARTS[name], _columns(cfg, name))):
             leaf = leaves.get(f"{block}/{part}")
             if leaf:
                 ranks = slice(n * rank, n * rank + leaf.rank)
-                a[index, ranks], of_a = _round_rows(np.asarray(leaf.a).T, a.dtype)
-                b[index, : leaf.rank, column : column + columns], of_b = _round_rows(
-                    np.asarray(leaf.b), b.dtype
-                )
-                scale[index, ranks] = of_a * of_b * leaf.scale
+                rows_a, scale_a = _round_rows(np.asarray(leaf.a).T, a.dtype)
+                rows_b, scale_b = _round_rows(np.asarray(leaf.b), b.dtype)
+                a[index, ranks] = rows_a
+                b[index, : leaf.rank, column : column + columns] = rows_b
+                scale[index, ranks] = scale_a * scale_b * leaf.scale
             column += columns
         return a, b, scale
 

@@ -1,10 +1,10 @@
 """Weight: what a matrix of a model can do, however its numbers are kept. A plain matrix stays an Array: `plain.py`.
 
-A kind of weight is a frozen dataclass, registered as a pytree, that does four things: it has a
-shape, `dense` returns its matrix, `times` multiplies by it, and `cast` changes the type of its
-plain numbers. The other methods are for what a kind does in a way of its own, and say what it does
-otherwise. jit, scan, the sharding rules, digests and checkpoints see the arrays of a weight by the
-names of its fields, below the path of the matrix: blocks/0/q/values.
+A kind of weight is a frozen dataclass, registered as a pytree, that does five things: it has a
+shape, `kind` names the type of its numbers, `dense` returns its matrix, `times` multiplies by it,
+and `cast` changes the type of its plain numbers. The other methods are for what a kind does in a way
+of its own, and say what it does otherwise. jit, scan, the sharding rules, digests and checkpoints see
+the arrays of a weight by the names of its fields, below the path of the matrix: blocks/0/q/values.
 """
 
 import abc
@@ -21,10 +21,8 @@ class Weight(abc.ABC):
     """A matrix (in, out), or an embedding (V, D), by whose transpose a tied head multiplies."""
 
     rows_differ = False  # whether each row of a batch has a matrix of its own
-    merges_late = (
-        # whether a product must hold `merged` back: XLA would make the matrices of all layers first
-        False
-    )
+    # whether a product must hold `merged` back: XLA would make the matrices of all layers first
+    merges_late = False
 
     @property
     @abc.abstractmethod
@@ -43,8 +41,8 @@ class Weight(abc.ABC):
 
     @abc.abstractmethod
     def times(self, x: Array, dtype: DTypeLike) -> Array:
-        """x (..., in) -> x times the matrix, (..., out) in `dtype`; of an embedding x (..., D) ->
-        (..., V).
+        """x (..., in) -> x times the matrix, (..., out) in `dtype`; of an embedding
+        x (..., D) -> (..., V).
         """
 
     @abc.abstractmethod
@@ -90,9 +88,7 @@ class Weight(abc.ABC):
         return self.dense().astype(dtype)
 
     def on_mesh(self, path: str) -> Any:
-        """Returns the weight at a path of the model as a step on a mesh reads it, gathered along
-        `fsdp`.
-        """
+        """Returns the weight at a path of the model as a step on a mesh reads it, gathered along `fsdp`."""
         return self
 
     def on(self, base: Any) -> "Weight":
@@ -128,9 +124,7 @@ class Weight(abc.ABC):
         return None
 
     def for_cpu(self) -> Any:
-        """Returns the weight laid out in memory as a CPU that holds it whole reads it best; its
-        bits stay.
-        """
+        """Returns the weight laid out in memory as a CPU that holds it whole reads it best; its bits stay."""
         return self
 
 
