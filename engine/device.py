@@ -92,10 +92,7 @@ def start_jax(
             wanted = f" on JAX_PLATFORMS={platforms}; unset it, or install JAX's support for it"
         else:
             wanted = ""
-        if str(error):
-            cause = f": {str(error).splitlines()[0]}"
-        else:
-            cause = ""
+        cause = f": {str(error).splitlines()[0]}" if str(error) else ""
         raise UserError(f"JAX cannot start{wanted}{cause}.") from error
     if choice not in ("auto", backend):
         raise UserError(

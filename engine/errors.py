@@ -80,7 +80,7 @@ def require_serve_packages(command: str) -> None:
     missing = [name.replace("_", "-") for name in SERVE_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"The server needs {', '.join(missing)}: start it with `uv run --extra serve python -m "
-            f"{command}`, or install the "
-            "extra with `pip install -e '.[serve]'`."
+            f"The server needs {', '.join(missing)}: "
+            f"start it with `uv run --extra serve python -m {command}`, "
+            "or install the extra with `pip install -e '.[serve]'`."
         )

@@ -144,9 +144,7 @@ def make_folder(path: Path) -> None:
 
 
 def sync_and_drop(path: Path) -> None:
-    """Writes a file to the disk and drops it from the page cache, so that reading it reads the
-    disk.
-    """
+    """Writes a file to the disk and drops it from the page cache, so that reading it reads the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):
@@ -165,9 +163,7 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def read_limited(path: Path, limit: int) -> bytes:
-    """Reads a file of at most `limit` bytes. Raises UserError for a larger one, and where there is
-    none.
-    """
+    """Reads a file of at most `limit` bytes. Raises UserError for a larger one, and where there is none."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size

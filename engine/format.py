@@ -20,9 +20,7 @@ def clock_time(seconds: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Formats seconds in words: 0.25 -> '0.25 s', 4.13 -> '4.1 s', 180 -> '3 min', 5400 -> '1 h 30
-    min'.
-    """
+    """Formats seconds in words: 0.25 -> '0.25 s', 4.13 -> '4.1 s', 180 -> '3 min', 5400 -> '1 h 30 min'."""
     if seconds < 1:
         return f"{seconds:.2f} s"
     if seconds < 60:
@@ -117,9 +115,7 @@ def percent(value: Any) -> str:
 
 
 def significant(value: float) -> str:
-    """Formats three significant digits without an exponent, thousands apart: `0.0417`, `7.11`,
-    `1,240`.
-    """
+    """Formats three significant digits without an exponent, thousands apart: `0.0417`, `7.11`, `1,240`."""
     if value == 0:
         return "0"
     decimals = max(0, 2 - math.floor(math.log10(abs(float(f"{value:.3g}")))))

@@ -126,8 +126,8 @@ def build_once(
             lines = damage(building)
             if lines:
                 raise UserError(
-                    f"The files made for {folder} are not as they should be, so they were not "
-                    f"kept: {lines[0]}."
+                    f"The files made for {folder} are not as they should be, "
+                    f"so they were not kept: {lines[0]}."
                 )
     except OSError:
         if damage(folder):

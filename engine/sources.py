@@ -7,9 +7,7 @@ at_start: Stamps = {}  # of a command that stores programs; empty elsewhere
 
 
 def record() -> None:
-    """Lets this process store programs. To be called before anything else of the engine is
-    imported.
-    """
+    """Lets this process store programs. To be called before anything else of the engine is imported."""
     at_start.update(read_stamps())
 
 

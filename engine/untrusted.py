@@ -125,10 +125,7 @@ def truncation_error(path: Path, missing: int) -> UserError:
 
 def check_adjacent(path: Path, name: str, offset: int, end: int) -> None:
     if offset != end:
-        if offset < end:
-            fault = "overlaps the one before it"
-        else:
-            fault = "leaves a gap before it"
+        fault = "overlaps the one before it" if offset < end else "leaves a gap before it"
         raise UserError(f"{path} is damaged: the tensor {quote(name)} {fault}.")
 
 
@@ -144,9 +141,7 @@ def read_json_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any
 
 
 def parse_json_object(data: bytes, path: Path) -> dict[str, Any]:
-    """Returns the JSON object in bytes of `path`. A name given twice is refused: readers differ on
-    it.
-    """
+    """Returns the JSON object in bytes of `path`. A name given twice is refused: readers differ on it."""
     try:
         value = json.loads(data, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

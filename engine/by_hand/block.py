@@ -44,9 +44,7 @@ class PositionTables(NamedTuple):
 
 
 class AttentionResiduals(NamedTuple):
-    """The arrays that attention saves for its backward pass, each with the derivative that needs
-    it.
-    """
+    """The arrays that attention saves for its backward pass, each with the derivative that needs it."""
 
     x: ndarray  # (B, T, D)         the norm's dx and dgain
     h: ndarray  # (B, T, D)         dweight of q, k and v, whose input it was
@@ -170,9 +168,7 @@ def _project_heads(cfg: ModelConfig, w: BlockWeights, h: ndarray) -> tuple[ndarr
 def _rotate(
     cfg: ModelConfig, w: BlockWeights, heads: tuple[ndarray, ...], tables: PositionTables
 ) -> list[ndarray]:
-    """q (B, T, N, H), k and v (B, T, K, H) -> (B, K, G T, H) and (B, K, T, H): q and k normed and
-    rotated.
-    """
+    """q (B, T, N, H), k and v (B, T, K, H) -> (B, K, G T, H) and (B, K, T, H): q and k normed and rotated."""
     q, k, v = heads
     if cfg.qk_norm:
         q = rms_norm(q, w["q_norm"], cfg.eps)

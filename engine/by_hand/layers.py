@@ -73,9 +73,7 @@ def _rows(x: ndarray) -> ndarray:
 
 
 def rms_norm(x: ndarray, gain: ndarray, eps: float) -> ndarray:
-    """x (..., D), gain (D,) -> gain * x * r (..., D), where r = 1 / sqrt(mean(x^2) + eps) of each
-    row.
-    """
+    """x (..., D), gain (D,) -> gain * x * r (..., D), where r = 1 / sqrt(mean(x^2) + eps) of each row."""
     return gain * (x * _inverse_rms(x, eps))
 
 
@@ -145,9 +143,7 @@ def rope_backward(dy: ndarray, cos: ndarray, sin: ndarray) -> ndarray:
 
 
 def group_heads(x: ndarray, K: int) -> ndarray:
-    """x (B, T, N, H) -> (B, K, G T, H); for keys and values (B, T, K, H) -> (B, K, T, H), as G is
-    1.
-    """
+    """x (B, T, N, H) -> (B, K, G T, H); for keys and values (B, T, K, H) -> (B, K, T, H), as G is 1."""
     B, T, N, H = x.shape
     moved = x.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     # a copy of its own, whatever G is

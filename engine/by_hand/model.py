@@ -119,13 +119,8 @@ def loss_and_gradient(
 
 
 def residual_count(cfg: ModelConfig, B: int, T: int) -> int:
-    """Returns how many numbers the residuals hold: a block's fields in the order of `block.py`,
-    times L.
-    """
-    if cfg.qk_norm:
-        norms = (cfg.heads + cfg.kv_heads) * cfg.head_dim
-    else:
-        norms = 0
+    """Returns how many numbers the residuals hold: a block's fields in the order of `block.py`, times L."""
+    norms = (cfg.heads + cfg.kv_heads) * cfg.head_dim if cfg.qk_norm else 0
     attention = 2 * cfg.width + norms + cfg.qkv_width + cfg.heads * T + cfg.heads * cfg.head_dim
     swiglu = 2 * cfg.width + 3 * cfg.ff
     return B * T * (cfg.layers * (attention + swiglu) + 2 * cfg.width)
@@ -146,8 +141,8 @@ def _tables(
     # NumPy would look up a negative token at the table's end.
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < cfg.vocab:
         raise UserError(
-            f"Tokens lie between {tokens.min()} and {tokens.max()}; this model's vocabulary is 0 "
-            f"to {cfg.vocab - 1}."
+            f"Tokens lie between {tokens.min()} and {tokens.max()}; "
+            f"this model's vocabulary is 0 to {cfg.vocab - 1}."
         )
     T = tokens.shape[1]
     if positions is None:
@@ -168,8 +163,8 @@ def generate(
     """
     if not 0 < len(prompt) < cfg.context:
         raise UserError(
-            f"The prompt has {len(prompt)} tokens; from 1 to {cfg.context - 1} fit a context of "
-            f"{cfg.context}."
+            f"The prompt has {len(prompt)} tokens; "
+            f"from 1 to {cfg.context - 1} fit a context of {cfg.context}."
         )
     text = list(prompt)
     for _ in range(min(max_tokens, cfg.context - len(prompt))):
@@ -192,8 +187,8 @@ def to_numpy(params: Any) -> Params:
             return {name: convert(f"{path}/{name}".removeprefix("/"), value) for name, value in leaf.items()}
         if isinstance(leaf, tuple) or not hasattr(leaf, "dtype"):
             raise UserError(
-                f"{path} is a {type(leaf).__name__}; the by-hand model reads plain arrays. Fold "
-                "adapters and give weights that are not quantized."
+                f"{path} is a {type(leaf).__name__}; the by-hand model reads plain arrays. "
+                "Fold adapters and give weights that are not quantized."
             )
         return np.asarray(leaf)
 
@@ -201,8 +196,8 @@ def to_numpy(params: Any) -> Params:
     kinds = sorted({leaf.dtype.name for leaf in leaves(tree)})
     if kinds not in (["float32"], ["float64"]):
         raise UserError(
-            "The by-hand model computes in float32 or in float64, and these weights are "
-            f"{' and '.join(kinds)}."
+            "The by-hand model computes in float32 or in float64, "
+            f"and these weights are {' and '.join(kinds)}."
         )
     return tree
 

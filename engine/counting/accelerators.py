@@ -39,8 +39,8 @@ class Accelerator:
     price_source: str = ""
 
     def send_seconds(self, collective: "Collective") -> float:
-        """Predicts the seconds of a ring. One over several nodes has the network of all its devices
-        in a node.
+        """Predicts the seconds of a ring. A ring over several nodes has the networks of all
+        its devices in a node together.
         """
         nodes = len({device // self.node for device in collective.group})
         speed = self.node_gbs

@@ -205,10 +205,7 @@ class _Counter:
         inputs, columns = cfg.matrices["down"]
         unread = {"down": self.tally["down"].forward}
         if prefix + "down" in self.trainable.adapted:
-            if self.is_merged(inputs, columns):
-                rows = inputs
-            else:
-                rows = self.rows
+            rows = inputs if self.is_merged(inputs, columns) else self.rows
             unread["lora"] = 2 * rows * self.trainable.rank * columns
         for name, part in self.tally.items():
             self.tally[name] += PassFlops(recompute=part.forward - unread.get(name, 0))
@@ -229,8 +226,8 @@ class _Counter:
 
 
 def twice_mean_keys(tokens: int, attention: Attention) -> int:
-    """Returns twice the mean number of keys a query meets, an integer: T if causal, 2 T if full, T
-    + block if in blocks.
+    """Returns twice the mean number of keys a query meets, an integer:
+    T if causal, 2 T if full, T + block if in blocks.
     """
     if attention == "causal":
         return tokens
@@ -253,8 +250,8 @@ def prefill_flops(cfg: ModelConfig, tokens: int, *, attention: Attention, cached
     """Returns the FLOPs to prefill **a whole prompt** of `tokens` after `cached` others; logits at
     the last position only.
 
-    A program that attends to all S places of a cache, masked or not, is `attention="full", cached=S
-    - tokens`.
+    A program that attends to all S places of a cache, masked or not, is
+    `attention="full", cached=S - tokens`.
     """
     token = forward_flops(cfg, 1, attention="full").parts
     parts = {name: PassFlops(part.forward * tokens) for name, part in token.items()}
@@ -292,10 +289,7 @@ def decode_program_flops(
     parts = forward_flops(cfg, capacity, attention="full").parts
     counted = {}
     for name, part in parts.items():
-        if name == "attention":
-            times = _times(cfg.groups)
-        else:
-            times = _times(slots)
+        times = _times(cfg.groups) if name == "attention" else _times(slots)
         if name in int16_activations:
             times *= 2
         counted[name] = part * times

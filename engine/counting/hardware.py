@@ -1,4 +1,4 @@
-"""Measures this machine through JAX: its best FLOP/s and bytes/s, and its memory. Holds the only clock.
+"""Measures this machine through JAX: its best FLOP/s and bytes/s, and its memory. Holds their clock.
 
 Products are square with row-major operands, the only ones that XLA on a CPU passes to its fast
 kernels.
@@ -41,7 +41,8 @@ _RATE_OF_DTYPE = {"bfloat16": "bf16_gflops", "float32": "f32_gflops", "int8": "i
 RATES = (*_RATE_OF_DTYPE.values(), "read_gbs", "update_gbs")
 
 MEASURE_PROGRAM = (
-    "from engine.device import keep_freed_memory; keep_freed_memory(); import dataclasses, json; "
+    "from engine.device import keep_freed_memory; keep_freed_memory(); "
+    "import dataclasses, json; "
     "from engine.counting.hardware import measure_ceilings; "
     "print(json.dumps(dataclasses.asdict(measure_ceilings())))"
 )
@@ -187,9 +188,7 @@ def saved_ceilings() -> Ceilings | None:
 
 
 def save_ceilings(ceilings: Ceilings) -> Ceilings:
-    """Saves the higher of these rates and those saved before, with the load of the machine; returns
-    them.
-    """
+    """Saves the higher of these rates and those saved before, with the load of the machine; returns them."""
     saved, load = _read_ceilings()
     if saved:
         ceilings = best_ceilings(saved, ceilings)

@@ -155,10 +155,7 @@ def _program(jaxpr: Jaxpr) -> JaxprCost:
 def _step(equation: JaxprEqn, read: Collection[int]) -> JaxprCost:
     """`read`: the identities of the results that the program reads."""
     name = equation.primitive.name
-    if name != "ffi_call":
-        kernel = name
-    else:
-        kernel = equation.params["target_name"]
+    kernel = name if name != "ffi_call" else equation.params["target_name"]
     if kernel.startswith(("dot_product_attention", target("causal_attention"), target("prefill_attention"))):
         products = _fused_attention(equation, kernel, [id(result) in read for result in equation.outvars])
         return JaxprCost(matmul=products, in_kernels=products)
@@ -174,10 +171,7 @@ def _step(equation: JaxprEqn, read: Collection[int]) -> JaxprCost:
         return max(
             map(_program, equation.params["branches"]), key=lambda work: (work.flops, work.transcendental)
         )
-    if name in _ATOMS:
-        inner = []
-    else:
-        inner = list(jaxprs_in_params(equation.params))
+    inner = [] if name in _ATOMS else list(jaxprs_in_params(equation.params))
     if inner:
         cost = sum(map(_program, inner), JaxprCost())
         if name == "scan":

@@ -46,9 +46,7 @@ def xla_flops(program: jax.stages.Lowered | jax.stages.Compiled) -> int:
 
 
 def xla_peak(program: jax.stages.Compiled) -> int:
-    """Returns a compiled program's peak bytes. Raises RuntimeError on a backend that does not know
-    them.
-    """
+    """Returns a compiled program's peak bytes. Raises RuntimeError on a backend that does not know them."""
     memory = program.memory_analysis()
     if memory is None:
         raise RuntimeError(f"The {jax.default_backend()} backend does not say what memory a program takes.")
@@ -89,10 +87,7 @@ class Collective(NamedTuple):
         (Patarasu & Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of
         workstations".)
         """
-        if self.kind.startswith("collective-"):
-            share = 1.0
-        else:
-            share = 1 - 1 / len(self.group)
+        share = 1.0 if self.kind.startswith("collective-") else 1 - 1 / len(self.group)
         if self.kind == "all-reduce":
             share *= 2
         return self.times * self.bytes * share

@@ -37,9 +37,8 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
         devices = jax.devices()
     if shape.devices != len(devices):
         raise UserError(
-            f"The mesh {shape} is {shape.devices} devices and there are {len(devices)}: the "
-            f"product of {', '.join(AXES)} must "
-            f"be {len(devices)}, for example fsdp={len(devices)}."
+            f"The mesh {shape} is {shape.devices} devices and there are {len(devices)}: "
+            f"the product of {', '.join(AXES)} must be {len(devices)}, for example fsdp={len(devices)}."
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
@@ -297,9 +296,7 @@ def stack_rows(x: Array, parts: int) -> Array:
 
 
 def row_groups(rows: int) -> int:
-    """Returns the number of devices that share `rows` rows: 1 for a few rows, which every device
-    holds.
-    """
+    """Returns the number of devices that share `rows` rows: 1 for a few rows, which every device holds."""
     if rows % row_shards() == 0:
         return row_shards()
     return 1

@@ -57,8 +57,8 @@ def refuse_cluster(what: str) -> None:
     """Raises UserError for a command of one process when a cluster started several."""
     if in_cluster():
         raise UserError(
-            f"{what} runs in one process and the cluster started several: ask it for one, as in "
-            "srun --ntasks=1."
+            f"{what} runs in one process and the cluster started several: "
+            "ask it for one, as in srun --ntasks=1."
         )
 
 
@@ -113,14 +113,10 @@ def refuse_differences(facts: dict[str, str]) -> None:
     for process, other in enumerate(others, 1):
         names = [name for name in first | other if other.get(name) != first.get(name)]
         if names:
-            if names[1:]:
-                more = f", and another {', '.join(names[1:4])}"
-            else:
-                more = ""
+            more = f", and another {', '.join(names[1:4])}" if names[1:] else ""
             raise UserError(
                 f"Process {process} has another {names[0]} ({other.get(names[0])}) than process 0 "
-                f"({first.get(names[0])})"
-                f"{more}. All processes of a run must have the same flags and data."
+                f"({first.get(names[0])}){more}. All processes of a run must have the same flags and data."
             )
 
 
@@ -140,9 +136,8 @@ def refuse_unshared(folder: Path) -> None:
         mark.unlink()
     if unshared:
         raise UserError(
-            f"{where} is not shared: process {', '.join(unshared)} does not see what process 0 "
-            "writes there. Choose "
-            "an output folder on a file system that all hosts mount."
+            f"{where} is not shared: process {', '.join(unshared)} does not see what process 0 writes there. "
+            "Choose an output folder on a file system that all hosts mount."
         )
 
 

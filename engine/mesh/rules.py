@@ -19,7 +19,8 @@ LEAF = re.compile(
     r"(?:.*?/)??(?P<path>(?:blocks/\d+/)?\w+?)(?P<base>/base)*(?:/(?P<part>values|packed|scale|a|b))?"
 )
 
-RULES = (  # a parameter's path -> the axes of the mesh that cut it; the first match wins
+# a parameter's path -> the axes of the mesh that cut it; the first match wins
+RULES = (
     (r"embed", P(None, ("tensor", "fsdp"))),
     (r"head", P(("tensor", "fsdp"), None)),
     (r"blocks/\d+/(q|k|v|gate|up)", P("fsdp", "tensor")),

@@ -40,8 +40,8 @@ def parse_mesh(text: str) -> MeshShape:
             raise UserError(f"A mesh has the axes {', '.join(AXES)}, not {name!r}.{did_you_mean(name, AXES)}")
         if not size.isdecimal() or not 0 < int(size) <= MAX_SIZE or name in sizes:
             raise UserError(
-                "A mesh gives each axis one number of devices, such as data=2,fsdp=4; "
-                f"{item.strip()!r} does not."
+                "A mesh gives each axis one number of devices, "
+                f"such as data=2,fsdp=4; {item.strip()!r} does not."
             )
         sizes[name] = int(size)
     return MeshShape(**sizes)
