@@ -139,8 +139,8 @@ def train(flags: ByHandFlags) -> None:
                 ("validation", f"{bits:.4f} bits per byte (quick) on {text.validation_name}"),
                 (
                     "sample",
-                    f"the first {len(prompt)} tokens are {text.validation_name}'s, each after that "
-                    "the most probable",
+                    f"the first {len(prompt)} tokens are {text.validation_name}'s, "
+                    "each after that the most probable",
                 ),
             ]
         )

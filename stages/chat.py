@@ -184,9 +184,8 @@ def _typed_lines(notes: Console) -> Iterator[str]:
         import readline  # gives input() editing and history
 
         if os.environ.get("TERM", "dumb") != "dumb":
-            readline.parse_and_bind(
-                "set enable-bracketed-paste on"
-            )  # a paste is one message; Python turns it off
+            # A paste is one message; Python turns this off.
+            readline.parse_and_bind("set enable-bracketed-paste on")
     begun = ""
     while True:
         prompt = "... " if begun else "> "

@@ -68,9 +68,11 @@ class EvaluateFlags:
     data: Annotated[str | None, parser(str, "TEXT"), default("what the run was validated on")] = None
     """A text (a name, whose held-out part is meant, a file or a folder), or conversations as `finetune` takes them."""
     metric: MetricFlag = ()
-    context: Annotated[int | None, parser(integer(2), "N"), default("the model's context, at most 1,024")] = (
-        None
-    )
+    context: Annotated[
+        int | None,
+        parser(integer(2), "N"),
+        default("the model's context, at most 1,024"),
+    ] = None
     """Tokens a window."""
     stride: Annotated[int | None, COUNT, default("half the window")] = None
     """Tokens between windows of a text: each token is predicted from at least context - stride before it."""
@@ -347,9 +349,9 @@ def _refuse_other_split(model: "LoadedModel", record: dict[str, Any], held_out: 
     if text.get("validation_digest") in (None, held_out.digest):
         return
     raise UserError(
-        f"{held_out.name} is not what {model.name} was validated on: {text['data']} or the way it "
-        "is split has changed since, "
-        "and it may have been trained on. Give conversations that it was not trained on with --data."
+        f"{held_out.name} is not what {model.name} was validated on: "
+        f"{text['data']} or the way it is split has changed since, and it may have been trained on. "
+        "Give conversations that it was not trained on with --data."
     )
 
 

@@ -110,8 +110,8 @@ def _refuse_taken(address: str) -> None:
         socket.create_server(("", int(address.rpartition(":")[2]))).close()
     except OSError as error:
         raise UserError(
-            f"Process 0 cannot listen at {address}: {error.strerror}. Give all processes another "
-            "port by --coordinator."
+            f"Process 0 cannot listen at {address}: {error.strerror}. "
+            "Give all processes another port by --coordinator."
         ) from error
 
 

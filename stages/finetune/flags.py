@@ -22,10 +22,9 @@ from stages.runs.flags import FolderFlags, LengthFlags, ModelRunFlags, Trainable
 
 DATA = (
     "A .jsonl or .json of messages, prompt/completion, Alpaca, ShareGPT or text, or a .txt or .md; "
-    "for --objective preference, "
-    "of prompt, chosen and rejected, or for --loss kto of prompt, completion and label. `voice` "
-    "and `voice-preferences` come "
-    "with this project."
+    "for --objective preference, of prompt, chosen and rejected, "
+    "or for --loss kto of prompt, completion and label. "
+    "`voice` and `voice-preferences` come with this project."
 )
 
 
@@ -63,9 +62,11 @@ class TuningFlags:
     """Of preference. dpo, kto: the larger, the nearer the model stays to its start. orpo, simpo: weight of the comparison."""
     batch: Annotated[int | None, BATCH, default("2; 4 for --loss kto")] = None
     """Rows a step (pairs, for preference)."""
-    accumulate: Annotated[int | None, COUNT, default("1; with --base int8 as many as the batch has rows")] = (
-        None
-    )
+    accumulate: Annotated[
+        int | None,
+        COUNT,
+        default("1; with --base int8 as many as the batch has rows"),
+    ] = None
     """Parts the batch is read in, one after another: less memory, the same step."""
     context: Annotated[
         int | None, parser(integer(16), "N"), default("256, or the model's where that is less")
@@ -83,9 +84,11 @@ class TuningFlags:
     """Compile one layer and loop over it: sooner compiled, slower steps."""
     remat: Annotated[bool, default("off")] = False
     """Gradient checkpointing: recompute each layer in the backward pass. Less memory, more work."""
-    eval_every: Annotated[int | float | None, parser(interval, "N|TIME"), default("a fifth of the run")] = (
-        None
-    )
+    eval_every: Annotated[
+        int | float | None,
+        parser(interval, "N|TIME"),
+        default("a fifth of the run"),
+    ] = None
     """Steps or training time between evaluations on the validation conversations."""
     patience: Annotated[int | None, COUNT, default("the whole length")] = None
     """End after this many evaluations without a lower validation loss."""
@@ -130,8 +133,7 @@ class FinetuneFlags(ModelRunFlags):
         if self.tuning.rows % self.microbatches:
             raise UserError(
                 f"A batch of {self.tuning.rows} cannot be read in {self.microbatches} equal parts: "
-                "give another --batch or "
-                "--accumulate."
+                "give another --batch or --accumulate."
             )
 
     @property

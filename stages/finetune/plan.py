@@ -35,12 +35,10 @@ from stages.runs.text_data import check_text_name
 
 READINGS = 3  # of its data, after which a run ends when nobody asks for a length
 SECONDS = 180.0  # after which such a run ends earlier
-# that such a run makes however long they take, if READINGS of its data have as many
+# Steps that such a run makes however long they take, if READINGS of its data have as many.
 LEAST_STEPS = 100
-MOST_STEPS_TO_MIX = (
-    # of READINGS of its data; at 212, those of `voice`, the mix kept 36 of 40 answers instead of 29
-    300
-)
+# Of READINGS of its data; at 212, those of `voice`, the mix kept 36 of 40 answers instead of 29.
+MOST_STEPS_TO_MIX = 300
 MANY_READINGS = 6  # that somebody asks for, from which on the plan says what they do
 MANY_READINGS_NOTE = (
     f"By default it would be {READINGS} times: read more often, a small file is learned by heart."
@@ -323,8 +321,8 @@ def tuning_rows(planned: TuningPlan, mix: str, trained_numbers: int = 0) -> Rows
         ("packing", packing),
         (
             "step",
-            f"{recipe.batch} x {recipe.context} tokens, adamw, learning rate "
-            f"{recipe.optimizer.learning_rate:g}",
+            f"{recipe.batch} x {recipe.context} tokens, "
+            f"adamw, learning rate {recipe.optimizer.learning_rate:g}",
         ),
         ("length", length),
         ("", many),

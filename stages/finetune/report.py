@@ -24,9 +24,8 @@ class Scores:
     general: float | None  # bits per byte of a general text
     answers: tuple[JudgedAnswer, ...]  # to held-out questions
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    known: tuple[str, ...] | None = (
-        None  # general questions that it answers right, None where they were not asked
-    )
+    # General questions that it answers right; None where they were not asked.
+    known: tuple[str, ...] | None = None
 
 
 class Measured(NamedTuple):
@@ -86,8 +85,8 @@ def tuning_report(
         rows.append(
             (
                 "chosen",
-                f"step {step:,}, the best evaluated; the last, {last_step:,}, is still there to "
-                "train on from",
+                f"step {step:,}, the best evaluated; "
+                f"the last, {last_step:,}, is still there to train on from",
             )
         )
     texts = compare(

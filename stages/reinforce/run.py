@@ -42,11 +42,8 @@ EVALUATED = 32  # held-out completions sampled before and after training, at lea
 SHOWN_PROMPTS = 3
 TOLERATED_BITS = 0.3  # a byte that completions may be worse under the model before training
 ALIKE_ROUNDS = 8  # in a row in which the completions of no prompt differ in reward end a run
-TOTALS = (
-    "inference_seconds",
-    "training_seconds",
-    "answer_tokens",
-)  # of a round and, in a checkpoint, of all rounds
+# Of a round and, in a checkpoint, of all rounds.
+TOTALS = ("inference_seconds", "training_seconds", "answer_tokens")
 
 
 def run(flags: ReinforceFlags, device: Device) -> int:
@@ -397,6 +394,5 @@ def _nothing_to_learn(rewards: list[float]) -> str:
         advice = "The model does this already: give a harder --task, or harder prompts with --data"
     return (
         f"In {len(rewards)} rounds in a row all answers to a prompt had the same reward "
-        f"({reward:.2f} on average), so that "
-        f"nothing could be learned and the run has no result. {advice}."
+        f"({reward:.2f} on average), so that nothing could be learned and the run has no result. {advice}."
     )

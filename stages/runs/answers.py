@@ -19,9 +19,8 @@ from stages.runs import general_questions
 from stages.runs.rewards import Rewards
 
 MAX_TOKENS = 120  # of an answer
-MAX_REPEATED = (
-    0.2  # share of an answer's four-word sequences: at most 0.05 in the house voice, 0.01 in human texts
-)
+# Share of an answer's four-word sequences: at most 0.05 in the house voice, 0.01 in human texts.
+MAX_REPEATED = 0.2
 METRIC_SECONDS = 60.0  # that a function of the user's own has for all answers
 ANSWERED_TOGETHER = 8
 WIDTH = 96  # characters of a printed line

@@ -83,9 +83,8 @@ class ConversationData:
     name: str
     held_out_name: str
     overlap: str  # what was left out as a copy
-    questions: Sequence[
-        Sequence[Message]
-    ]  # QUESTIONS held-out conversations, each up to the assistant's first answer
+    # QUESTIONS held-out conversations, each up to the assistant's first answer.
+    questions: Sequence[Sequence[Message]]
     references: Sequence[Sequence[Message]]  # held-out ones, as of `references_of`
     train_references: Sequence[Sequence[Message]]
 
@@ -190,8 +189,8 @@ def _without_copies(held_out: UsedRows, train: UsedRows, name: str, data: str) -
     found = f"{count:,} of the {len(held_out):,} rows of {name} are in {data} too, {exact:,} of them to the letter"
     if not others:
         raise UserError(
-            f"{found}: nothing is held out. Give another --validation, or none, to hold out a "
-            f"tenth of {data}."
+            f"{found}: nothing is held out. "
+            f"Give another --validation, or none, to hold out a tenth of {data}."
         )
     return others, f"{found}: left out"
 
@@ -213,8 +212,8 @@ def _split(used: UsedRows, seed: int, data: str) -> tuple[UsedRows, UsedRows, st
     if len(copies) < 2:
         different = ", 1 of them different" if rows > 1 else ""
         raise UserError(
-            f"{data} has {quantity(rows, 'usable row')}{different}: too few to hold any out; give "
-            "others with --validation."
+            f"{data} has {quantity(rows, 'usable row')}{different}: "
+            "too few to hold any out; give others with --validation."
         )
 
     def rank(text: str) -> tuple[int, bytes]:

@@ -81,8 +81,8 @@ class TrainableFlags:
         LoraConfig | None,
         parser(LoraConfig.from_text, "SIZE"),
         default(
-            "on all matrices, its rank by the data in `finetune`, else 8; that of an adapter that "
-            "is continued"
+            "on all matrices, its rank by the data in `finetune`, else 8; "
+            "that of an adapter that is continued"
         ),
     ] = None
     """rank=8,alpha=16,targets=q,v: a new adapter beside a frozen model."""
@@ -99,9 +99,8 @@ class TrainableFlags:
             frozen = "--base int8"
         if frozen and not self.adapter:
             raise UserError(
-                f"{frozen} leaves the whole model frozen under an adapter, and --train, --freeze "
-                "and --weights q4 train its "
-                f"own weights: leave {frozen} out, or them."
+                f"{frozen} leaves the whole model frozen under an adapter, "
+                f"and --train, --freeze and --weights q4 train its own weights: leave {frozen} out, or them."
             )
 
     @property

@@ -103,9 +103,8 @@ def updating(folder: Path) -> Iterator[None]:
     listing = folder / manifest.NAME
     listing.unlink(missing_ok=True)
     yield
-    tokenizer = (
-        f"tokenizer/{path.name}" for path in (folder / "tokenizer").glob("[!.]*")
-    )  # not what a kill left
+    # A name that begins with a dot is what a kill left.
+    tokenizer = (f"tokenizer/{path.name}" for path in (folder / "tokenizer").glob("[!.]*"))
     with atomic_file(listing) as file:
         file.write(manifest.make_manifest(folder, ("config.json", "run.json", *tokenizer)))
 
@@ -155,9 +154,8 @@ class JsonLines:
                     os.truncate(self._path, size)
                 self.append(clean)
         except OSError as error:
-            raise OSError(
-                error.errno, error.strerror, str(self._path)
-            ) from error  # a full disk does not name the file
+            # A full disk does not name the file.
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def append(self, fields: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:

@@ -102,9 +102,8 @@ def open_model(
             console.print_notes(f"The adapter {name} is continued, on its base {base}.")
         elif base:
             console.print_notes(
-                f"A new adapter is trained on {name}, which stays as it is: it has several ranks "
-                "or scales, a DoRA, "
-                "or weights trained whole, and cannot be continued."
+                f"A new adapter is trained on {name}, which stays as it is: "
+                "it has several ranks or scales, a DoRA, or weights trained whole, and cannot be continued."
             )
         on_config(cfg, lora or options.adapter, blocks)
 

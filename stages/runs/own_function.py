@@ -21,9 +21,8 @@ LARGEST = 1e9  # of a value: the squares of such values are finite in float32
 def main(file: str, name: str, seconds: str) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what the function prints
-    cpu_seconds = (
-        math.ceil(float(seconds)) + 1
-    )  # for a function that never returns, if nobody is left to end it
+    # For a function that never returns, if nobody is left to end it.
+    cpu_seconds = math.ceil(float(seconds)) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
     try:
         reply = call(file, name, json.load(sys.stdin))
@@ -31,9 +30,8 @@ def main(file: str, name: str, seconds: str) -> None:
         reply = {"error": _describe(file, error)}
     json.dump(reply, answers)
     answers.flush()
-    if (
-        os.getpgrp() == os.getpid()
-    ):  # as `rewards.py` starts it; in another's group this would end that other too
+    # `rewards.py` starts it in a group of its own; in another's this would end that other too.
+    if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)  # this process, and those that the function has started
     os._exit(0)  # whatever threads the file has started
 

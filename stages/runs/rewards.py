@@ -106,9 +106,8 @@ def _by_rule(reward: Reward, rows: Cases) -> list[float]:
 
     def ring(number: int, frame: object) -> None:
         raise UserError(
-            "The task's pattern takes too long on an answer: write it so that it has one way to "
-            "match a text. "
-            f"({RULE_SECONDS:g} s were not enough.)"
+            "The task's pattern takes too long on an answer: "
+            f"write it so that it has one way to match a text. ({RULE_SECONDS:g} s were not enough.)"
         )
 
     before = signal.signal(signal.SIGALRM, ring)

@@ -55,9 +55,8 @@ def execute[P: Plan](
     ):
         gc.freeze()
     with Console() as console, contextlib.ExitStack() as stack:
-        processes.refuse_differences(
-            {"--dry-run": str(options.dry_run)}
-        )  # the others would wait for one that only plans
+        # The others would wait for one that only plans.
+        processes.refuse_differences({"--dry-run": str(options.dry_run)})
         if options.dry_run:  # plans for devices that need not be here
             print_plan(options, make_plan(console), console)
             console.print("A dry run: nothing was trained.")
@@ -119,9 +118,8 @@ def carry_out(options: RunOptions, prepared: Prepared, console: Console, recorde
     if end.stop_code:
         checkpoint = options.folder / "checkpoints" / str(loop_state.step)
         console.print(
-            f"Stopped at {plan.step_name} {loop_state.step:,}, {duration(loop_state.seconds)} into "
-            "training; saved in "
-            f"{checkpoint}.\nTo go on: {resume_command(options.stage)}"
+            f"Stopped at {plan.step_name} {loop_state.step:,}, {duration(loop_state.seconds)} into training; "
+            f"saved in {checkpoint}.\nTo go on: {resume_command(options.stage)}"
         )
         return end.stop_code
     finished = Finished(end.state, loop_state, end.warm_rate, before)

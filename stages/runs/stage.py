@@ -43,15 +43,12 @@ class LoopState:
     since_best: int = 0  # quick validations
     evaluation_seconds: float = 0.0  # of the longest quick validation
     first_step_seconds: float | None = None  # from the start of the process
-    predicted: tuple[int, float] | None = (
-        None  # steps and seconds of the whole run, by what its first steps took
-    )
-    intervals: dict[str, tuple[int, float]] = dataclasses.field(
-        default_factory=dict
-    )  # name -> step and seconds it began at
-    stage: dict[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # the stage's own, replaced and never changed in place
+    # Steps and seconds of the whole run, by what its first steps took.
+    predicted: tuple[int, float] | None = None
+    # Name -> step and seconds it began at.
+    intervals: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
+    # The stage's own, replaced and never changed in place.
+    stage: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "LoopState":

@@ -168,8 +168,8 @@ def make_tokenizer(spec: str, source: Source, console: Console) -> Tokenizer:
             train_bpe(parts, int(vocab)).save(building)
         if _digest_beginning(spec, source) != digest:
             raise UserError(
-                f"{source.name} was changed while it was read, so its tokenizer was not kept. Run "
-                "the command again."
+                f"{source.name} was changed while it was read, so its tokenizer was not kept. "
+                "Run the command again."
             )
         manifest.write_manifest(building)
 

@@ -60,8 +60,8 @@ class AdapterTable:
             if index is None:
                 message = (
                     f"At most {config.adapters} adapters are held at once (--max-adapters), "
-                    "those that were removed as long as "
-                    "requests with them are under way. Remove one, or try again."
+                    "those that were removed as long as requests with them are under way. "
+                    "Remove one, or try again."
                 )
                 raise ApiError(409, message, code="too_many_adapters", headers={"Retry-After": "1"})
             root = self._folder
@@ -95,8 +95,7 @@ def read(cfg: ModelConfig, folder: Path, base: str, rank: int) -> tuple[Any, Seq
             kind = "a DoRA" if isinstance(leaf, DoRA) else "a weight that was trained whole"
             raise UserError(
                 f"The adapter {folder} has {kind}, {path}, which can share no batch with other adapters. "
-                "Merge it by "
-                f"`python -m stages.export --model {folder} --out FOLDER`, and serve that."
+                f"Merge it by `python -m stages.export --model {folder} --out FOLDER`, and serve that."
             )
         if leaf.shape != cfg.matrices.get(path.rpartition("/")[2]):
             raise UserError(f"The adapter {folder} is damaged: {path} is of {leaf.shape}.")

@@ -92,9 +92,8 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
         )
     )
     server.capture_signals = contextlib.nullcontext  # type: ignore[assignment,method-assign]
-    logging.getLogger("asyncio").setLevel(
-        logging.ERROR
-    )  # it warns of each client that hangs up while text is written to it
+    # asyncio warns of each client that hangs up while text is written to it.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     return server
 
 

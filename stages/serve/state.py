@@ -26,14 +26,8 @@ from stages.serve.errors import ApiError
 from stages.serve.metrics import ServerMetrics
 from stages.serve.tokenizer_pool import TokenizerPool
 
-LIBRARIES = (
-    "thrice",
-    "jaxlib",
-    "llguidance",
-    "numpy",
-    "tokenizers",
-    "jinja2",
-)  # `machine_identity` has JAX's version
+# Those beside JAX, whose version `machine_identity` has.
+LIBRARIES = ("thrice", "jaxlib", "llguidance", "numpy", "tokenizers", "jinja2")
 Status = Literal["ok", "warming", "stuck", "failed", "draining"]
 
 

@@ -19,9 +19,8 @@ from engine.text.tokenizer import Tokenizer
 from stages.serve.errors import ApiError
 from stages.serve.tools import Function, Grammar, Turn, describe_tools, tool_format
 
-SHORT_CHARACTERS = (
-    16_384  # more go to the worker for long texts. Admission bounds the bytes that wait for both
-)
+# Texts of more go to the worker for long texts. Admission bounds the bytes that wait for both.
+SHORT_CHARACTERS = 16_384
 COUNT_FIRST_CHARACTERS = 4_000_000  # above which tokens are counted before rendering
 CACHED_GRAMMARS = 32  # the last ones, for agents ask again and again
 

@@ -208,9 +208,8 @@ def tool_grammar(form: ToolFormat, tools: Sequence[Function], several: bool, tex
     Raises UserError for parameters that cannot be enforced.
     """
     calls = [call_rule(form, tool) for tool in tools]
-    if (
-        text == "" and form.begin
-    ):  # text and calls in turn; as soon as the mark is there, a call is forced (lazy)
+    # Text and calls in turn; as soon as the mark is there, a call is forced (lazy).
+    if text == "" and form.begin:
         mark = form.begin.strip()
         rest = " | ".join(call.replace(json.dumps(mark)[:-1], '"', 1) for call in calls)
         start = "(mark call)* text" if several else "mark call | text"

@@ -92,9 +92,11 @@ class TrainFolderFlags(FolderFlags):
 
     log_every: Annotated[int, COUNT] = 10
     """Steps between lines of metrics.jsonl."""
-    eval_every: Annotated[int | float | None, parser(interval, "N|TIME"), default("a tenth of the run")] = (
-        None
-    )
+    eval_every: Annotated[
+        int | float | None,
+        parser(interval, "N|TIME"),
+        default("a tenth of the run"),
+    ] = None
     """Steps (200) or training time (30s) between quick evaluations on the validation text."""
 
 

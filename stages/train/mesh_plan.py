@@ -50,18 +50,18 @@ def plan_on_mesh(plan: RunPlan, device: Accelerator, console: Console) -> list[t
     return [
         (
             "mesh",
-            f"{mesh}: compiled for {mesh.devices} virtual devices in "
-            f"{duration(compiled['seconds'])}, not run",
+            f"{mesh}: compiled for {mesh.devices} virtual devices "
+            f"in {duration(compiled['seconds'])}, not run",
         ),
         ("holds", _describe_memory(plan, device, compiled["state"], compiled["temporaries"])),
         ("sends", _describe_collectives(plan, collectives)),
         ("takes", f"a step: {least} if all of this overlaps, {most} if nothing does: {parts}"),
         (
             "assumed",
-            f"products at {EFFICIENCY:.0%} of {device.bf16_tflops:g} TFLOP/s, memory at "
-            f"{device.memory_gbs:g} GB/s, rings at "
-            f"{device.node_gbs:g} GB/s in a node of {device.node} and {device.network_gbs:g} GB/s "
-            "a device beyond, no latency; "
+            f"products at {EFFICIENCY:.0%} of {device.bf16_tflops:g} TFLOP/s, "
+            f"memory at {device.memory_gbs:g} GB/s, "
+            f"rings at {device.node_gbs:g} GB/s in a node of {device.node} "
+            f"and {device.network_gbs:g} GB/s a device beyond, no latency; "
             "a CPU's program: more temporaries than others, and all-reduces where they reduce-scatter",
         ),
     ]

@@ -249,8 +249,8 @@ def training_rows(planned: TrainingPlan) -> list[tuple[str, str]]:
         ),
         (
             "model",
-            f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {heads}, {cfg.vocab:,} tokens, "
-            f"{cfg.dtype}",
+            f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {heads}, "
+            f"{cfg.vocab:,} tokens, {cfg.dtype}",
         ),
         ("parameters", f"{params.total:,} ({params.total:,} trainable, 0 frozen)"),
         ("FLOPs", f"{format_count(flops)} a token trained (6N + 12LDT, N = {format_count(params.matmul)})"),
@@ -259,10 +259,10 @@ def training_rows(planned: TrainingPlan) -> list[tuple[str, str]]:
         ("length", length),
         (
             "predicted",
-            f"{quantity(steps, plan.step_name)}, {format_count(epochs)} epochs, {long} at "
-            f"{expected_mfu(cfg.dtype):.0%} of "
-            f"this machine's {format_count(planned.peak_flops)}FLOP/s in {cfg.dtype}; again after "
-            "the first steps",
+            f"{quantity(steps, plan.step_name)}, {format_count(epochs)} epochs, "
+            f"{long} at {expected_mfu(cfg.dtype):.0%} of this machine's "
+            f"{format_count(planned.peak_flops)}FLOP/s in {cfg.dtype}; "
+            "again after the first steps",
         ),
     ]
 

@@ -40,12 +40,8 @@ SECURITY_HEADERS = [
     (b"cross-origin-opener-policy", b"same-origin"),
 ]
 ID_HEADERS = (b"x-request-id", b"request-id")  # OpenAI's, and Anthropic's
-EXPOSED_HEADERS = (
-    "x-request-id",
-    "request-id",
-    "x-ignored-fields",
-    "retry-after",
-)  # to scripts of listed origins
+# To scripts of listed origins.
+EXPOSED_HEADERS = ("x-request-id", "request-id", "x-ignored-fields", "retry-after")
 
 
 class Guard:

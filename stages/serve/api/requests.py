@@ -32,9 +32,8 @@ MAX_IDS = 2**18  # more than any context holds
 MAX_NULL_FIELDS = 32  # unknown fields that are removed from a body: the body is checked once more for each
 
 
-TOKEN_ID = {
-    "$ref": "#/components/schemas/TokenId"
-}  # in the OpenAPI document, which has the size of the vocabulary
+# In the OpenAPI document, which has the size of the vocabulary.
+TOKEN_ID = {"$ref": "#/components/schemas/TokenId"}
 
 
 def in_range(name: str) -> Meta:
@@ -246,19 +245,20 @@ class UsualFields(GenerationRequest):
     return_token_offsets: bool | None = None  # read by vLLM's routes that render a prompt, and by no other
     return_mm_kwargs: bool | None = None  # likewise
     # SGLang's.
-    separate_reasoning: bool | None = (
-        None  # reasoning stays in the answer, as in SGLang without a parser of it
-    )
+    # Reasoning stays in the answer, as in SGLang without a parser of it.
+    separate_reasoning: bool | None = None
     stream_reasoning: bool | None = None  # likewise
     return_hidden_states: Annotated[
         Literal[False] | None, explain("Hidden states are only returned as embeddings")
     ] = None
-    return_routed_experts: Annotated[Literal[False] | None, explain("No routing to experts is returned")] = (
-        None
-    )
-    routed_experts_start_len: Annotated[Literal[0] | None, explain("No routing to experts is returned")] = (
-        None
-    )
+    return_routed_experts: Annotated[
+        Literal[False] | None,
+        explain("No routing to experts is returned"),
+    ] = None
+    routed_experts_start_len: Annotated[
+        Literal[0] | None,
+        explain("No routing to experts is returned"),
+    ] = None
     return_cached_tokens_details: Annotated[
         Literal[False] | None, explain("There is one cache, counted in usage")
     ] = None

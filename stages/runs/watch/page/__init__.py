@@ -41,11 +41,8 @@ SITE = {
     "report.html": "What each stage costs",
     "plan.html": "What it will take",
 }
-PLACES = {
-    ".html": "<!-- page -->",
-    ".css": "</head>",
-    ".js": "</body>",
-}  # of the shell, before which a part stands
+# The places of the shell before which a part stands.
+PLACES = {".html": "<!-- page -->", ".css": "</head>", ".js": "</body>"}
 LAW = re.compile(r"tests/\w+/\w+\.py::\w+")
 LINKS = re.compile(r'(<nav id="site" aria-label="Pages">).*?(</nav>)')
 # of a life, by the kind of event
@@ -111,9 +108,8 @@ def read_recording(path: Path) -> dict[str, Any] | None:
             return None
         file.seek(0)
         for line in file:
-            with contextlib.suppress(
-                ValueError, KeyError, TypeError, RecursionError
-            ):  # the last may be half written
+            # The last line may be half written.
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                 event = json.loads(line)
                 if event["event"] in LISTS:
                     life.setdefault(LISTS[event["event"]], []).append(event)
