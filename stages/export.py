@@ -111,8 +111,8 @@ def export(flags: ExportFlags) -> int:
     to_gguf = flags.out.suffix == ".gguf"
     if flags.adapter and (to_gguf or flags.dtype):
         raise UserError(
-            "--adapter writes a folder in PEFT's layout, in float32: it goes with neither a .gguf "
-            "nor --dtype."
+            "--adapter writes a folder in PEFT's layout, in float32: "
+            "it goes with neither a .gguf nor --dtype."
         )
     if flags.dtype in BLOCKS and not to_gguf:
         raise UserError(
@@ -132,18 +132,12 @@ def export(flags: ExportFlags) -> int:
         console.print_notes(*model.notes)
         sampling, _ = choose_sampling(model.sampling, {}, {}, console, penalties=True)
         model = dataclasses.replace(model, sampling=sampling)
-        if model.run:
-            stored = str(to_dense(model.params["embed"]).dtype)
-        else:
-            stored = model.cfg.dtype
+        stored = str(to_dense(model.params["embed"]).dtype) if model.run else model.cfg.dtype
         if flags.adapter:
             dtype = "float32"
         else:
             dtype = flags.dtype or ("float16" if to_gguf else stored)
-        if model.run:
-            record = run_folder.read_json(model.run / "run.json")
-        else:
-            record = {}
+        record = run_folder.read_json(model.run / "run.json") if model.run else {}
         rows = [("device", str(device)), ("model", str(model))]
         base_name = ""
         source: Source | None = None
@@ -202,8 +196,8 @@ def _base_name(model: "LoadedModel", base: str, base_name: str | None) -> str:
 
     if model.merged:
         raise UserError(
-            f"{model.merged[0]} is trained whole or a DoRA, and only LoRA is written here: export "
-            "the model merged."
+            f"{model.merged[0]} is trained whole or a DoRA, and only LoRA is written here: "
+            "export the model merged."
         )
     adapter_leaves(model.params)  # says so if there are none
     if base_name is None and model.hub_id:
@@ -230,10 +224,7 @@ def _check_free(out: Path, to_gguf: bool, overwrite: bool) -> None:
         return
     if out.is_dir() == to_gguf:
         raise UserError(f"{out} is a {'folder' if to_gguf else 'file'}; give another --out.")
-    if to_gguf:
-        names = {out.name}
-    else:
-        names = {entry.name for entry in out.iterdir()}
+    names = {out.name} if to_gguf else {entry.name for entry in out.iterdir()}
     strangers = sorted(names - EXPORT_FILES)
     if not to_gguf and strangers:
         raise UserError(f"{out} holds {strangers[0]}, which no export wrote; give another --out.")
@@ -266,10 +257,9 @@ def _write(out: Path, model: "LoadedModel", dtype: str, base_name: str, console:
         if "tokenizer.huggingface.json" not in metadata:
             return ""
         return (
-            "llama.cpp has no name for how this tokenizer splits a text and is told "
-            f"{FALLBACK_PRE_TOKENIZER}: numbers and "
-            "long words may become other tokens there. Thrice reads the tokenizer.json that is in "
-            "the file too."
+            "llama.cpp has no name for how this tokenizer splits a text "
+            f"and is told {FALLBACK_PRE_TOKENIZER}: numbers and long words may become other tokens there. "
+            "Thrice reads the tokenizer.json that is in the file too."
         )
     with atomic_folder(out) as building:
         if base_name:
@@ -329,10 +319,7 @@ def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[Documen
     faults += _tokenizer_faults(model.tokenizer, export.tokenizer)
     faults += ["the EOS ids"] * (model.eos_ids != export.eos_ids)
     faults += ["the BOS ids"] * (model.tokenizer.bos_ids != export.tokenizer.bos_ids)
-    if export.tokenizer.config.get("chat_template"):
-        template = "kept"
-    else:
-        template = "absent"
+    template = "kept" if export.tokenizer.config.get("chat_template") else "absent"
     rows = [
         ("tokens", f"{len(CHECK_TEXTS)} texts, of every script and with control tokens in them"),
         ("EOS ids", f"{', '.join(map(str, export.eos_ids))} and template {template}"),
@@ -353,14 +340,14 @@ def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[Documen
     rows += [
         (
             "logits",
-            f"differ by at most {difference:.1e} of the largest from the model's, with its weights "
-            "rounded as here",
+            f"differ by at most {difference:.1e} of the largest from the model's, "
+            "with its weights rounded as here",
         ),
         (
             "loss",
-            f"{after - before:.5f} bits per byte by rounding ({before:.4f} -> {after:.4f} on "
-            f"{len(tokens):,} tokens of "
-            f"{source.name}); the most probable token stays in {agreement:.1%} of places",
+            f"{after - before:.5f} bits per byte by rounding "
+            f"({before:.4f} -> {after:.4f} on {len(tokens):,} tokens of {source.name}); "
+            f"the most probable token stays in {agreement:.1%} of places",
         ),
     ]
     faults = ["the logits"] if difference > TOLERANCE else []

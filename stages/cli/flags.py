@@ -50,14 +50,14 @@ def in_range(allowed: Range) -> Callable[[str], Any]:
 
     def parse(text: str) -> int | float:
         with contextlib.suppress(ValueError, OverflowError):
-            if not allowed.integer:
+            if allowed.integer:
+                whole = float(text) if "e" in text.lower() else int(text)
+                if allowed.holds(whole):
+                    return int(whole)
+            else:
                 value = float(text)
                 if allowed.holds(value):
                     return value
-            else:
-                integer = float(text) if "e" in text.lower() else int(text)
-                if allowed.holds(integer):
-                    return int(integer)
         kind = "an integer" if allowed.integer else "a number"
         raise ValueError(f"wanted {kind}, {allowed}, got {text!r}")
 
@@ -161,10 +161,9 @@ MetricFlag = Annotated[
     tuple[str, ...],
     default(
         "none",
-        "Of the model's own answers to conversations, in `finetune` held-out ones before and "
-        "after: `exact`, `regex:PATTERN`, "
-        "or FILE.py:FUNCTION, which takes any of `completion`, `prompt` and `answer`, the data's "
-        "own, and returns a number.",
+        "Of the model's own answers to conversations, in `finetune` held-out ones before and after: "
+        "`exact`, `regex:PATTERN`, or FILE.py:FUNCTION, "
+        "which takes any of `completion`, `prompt` and `answer`, the data's own, and returns a number.",
         "METRIC ...",
     ),
 ]
@@ -210,28 +209,27 @@ class MeshFlags:
         joining = (self.process is not None, self.coordinator is not None)
         if self.processes in (None, 1) and any(joining):
             raise UserError(
-                "--process and --coordinator are for several processes: give --processes N, or "
-                "leave them out."
+                "--process and --coordinator are for several processes: "
+                "give --processes N, or leave them out."
             )
         if (self.processes or 1) > 1 and not all(joining):
             raise UserError(
-                f"Each of {self.processes} processes wants --process I and --coordinator "
-                "HOST:PORT, or all of them "
-                "--processes auto."
+                f"Each of {self.processes} processes wants --process I and --coordinator HOST:PORT, "
+                "or all of them --processes auto."
             )
         if self.processes and (self.process or 0) >= self.processes:
             raise UserError(
-                f"--process {self.process} is one of 0 to {self.processes - 1} when there are "
-                f"{self.processes}."
+                f"--process {self.process} is one of 0 to {self.processes - 1} "
+                f"when there are {self.processes}."
             )
 
     def shape(self) -> MeshShape | None:
         """Returns the shape, once connected: without --mesh `fsdp` over all devices of several
         processes, None for one.
         """
-        if self.mesh or processes.process_count() == 1:
-            if self.mesh:
-                return parse_mesh(self.mesh)
+        if self.mesh:
+            return parse_mesh(self.mesh)
+        if processes.process_count() == 1:
             return None
         import jax
 
@@ -300,11 +298,8 @@ def choose_sampling(
             RANGES[name].check(name, value)
             if name == "repetition_penalty" and value != 1 and not penalties:
                 raise InvalidField(name, f"{name} is {value:g}, and only `stages.serve` computes it.")
-            # all, as transformers spells it
-            if (name, value) == ("top_k", -1):
-                usable[name] = 0
-            else:
-                usable[name] = value
+            # transformers spells "all" as -1.
+            usable[name] = 0 if (name, value) == ("top_k", -1) else value
         except InvalidField as error:
             console.print(
                 f"Of the sampling that comes with the model one value is ignored: {error}", style="yellow"

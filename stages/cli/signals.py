@@ -132,10 +132,7 @@ def end_now(number: int, sentence: str) -> NoReturn:
     """Prints the sentence after "Stopped" and ends this process, and the others of its run, with
     128 + the signal.
     """
-    if sys.stderr and sys.stderr.isatty():
-        show_cursor = "\x1b[?25h"
-    else:
-        show_cursor = ""
+    show_cursor = "\x1b[?25h" if sys.stderr and sys.stderr.isatty() else ""
     start.write_stderr(f"{show_cursor}Stopped {sentence}")
     discard_unfinished()
     lifecycle.end(128 + number, "it was stopped by a signal.")

@@ -140,12 +140,15 @@ def choose_max_tokens(rollout: RolloutFlags, cfg: ModelConfig, longest: int) -> 
     """Returns the tokens of a completion, at most. Raises UserError where the longest prompt leaves
     no room for them."""
     room = cfg.context - longest
-    if room >= (rollout.max_tokens or 1):
-        return rollout.max_tokens or min(TOKENS, room)
+    if rollout.max_tokens is None and room > 0:
+        return min(TOKENS, room)
+    if rollout.max_tokens is not None and rollout.max_tokens <= room:
+        return rollout.max_tokens
     advice = "a lower --max-tokens or shorter prompts" if room > 0 else "shorter prompts"
     raise UserError(
-        f"The longest prompt has {longest:,} tokens, which leaves {max(0, room):,} of the model's context of "
-        f"{cfg.context:,} for an answer; give {advice}."
+        f"The longest prompt has {longest:,} tokens, "
+        f"which leaves {max(0, room):,} of the model's context of {cfg.context:,} for an answer; "
+        f"give {advice}."
     )
 
 
@@ -180,9 +183,8 @@ def reinforce_rows(planned: ReinforcePlan, trained_numbers: int = 0) -> Rows:
         ("template", planned.opened.chat.template_name),
         (
             "a round",
-            f"{config.prompts} prompts, {config.group} completions each, of at most "
-            f"{config.max_tokens} tokens, "
-            f"at temperature {config.temperature:g}",
+            f"{config.prompts} prompts, {config.group} completions each, "
+            f"of at most {config.max_tokens} tokens, at temperature {config.temperature:g}",
         ),
         ("inference", f"samples them: up to {format_count(inference)}FLOPs, forward only"),
         (
@@ -203,6 +205,8 @@ def round_flops(plan: RunPlan, config: RoundConfig) -> tuple[int, int]:
     new = config.max_tokens
     prefill = prefill_flops(cfg, config.longest, attention="causal").total
     decode = (new - 1) * forward_flops(cfg, config.longest + new // 2, attention="full").total
-    passes = (config.updates > 1) + 1  # that give log-probabilities
+    # Passes that give log-probabilities: by the model before training, and before the first of
+    # several updates by the model as it sampled.
+    passes = 2 if config.updates > 1 else 1
     scoring = passes * plan.step_tokens * forward_flops(cfg, plan.recipe.context, attention="full").total
     return plan.recipe.batch * (prefill + decode), config.updates * plan.step_flops + scoring

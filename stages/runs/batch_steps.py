@@ -83,14 +83,16 @@ class BatchSteps:
     def step(self, state: TrainState, loop_state: LoopState) -> StepResult:
         batch = self.next_batch
         following = loop_state.step + 1
-        if self.buffer_bytes:
-            # Memory allocated during a step ends up above its buffer and fragments the heap: make
-            # the batch before it.
+        # Memory allocated while a step holds a buffer ends up above it and fragments the heap: then
+        # the next batch is made before the step, else beside it.
+        is_batch_first = self.buffer_bytes > 0
+        if is_batch_first:
             self.next_batch = self.batches.at(following)
-            make_room(self.buffer_bytes)  # the last step's, in whose place a save's buffers may lie
+            # In the place of the last step's buffer a save's may lie.
+            make_room(self.buffer_bytes)
         progress = np.float32(self.plan.progress(loop_state.step, loop_state.seconds))
         state, metrics = self.program(state, self.frozen, batch, progress)
-        if not self.buffer_bytes:
+        if not is_batch_first:
             self.next_batch = self.batches.at(following)
         # Wait before the next dispatch: two steps in flight would take twice the memory.
         metrics = jax.device_get(metrics)

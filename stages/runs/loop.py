@@ -89,9 +89,8 @@ def run_steps(
         while not loop.is_done() and not stop.is_set():
             checkpoints.saver.poll()
             if not result.is_refused_whole():
-                resumable = dataclasses.replace(
-                    loop_state
-                )  # that before the steps which are refused in a row now
+                # The state before the steps that are refused in a row now.
+                resumable = dataclasses.replace(loop_state)
             progress = plan.progress(loop_state.step + 1, loop_state.seconds + log.timer.mean())
             is_recorded = recorder is not None and recorder.before_step(
                 state.trainable, loop_state.step + 1, progress
@@ -187,9 +186,8 @@ def save_if_due(loop: Loop, state: TrainState, has_evaluated: bool) -> bool:
     is_due = loop_state.is_due("save", loop.options.save_every) or loop_state.best_step == loop_state.step
     if is_due:
         loop_state.begin("save")
-    is_saved = (
-        loop.checkpoints.step == loop_state.step
-    )  # perhaps by a stop before the restart, without this evaluation
+    # Perhaps it is saved by a stop before the restart, without this evaluation.
+    is_saved = loop.checkpoints.step == loop_state.step
     needs_saving = has_evaluated if is_saved else is_due
     if needs_saving:
         loop.checkpoints.save(state, loop_state)
@@ -223,9 +221,8 @@ def is_evaluation_due(options: RunOptions, plan: RunPlan, loop_state: LoopState)
         return loop_state.is_due("evaluate", evaluation_interval(plan, loop_state))
     last_progress = plan.progress(*loop_state.intervals["evaluate"])
     share = plan.progress(loop_state.step, loop_state.seconds) - last_progress
-    return (
-        share >= 1 / options.evaluations - 1e-9
-    )  # a fifth of five steps is not less than a fifth, whatever its rounding
+    # A fifth of five steps is not less than a fifth, whatever its rounding.
+    return share >= 1 / options.evaluations - 1e-9
 
 
 def evaluation_interval(plan: RunPlan, loop_state: LoopState) -> int | float:
@@ -245,9 +242,8 @@ class Checkpoints:
 
     def __init__(self, options: RunOptions, frozen: Any, adapted: SavedAdapter | None) -> None:
         self.saver = BackgroundSaver(options.folder, options.keep, frozen, adapted)
-        saved = json.loads(
-            processes.gather_strings(json.dumps(checkpoint.steps(options.folder)))[0]
-        )  # process 0's list
+        lists = processes.gather_strings(json.dumps(checkpoint.steps(options.folder)))
+        saved = json.loads(lists[0])  # process 0's, for all of them
         self.step: int | None = max(saved, default=None)
 
     def save(self, state: TrainState, loop_state: LoopState) -> None:
@@ -294,9 +290,8 @@ def stop_after_refusals(loop: Loop, state: TrainState, resumable: LoopState, adv
         refused = f"{stopped.refused_in_a_row} updates in a row, up to {step_name} {stopped.step:,},"
         where = ""
     raise UserError(
-        f"{refused} had a loss or gradient that is not a number{where} and changed no weight; the "
-        "run is saved at "
-        f"{step_name} {loop.checkpoints.step:,} in {loop.options.folder}. Lower {advice}."
+        f"{refused} had a loss or gradient that is not a number{where} and changed no weight; "
+        f"the run is saved at {step_name} {loop.checkpoints.step:,} in {loop.options.folder}. Lower {advice}."
     )
 
 

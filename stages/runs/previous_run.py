@@ -64,14 +64,12 @@ def find_previous_run(folder: Path, metadata: dict[str, Any], cfg: ModelConfig) 
     if refused:
         refuse_other_order(folder, record)
         raise UserError(
-            f"{folder} holds a run with another {join_words(refused)}. Give another --out-dir, or "
-            "--overwrite to "
-            "begin anew there."
+            f"{folder} holds a run with another {join_words(refused)}. "
+            "Give another --out-dir, or --overwrite to begin anew there."
         )
+    newest = folder / "checkpoints" / str(steps[-1])
     try:
-        loop_state = LoopState.from_json(
-            read_json(folder / "checkpoints" / str(steps[-1]) / "state.json")["state"]
-        )
+        loop_state = LoopState.from_json(read_json(newest / "state.json")["state"])
     except (OSError, KeyError, TypeError, ValueError):
         loop_state = LoopState()  # damaged: `resume` reports it, and finds the one before
     return PreviousRun(folder, record, loop_state, differences(before, now))
@@ -87,9 +85,7 @@ def refuse_other_order(folder: Path, record: dict[str, Any]) -> None:
         )
 
 
-# What a resumed run may not change, by its path in run.json, and its name; of the architecture, all
-# that CONFIG_MAY_CHANGE does not name. All else may change, and is noted in run.json. The first
-# every run has.
+# The settings that a resumed run may not change and that every run.json has: path in it -> name.
 ALWAYS_THERE = {
     "text/digest": "text",
     "tokenizer/digest": "tokenizer",
@@ -98,6 +94,8 @@ ALWAYS_THERE = {
     "recipe/context": "context",
     "recipe/optimizer/kind": "optimizer",
 }
+# All settings that it may not change, beside those of the architecture. Others may, and run.json
+# notes it.
 FIXED = ALWAYS_THERE | {
     "base/digest": "base",
     "learns": "choice of trainable parameters",
@@ -107,20 +105,18 @@ FIXED = ALWAYS_THERE | {
     "continues": "adapter to continue",
     "mixed_in": "number of general questions mixed in",
 }
+# The settings of the architecture that may change.
 CONFIG_MAY_CHANGE = {f"config/{name}" for name in ("dtype", "scan", "remat", "context")}
+# Settings whose name is that of a flag, as which a change is shown.
 BY_FLAG = re.compile(
     "(recipe|rollout|update)/.*|config/dtype|steps|loss|beta|full_loss|keep_last|metric.*|general|no_mix|template|text/(data|validation)"
 )
-FOLLOWS = {"least_steps", "config/scan", "config/remat"}  # from flags that are named already
-MEASURES = {
-    "text/validation",
-    "text/validation_digest",
-    "loss",
-    "beta",
-}  # a best by others is beaten never, or always
-NOT_COMPARED = re.compile(
-    "(command|changes|result|general_answers)(/.*)?"
-)  # the flags in the command are compared one by one
+# Settings that follow from flags which are shown already.
+FOLLOWS = {"least_steps", "config/scan", "config/remat"}
+# What the best checkpoint is chosen by: one chosen by others would be beaten never, or always.
+MEASURES = {"text/validation", "text/validation_digest", "loss", "beta"}
+# The flags in `command` are compared one by one, as the settings that they give.
+NOT_COMPARED = re.compile("(command|changes|result|general_answers)(/.*)?")
 
 
 def settings(metadata: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
@@ -152,25 +148,27 @@ def refusals(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             continue
         if name == "text" and "seed" in changes:  # the text follows the seed
             continue
-        source = _source_of(path, name, before, now) if path.endswith("/digest") else path
-        there = before.get(source)
-        here = now.get(source)
-        if there != here:
-            refused.append(f"{name} ({there} there, {here} now)")
-        elif source.endswith(("/data", "/model")):
-            refused.append(f"{name} (what is read from {there} has changed)")
+        shown_path = _shown_path(path, name, before, now)
+        value_before = before.get(shown_path)
+        value_now = now.get(shown_path)
+        if value_before != value_now:
+            refused.append(f"{name} ({value_before} there, {value_now} now)")
+        elif shown_path.endswith(("/data", "/model")):  # the digest alone differs
+            refused.append(f"{name} (what is read from {value_before} has changed)")
         else:
             refused.append(name)
     return refused
 
 
-def _source_of(path: str, name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Returns the setting that says to people what a digest is of, or the digest's own path where
-    none does."""
+def _shown_path(path: str, name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Returns the setting whose values tell people how another setting differs: that which says
+    what a digest is of, if there is one, else `path` itself."""
+    if not path.endswith("/digest"):
+        return path
     for part in ("data", "kind", "model"):
-        source = f"{name}/{part}"
-        if before.get(source) or now.get(source):
-            return source
+        described = f"{name}/{part}"
+        if before.get(described) or now.get(described):
+            return described
     return path
 
 
@@ -183,8 +181,8 @@ def describe_changes(changes: Changes) -> list[str]:
             lines.append(f"--max-time: {before and duration(before)} -> {now and duration(now)}")
         elif path == "attention":
             lines.append(
-                f"attention {before} -> {now}: the next steps are those {before} within rounding, "
-                "not to the bit"
+                f"attention {before} -> {now}: "
+                f"the next steps are those {before} within rounding, not to the bit"
             )
         elif path not in FOLLOWS:
             name = path.rpartition("/")[2]
@@ -202,8 +200,7 @@ def print_finished(previous: PreviousRun, plan: RunPlan, console: Console) -> No
         more = f"more --{plan.step_name}s or --max-time"
     console.print(
         f"This run is finished: {quantity(done.step, plan.step_name)} in {duration(done.seconds)}, "
-        f"{summary}. "
-        f"To train it further give {more}; to begin anew, --overwrite."
+        f"{summary}. To train it further give {more}; to begin anew, --overwrite."
     )
     for line in describe_changes(previous.changes):
         console.print(f"changed, which trains nothing: {line}", style="yellow")
@@ -217,8 +214,8 @@ def _loop_state(loaded: checkpoint_reader.LoadedCheckpoint) -> LoopState:
         if loop_state.step == loaded.step:
             return loop_state
     raise UserError(
-        f"{loaded.path / 'state.json'} is damaged: it does not say the state of a run at step "
-        f"{loaded.step:,}."
+        f"{loaded.path / 'state.json'} is damaged: "
+        f"it does not say the state of a run at step {loaded.step:,}."
     )
 
 

@@ -21,13 +21,13 @@ from engine.inference.engine import Engine
 from engine.inference.request import Event, Request
 
 IDLE_SECONDS = 0.25  # between ticks without work: signs of life
-# Without a sign of life until the engine is stuck. /health is promised to say so within 5 s, or
-# within three times the longest run of the program that the engine is in, whichever is more.
+# /health says that the engine gives no sign of life within 5 s, or within three times the longest
+# run of the program that it is in, whichever is more: so it counts as stuck a little earlier.
 STUCK_SECONDS = 4.0
+# So many times that longest run, where they are more than STUCK_SECONDS.
 STUCK_TIMES = 2.8
-FIRST_SECONDS = (
-    60.0  # in place of both for a program's first run, or as long as the start took, whichever is more
-)
+# In place of both for a program's first run, or as long as the start took, whichever is more.
+FIRST_SECONDS = 60.0
 Listener = Callable[[Event], None]
 
 
@@ -46,7 +46,8 @@ class Wait(msgspec.Struct):
 class EngineThread:
     """The thread of one engine.
 
-    `ready` once its programs are loaded; `error`: of which it died, so that it answers no more.
+    It is `ready` once its programs are loaded. Where it has an `error`, it died of that and answers
+    no more.
     """
 
     def __init__(self, engine: Engine) -> None:

@@ -12,7 +12,7 @@ from stages.serve.engine_thread import EngineThread
 
 prometheus.disable_created_metrics()  # no series of creation times
 
-# Upper bounds of the histograms' buckets, as in vLLM: seconds, and tokens.
+# Upper bounds of the buckets as in vLLM, in seconds: to the first token.
 TTFT_BUCKETS = (
     0.001,
     0.005,
@@ -34,8 +34,11 @@ TTFT_BUCKETS = (
     40,
     80,
 )
+# In seconds, for each token after it.
 TPOT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+# In seconds, for a whole request.
 LATENCY_BUCKETS = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+# In tokens.
 TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
 
@@ -57,17 +60,17 @@ class ServerMetrics(Collector):
             prometheus.Gauge(name, about, **of_model).labels(model).set_function(value)
 
         self.generated = counter("vllm:generation_tokens", "Tokens that were generated.")
-        self._counters = (
-            counter(
-                "vllm:prompt_tokens", "Tokens of prompts that were computed or found in the prefix cache."
-            ),
-            counter("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache."),
-            counter("vllm:prefix_cache_hits", "Tokens of prompts that the prefix cache held."),
+        self._prompt_tokens = counter(
+            "vllm:prompt_tokens", "Tokens of prompts that were computed or found in the prefix cache."
         )
-        self._histograms = (
-            histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", TOKEN_BUCKETS),
-            histogram("vllm:request_generation_tokens", "Tokens generated for a request.", TOKEN_BUCKETS),
-            histogram("vllm:e2e_request_latency_seconds", "From request to last token.", LATENCY_BUCKETS),
+        self._looked_up = counter("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.")
+        self._cached = counter("vllm:prefix_cache_hits", "Tokens of prompts that the prefix cache held.")
+        self._of_prompt = histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", TOKEN_BUCKETS)
+        self._of_completion = histogram(
+            "vllm:request_generation_tokens", "Tokens generated for a request.", TOKEN_BUCKETS
+        )
+        self._latency = histogram(
+            "vllm:e2e_request_latency_seconds", "From request to last token.", LATENCY_BUCKETS
         )
         self.ttft = histogram(
             "vllm:time_to_first_token_seconds", "From request to first token.", TTFT_BUCKETS
@@ -113,13 +116,15 @@ class ServerMetrics(Collector):
         self._success[reason].inc()
 
     def count_prompt(self, tokens: int, looked_up: int, cached: int) -> None:
-        for counter, count in zip(self._counters, (tokens, looked_up, cached)):
-            counter.inc(count)
+        self._prompt_tokens.inc(tokens)
+        self._looked_up.inc(looked_up)
+        self._cached.inc(cached)
 
     def count_completion(self, prompt: int, generated: int, seconds: float, decoding: float) -> None:
         """Counts a completion that was not cut off. `decoding`: its seconds from first token to last."""
-        for histogram, value in zip(self._histograms, (prompt, generated, seconds)):
-            histogram.observe(value)
+        self._of_prompt.observe(prompt)
+        self._of_completion.observe(generated)
+        self._latency.observe(seconds)
         if generated > 1:
             self._per_token.observe(decoding / (generated - 1))
 

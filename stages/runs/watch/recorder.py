@@ -10,7 +10,8 @@ and `step` in it:
                 what a checkpoint holds; `changed`, elements of which a bit changed since the frame before (`changed_in` each
                 tensor), and `frozen_changed` since the start; `gradient_norms` of the step's batch; `sample`
     measure     the last step is over, and the result is measured: no frame follows
-    end         the run's `result`, and the last frame's `digest`. A run that was stopped has none
+    end         the run's `result`, and the last frame's `digest`, None where that frame is not of
+                the last step. A run that was stopped has no such event
 
 A run that is watched makes frames between these too, for all sinks. A frame's `mosaic` has for each
 tensor, in base64, an int8 a patch of weights, row by row: their mean over the tensor's number in
@@ -87,19 +88,22 @@ def refuse_other_file(path: Path, step: int, **run: str) -> None:
         return
     with open_regular(path) as file:
         line = file.readline(MAX_LINE)
-    if not line.startswith(BEGINNING) and line:
+    if not line:
+        return
+    if not line.startswith(BEGINNING):
         raise UserError(f"{path} is no recording, and is not replaced. {other}")
-    if step and line:
-        try:
-            first = json.loads(line)
-        except ValueError:
-            first = {}
-        for name, now in run.items():
-            was = first.get(name)
-            if was != now:
-                raise UserError(
-                    f"{path} holds the recording of another run ({name} {was}, and here {now}). {other}"
-                )
+    if step == 0:
+        return
+    try:
+        first = json.loads(line)
+    except ValueError:
+        first = {}
+    for name, now in run.items():
+        was = first.get(name)
+        if was != now:
+            raise UserError(
+                f"{path} holds the recording of another run ({name} {was}, and here {now}). {other}"
+            )
 
 
 def nobody_watches() -> bool:
@@ -221,12 +225,12 @@ class Recorder:
         it is."""
         part = int(progress * PARTS)
         is_asked_for = self.is_watched() and time.monotonic() >= self.rests_until
-        if self.sinks and (is_asked_for or (self.recorded and (step <= FIRST or part > self.part))):
-            self.part = min(
-                PARTS - 1, max(part, self.part)
-            )  # the last part is each step that may be the last
+        is_planned = self.recorded and (step <= FIRST or part > self.part)
+        if self.sinks and (is_asked_for or is_planned):
+            # It stays below PARTS: a frame is due after each step that may be the last.
+            self.part = min(PARTS - 1, max(part, self.part))
             with self._going_on():
-                # the step takes the place of the weights
+                # The step takes the place of the weights.
                 self.before = jax.tree.map(jnp.copy, trainable)
         return self.before is not None
 
@@ -243,9 +247,8 @@ class Recorder:
                 norms = _arrays(self.gradient_norms(self.before, batch))
                 fields["gradient_norms"] = {path: float(norms[path]) for path in self.paths if path in norms}
             self.before = None
-            copies = jax.tree.map(
-                jnp.copy, trainable
-            )  # a view of the weights themselves would keep the next step from them
+            # A view of the weights themselves would keep the next step from them.
+            copies = jax.tree.map(jnp.copy, trainable)
             now = _together(_arrays(copies, copy=False), _arrays(self.frozen, copy=not self.shown))
             self.shown = self.shown or now
             changed = {path: _changed(self.shown[path], now[path]) for path in self.paths}
@@ -381,9 +384,9 @@ def tensorboard_sink(folder: Path) -> Iterator[Sink]:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise UserError(
-            "--tensorboard needs tensorboardX: start the command with `uv run --extra tensorboard "
-            "python -m ...`, or install "
-            "the extra with `pip install -e '.[tensorboard]'`."
+            "--tensorboard needs tensorboardX: "
+            "start the command with `uv run --extra tensorboard python -m ...`, "
+            "or install the extra with `pip install -e '.[tensorboard]'`."
         ) from None
     writers: list[Any] = []
 
