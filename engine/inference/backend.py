@@ -1,4 +1,4 @@
-"""Where an engine computes: InC, by the kernels in C beside XLA's programs, or ByXla, by XLA alone. An engine chooses once."""
+"""Where an engine computes: InC, by the kernels in C beside XLA's programs, or ByXla, by XLA alone."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,7 @@
 """Carries out a run: locks its folder, takes it from Plan to RunReport, prints a banner and a summary.
 
 plan = make_plan(console)                                   by flags, data and architecture
-prepared = plan.prepare(console)                            weights, tokenizer, batches
+prepared = prepare(plan, console)                           weights, tokenizer, batches
 steps = prepared.begin_steps(state, loop_state, ...)        the program; `loop.py` takes the steps
 report = prepared.report(finished, console)                 measured at the end
 """
