@@ -48,11 +48,8 @@ def execute[P: Plan](
     """Carries out a run, or resumes the one in the folder. Returns 0, or 128 + the signal that
     stopped it."""
     refuse_options(options)
-    if (
-        not gc.get_freeze_count()
-        # what was imported stays: garbage is looked for among what runs make, in a sixth of the
-        # time
-    ):
+    # What was imported stays: garbage is looked for among what runs make, in a sixth of the time.
+    if not gc.get_freeze_count():
         gc.freeze()
     with Console() as console, contextlib.ExitStack() as stack:
         # The others would wait for one that only plans.

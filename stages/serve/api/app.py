@@ -218,7 +218,7 @@ class Api:
             with self._place(route, call):
                 response = _response(await route.handler(call))
                 until_tokens.close()
-                del call.body, call.content  # their text has become tokens; a writer keeps the body it echoes
+                del call.body, call.content  # their text has become tokens; a writer may hold the body on
                 await response(scope, receive, _in_time(send))
 
     def _find(self, scope: Scope) -> Route:
