@@ -37,7 +37,7 @@ READINGS = 3  # of its data, after which a run ends when nobody asks for a lengt
 SECONDS = 180.0  # after which such a run ends earlier
 # Steps that such a run makes however long they take, if READINGS of its data have as many.
 LEAST_STEPS = 100
-# Of READINGS of its data; at 212, those of `voice`, the mix kept 36 of 40 answers instead of 29.
+# Of READINGS of its data; at 212, those of `voice`, the mix kept 34 and 36 of 40 answers instead of 29.
 MOST_STEPS_TO_MIX = 300
 MANY_READINGS = 6  # that somebody asks for, from which on the plan says what they do
 MANY_READINGS_NOTE = (
