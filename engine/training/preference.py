@@ -24,6 +24,7 @@ from engine.model.config import ModelConfig
 from engine.model.loss import target_losses
 from engine.model.transformer import Params
 from engine.text.batch import Batch
+from engine.text.chat_tokenizer import Example
 from engine.text.examples import Pair, RatedPair, example_rows
 from engine.training.step import Objective
 
@@ -52,11 +53,22 @@ def preference_batch(
 
     `logprobs` (pairs, 2): those of both their answers by the reference.
     """
-    rows = [pairs[at] if at < len(pairs) else None for at in index]
-    answer = example_rows([row.answer if row else None for row in rows], seq)
-    other = example_rows([row.other if row else None for row in rows], seq)
-    value = np.array([row.value if row else 0 for row in rows], np.float32)
-    return Preferences(answer, other, logprobs[np.minimum(index, len(pairs) - 1)], value)
+    answers: list[Example | None] = []
+    others: list[Example | None] = []
+    values = []
+    for at in index:
+        if at < len(pairs):
+            answers.append(pairs[at].answer)
+            others.append(pairs[at].other)
+            values.append(pairs[at].value)
+        else:
+            answers.append(None)
+            others.append(None)
+            values.append(0)
+    reference = logprobs[np.minimum(index, len(pairs) - 1)]
+    return Preferences(
+        example_rows(answers, seq), example_rows(others, seq), reference, np.array(values, np.float32)
+    )
 
 
 class AnswerLogProbs(NamedTuple):

@@ -26,6 +26,7 @@ from engine.model.loss import score
 from engine.model.paths import unflatten
 from engine.model.shapes import leaf_shapes
 from engine.model.transformer import init_params
+from engine.planning.formulas import UPDATE_BYTES
 from engine.text.batch import TextBatches
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import TrainState, init_state
@@ -53,7 +54,6 @@ SAMPLE = 160  # tokens
 # before attention was in C: no product of a step comes near what a square one reaches there.
 EXPECTED_MFU = 0.63
 AMX_MFU = 0.27
-UPDATE_BYTES = 28  # moved a parameter by the optimizer
 DISPATCH = 0.002  # seconds a step
 
 # The hyperparameters of each preset unless flags say otherwise: the only place with such numbers.
