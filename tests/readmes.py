@@ -33,6 +33,7 @@ from engine.format import money, percent, si, times
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PICTURES = ROOT / "bench" / "results", ROOT / "bench" / "pictures"
+TRIES = RESULTS / "tries"
 PICTURED = RESULTS / "zen4" / "bench.json"
 ROOMS = ("engine", "stages", "stages/serve", "bench", "bench/plan", "tests/promises")
 READMES = [ROOT / "README.md", *(ROOT / room / "README.md" for room in ROOMS)]
@@ -412,7 +413,7 @@ def tries(_: Document) -> list[str]:
     rates that were tried.
     """
     best: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
-    with (RESULTS / "zen4" / "finetuning-tries.csv").open(encoding="utf-8") as file:
+    with (TRIES / "finetuning.csv").open(encoding="utf-8") as file:
         rows = [
             row
             for row in csv.DictReader(file)
@@ -434,7 +435,7 @@ def tries(_: Document) -> list[str]:
 
 def rewarded(_: Document) -> list[str]:
     """Returns the held-out reward that each variant of GRPO came to, by seed, and what it says."""
-    with (RESULTS / "zen4" / "reinforcement-tries.csv").open(encoding="utf-8") as file:
+    with (TRIES / "reinforcement.csv").open(encoding="utf-8") as file:
         tries = [*csv.DictReader(file)]
     by_variant = itertools.groupby(tries, operator.itemgetter("variant"))
     cells = []

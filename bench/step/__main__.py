@@ -13,14 +13,13 @@ non-finite steps. Steps that are compared run interleaved. Models of --shapes re
 import csv
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Literal
 
-from bench.cli import Json, check_rounds, parse_shape, print_table, run_bench
+from bench.cli import ROOT, Json, check_rounds, parse_shape, print_table, run_bench
 from engine.device import start_jax
 from engine.errors import UserError
 
-EXPERIMENTS = Path(__file__).with_name("experiments.csv")
+EXPERIMENTS = ROOT / "bench" / "results" / "tries" / "recipes.csv"
 SHAPES = {
     "training": ("4x256x256x16", "6x384x256x16", "8x768x256x8"),
     "finetuning": ("6x512x256x8",),

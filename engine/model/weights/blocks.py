@@ -257,7 +257,7 @@ def nearest(weight: Array, kind: str, axis: int) -> tuple[Array, list[Array]]:
     block's largest magnitude becomes 127 in Q8_0 and -8 in Q4_0; in Q4_1 its least number becomes 0
     and its largest 15: llama.cpp's rule but for ties. A block that was rounded once stays as it is.
     A scale by least squares brings weights nearer to theirs, and the model's predictions no nearer
-    (bench/results/zen4/rounding-tries.csv).
+    (bench/results/tries/rounding.csv).
     """
     inputs = 1 - axis
     x = weight.astype(jnp.float32).reshape(*weight.shape[:inputs], -1, GROUP, *weight.shape[inputs + 1 :])
