@@ -40,7 +40,9 @@ WRITTEN = (":(exclude)bench/results", ":(exclude)bench/pictures", ":(exclude,glo
 VERDICTS = ("met", "ready_met", "holds")
 UNTIMED = ("bench compare", "bench.plan", "bench.everything")
 # What README's figures are held to; printed by each measurement with a bar.
-BARS_HOLD = "The bars hold on two quiet cores of a Zen 4 (AVX-512). On another processor a bar that is not met says little."
+BARS_HOLD = (
+    "The bars hold on two quiet cores with AVX-512. On another processor a bar that is not met says little."
+)
 
 
 class Shape(NamedTuple):

@@ -1,6 +1,6 @@
 """Measures all documents of a machine in one sitting, of one commit; goes on where it was stopped.
 
-    python -m bench.everything --out bench/results/zen4 --peer-python peers/bin/python    about two quiet hours
+    python -m bench.everything --out bench/results/NAME --peer-python peers/bin/python    about two quiet hours
 
 A document of this commit and these versions that is there already is kept. READMEs and their
 pictures are written last.
@@ -67,7 +67,7 @@ class EverythingFlags:
     """Where the documents lie, and where the peers live."""
 
     out: Path
-    """The machine's folder, such as bench/results/zen4."""
+    """The machine's folder in bench/results."""
     peer_python: Path | None = None
     """The Python that has the peers, when it is not this one."""
     only: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: all)")] = ()

@@ -1,12 +1,15 @@
 """Writes what READMEs take from elsewhere: the tree of each room, tables of results, pictures. `python tests/readmes.py`.
 
 A block stands between `<!-- NAME of SOURCE -->` and `<!-- end -->`. NAME is one of BLOCKS; SOURCE
-is a result in RESULTS, or what the block is computed from.
+is a document, such as `bench.json`, or what the block is computed from. A document is that of the
+machine that `shown_machine` chooses, or of a folder that the command names: `python
+tests/readmes.py FOLDER`. A SOURCE with a folder, such as `tries/promises.json`, lies in RESULTS.
 """
 
 import ast
 import contextlib
 import csv
+import functools
 import io
 import itertools
 import json
@@ -17,12 +20,12 @@ import shlex
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, whatever is installed
 sys.path.append(str(Path(__file__).parent / "promises"))
 
 from figures import Figure
+from results import RESULTS, TRIES, Document, shown_machine
 
 from bench.plan import plans, validate
 from bench.plan.__main__ import PlanFlags, answer
@@ -32,9 +35,8 @@ from bench.timing import Ratio
 from engine.format import money, percent, si, times
 
 ROOT = Path(__file__).parent.parent
-RESULTS, PICTURES = ROOT / "bench" / "results", ROOT / "bench" / "pictures"
-TRIES = RESULTS / "tries"
-PICTURED = RESULTS / "zen4" / "bench.json"
+PICTURES = ROOT / "bench" / "pictures"
+PICTURED = "bench.json"
 ROOMS = ("engine", "stages", "stages/serve", "bench", "bench/plan", "tests/promises")
 READMES = [ROOT / "README.md", *(ROOT / room / "README.md" for room in ROOMS)]
 TREE = re.compile(r"```tree\n.*?```\n", re.DOTALL)
@@ -100,13 +102,24 @@ PROMISES = {  # what is tried at length
     "T11": "Saving runs beside training.",
     "T14": "Memory stays within the plan.",
 }
-Document = dict[str, Any]
 
 
-def written(readme: Path) -> str:
-    """Returns a README with its trees and blocks as they should be."""
+def written(readme: Path, folder: Path | None = None) -> str:
+    """Returns a README with its trees and blocks as they should be, by the documents of a machine's
+    folder; by default of the one that READMEs show.
+    """
+    machine = folder or shown()
     text = TREE.sub(lambda _: tree(readme.parent), readme.read_text())
-    return BLOCK.sub(lambda match: match[1] + block(match[2], match[3]) + match[4], text)
+    return BLOCK.sub(lambda match: match[1] + block(match[2], match[3], machine) + match[4], text)
+
+
+@functools.cache
+def shown() -> Path:
+    """Returns the folder of the machine that READMEs show."""
+    sources: set[str] = set()
+    for readme in READMES:
+        sources.update(source for _, _, source, _ in BLOCK.findall(readme.read_text()))
+    return shown_machine({source for source in sources if source.endswith(".json") and "/" not in source})
 
 
 def sh_commands(readme: Path) -> list[list[str]]:
@@ -147,13 +160,15 @@ def _lines(folder: Path, room: Path, depth: int) -> Iterator[str]:
             yield from _lines(path, room, depth + 1)
 
 
-def block(name: str, source: str) -> str:
-    """Returns the text of a block from a result, or a sentence when this machine has none yet."""
-    path = RESULTS / source
-    if path.suffix == ".json" and not path.exists():
-        return f"`bench/results/{source}` is still to be measured.\n"
-    lines = BLOCKS[name](json.loads(path.read_text()) if path.suffix == ".json" else {})
-    return "".join(f"{line}\n" for line in lines)
+def block(name: str, source: str, machine: Path) -> str:
+    """Returns the text of a block, or a sentence when the machine has no such document yet."""
+    path = RESULTS / source if "/" in source else machine / source
+    document: Document = {}
+    if path.suffix == ".json":
+        if not path.exists():
+            return f"`{source}` is still to be measured.\n"
+        document = json.loads(path.read_text())
+    return "".join(f"{line}\n" for line in BLOCKS[name](document))
 
 
 def table(header: str, rows: Iterable[Iterable[str]], words: Collection[int] = (0,)) -> list[str]:
@@ -514,6 +529,7 @@ BLOCKS: dict[str, Callable[[Document], list[str]]] = {
 
 
 if __name__ == "__main__":
+    machine = Path(sys.argv[1]) if sys.argv[1:] else shown()
     for readme in READMES:
-        readme.write_text(written(readme))
-    write_pictures(PICTURES, json.loads(PICTURED.read_text()))
+        readme.write_text(written(readme, machine))
+    write_pictures(PICTURES, json.loads((machine / PICTURED).read_text()))

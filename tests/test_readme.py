@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 import tyro
-from readmes import PICTURED, PICTURES, ROOT, sh_commands, written
+from readmes import PICTURED, PICTURES, ROOT, sh_commands, shown, written
 from tiny import SMALL
 
 from bench.stages.report import write_pictures
@@ -278,7 +278,7 @@ def test_the_five_claims_of_the_readme_have_fifteen_words_at_most():
 
 def test_the_pictures_are_those_of_the_result(tmp_path):
     """Written by `python tests/readmes.py`."""
-    write_pictures(tmp_path, json.loads(PICTURED.read_text()))
+    write_pictures(tmp_path, json.loads((shown() / PICTURED).read_text()))
     for path in tmp_path.iterdir():
         assert path.read_text() == (PICTURES / path.name).read_text(), path.name
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from readmes import READMES, ROOT, sh_commands
 
 from bench.cli import circumstances
+from bench.machine import Watch
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
 BODY = re.compile(r"-d '(.*)'")  # of a README's curl
@@ -59,6 +60,8 @@ def follow(folder: Path, model: str = "smollm2-135m-instruct") -> dict[str, obje
 
 if __name__ == "__main__":
     flags = dataclasses.make_dataclass("Flags", [])()
+    watch = Watch()
     with tempfile.TemporaryDirectory() as folder:
         document = circumstances(["tests/transcript.py"], flags) | follow(Path(folder))
+    document["machine"] |= watch.finish()
     (Path(sys.argv[1]) / "transcript.json").write_text(json.dumps(document) + "\n")
