@@ -191,6 +191,12 @@ def conditions(document: Document, rounds: int | None = None) -> list[str]:
     lines = [
         f"{machine['cores']} cores of an {machine['processor']}{kind}, {document['date'][:10]}{medians}."
     ]
+    reached = machine.get("reached_before") or document.get("ceilings")
+    if reached:
+        lines.append(
+            f"Its products reach {reached['bf16_gflops']:,.0f} GFLOP/s in bfloat16, and it reads "
+            f"{reached['read_gbs']:.0f} GB/s."
+        )
     if load > machine["cores"] / 4:
         lines.append(f"Others used {min(load, machine['cores']):.1f} of them: trust the ratios alone.")
     return ["", *lines]
