@@ -393,7 +393,20 @@ def peers(document: Document) -> list[str]:
     return [
         *table("tokens a second|Thrice|peer|ratio, 95% interval|at least", cells),
         *conditions(document, min(row["rounds"] for row in document["rows"])),
+        *compared_with(document),
     ]
+
+
+def compared_with(document: Document) -> list[str]:
+    """Returns the files that both sides read, and the versions of each, where a document says them."""
+    lines = []
+    files = {f"`{row['file']}`: {row['kinds']}": None for row in document["rows"] if "file" in row}
+    if files:
+        lines.append(f"Both read {'; '.join(files)}.")
+    for peer in document.get("peers", ()):
+        theirs = ", ".join(f"{name} {version}" for name, version in peer["versions"].items())
+        lines.append(f"The peer is {theirs}; Thrice runs on jax {document['versions']['jax']}.")
+    return lines
 
 
 def serving(document: Document) -> list[str]:
