@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, whatever
 sys.path.append(str(Path(__file__).parent / "promises"))
 
 from figures import Figure
-from results import RESULTS, TRIES, Document, shown_machine
+from results import RESULTS, TRIES, Document, machines, read_documents, shown_machine
 
 from bench.plan import plans, validate
 from bench.plan.__main__ import PlanFlags, answer
@@ -38,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "bench" / "pictures"
 PICTURED = "bench.json"
 ROOMS = ("engine", "stages", "stages/serve", "bench", "bench/plan", "tests/promises")
-READMES = [ROOT / "README.md", *(ROOT / room / "README.md" for room in ROOMS)]
+READMES = [ROOT / "README.md", *(ROOT / room / "README.md" for room in ROOMS), RESULTS / "README.md"]
 TREE = re.compile(r"```tree\n.*?```\n", re.DOTALL)
 BLOCK = re.compile(r"(<!-- (\S+) of (\S+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 COLUMN = 26
@@ -409,6 +409,30 @@ def compared_with(document: Document) -> list[str]:
     return lines
 
 
+def compared(_: Document) -> list[str]:
+    """Returns five ratios of each machine's speed to its peers': of training, to the faster torch."""
+    cells = []
+    for folder in machines():
+        documents = read_documents(folder)
+        training = documents.get("peers.json", {"rows": []})["rows"]
+        streams = documents.get("peers-serving.json", {"rows": []})["rows"]
+        groups = [
+            [row for row in training if row["name"].endswith(dtype)] for dtype in ("bfloat16", "float32")
+        ]
+        for name in ("prefill_512", "decode_1", "decode_8"):
+            groups.append([row for row in streams if row["name"] == name])
+        ratios = []
+        for rows in groups:
+            measured = [row for row in rows if row["ratio"] is not None]
+            ratios.append(ratio(min(measured, key=_over_peer)) if measured else "")
+        cells.append((f"[{folder.name}]({folder.name})", *ratios))
+    return table("|training, bfloat16|training, float32|prefill 512|1 stream|8 streams", cells)
+
+
+def _over_peer(row: Document) -> float:
+    return row["tokens_per_second"] / row["peer_tokens_per_second"]
+
+
 def serving(document: Document) -> list[str]:
     """Returns latencies of the server under load, and how much of its engine's throughput it keeps."""
     header = "load|tokens/s|time to first token, p50|inter-token latency, p50|time per output token, p50"
@@ -535,6 +559,7 @@ BLOCKS: dict[str, Callable[[Document], list[str]]] = {
         commands,
         step,
         peers,
+        compared,
         serving,
         chat,
         plan,
