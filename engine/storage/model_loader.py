@@ -1,10 +1,11 @@
 """Finds and loads the model that `--model` names: by its name or path, with or without adapters on it."""
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os.path
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -35,7 +36,14 @@ from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING,
 from engine.storage.hub import cached_id, is_hub_name
 from engine.storage.huggingface import load_tokenizer
 from engine.storage.run_weights import PACKED, TRAINED_BLOCKS, check_arrays, check_factors
-from engine.storage.tensor_layout import StoredModel, block_leaves, file_kinds, read_leaf, read_params
+from engine.storage.tensor_layout import (
+    StoredModel,
+    block_leaves,
+    file_kinds,
+    leaf_structs,
+    read_leaf,
+    read_params,
+)
 from engine.text import OnProgress
 from engine.text.tokenizer import Tokenizer
 
@@ -80,6 +88,26 @@ class LoadedModel:
 
     def __str__(self) -> str:
         return f"{self.name} ({self.checkpoint})"
+
+
+class ReadWeights(NamedTuple):
+    """Weights that were read."""
+
+    params: Any
+    checkpoint: Path  # that they were read from
+    notes: tuple[str, ...] = ()  # to print
+    merged: tuple[str, ...] = ()  # as of LoadedModel
+
+
+class UnreadModel(NamedTuple):
+    """A model that was found, and whose headers were checked. No weight of it is read yet."""
+
+    cfg: ModelConfig
+    blocks: dict[str, Blocks]  # the shapes of leaves that stay in blocks, by path
+    shapes: Callable[[], Any]  # returns the params without adapters, with shapes in place of arrays
+    describe: Callable[[], LoadedModel]  # reads the tokenizer; `params` are None
+    # Reads the weights. Raises UserError when they exceed the memory.
+    read: Callable[[OnProgress], ReadWeights]
 
 
 class Location(NamedTuple):
@@ -196,19 +224,44 @@ def load_model(
     dtype: str | None = None,
     report: OnProgress = None,
     on_config: OnConfig = lambda cfg: None,
-    adapted_by: tuple[Path, ...] = (),
     keep_blocks: bool = False,
     on_blocks: OnBlocks = lambda blocks: None,
 ) -> LoadedModel:
     """Loads the model `--model` names, by default the newest finished run; a LoRA run with its
     adapter on its base.
 
+    Other arguments are those of `peek_model`. `on_blocks` gets UnreadModel.blocks, and then
+    `on_config` the architecture, before tokenizer and weights are read. Raises UserError, too, when
+    the weights exceed the memory.
+    """
+    unread = peek_model(name, dtype=dtype, report=report, keep_blocks=keep_blocks)
+    on_blocks(unread.blocks)
+    on_config(unread.cfg)
+    model = unread.describe()
+    read = unread.read(report)
+    return dataclasses.replace(
+        model,
+        params=read.params,
+        checkpoint=read.checkpoint,
+        notes=model.notes + read.notes,
+        merged=read.merged,
+    )
+
+
+def peek_model(
+    name: str | None,
+    *,
+    dtype: str | None = None,
+    report: OnProgress = None,
+    adapted_by: tuple[Path, ...] = (),
+    keep_blocks: bool = False,
+) -> UnreadModel:
+    """Finds the model `--model` names, as `load_model`, and reads no weight but an adapter's.
+
     `dtype`: of the matrices of a model that is no run, by default its compute dtype. `report`:
-    bytes or numbers done and in all. `on_config` gets the architecture before weights are read.
-    `adapted_by`: the LoRA runs on this base, which is then not fetched from the hub, as nobody
-    named it. `keep_blocks`: leaves that a GGUF file or a run holds as Blocks stay so; `on_blocks`
-    then gets their shapes, by path, before `on_config`. Raises UserError, too, when the weights
-    exceed the memory.
+    bytes or numbers done and in all. `adapted_by`: the LoRA runs on this base, which is then not
+    fetched from the hub, as nobody named it. `keep_blocks`: leaves that a GGUF file or a run holds
+    as Blocks stay so.
     """
 
     def check_fetched(cfg: ModelConfig) -> None:
@@ -216,10 +269,10 @@ def load_model(
 
     location = locate(name, report, bool(adapted_by), check_fetched)
     if location.format == "adapter":
-        return _load_adapted(location, on_config, adapted_by)
+        return _peek_adapted(location, adapted_by)
     if location.run:
-        return _load_run(location, location.run, on_config, keep_blocks, on_blocks)
-    return _load_file(str(name), location.path, dtype, report, on_config, keep_blocks, on_blocks)
+        return _peek_run(location, location.run, keep_blocks)
+    return _peek_file(str(name), location.path, dtype, keep_blocks)
 
 
 def _check_memory(cfg: ModelConfig, model: str, dtype: str) -> None:
@@ -232,87 +285,92 @@ def _check_memory(cfg: ModelConfig, model: str, dtype: str) -> None:
     require_memory(size, subject, "choose a smaller model.", detail=f" in {dtype}")
 
 
-def _load_file(
-    name: str,
-    path: Path,
-    dtype: str | None,
-    report: OnProgress,
-    on_config: OnConfig,
-    keep_blocks: bool,
-    on_blocks: OnBlocks,
-) -> LoadedModel:
-    """Loads a GGUF file or a Hugging Face folder at `path`, which was named `name`; else as `load_model`."""
+def _peek_file(name: str, path: Path, dtype: str | None, keep_blocks: bool) -> UnreadModel:
+    """Returns a GGUF file or a Hugging Face folder at `path`, which was named `name`; else as `peek_model`."""
     stored: StoredModel = _reader(path).open_model(path)
     cfg = stored.cfg
+    in_memory = dtype or cfg.dtype
     kept: dict[str, Blocks] = {}
     if keep_blocks:
         kept = block_leaves(stored)
-        on_blocks(kept)
-    on_config(cfg)
-    _check_memory(cfg, name, dtype or cfg.dtype)
-    tokenizer, eos_ids, sampling = stored.tokenizer()
-    params = read_params(stored, dtype or cfg.dtype, report, kept)
-    notes = stored.notes
-    if cfg.context < stored.context:
-        notes += (
-            "attention windows are not built here: "
-            f"the context of {stored.context:,} ends with the first, of {cfg.context:,}",
+
+    def shapes() -> Any:
+        return unflatten(leaf_structs(stored, in_memory) | kept)
+
+    def describe() -> LoadedModel:
+        tokenizer, eos_ids, sampling = stored.tokenizer()
+        notes = stored.notes
+        if cfg.context < stored.context:
+            notes += (
+                "attention windows are not built here: "
+                f"the context of {stored.context:,} ends with the first, of {cfg.context:,}",
+            )
+        return LoadedModel(
+            name if name in HUB_IDS else stored.name,
+            cfg,
+            None,
+            tokenizer,
+            eos_ids,
+            checkpoint=path,
+            hub_id=HUB_IDS.get(name, stored.hub_id),
+            notes=notes,
+            sampling=RECOMMENDED_SAMPLING.get(name, sampling),
+            kinds=file_kinds(stored),
         )
-    return LoadedModel(
-        name if name in HUB_IDS else stored.name,
-        cfg,
-        params,
-        tokenizer,
-        eos_ids,
-        checkpoint=path,
-        hub_id=HUB_IDS.get(name, stored.hub_id),
-        notes=notes,
-        sampling=RECOMMENDED_SAMPLING.get(name, sampling),
-        kinds=file_kinds(stored),
-    )
+
+    def read(report: OnProgress) -> ReadWeights:
+        _check_memory(cfg, name, in_memory)
+        return ReadWeights(read_params(stored, in_memory, report, kept), path)
+
+    return UnreadModel(cfg, kept, shapes, describe, read)
 
 
-def _load_run(
-    location: Location, run: Path, on_config: OnConfig, keep_blocks: bool, on_blocks: OnBlocks
-) -> LoadedModel:
-    """Loads a checkpoint of a run folder; else as `load_model`."""
+def _peek_run(location: Location, run: Path, keep_blocks: bool) -> UnreadModel:
+    """Returns a checkpoint of a run folder; else as `peek_model`."""
     cfg = run_folder.read_config(run)
-    tokenizer, eos_ids, sampling = load_tokenizer(run / "tokenizer", cfg.vocab)
     trained_blocks = run_folder.read_json(run / "run.json").get(TRAINED_BLOCKS)
     if not isinstance(trained_blocks, list):
         trained_blocks = None
     check = functools.partial(check_arrays, cfg, trained_blocks=trained_blocks)
     arrays = checkpoint_reader.peek_arrays(location.path, check)
-    packed_shapes = {}
-    for path, array in arrays.items():
-        if path.startswith(PACKED):
-            packed_shapes[path] = jax.ShapeDtypeStruct(array.shape, array.dtype)
-    planned = _with_blocks(cfg, packed_shapes)
-    if keep_blocks:
-        on_blocks(planned)
-    on_config(cfg)
-    _check_memory(cfg, str(run), "float32")
-    loaded = checkpoint_reader.load_params(location.path, check)
-    leaves = _with_blocks(cfg, leaf_paths(loaded.params))
-    check_factors(loaded.path, leaves)
-    if _kinds(leaves) != _kinds(planned):
-        raise UserError(
-            f"{loaded.path} has other weights in blocks than a newer checkpoint of its run. "
-            "Name the one to load."
+    structs = {path: jax.ShapeDtypeStruct(array.shape, array.dtype) for path, array in arrays.items()}
+    planned = _with_blocks(cfg, {path: struct for path, struct in structs.items() if path.startswith(PACKED)})
+
+    def in_use(leaves: dict[str, Any]) -> dict[str, Any]:
+        if keep_blocks:
+            return unflatten(leaves)
+        return unflatten({path: to_dense(leaf) for path, leaf in leaves.items()})
+
+    def shapes() -> Any:
+        return jax.eval_shape(lambda leaves: in_use(_with_blocks(cfg, leaves)), structs)
+
+    def describe() -> LoadedModel:
+        tokenizer, eos_ids, sampling = load_tokenizer(run / "tokenizer", cfg.vocab)
+        return LoadedModel(
+            model_name(str(run)),
+            cfg,
+            None,
+            tokenizer,
+            eos_ids,
+            checkpoint=location.path,
+            run=run,
+            notes=location.notes,
+            sampling=sampling,
         )
-    if not keep_blocks:
-        leaves = {path: to_dense(leaf) for path, leaf in leaves.items()}
-    return LoadedModel(
-        model_name(str(run)),
-        cfg,
-        unflatten(leaves),
-        tokenizer,
-        eos_ids,
-        checkpoint=loaded.path,
-        run=run,
-        notes=location.notes + _damage(loaded.path, loaded.damaged),
-        sampling=sampling,
-    )
+
+    def read(report: OnProgress) -> ReadWeights:
+        _check_memory(cfg, str(run), "float32")
+        loaded = checkpoint_reader.load_params(location.path, check)
+        leaves = _with_blocks(cfg, leaf_paths(loaded.params))
+        check_factors(loaded.path, leaves)
+        if _kinds(leaves) != _kinds(planned):
+            raise UserError(
+                f"{loaded.path} has other weights in blocks than a newer checkpoint of its run. "
+                "Name the one to load."
+            )
+        return ReadWeights(in_use(leaves), loaded.path, _damage(loaded.path, loaded.damaged))
+
+    return UnreadModel(cfg, planned if keep_blocks else {}, shapes, describe, read)
 
 
 def _with_blocks(cfg: ModelConfig, leaves: dict[str, Any]) -> dict[str, Any]:
@@ -386,53 +444,56 @@ def _base_of(location: Location) -> str:
     return name
 
 
-def _load_adapted(location: Location, on_config: OnConfig, adapted_by: tuple[Path, ...]) -> LoadedModel:
+def _peek_adapted(location: Location, adapted_by: tuple[Path, ...]) -> UnreadModel:
+    """Returns an adapter on the base that it names; else as `peek_model`."""
     folder = location.run or location.path
     name = _base_of(location)
     if folder.resolve() in adapted_by:
         raise UserError(
             f"{folder} is named as a base of itself. Restore its record from a copy, or train anew."
         )
-    refused: list[UserError] = []
+    with _reading_base(folder, name):
+        base = peek_model(name, adapted_by=(*adapted_by, folder.resolve()))
 
-    def check(cfg: ModelConfig) -> None:
-        try:
-            on_config(cfg)
-        except UserError as error:
-            refused.append(error)
-            raise
-
-    try:
-        base = load_model(name, on_config=check, adapted_by=(*adapted_by, folder.resolve()))
-    except UserError as error:
-        if error in refused:  # the base can be read, and its user wants another
-            raise
-        raise UserError(f"{folder} adapts {name}, which cannot be read: {error}") from None
-    adapter, source, notes = _read_located_adapter(
-        base.cfg, location, functools.partial(base_digest, base.params)
-    )
-    if location.run:
-        tokenizer, eos_ids, _ = load_tokenizer(folder / "tokenizer", base.cfg.vocab)
-    else:
-        tokenizer = base.tokenizer
-        eos_ids = base.eos_ids
-        if (folder / "tokenizer.json").is_file():  # with the chat template that it was tuned by
+    def describe() -> LoadedModel:
+        with _reading_base(folder, name):
+            model = base.describe()
+        tokenizer = model.tokenizer
+        eos_ids = model.eos_ids
+        if location.run:
+            tokenizer, eos_ids, _ = load_tokenizer(folder / "tokenizer", base.cfg.vocab)
+        elif (folder / "tokenizer.json").is_file():  # with the chat template that it was tuned by
             tokenizer, eos_ids, _ = load_tokenizer(folder, base.cfg.vocab)
-    return dataclasses.replace(
-        base,
-        name=model_name(str(folder)),
-        params=_apply_adapter(base.params, adapter, source),
-        tokenizer=tokenizer,
-        eos_ids=eos_ids,
-        checkpoint=source,
-        run=location.run,
-        notes=location.notes + base.notes + notes,
-        bases=(*base.bases, base.run or base.checkpoint),
-        merged=(
-            *base.merged,
-            *(path for path, leaf in leaf_paths(adapter).items() if not isinstance(leaf, LoRA)),
-        ),
-    )
+        return dataclasses.replace(
+            model,
+            name=model_name(str(folder)),
+            tokenizer=tokenizer,
+            eos_ids=eos_ids,
+            checkpoint=location.path,
+            run=location.run,
+            notes=location.notes + model.notes,
+            bases=(*model.bases, model.run or model.checkpoint),
+        )
+
+    def read(report: OnProgress) -> ReadWeights:
+        with _reading_base(folder, name):
+            below = base.read(None)
+        digest_base = functools.partial(base_digest, below.params)
+        adapter, source, notes = _read_located_adapter(base.cfg, location, digest_base)
+        whole = [path for path, leaf in leaf_paths(adapter).items() if not isinstance(leaf, LoRA)]
+        params = _apply_adapter(below.params, adapter, source)
+        return ReadWeights(params, source, below.notes + notes, (*below.merged, *whole))
+
+    return UnreadModel(base.cfg, {}, base.shapes, describe, read)
+
+
+@contextlib.contextmanager
+def _reading_base(folder: Path, name: str) -> Iterator[None]:
+    """Names in a UserError the adapter in `folder`, which needs the base of this name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{folder} adapts {name}, which cannot be read: {error}") from None
 
 
 def _base_of_run(run: Path) -> str:

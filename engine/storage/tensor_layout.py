@@ -212,6 +212,20 @@ def block_leaves(model: StoredModel) -> dict[str, Blocks]:
     return leaves
 
 
+def leaf_structs(model: StoredModel, dtype: str) -> dict[str, Any]:
+    """Returns the shapes and dtypes of the leaves that `read_params` reads, by path."""
+    structs = {}
+    for leaf in model.leaves:
+        shape, leaf_dtype = _shape_and_dtype(leaf, dtype)
+        structs[leaf.path] = jax.ShapeDtypeStruct(shape, leaf_dtype)
+    return structs
+
+
+def _shape_and_dtype(leaf: Leaf, dtype: str) -> tuple[tuple[int, ...], str]:
+    shape = leaf.stored[::-1] if leaf.transposed else leaf.stored
+    return shape, dtype if len(shape) == 2 else "float32"
+
+
 def read_params(
     model: StoredModel, dtype: str, report: OnProgress = None, blocks: Mapping[str, Blocks] = {}
 ) -> dict[str, Any]:
@@ -238,9 +252,7 @@ def read_params(
 
 def read_leaf(model: StoredModel, leaf: Leaf, dtype: str) -> np.ndarray:
     """Reads a leaf: a matrix in `dtype`, another in float32. Raises as `read_params`."""
-    shape = leaf.stored[::-1] if leaf.transposed else leaf.stored
-    if len(shape) != 2:
-        dtype = "float32"
+    shape, dtype = _shape_and_dtype(leaf, dtype)
     value = np.empty(shape, jnp.dtype(dtype))
     # NumPy copies bfloat16 one number at a time, and integers quickly
     bits = np.dtype(f"u{value.itemsize}")

@@ -95,13 +95,11 @@ def plan_tuning(flags: FinetuneFlags, options: RunOptions, console: Console) -> 
     for data in filter(None, (examples.data, examples.validation)):
         open_conversations(data, tuning.examples)  # raises before a model is loaded
 
-    def check_room(cfg: ModelConfig, lora: LoraConfig | None, blocks: Any) -> None:
-        plan, _ = plan_for_model(flags, options, cfg, lora, blocks)
-        require_room_for_step(plan, flags, is_adapter=lora is not None)
-
     template = read_template(examples.template)
     on_mesh = options.mesh is not None
-    opened = open_model(flags.model, flags.trainable, options.folder, console, template, check_room, on_mesh)
+    opened = open_model(flags.model, flags.trainable, options.folder, console, template, on_mesh)
+    plan, _ = plan_for_model(flags, options, opened.model.cfg, opened.lora, opened.blocks)
+    require_room_for_step(plan, flags, is_adapter=opened.lora is not None)
     context = choose_context(flags, opened.model.cfg)
     dataset = prepare_conversations(
         examples.data,

@@ -57,7 +57,7 @@ def run(flags: FinetuneFlags, device: Device) -> int:
 
 
 def prepare_tuning(planned: TuningPlan, console: Console) -> "PreparedTuning":
-    weights = load_weights(planned.opened, planned.plan)
+    weights = load_weights(planned.opened, planned.plan, console)
     prepared = PreparedTuning(
         plan=planned.plan,
         metadata={**weights.metadata, **planned.metadata},

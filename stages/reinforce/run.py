@@ -62,7 +62,7 @@ def run(flags: ReinforceFlags, device: Device) -> int:
 
 
 def prepare_reinforcement(planned: ReinforcePlan, console: Console) -> "PreparedReinforcement":
-    weights = load_weights(planned.opened, planned.plan)
+    weights = load_weights(planned.opened, planned.plan, console)
     return PreparedReinforcement(
         plan=planned.plan,
         metadata={**weights.metadata, **planned.metadata},

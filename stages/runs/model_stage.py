@@ -1,13 +1,13 @@
 """What fine-tuning and reinforcement learning share: opens a model, splits its parameters, saves some.
 
-opened = open_model(...)                    configuration, tokenizer, and parameters that wait to be
-taken weights = load_weights(opened, plan)        trainable and frozen parameters
+opened = open_model(...)                         configuration and tokenizer; no weight is read
+weights = load_weights(opened, plan, console)    trainable and frozen parameters
 """
 
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -24,11 +24,11 @@ from engine.model.trainable import TrainablePaths, lora_only
 from engine.model.weights.blocks import Blocks
 from engine.model.weights.convert import cast_matrices, round_while_training
 from engine.model.weights.int8 import quantize
-from engine.model.weights.lora import init_lora, innermost_base, merge_lora
+from engine.model.weights.lora import init_lora, merge_lora
 from engine.storage.adapter import SavedAdapter, base_digest, read_leaves, saved_run_adapter
 from engine.storage.checkpoint_reader import find_intact, load_params
 from engine.storage.digest import digest
-from engine.storage.model_loader import LoadedModel, adapter_origin, load_model, model_name
+from engine.storage.model_loader import LoadedModel, UnreadModel, adapter_origin, model_name, peek_model
 from engine.storage.run_weights import TRAINED_BLOCKS, check_arrays
 from engine.storage.tensor_layout import describe_kinds
 from engine.text.chat_tokenizer import ChatTokenizer
@@ -42,20 +42,6 @@ from stages.runs.plan import RunPlan
 from stages.runs.stage import Prepared
 
 Rows = list[tuple[str, str]]  # of a banner
-OnConfig = Callable[[ModelConfig, LoraConfig | None, Collection[str]], object]
-
-
-class WaitingParams:
-    """The parameters of a loaded model until they are taken: over an int8 base the float ones must
-    not be held on."""
-
-    def __init__(self, params: Any) -> None:
-        self._params = params
-
-    def take(self) -> Any:
-        params = self._params
-        self._params = None
-        return params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,10 +53,9 @@ class OpenedModel:
     folder: Path  # of the run
     on_mesh: bool
     model: LoadedModel  # without its parameters
-    waiting: WaitingParams
-    loaded_shapes: Any  # of the parameters without adapters
+    unread: UnreadModel
     in_blocks: bool  # whether steps read all weights as `serve --weights q4` does
-    # paths of the weights that were loaded in blocks: of these the factors train
+    # paths of the weights that are loaded in blocks: of these the factors train
     blocks: Collection[str]
     lora: LoraConfig | None  # the adapter that is trained
     continued_base: str  # the base of the adapter that is continued, "" for a new one
@@ -85,41 +70,27 @@ def open_model(
     folder: Path,
     console: Console,
     template: str | None = None,
-    on_config: OnConfig = lambda cfg, lora, blocks: None,
     on_mesh: bool = False,
 ) -> OpenedModel:
-    """Loads a model to train. Calls `on_config` with its configuration, the adapter and the blocks
-    before weights are read.
+    """Opens a model to train; reads no weights.
 
     Raises UserError for a folder in which the model itself lies.
     """
     in_blocks = options.weights == "q4"
-    blocks: dict[str, Any] = {}
-
-    def check_config(cfg: ModelConfig) -> None:
-        base, lora = _find_adapter(name, cfg, options)
-        if lora and base:
-            console.print_notes(f"The adapter {name} is continued, on its base {base}.")
-        elif base:
-            console.print_notes(
-                f"A new adapter is trained on {name}, which stays as it is: "
-                "it has several ranks or scales, a DoRA, or weights trained whole, and cannot be continued."
-            )
-        on_config(cfg, lora or options.adapter, blocks)
-
-    with console.task(f"loading {name}") as report, host_memory(on_mesh):
-        dtype = None if options.adapter else "float32"
-        model = load_model(
-            name,
-            dtype=dtype,
-            report=report,
-            on_config=check_config,
-            keep_blocks=in_blocks,
-            on_blocks=blocks.update,
-        )
+    dtype = None if options.adapter else "float32"
+    with console.task(f"loading {name}") as report:
+        unread = peek_model(name, dtype=dtype, report=report, keep_blocks=in_blocks)
+        model = unread.describe()
     _refuse_own_folder(model, folder)
-    console.print_notes(*model.notes)
     base, continued = _find_adapter(name, model.cfg, options)
+    if continued:
+        console.print_notes(f"The adapter {name} is continued, on its base {base}.")
+    elif base:
+        console.print_notes(
+            f"A new adapter is trained on {name}, which stays as it is: "
+            "it has several ranks or scales, a DoRA, or weights trained whole, and cannot be continued."
+        )
+    console.print_notes(*model.notes)
     chat = ChatTokenizer(model.tokenizer, template)
     tokenizer = copy.copy(model.tokenizer)
     tokenizer.config = tokenizer.config | {"chat_template": chat.source}
@@ -127,21 +98,16 @@ def open_model(
         name=name,
         folder=folder,
         on_mesh=on_mesh,
-        model=dataclasses.replace(model, params=None),
-        waiting=WaitingParams(model.params),
-        loaded_shapes=jax.eval_shape(_without_adapters, model.params),
+        model=model,
+        unread=unread,
         in_blocks=in_blocks,
-        blocks=blocks,
+        blocks=unread.blocks,
         lora=continued or options.adapter,
         continued_base=base if continued else "",
         chat=chat,
         tokenizer=tokenizer,
         stop_token_ids=tuple(dict.fromkeys((*model.eos_ids, *chat.eot_ids))),
     )
-
-
-def _without_adapters(params: Any) -> Any:
-    return map_paths(lambda _, leaf: innermost_base(leaf), params)
 
 
 def _find_adapter(name: str, cfg: ModelConfig, options: TrainableFlags) -> tuple[str, LoraConfig | None]:
@@ -172,7 +138,7 @@ def model_rows(opened: OpenedModel, plan: RunPlan, trained_numbers: int = 0) -> 
     they are not known."""
     cfg = plan.cfg
     dtype: str = cfg.dtype
-    shapes = opened.loaded_shapes
+    shapes = opened.unread.shapes()
     if plan.base == "int8":
         dtype = "int8"
         shapes = jax.eval_shape(lambda params: quantize(params, "full"), shapes)
@@ -203,9 +169,12 @@ class SplitWeights(NamedTuple):
     metadata: dict[str, Any]
 
 
-def load_weights(opened: OpenedModel, plan: RunPlan) -> SplitWeights:
-    """Takes the parameters of an opened model, and splits them."""
-    params = opened.waiting.take()
+def load_weights(opened: OpenedModel, plan: RunPlan, console: Console) -> SplitWeights:
+    """Reads the parameters of an opened model, and splits them."""
+    with console.task(f"loading {opened.name}") as report, host_memory(opened.on_mesh):
+        read = opened.unread.read(report)
+    console.print_notes(*read.notes)
+    params = read.params
     with host_memory(opened.on_mesh):  # changes no array of `params`
         if opened.lora:
             weights = _split_for_adapter(opened, opened.lora, plan, params)

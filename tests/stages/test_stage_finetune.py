@@ -27,7 +27,7 @@ from engine.model.weights.lora import to_dense
 from engine.storage import checkpoint, checkpoint_reader
 from engine.storage.adapter import is_adapter
 from engine.storage.digest import digest
-from engine.storage.model_loader import load_model, with_adapters
+from engine.storage.model_loader import UnreadModel, load_model, peek_model, with_adapters
 from engine.text.chat_tokenizer import ChatTokenizer, Example
 from engine.text.conversations import Conversation, read_conversations
 from engine.text.examples import Pair
@@ -245,8 +245,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits(adapted, trained, chats, tmp_pat
 def test_what_is_frozen_stays_to_the_bit(trained, chats, tmp_path, capsys, monkeypatch):
     """And the rules are printed with what they match; the model's sampling stays recommended."""
     folder, sampling = tmp_path / "partly", {"temperature": 0.2}
-    load = lambda name, **options: dataclasses.replace(load_model(name, **options), sampling=sampling)
-    monkeypatch.setattr("stages.runs.model_stage.load_model", load)
+
+    def peek(name: str, **options: Any) -> UnreadModel:
+        unread = peek_model(name, **options)
+        described = dataclasses.replace(unread.describe(), sampling=sampling)
+        return unread._replace(describe=lambda: described)
+
+    monkeypatch.setattr("stages.runs.model_stage.peek_model", peek)
     more = ("--weight-decay", 0.1, "--learning-rate", 1e-3, "--steps", 3)
     rules = ("--train", "blocks/1/(q|k|v|out)", "head", "--freeze", "head")
     assert finetune.main(args(trained, chats, folder, *more, *rules)) == 0

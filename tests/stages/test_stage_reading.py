@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from engine.inference.decode import prepare_params
 from engine.inference.runner import ModelRunner
 from engine.model.native.library import native_problem
 from engine.model.ops import computes_in_c
+from engine.storage import checkpoint_reader
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
 from engine.storage.run_folder import read_config, read_json
@@ -388,3 +390,22 @@ def test_quick_look_is_at_the_text_itself_and_every_mesh_shares_its_windows(text
         assert all(len(batch.tokens) == len(others[0].tokens) for batch in others)
         assert len(others[0].tokens) % shards == 0
         assert sum(len(batch.tokens) for batch in others) < len(windows) + len(others[0].tokens)
+
+
+@pytest.mark.parametrize("stage", [finetune, reinforce])
+def test_a_dry_run_reads_no_weights(trained, tmp_path, monkeypatch, stage):
+    rows = [{"prompt": f"the {word}", "completion": "red sails."} for word in WORDS.split()]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("\n".join(map(json.dumps, rows)))
+
+    def read(*_: Any) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(checkpoint_reader, "load_params", read)
+    options = ["--data", str(chats), "--general", "none"]
+    if stage is reinforce:
+        options = ["--task", "length:4", "--max-tokens", "4"]
+    options += ["--model", str(trained), "--out-dir", str(tmp_path / "run")]
+    assert stage.main([*options, "--dry-run"]) == 0
+    with pytest.raises(AssertionError, match="weights are read"):
+        stage.main(options)

@@ -28,7 +28,7 @@ from engine.model.config import LoraConfig
 from engine.model.transformer import init_params
 from engine.storage import checkpoint, checkpoint_reader
 from engine.storage.digest import digest
-from engine.storage.model_loader import load_model
+from engine.storage.model_loader import peek_model
 from engine.storage.run_folder import read_config, read_json
 from engine.text.batch import ORDER_VERSION, TextBatches
 from engine.text.chat_tokenizer import ChatTokenizer
@@ -411,10 +411,8 @@ def test_no_flag_changes_unnoticed(stage, text, trained, tmp_path, monkeypatch):
     else:
         words = ["--model", trained, "--context", 40, "--steps", 20, "--general", text, "--data", chats]
         kind, make, prepare = FinetuneFlags, plan_tuning, prepare_tuning
-        model, chat = load_model(str(trained), dtype=None), functools.cache(ChatTokenizer)
-        monkeypatch.setattr(
-            model_stage, "load_model", lambda *_, on_config, **__: on_config(model.cfg) or model
-        )
+        unread, chat = peek_model(str(trained)), functools.cache(ChatTokenizer)
+        monkeypatch.setattr(model_stage, "peek_model", lambda *_, **__: unread)
         monkeypatch.setattr(model_stage, "ChatTokenizer", chat)
     flags = tyro.cli(
         kind, args=[*map(str, words)], config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)

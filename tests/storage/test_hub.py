@@ -25,7 +25,7 @@ from hf_folders import CONFIG, WEIGHTS, write_folder
 from refusals import refusal
 
 from engine.storage.hub import is_hub_name
-from engine.storage.model_loader import load_model, model_name
+from engine.storage.model_loader import load_model, model_name, peek_model
 from stages import generate
 
 ID = "org/tiny-1.5"
@@ -168,7 +168,7 @@ def test_a_model_is_fetched_once_and_then_read_without_the_hub(hub, monkeypatch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     asked = len(hub.asked)
     assert load_model(ID).checkpoint == model.checkpoint
-    assert load_model(f"{ID}@{hub.commit}", adapted_by=ADAPTER).checkpoint == model.checkpoint
+    assert peek_model(f"{ID}@{hub.commit}", adapted_by=ADAPTER).describe().checkpoint == model.checkpoint
     assert len(hub.asked) == asked
     assert "HF_HUB_OFFLINE is set" in refusal(load_model, f"{ID}@other")
 
@@ -177,7 +177,7 @@ def test_a_fetch_that_was_cut_keeps_the_files_that_arrived(hub):
     hub.cut = "model-00002-of-00002.safetensors"
     assert f"Could not fetch {ID} from {hub.url}" in refusal(load_model, ID)
     assert "only a model that its user names is fetched" in refusal(
-        lambda: load_model(f"{ID}@{hub.commit}", adapted_by=ADAPTER)
+        lambda: peek_model(f"{ID}@{hub.commit}", adapted_by=ADAPTER)
     )
     hub.cut = hub.broken = ""
     hub.asked.clear()
