@@ -22,7 +22,7 @@ from engine.format import join_words
 
 MACHINE = "processor", "model_numbers", "instructions", "cores", "device"
 # that together tell a row from the others of its list
-ROW_KEYS = "name", "part", "model", "shape", "peer"
+ROW_KEYS = "name", "part", "model", "format", "shape", "peer"
 
 SAID = "out", "json", "peer_python"  # flags that change nothing that is measured
 

@@ -6,9 +6,10 @@ A document of this commit and these versions that is there already is kept. READ
 pictures are written last.
 
 A process is a few hundredths faster or slower than the next of the same program, in all of its
-rounds. So each round of a ratio to a peer, or of a training step, is of a process of its own: of
-nine rounds of one process, where processes differ by 2%, every third says of two equal programs
-that they differ, of nine processes one in twenty-five (tests/bench/test_timing.py).
+rounds. Where processes differ by 2%, nine rounds of one say of every fourth pair of equal programs
+that one is faster, of three processes of every eleventh, and of nine of every twenty-fifth
+(tests/bench/test_timing.py). So each round of a training step is of a process of its own; a row of
+serving, whose prompts take minutes to prepare, is of three processes of three rounds.
 """
 
 import dataclasses
@@ -27,8 +28,6 @@ from bench.machine import Watch
 from engine.errors import UserError
 from engine.files import write_text
 
-PROCESSES = 9
-
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
@@ -40,19 +39,26 @@ class Measurement:
     has_peer: bool = False  # whether --peer-python is for it
 
 
-ONE_ROUND = ("--rounds", "1")
+ONE_ROUND = ("--rounds", "1")  # of each of nine processes
+THREE_ROUNDS = ("--rounds", "3")  # of each of three
 MEASUREMENTS = (
     Measurement("documents", ("bench.documents",)),  # before `bench`, which repeats its claim
     Measurement("bench", ("bench",)),
-    Measurement("step", ("bench.step", *ONE_ROUND), PROCESSES),
+    Measurement("step", ("bench.step", *ONE_ROUND), processes=9),
     Measurement(
         "step-finetuning",
         ("bench.step", "--of", "finetuning", "--shapes", "8x768x256x1", *ONE_ROUND),
-        PROCESSES,
+        processes=9,
     ),
     Measurement("step-saving", ("bench.step", "--of", "saving")),
-    Measurement("peers", ("bench.peers", *ONE_ROUND), PROCESSES, has_peer=True),
-    Measurement("peers-serving", ("bench.peers", "--of", "serving", *ONE_ROUND), PROCESSES, has_peer=True),
+    Measurement("peers", ("bench.peers", *ONE_ROUND), processes=9, has_peer=True),
+    Measurement(
+        "peers-serving", ("bench.peers", "--of", "serving", *THREE_ROUNDS), processes=3, has_peer=True
+    ),
+    Measurement("peers-sizes", ("bench.peers", "--of", "sizes", *THREE_ROUNDS), processes=3, has_peer=True),
+    Measurement(
+        "peers-mistral", ("bench.peers", "--of", "mistral", *THREE_ROUNDS), processes=3, has_peer=True
+    ),
     Measurement("peers-losses", ("bench.peers", "--of", "losses"), has_peer=True),
     Measurement("serving", ("bench.serving",)),
     Measurement("commands", ("bench.commands",)),

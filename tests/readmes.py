@@ -64,6 +64,7 @@ EXCERPT = (
     "decode with 32 slots",
 )
 CHAT = "ordinary_speculative"  # the row that the README shows
+SIZE_ROWS = ("prefill_512", "decode_1", "decode_8")
 PRINTED, SAMPLED = (
     ("predicted", "validation", "trained"),
     3,
@@ -382,16 +383,20 @@ def step(document: Document) -> list[str]:
 def peers(document: Document) -> list[str]:
     """Returns our speed beside each peer's."""
     cells = []
+    names = sorted({row.get("peer", "peer") for row in document["rows"]})
     for row in document["rows"]:
         bar = held(Ratio.of(row).exceeds(row["bar"]), f"{row['bar']:g}") if row["bar"] else ""
-        name = row["name"].replace("_", " ") + (f", {row['peer']}" if "peer" in row else "")
+        name = row["name"].replace("_", " ")
+        if len(names) > 1:
+            name += f", {row['peer']}"
         if "over_plain" in row:
             plain = Ratio(**row["over_plain"])
             name += f", {plain} of plain ({held(plain.exceeds(row['over_plain_bar']), f'at least {row["over_plain_bar"]:g}')})"
         theirs = f"{row['peer_tokens_per_second']:,.0f}" if row["peer_tokens_per_second"] else "not installed"
         cells.append([name, f"{row['tokens_per_second']:,.0f}", theirs, ratio(row), bar])
+    peer = names[0] if len(names) == 1 else "peer"
     return [
-        *table("tokens a second|Thrice|peer|ratio, 95% interval|at least", cells),
+        *table(f"tokens a second|Thrice|{peer}|ratio, 95% interval|at least", cells),
         *conditions(document, min(row["rounds"] for row in document["rows"])),
         *compared_with(document),
     ]
@@ -403,10 +408,49 @@ def compared_with(document: Document) -> list[str]:
     files = {f"`{row['file']}`: {row['kinds']}": None for row in document["rows"] if "file" in row}
     if files:
         lines.append(f"Both read {'; '.join(files)}.")
+    settings = {
+        describe_setting(row["peer_setting"]): None for row in document["rows"] if row.get("peer_setting")
+    }
+    if settings:
+        lines.append(f"The peer ran in its fastest setting of each row: {'; '.join(settings)}.")
     for peer in document.get("peers", ()):
         theirs = ", ".join(f"{name} {version}" for name, version in peer["versions"].items())
         lines.append(f"The peer is {theirs}; Thrice runs on jax {document['versions']['jax']}.")
     return lines
+
+
+def describe_setting(setting: Document) -> str:
+    """Returns a setting of llama.cpp in words."""
+    flash = "with" if setting["flash_attention"] else "without"
+    return f"{flash} flash attention on {setting['threads']} threads"
+
+
+def sizes(_: Document) -> list[str]:
+    """Returns, for each machine that has them, ratios to llama.cpp's speed by size and format."""
+    lines = []
+    for folder in machines():
+        document = read_documents(folder).get("peers-sizes.json")
+        if not document:
+            continue
+        by_file: dict[tuple[str, str], Document] = {}
+        for row in document["rows"]:
+            name = f"{row['model']}{', random weights' * row['random']}"
+            by_file.setdefault((name, row["format"]), {})[row["name"]] = row
+        cells = []
+        for (name, kind), rows in by_file.items():
+            ratios = [ratio(rows[each]) for each in SIZE_ROWS]
+            tokens = [f"{rows[each]['tokens_per_second']:,.0f}" for each in SIZE_ROWS]
+            cells.append([name, kind, *ratios, " / ".join(tokens)])
+        if lines:
+            lines.append("")
+        lines += table(
+            f"{folder.name}|format|prefill 512|1 stream|8 streams|our tokens a second", cells, (0, 1)
+        )
+        lines += [
+            *conditions(document, min(row["rounds"] for row in document["rows"])),
+            *compared_with(document),
+        ]
+    return lines or ["No machine has this yet."]
 
 
 def compared(_: Document) -> list[str]:
@@ -455,7 +499,8 @@ def serving(document: Document) -> list[str]:
 def chat(document: Document) -> list[str]:
     """Returns the speed of a single stream beside llama.cpp's, in a sentence."""
     (row,) = (row for row in document["rows"] if row["name"] == CHAT)
-    return [f"A chat with SmolLM2-135M, from the same file, has {ratio(row)} of llama.cpp's tokens a second."]
+    file = f"the same {row['format']} file" if "format" in row else "the same file"
+    return [f"A chat with SmolLM2-135M, from {file}, has {ratio(row)} of llama.cpp's tokens a second."]
 
 
 def plan(_: Document) -> list[str]:
@@ -560,6 +605,7 @@ BLOCKS: dict[str, Callable[[Document], list[str]]] = {
         step,
         peers,
         compared,
+        sizes,
         serving,
         chat,
         plan,

@@ -3,6 +3,8 @@
     python -m bench.peers                                 training, with the peer of this Python
     python -m bench.peers --peer-python peers/bin/python  peers that live in an environment of their own
     python -m bench.peers --of serving                    prefill, decoding of 1, 8 and 32 streams, and chat, as the server does
+    python -m bench.peers --of sizes                      three rows of it at 135 M, 0.5 B and 1 B, in four formats
+    python -m bench.peers --of mistral                    one stream beside mistral.rs, the second peer of serving
     python -m bench.peers --of losses                     20 steps of each objective beside TRL's, within 1e-4 in float32
     python -m bench.peers --quick                         a small shape, fewer tokens and rounds
 
@@ -30,7 +32,7 @@ class PeersFlags:
 
     peer_python: Path | None = None
     """The Python that has the peers, when it is not this one."""
-    of: tuple[Literal["training", "serving", "losses"], ...] = ("training",)
+    of: tuple[Literal["training", "serving", "sizes", "mistral", "losses"], ...] = ("training",)
     shape: str = "6x384x256x16"
     """Of training: LAYERSxWIDTHxTOKENSxBATCH; heads are 64 wide."""
     dtypes: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
@@ -40,7 +42,7 @@ class PeersFlags:
     new: int = 97
     """Tokens to generate in the decode rows of serving; the first one counts as prefill."""
     rows: tuple[str, ...] = ()
-    """Of serving: these alone, such as decode_8_after_2048 or repeating; by default all."""
+    """Of serving and sizes: these alone, such as decode_8_after_2048 or repeating; by default all, or three."""
     rounds: int = 9
     """Interleaved rounds; the median counts, and from 6 on it has an interval."""
     quick: bool = False
@@ -54,20 +56,27 @@ def measure_peers(flags: PeersFlags) -> Json:
     shape = parse_shape("--shape", flags.shape)
     check_rounds(flags.rounds)
     if not flags.dtypes or not flags.of:
-        raise UserError("--dtypes needs bfloat16, float32 or both, and --of training, serving or losses.")
-    start_jax(one_arena="serving" not in flags.of)
+        raise UserError(
+            "--dtypes needs bfloat16, float32 or both, and --of training, serving, sizes, mistral or losses."
+        )
+    start_jax(one_arena=not {"serving", "sizes", "mistral"}.intersection(flags.of))
     from bench.peers.losses import compare_losses
-    from bench.peers.serving import measure_streams
+    from bench.peers.serving import check_new, choose_rows, measure_streams
+    from bench.peers.sizes import measure_mistral, measure_sizes
     from bench.peers.training import measure_training
 
+    names = choose_rows(flags.rows, flags.quick)
+    check_new(flags.new)
     # OpenMP's threads meet after every operation, and one that is put aside holds up all: beside
     # other work the same row of training read 2.5 at a load of 9 and 0.9 in a quiet moment.
     held = f"The bars hold on two quiet cores with {family()}."
     print(f"{device_name()}, {cores()} cores, {flags.rounds} interleaved rounds. {held}")
     rows: list[Json] = []
+    peers: list[Json] = []
     if "training" in flags.of:
         with tempfile.TemporaryDirectory() as folder, start_peer(flags.peer_python, "torch_peer.py") as peer:
             if peer:
+                peers.append(peer.ask(about="build"))
                 for dtype in flags.dtypes:
                     rows += measure_training(shape, dtype, flags.rounds, peer, Path(folder))
     if "losses" in flags.of:
@@ -75,17 +84,25 @@ def measure_peers(flags: PeersFlags) -> Json:
             tempfile.TemporaryDirectory() as folder,
             start_peer(flags.peer_python, "trl_peer.py", "trl", "trl torch") as peer,
         ):
-            rows += compare_losses(peer, Path(folder)) if peer else []
-    if "serving" in flags.of:
-        rows += measure_streams(
-            flags.model,
-            flags.peer_python,
-            new=flags.new,
-            rounds=flags.rounds,
-            quick=flags.quick,
-            names=flags.rows,
-        )
-    return {"rows": rows, "bars_hold": held}
+            if peer:
+                peers.append(peer.ask(about="build"))
+                rows += compare_losses(peer, Path(folder))
+    if {"serving", "sizes"}.intersection(flags.of):
+        with start_peer(flags.peer_python, "llama_cpp_peer.py", "llama_cpp", "llama-cpp-python") as peer:
+            if peer:
+                peers.append(peer.ask(about="build"))
+            if "serving" in flags.of:
+                rows += measure_streams(
+                    flags.model, peer, new=flags.new, rounds=flags.rounds, names=names, about={}
+                )
+            if "sizes" in flags.of and peer:
+                rows += measure_sizes(peer, flags.rounds, flags.rows)
+    if "mistral" in flags.of:
+        with start_peer(flags.peer_python, "mistral_peer.py", "mistralrs", "mistralrs") as peer:
+            if peer:
+                peers.append(peer.ask(about="build"))
+                rows += measure_mistral(peer, flags.new, flags.rounds)
+    return {"rows": rows, "peers": peers, "bars_hold": held}
 
 
 if __name__ == "__main__":

@@ -1,54 +1,114 @@
 """Runs llama.cpp, the peer of serving, through `llama-cpp-python`, on the same GGUF file.
 
 One context decodes all rows together, each a sequence of its own, greedily; or one prompt after
-another, each to its end.
+another, each to its end. It runs in the setting in which it is fastest here, of those of `settings`.
+It also writes the Q4_K_M file of a float16 one, by its own quantizer.
 """
 
 import ctypes
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from protocol import Run, serve_jobs
 
 UBATCH = 512  # tokens a call, its own default
+TRIED_TOKENS = 17  # decoded in each setting that is tried
+SHORT = (
+    1024  # tokens of all prompts together: with more of them, a try takes too long for one each of threads
+)
 
 
-def make(spec: dict[str, Any]) -> Run:
-    """Returns a run that prefills the prompts one by one, then decodes `new` tokens of all rows
-    together.
+class Setting(NamedTuple):
+    """How llama.cpp computes."""
 
-    The run returns the seconds of both, and the tokens of each row. `spec`: file, threads, prompts
-    (lists of ids, of one length), new; with `ends`, tokens that end an answer, each prompt is a run
-    of its own, and lengths may differ.
-    """
-    import llama_cpp as llama
+    flash_attention: bool
+    threads: int
 
-    new = spec["new"]
-    ends = spec.get("ends", ())
-    groups = [[prompt] for prompt in spec["prompts"]] if ends else [spec["prompts"]]
-    rows = len(groups[0])
-    longest = max(map(len, spec["prompts"]))
-    log_type = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-    quiet = log_type(lambda *_: None)
-    llama.llama_log_set(quiet, None)
-    llama.llama_backend_init()
-    settings = llama.llama_model_default_params()
-    settings.n_gpu_layers = 0
-    model = llama.llama_model_load_from_file(spec["file"].encode(), settings)
-    if not model:
-        raise ValueError(f"llama.cpp cannot read {spec['file']}")
-    options = llama.llama_context_default_params()
-    options.n_ctx = rows * (longest + new + 8)
-    options.n_seq_max = rows
-    options.n_batch = max(UBATCH, rows)
-    options.n_ubatch = UBATCH
-    options.n_threads = options.n_threads_batch = spec["threads"]
-    context = llama.llama_init_from_model(model, options)
-    batch = llama.llama_batch_init(max(UBATCH, rows), 0, 1)
-    vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
-    memory = llama.llama_get_memory(context)
 
-    def feed(tokens: list[tuple[int, int, int, bool]]) -> None:
+class Streams:
+    """A context of a model for some prompts, in one setting."""
+
+    def __init__(self, model: Any, spec: dict[str, Any], setting: Setting):
+        """`spec`: as in `make_streams`. Raises ValueError when llama.cpp cannot make it."""
+        import llama_cpp as llama
+
+        self.ends = spec.get("ends", ())
+        if self.ends:
+            self.groups = [[prompt] for prompt in spec["prompts"]]
+        else:
+            self.groups = [spec["prompts"]]
+        rows = len(self.groups[0])
+        longest = max(map(len, spec["prompts"]))
+        options = llama.llama_context_default_params()
+        options.n_ctx = rows * (longest + spec["new"] + 8)
+        options.n_seq_max = rows
+        options.n_batch = max(UBATCH, rows)
+        options.n_ubatch = UBATCH
+        options.n_threads = setting.threads  # of a call of one token
+        options.n_threads_batch = setting.threads  # of a call of several
+        if setting.flash_attention:
+            options.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        else:
+            options.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self.context = llama.llama_init_from_model(model, options)
+        if not self.context:
+            raise ValueError(f"llama.cpp makes no context of {options.n_ctx} tokens")
+        self.batch = llama.llama_batch_init(max(UBATCH, rows), 0, 1)
+        self.vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
+        self.memory = llama.llama_get_memory(self.context)
+
+    def close(self) -> None:
+        """Frees the context, which cannot run afterwards."""
+        import llama_cpp as llama
+
+        llama.llama_batch_free(self.batch)
+        llama.llama_free(self.context)
+
+    def run(self, new: int) -> dict[str, Any]:
+        """Prefills the prompts of each group one by one, then decodes `new` tokens of its rows
+        together, or up to one of the `ends`.
+
+        Returns the seconds of `prefill` and of `decode`, and the `tokens` of each prompt.
+        """
+        prefill = 0.0
+        decode = 0.0
+        tokens: list[list[int]] = []
+        for prompts in self.groups:
+            prefill_seconds, decode_seconds, output = self._run_group(prompts, new)
+            prefill += prefill_seconds
+            decode += decode_seconds
+            tokens += output
+        return {"prefill": prefill, "decode": decode, "tokens": tokens}
+
+    def _run_group(self, prompts: list[list[int]], new: int) -> tuple[float, float, list[list[int]]]:
+        import llama_cpp as llama
+
+        llama.llama_memory_clear(self.memory, True)
+        begin = time.perf_counter()
+        length = len(prompts[0])
+        output: list[list[int]] = []
+        for row, prompt in enumerate(prompts):
+            for start in range(0, length, UBATCH):
+                piece = prompt[start : start + UBATCH]
+                self._feed(
+                    [(token, start + i, row, start + i == length - 1) for i, token in enumerate(piece)]
+                )
+            output.append([self._best(self.batch.n_tokens - 1)])
+        prefilled = time.perf_counter()
+        rows = range(len(prompts))
+        for step in range(new - 1):
+            if output[0][-1] in self.ends:
+                break
+            self._feed([(output[row][-1], length + step, row, True) for row in rows])
+            for row in rows:
+                output[row].append(self._best(row))
+        return prefilled - begin, time.perf_counter() - prefilled, output
+
+    def _feed(self, tokens: list[tuple[int, int, int, bool]]) -> None:
+        """Computes (token, position, row, whether its logits are wanted) of a call."""
+        import llama_cpp as llama
+
+        batch = self.batch
         batch.n_tokens = len(tokens)
         for place, (token, position, row, wanted) in enumerate(tokens):
             batch.token[place] = token
@@ -56,47 +116,112 @@ def make(spec: dict[str, Any]) -> Run:
             batch.logits[place] = wanted
             batch.n_seq_id[place] = 1
             batch.seq_id[place][0] = row
-        if llama.llama_decode(context, batch):
+        if llama.llama_decode(self.context, batch):
             raise ValueError("llama.cpp could not decode a batch")
 
-    def best(place: int) -> int:
+    def _best(self, place: int) -> int:
+        import llama_cpp as llama
         import numpy as np
 
-        logits = llama.llama_get_logits_ith(context, place)
-        return int(np.ctypeslib.as_array(logits, shape=(vocabulary,)).argmax())
+        logits = llama.llama_get_logits_ith(self.context, place)
+        return int(np.ctypeslib.as_array(logits, shape=(self.vocabulary,)).argmax())
 
-    def run_group(prompts: list[list[int]]) -> tuple[float, float, list[list[int]]]:
-        llama.llama_memory_clear(memory, True)
-        begin = time.perf_counter()
-        length = len(prompts[0])
-        output: list[list[int]] = []
-        for row, prompt in enumerate(prompts):
-            for start in range(0, length, UBATCH):
-                piece = prompt[start : start + UBATCH]
-                feed([(token, start + i, row, start + i == length - 1) for i, token in enumerate(piece)])
-            output.append([best(batch.n_tokens - 1)])
-        prefilled = time.perf_counter()
-        for step in range(new - 1):
-            if output[0][-1] in ends:
-                break
-            feed([(output[row][-1], length + step, row, True) for row in range(rows)])
-            for row in range(rows):
-                output[row].append(best(row))
-        return prefilled - begin, time.perf_counter() - prefilled, output
+
+class Jobs:
+    """Makes one job after another: what the one before held in memory goes."""
+
+    def __init__(self) -> None:
+        self.file = ""
+        self.model: Any = None
+        self.streams: Streams | None = None
+
+    def make(self, spec: dict[str, Any]) -> Run:
+        """Returns a run that writes a file, where `spec` says one `to` write, else one of streams."""
+        import llama_cpp as llama
+
+        llama.llama_log_set(QUIET, None)
+        llama.llama_backend_init()
+        if self.streams:
+            self.streams.close()
+            self.streams = None
+        if "to" in spec:
+            return make_quantizer(spec)
+        return self.make_streams(spec)
+
+    def make_streams(self, spec: dict[str, Any]) -> Run:
+        """Returns a run of the prompts in the setting whose `phase`, prefill or decode, is fastest.
+
+        The run returns what `Streams.run` does, and its `setting`. `spec`: file, threads, phase,
+        prompts (lists of ids, of one length), new; with `ends`, tokens that end an answer, each
+        prompt is a run of its own, and lengths may differ.
+        """
+        self.load(spec["file"])
+
+        def seconds(setting: Setting) -> float:
+            streams = Streams(self.model, spec, setting)
+            result = streams.run(min(spec["new"], TRIED_TOKENS))
+            streams.close()
+            return result[spec["phase"]]
+
+        setting = min(settings(spec), key=seconds)
+        self.streams = streams = Streams(self.model, spec, setting)
+
+        def run() -> dict[str, Any]:
+            return streams.run(spec["new"]) | {"setting": setting._asdict()}
+
+        return run
+
+    def load(self, file: str) -> None:
+        """Loads a model, unless it is that of the job before. Raises ValueError for no model."""
+        import llama_cpp as llama
+
+        if file == self.file:
+            return
+        if self.model:
+            llama.llama_model_free(self.model)
+            self.file = ""
+        options = llama.llama_model_default_params()
+        options.n_gpu_layers = 0
+        self.model = llama.llama_model_load_from_file(file.encode(), options)
+        if not self.model:
+            raise ValueError(f"llama.cpp cannot read {file}")
+        self.file = file
+
+
+def make_quantizer(spec: dict[str, Any]) -> Run:
+    """Returns a run that writes the float16 file `file` as Q4_K_M to the path `to`."""
+    import llama_cpp as llama
 
     def run() -> dict[str, Any]:
-        prefill = 0.0
-        decode = 0.0
-        tokens: list[list[int]] = []
-        for prompts in groups:
-            prefill_seconds, decode_seconds, output = run_group(prompts)
-            prefill += prefill_seconds
-            decode += decode_seconds
-            tokens += output
-        return {"prefill": prefill, "decode": decode, "tokens": tokens}
+        options = llama.llama_model_quantize_default_params()
+        options.ftype = llama.LLAMA_FTYPE_MOSTLY_Q4_K_M
+        options.nthread = spec["threads"]
+        if llama.llama_model_quantize(spec["file"].encode(), spec["to"].encode(), ctypes.byref(options)):
+            raise ValueError(f"llama.cpp cannot quantize {spec['file']}")
+        return {}
 
     return run
 
 
+def settings(spec: dict[str, Any]) -> list[Setting]:
+    """Returns the settings to try: with flash attention and without, on all `threads`; and on half
+    of them, as some machines read memory no faster with all, where the prompts are short.
+    """
+    threads = {spec["threads"]}
+    if sum(map(len, spec["prompts"])) <= SHORT:
+        threads.add(max(1, spec["threads"] // 2))
+    return [Setting(flash, count) for count in sorted(threads, reverse=True) for flash in (True, False)]
+
+
+def describe_build() -> str:
+    """Returns the instructions and libraries that llama.cpp was built with."""
+    import llama_cpp as llama
+
+    return llama.llama_print_system_info().decode().strip()
+
+
+QUIET = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+
+
 if __name__ == "__main__":
-    serve_jobs(["llama_cpp", "numpy"], make)
+    serve_jobs(["llama_cpp", "numpy"], Jobs().make, describe_build)

@@ -15,13 +15,16 @@ from typing import Any
 Run = Callable[[], dict[str, Any]]
 
 
-def serve_jobs(needs: list[str], make: Callable[[dict[str, Any]], Run]) -> None:
+def serve_jobs(
+    needs: list[str], make: Callable[[dict[str, Any]], Run], describe_build: Callable[[], str]
+) -> None:
     """Greets, then answers questions until standard input ends.
 
     The greeting is `{"versions": {module: version}}`, or `{"missing": module, "why": text}` and
     nothing more. Then `{"make": name, "spec": {...}}` prepares a job, `{"run": name}` runs it once
-    and is answered with its seconds and result, `{"drop": name}` forgets it. An error is answered
-    with `{"error": text}`.
+    and is answered with its seconds and result, `{"drop": name}` forgets it. `{"about":
+    "build"}` is answered with the versions and how the library was built. An error is answered with
+    `{"error": text}`.
     """
     # Libraries print to standard output; the answers have a descriptor of their own.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -42,11 +45,13 @@ def serve_jobs(needs: list[str], make: Callable[[dict[str, Any]], Run]) -> None:
     for line in sys.stdin:
         try:
             question = json.loads(line)
-            reply = {}
+            reply: dict[str, Any] = {}
             if "make" in question:
                 jobs[question["make"]] = make(question["spec"])
             elif "drop" in question:
                 jobs.pop(question["drop"], None)
+            elif "about" in question:
+                reply = {"versions": versions, "build": describe_build()}
             else:
                 run = jobs[question["run"]]
                 begin = time.perf_counter()

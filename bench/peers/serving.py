@@ -1,6 +1,7 @@
 """Times streams through our `Engine`, as the server runs it, beside the same streams through llama.cpp.
 
-Both read the same GGUF file with all cores, greedily, and multiply its blocks. A row has a slot for
+Both read the same GGUF file, greedily, and multiply its blocks: we with all cores, llama.cpp in the
+setting, of flash attention and threads, in which it is fastest. A row has a slot for
 each stream, and at least SLOTS, as a server has by default. It is timed while all its streams are
 under way, or until the first token. Its bar is that of the processor's family. The rows of chat are
 one stream on the prompts of prompts.toml, one after another, each answered to its end or for
@@ -10,13 +11,14 @@ a near-tie the two answer differently.
 
 import functools
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.cli import Json, progress
 from bench.machine import bar
-from bench.peers.process import Peer, PeerError, start_peer
+from bench.peers.process import Peer, PeerError
 from bench.timing import Ratio, held_to, measure, ratio
 from engine.counting.hardware import clock
 from engine.device import cores
@@ -28,6 +30,7 @@ from engine.inference.scheduler import DRAFT_ROWS
 from engine.model.native.library import native_problem
 from engine.storage.assets import fetch
 from engine.storage.model_loader import load_model, locate
+from engine.storage.tensor_layout import describe_kinds
 from engine.text.chat_tokenizer import ChatTokenizer
 
 
@@ -66,6 +69,9 @@ ROWS = (
     StreamRow("decode_8_after_2048", 8, 2048, bar(1.5, 2.0, 2.0), quick=False),
     StreamRow("decode_32", 32, 64, bar(2.4, 3.2, 5.0)),
 )
+# the peers, as rows name them
+LLAMA = "llama.cpp"
+MISTRAL = "mistral.rs"
 SLOTS = 8  # of a server, by default
 ROOM = 692  # tokens of a stream after its prompt: the longest fills the context
 MAX_NEW_TOKENS = 400  # the first stream decodes up to 240 more while the last prompts are read
@@ -81,26 +87,43 @@ REQUIRED = {
 NEVER_BELOW = 0.97
 
 
-def measure_streams(
-    model_name: str,
-    peer_python: Path | None,
-    *,
-    new: int,
-    rounds: int,
-    quick: bool,
-    names: Collection[str] = (),
-) -> list[Json]:
-    """Times each row on one .gguf file, or those of `names`; prints and returns the rows. Raises
-    UserError without such a file or row. Options are the flags of `bench.peers`.
+def choose_rows(names: Collection[str], quick: bool) -> set[str]:
+    """Returns the names of the rows to measure: `names`, by default all, or those of `--quick`.
+
+    Raises UserError for a name that no row has.
     """
-    chosen = set(names) or {row.name for row in ROWS if row.quick or not quick} | PROMPTS.keys()
-    unknown = chosen.difference((row.name for row in ROWS), PROMPTS)
+    unknown = set(names).difference((row.name for row in ROWS), PROMPTS)
     if unknown:
         raise UserError(
             f"Serving has no row {min(unknown)}: take {', '.join([*(row.name for row in ROWS), *PROMPTS])}."
         )
+    if names:
+        return set(names)
+    return {row.name for row in ROWS if row.quick or not quick} | PROMPTS.keys()
+
+
+def check_new(new: int) -> None:
+    """Raises UserError for a number of tokens that no row can generate."""
     if not 2 <= new <= MAX_NEW_TOKENS:
         raise UserError(f"--new must lie between 2 and {MAX_NEW_TOKENS}, not {new}.")
+
+
+def measure_streams(
+    model_name: str,
+    peer: Peer | None,
+    *,
+    new: int,
+    rounds: int,
+    names: Collection[str],
+    about: Json,
+    peer_name: str = LLAMA,
+    barred: bool = True,
+) -> list[Json]:
+    """Times the rows of `names` on one .gguf file; prints and returns them, with `about` in each.
+
+    `new`, `rounds`: the flags of `bench.peers`. `barred`: whether rows have their bars. Raises
+    UserError for what is no such file.
+    """
     location = locate(model_name)
     if location.format != "gguf":
         raise UserError(f"There is no .gguf file at {model_name}; give one, or smollm2-135m-instruct.")
@@ -112,56 +135,82 @@ def measure_streams(
     if problem:
         print(f"without the kernels in C, and so in int8: {problem}", flush=True)
     text = fetch("shakespeare")["validation"].read_text(encoding="utf-8")
+    kinds = describe_kinds(model.kinds, weights)
+    print(f"{model.name}: {kinds}", flush=True)
+    # that of most matrices: embedding and head often have more bits
+    ((kind, _),) = Counter(model.kinds.values()).most_common(1)
+    facts = {"model": model.name, "file": location.path.name, "format": kind, "kinds": kinds}
+    facts |= {"peer": peer_name, **about}
 
     def passage(place: int, length: int) -> list[int]:
         """Returns the tokens from one of 32 places on, evenly spaced in the held-out plays."""
         start = place * (len(text) // 32)
         return model.tokenizer.encode(text[start : start + 8 * length]).tolist()[:length]
 
-    print(model.name, flush=True)
     rows = []
-    with start_peer(peer_python, "llama_cpp_peer.py", "llama_cpp", "llama-cpp-python") as peer:
-        for row in ROWS:
-            if row.name not in chosen:
-                continue
-            progress(f"compiling {row.name}")
-            prompts = [passage(place, row.prompt) for place in range(row.streams)]
-            tokens = 2 if row.prefills else new
-            calls = {"ours": stream_call(cfg, weights, prompts, tokens)}
-            if peer:
-                calls["peer"] = _peer_call(peer, location.path, prompts=prompts, new=tokens)
-            rows += measure_calls(
-                row.name,
-                calls,
-                {"ours": row.bar},
-                rounds,
-                streams=row.streams,
-                prefilled=row.prompt if row.prefills else 0,
+    for row in ROWS:
+        if row.name not in names:
+            continue
+        progress(f"compiling {row.name}")
+        prompts = [passage(place, row.prompt) for place in range(row.streams)]
+        tokens = 2 if row.prefills else new
+        calls = {"ours": stream_call(cfg, weights, prompts, tokens)}
+        if peer:
+            calls["peer"] = _peer_call(
+                peer,
+                peer_name,
+                file=str(location.path),
+                prompts=prompts,
+                text=model.tokenizer.decode(prompts[0]),
+                new=tokens,
+                phase="prefill" if row.prefills else "decode",
             )
-        chat = ChatTokenizer(model.tokenizer)
-        ends = {*model.eos_ids, *chat.eot_ids}
-        for name in filter(chosen.__contains__, PROMPTS):
-            texts = PROMPTS[name]
-            prompts = [chat.prompt([{"role": "user", "content": text}]).tolist() for text in texts]
-            most = min(new, MOST_TOKENS)
-            calls = chat_calls(cfg, weights, prompts, most, ends)
-            if peer:
-                calls["peer"] = _peer_call(peer, location.path, prompts=prompts, new=most, ends=sorted(ends))
-            rows += measure_calls(name, calls, dict(zip(("plain", "speculative"), REQUIRED[name])), rounds)
-        chat.close()
-    return rows
+        rows += measure_calls(
+            row.name,
+            calls,
+            {"ours": row.bar if barred else None},
+            rounds,
+            peer_name=peer_name,
+            streams=row.streams,
+            prefilled=row.prompt if row.prefills else 0,
+        )
+    chat = ChatTokenizer(model.tokenizer)
+    ends = {*model.eos_ids, *chat.eot_ids}
+    for name in filter(names.__contains__, PROMPTS):
+        texts = PROMPTS[name]
+        prompts = [chat.prompt([{"role": "user", "content": text}]).tolist() for text in texts]
+        most = min(new, MOST_TOKENS)
+        calls = chat_calls(cfg, weights, prompts, most, ends)
+        if peer:
+            calls["peer"] = _peer_call(
+                peer,
+                peer_name,
+                file=str(location.path),
+                prompts=prompts,
+                new=most,
+                ends=sorted(ends),
+                phase="decode",
+            )
+        required = dict(zip(("plain", "speculative"), REQUIRED[name]))
+        rows += measure_calls(name, calls, required, rounds, peer_name=peer_name)
+    chat.close()
+    return [facts | row for row in rows]
 
 
-def _peer_call(peer: Peer, file: Path, **spec: Any) -> PeerCall:
-    """Returns a call of llama.cpp on a file. Raises UserError."""
+def _peer_call(peer: Peer, name: str, **spec: Any) -> PeerCall:
+    """Returns a call of a peer, which is prepared for it. Raises UserError."""
     try:
-        peer.ask(make="llama", spec={"file": str(file), "threads": cores(), **spec})
+        peer.ask(make="streams", spec={"threads": cores(), **spec})
     except PeerError as error:
-        raise UserError(f"llama.cpp: {error}") from None
+        raise UserError(f"{name}: {error}") from None
 
     def call() -> Json:
-        result = peer.ask(run="llama")
-        return result | {"decoded": sum(max(len(tokens) - 1, 0) for tokens in result["tokens"])}
+        result = peer.ask(run="streams")
+        if "tokens" in result:
+            decoded = sum(max(len(tokens) - 1, 0) for tokens in result["tokens"])
+        else:
+            decoded = spec["new"] - 1
+        return result | {"decoded": decoded}
 
     return call
 
@@ -260,6 +309,7 @@ def measure_calls(
     required: Mapping[str, float | None],
     rounds: int,
     *,
+    peer_name: str = LLAMA,
     streams: int = 1,
     prefilled: int = 0,
 ) -> list[Json]:
@@ -304,6 +354,7 @@ def measure_calls(
                 "tokens_per_second": rate,
                 "peer_tokens_per_second": 1 / timings["peer"].median if "peer" in timings else None,
                 **peer._asdict(),
+                "peer_setting": results["peer"].get("setting") if "peer" in results else None,
                 "bar": least,
                 "met": peer.exceeds(least) if least else None,
             }
@@ -318,6 +369,6 @@ def measure_calls(
             }
             line += f", {per_step:.2f} a step; {held_to(over('plain', way), NEVER_BELOW)} of plain"
         if "peer" in timings:
-            line += f"; llama.cpp {1 / timings['peer'].median:.0f}: {held_to(peer, least)}"
+            line += f"; {peer_name} {1 / timings['peer'].median:.0f}: {held_to(peer, least)}"
         print(line, flush=True)
     return rows

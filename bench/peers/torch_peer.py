@@ -131,5 +131,12 @@ def _state(file: Any, tied: bool) -> dict[str, Any]:
     return state
 
 
+def describe_build() -> str:
+    """Returns how torch was built, and with how many threads it runs."""
+    import torch
+
+    return f"{torch.__config__.show()}\n{torch.__config__.parallel_info()}"
+
+
 if __name__ == "__main__":
-    serve_jobs(["torch", "numpy"], make)
+    serve_jobs(["torch", "numpy"], make, describe_build)

@@ -81,5 +81,12 @@ def make(spec: dict[str, Any]) -> Run:
     return run
 
 
+def describe_build() -> str:
+    """Returns how torch was built."""
+    import torch
+
+    return torch.__config__.show()
+
+
 if __name__ == "__main__":
-    serve_jobs(["torch", "transformers", "datasets", "trl"], make)
+    serve_jobs(["torch", "transformers", "datasets", "trl"], make, describe_build)

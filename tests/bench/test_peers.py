@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib
 import json
 import re
 import shutil
@@ -32,7 +33,9 @@ def scripts(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "HERE", tmp_path)
 
     def write(name="fake.py", needs="json", make="lambda spec: lambda: {}"):
-        (tmp_path / name).write_text(f"from protocol import serve_jobs\nserve_jobs([{needs!r}], {make})\n")
+        (tmp_path / name).write_text(
+            f"from protocol import serve_jobs\nserve_jobs([{needs!r}], {make}, str)\n"
+        )
 
     return write
 
@@ -191,7 +194,15 @@ def test_the_peers_are_pinned_and_none_is_a_package_of_the_project():
     lines = (BENCH / "requirements.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     assert all(re.fullmatch(r"\d+(\.\d+)+", version) for version in pins.values())
-    assert {"torch", "numpy", "trl", "transformers", "datasets", "llama-cpp-python"} == pins.keys()
+    assert {
+        "torch",
+        "numpy",
+        "trl",
+        "transformers",
+        "datasets",
+        "llama-cpp-python",
+        "mistralrs",
+    } == pins.keys()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [package for extra in project["optional-dependencies"].values() for package in extra]
     ours = {re.match(r"[\w-]+", package)[0] for package in project["dependencies"] + extras}
@@ -212,10 +223,27 @@ def test_what_uv_resolves_for_a_clone_are_wheels_alone():
     assert [name for name, package in packages.items() if not package.get("wheels")] == []
 
 
-@pytest.mark.parametrize("script", ["protocol.py", "torch_peer.py"])
+def test_llama_cpp_is_tried_with_and_without_flash_attention_and_on_half_the_threads_where_prompts_are_short(
+    monkeypatch,
+):
+    monkeypatch.syspath_prepend(BENCH)
+    peer = importlib.import_module("llama_cpp_peer")
+    tried = [tuple(setting) for setting in peer.settings({"threads": 4, "prompts": [[0] * 512] * 2})]
+    assert tried == [(True, 4), (False, 4), (True, 2), (False, 2)]
+    tried = [tuple(setting) for setting in peer.settings({"threads": 4, "prompts": [[0] * 2048]})]
+    assert tried == [(True, 4), (False, 4)]
+    assert len(peer.settings({"threads": 1, "prompts": [[0]]})) == 2
+
+
+def test_a_peer_says_how_it_was_built(talk):
+    peer = talk("lambda spec: lambda: {}")
+    assert peer.ask(about="build") == {"versions": {"json": json.__version__}, "build": ""}
+
+
+@pytest.mark.parametrize("script", ["protocol.py", "torch_peer.py", "llama_cpp_peer.py", "mistral_peer.py"])
 def test_a_peer_script_needs_nothing_of_ours_and_runs_in_an_older_python(script):
     tree = ast.parse((BENCH / script).read_text(), feature_version=(3, 10))
     result = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     result |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     roots = {name.split(".")[0] for name in result} - set(sys.stdlib_module_names)
-    assert roots <= {"protocol", "torch", "numpy"}
+    assert roots <= {"protocol", "torch", "numpy", "llama_cpp", "mistralrs"}

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from bench.commands import CommandsFlags, measure_commands
 from bench.step.__main__ import StepFlags, measure_step
-from bench.timing import Timing, compare_rounds, describe_noise, measure, ratio
+from bench.timing import Timing, compare_rounds, describe_noise, measure, median_ratio, ratio
 from engine.errors import UserError
 
 ROUNDS = st.lists(st.tuples(st.floats(0.5, 50), st.floats(0.5, 50)), min_size=6, max_size=15)
@@ -133,6 +133,26 @@ def test_rounds_of_many_processes_are_seldom_wrong_where_processes_differ():
     assert alone >= 0.25
     assert three <= 0.15
     assert nine <= 0.05
+
+
+def judged(processes, *, rounds=9, effect=0.02, noise=0.03, runs=2000):
+    """The share of measurements that say of two equal programs that one is faster.
+
+    Each of `processes` makes its share of the rounds, and has an effect of its own on their ratio.
+    """
+    rng = np.random.default_rng(rounds)
+    verdicts = []
+    for _ in range(runs):
+        own = np.repeat(rng.lognormal(0, effect, processes), rounds // processes)
+        verdicts.append(median_ratio(own * rng.lognormal(0, noise, rounds)).exceeds(1) is not None)
+    return np.mean(verdicts)
+
+
+def test_a_ratio_of_many_processes_is_seldom_wrong_where_processes_differ():
+    """As `bench.everything` says of its documents."""
+    assert 0.2 <= judged(1) <= 0.3
+    assert judged(3) <= 0.1
+    assert judged(9) <= 0.05
 
 
 def test_too_few_rounds_give_a_ratio_without_an_interval_and_a_call_too_short_for_the_clock_none():
