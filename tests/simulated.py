@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from engine.inference import engine as engine_module
-from engine.inference.backend import Backend, ByXla, InC
+from engine.inference.backend import ByXla, InC
 from engine.inference.config import EngineConfig
 from engine.inference.engine import Engine
 from engine.inference.request import MAX_LOGPROBS, Adapter, Request, SamplingParams
@@ -102,9 +102,9 @@ class FakeRunner:
 
     mesh, cache_bytes = None, 0
 
-    def __init__(self, cfg: ModelConfig, params: Any, config: EngineConfig, backend: Backend) -> None:
-        self.params, self.config, self.in_c = params, config, backend.in_c
-        self.segments, self.edges = None, config.edges(backend)
+    def __init__(self, cfg: ModelConfig, params: Any, config: EngineConfig) -> None:
+        self.params, self.config, self.in_c = params, config, config.backend.in_c
+        self.segments, self.edges = None, config.edges
         self.positions = self.edges[-1]
         self.cache = [[EMPTY] * self.positions for _ in range(config.slots)]
         self.counts = [[0] * VOCAB for _ in range(config.rows)]
@@ -277,11 +277,10 @@ def make_engine(rng: random.Random) -> Engine:
         chunk=CHUNK,
         tail=rng.choice([TAIL, CHUNK]),
         adapters=rng.choice([0, 0, 1, 2]),
+        backend=InC() if rng.random() < 0.5 else ByXla(),
     )
-    backend = InC() if rng.random() < 0.5 else ByXla()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "ModelRunner", FakeRunner)
-        patch.setattr(engine_module, "choose_backend", lambda: backend)
         engine = FakeEngine(CFG, {}, config)
     engine.warm()
     return engine

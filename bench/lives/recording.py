@@ -172,7 +172,7 @@ def answer_requests(model: LoadedModel, prompt: str) -> Json:
         int((np.asarray(leaf).view(np.uint32) != before[path].view(np.uint32)).sum())
         for path, leaf in leaf_paths(engine.params).items()
     )
-    position_bytes = config.slot_bytes(cfg, cfg.context) // config.edges(engine.backend)[-1]
+    position_bytes = config.slot_bytes(cfg, cfg.context) // engine.config.edges[-1]
     # at last it is dropped
     positions = [*range(len(first.prompt), len(first.prompt) + len(alone)), engine.used_positions]
     return {

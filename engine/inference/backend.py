@@ -1,5 +1,6 @@
 """Where an engine computes: InC, by the kernels in C beside XLA's programs, or ByXla, by XLA alone."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ clear_slot = jax.jit(_clear_slot, donate_argnames="segments")
 copy_slot = jax.jit(_copy_slot, donate_argnames="segments")
 
 
+@dataclasses.dataclass(frozen=True)
 class ByXla:
     """XLA attends to whole segments, by row and slot alike, and unpacks blocks before it multiplies
     by them.
@@ -74,6 +76,7 @@ class ByXla:
         }
 
 
+@dataclasses.dataclass(frozen=True)
 class InC:
     """Kernels in C attend to a row's own text, in any slot, and multiply by blocks as they are."""
 
@@ -107,7 +110,9 @@ Backend = ByXla | InC
 
 
 def choose_backend() -> Backend:
-    """Returns InC on one CPU where the kernels can be built, else ByXla."""
+    """Returns InC on one CPU where the kernels can be built, else ByXla. Starts JAX, and asks for this
+    thread's mesh.
+    """
     if computes_in_c():
         return InC()
     return ByXla()

@@ -41,7 +41,8 @@ def default_weights(backend: str) -> WeightType:
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """The options of an engine. A completion depends on its request, the model and these, to the
-    bit, but not on `speculate`, `prefix_cache_bytes` and `embeds`. Raises UserError.
+    bit, but not on `speculate`, `prefix_cache_bytes` and `embeds`. Make it on the mesh of its
+    engine. Raises UserError.
     """
 
     # Requests at once.
@@ -70,6 +71,8 @@ class EngineConfig:
     adapters: int = 0
     # The largest rank of an adapter.
     adapter_rank: int = 8
+    # Where the engine computes: by default as this device and mesh can.
+    backend: Backend = dataclasses.field(default_factory=choose_backend)
 
     def __post_init__(self) -> None:
         if self.slots < 1:
@@ -120,15 +123,16 @@ class EngineConfig:
         """
         return max(self.slots, MIN_ROWS)
 
-    def edges(self, backend: Backend) -> tuple[int, ...]:
+    @property
+    def edges(self) -> tuple[int, ...]:
         """Returns where the segments of the KV cache start, and where the last ends."""
         assert self.capacity
-        return backend.edges(self.capacity, self.segment or self.chunk, self.chunk)
+        return self.backend.edges(self.capacity, self.segment or self.chunk, self.chunk)
 
     @property
     def keeps_blocks(self) -> bool:
         """Whether the blocks of a GGUF file stay as they are: without a kernel int8 is faster."""
-        return self.weights == "q4" or (self.weights == "file" and choose_backend().in_c)
+        return self.weights == "q4" or (self.weights == "file" and self.backend.in_c)
 
     def model_config(self, cfg: ModelConfig) -> ModelConfig:
         """Returns cfg with `weights` as the compute dtype; float32 where the kernel multiplies
@@ -136,7 +140,7 @@ class EngineConfig:
         """
         if self.weights in ("bfloat16", "float32"):
             return dataclasses.replace(cfg, dtype=self.weights)
-        if self.weights and choose_backend().in_c:
+        if self.weights and self.backend.in_c:
             return dataclasses.replace(cfg, dtype="float32")
         return cfg
 
@@ -148,7 +152,7 @@ class EngineConfig:
         to unpack blocks.
         """
         if self.weights in ("int8", "file", "q4"):
-            if self.weights == "q4" or (whole and choose_backend().in_c):
+            if self.weights == "q4" or (whole and self.backend.in_c):
                 params = matrices_to_blocks(params, "Q4_0" if self.weights == "q4" else "Q8_0")
             params = quantize(merge_lora(params, cfg.dtype))
         return prepare_params(cfg, params, whole)

@@ -20,7 +20,6 @@ import jax
 import numpy as np
 
 from engine.errors import InvalidField, UserError
-from engine.inference.backend import choose_backend
 from engine.inference.config import EngineConfig
 from engine.inference.prefix_cache import PrefixCache, chunk_key, root_key
 from engine.inference.request import Completion, Event, LogProb, Request, SamplingParams, check_request
@@ -70,9 +69,10 @@ class Engine:
         self.steps_decoded = 0  # so far, each of all rows at once
         self.step_times = StepTimes()
         self.used_slots: set[int] = set()  # that may hold another text
-        self.backend = choose_backend()
-        self.runner = ModelRunner(cfg, params, self.config, self.backend)
-        self.scheduler = Scheduler(config.slots, config.speculate, self.rows, self.backend.shares_slots)
+        self.runner = ModelRunner(cfg, params, self.config)
+        self.scheduler = Scheduler(
+            config.slots, config.speculate, self.rows, self.config.backend.shares_slots
+        )
 
     @property
     def params(self) -> Params:
@@ -160,7 +160,7 @@ class Engine:
             sequence.prefix_key = root_key(
                 request.namespace, request.adapter.digest if request.adapter else ""
             )
-            if sequence.slot in self.used_slots and self.backend.clears_slots:
+            if sequence.slot in self.used_slots and self.config.backend.clears_slots:
                 self.step_times.begin("clear_slot")
                 self.runner.clear(sequence.slot, sequence.max_positions)
             self.used_slots.add(sequence.slot)
@@ -190,7 +190,7 @@ class Engine:
         self.runner.warm(report, ahead, ("prefill_chunk", "prefill_tail", "read_chunk") if has_tails else ())
         with jax.set_mesh(self.runner.mesh):
             self.tails_are_exact = has_tails and self._compare_tails()
-            few_rows = self.backend.few_rows(self.rows, self.params)
+            few_rows = self.config.backend.few_rows(self.rows, self.params)
             if few_rows and self._rows_are_exact(few_rows):
                 self.few_rows = few_rows
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from engine.inference.backend import Backend, Cache, choose_backend, clear_slot, copy_slot
+from engine.inference.backend import Cache, clear_slot, copy_slot
 from engine.inference.config import EngineConfig
 from engine.inference.request import MAX_LOGPROBS, SamplingParams
 from engine.inference.sampling import (
@@ -225,7 +225,6 @@ def _keep_nothing(runner: "ModelRunner", results: Any) -> None:
 def idle_programs(
     cfg: ModelConfig,
     config: EngineConfig,
-    backend: Backend,
     params: Params,
     segments: KVSegments,
     counts: TokenCounts,
@@ -269,7 +268,7 @@ def idle_programs(
         return Program(decode_slots, arguments, _keep_decoded)
 
     programs = {"decode": decode(config.rows)}
-    few_rows = backend.few_rows(config.rows, params)
+    few_rows = config.backend.few_rows(config.rows, params)
     if few_rows:
         programs["decode_few"] = decode(few_rows)
     embeds = EMBEDS if config.embeds else None
@@ -277,7 +276,7 @@ def idle_programs(
         tokens = np.zeros((1, size), np.int32)
         arguments = cfg, params, segments, tokens, embeds, nowhere, start, row_adapters(stacks, [0])
         programs[f"prefill_{name}"] = Program(prefill_chunk, arguments, _keep_prefilled)
-    for name, (function, arguments) in backend.slot_programs(segments, DRAFT_ROWS).items():
+    for name, (function, arguments) in config.backend.slot_programs(segments, DRAFT_ROWS).items():
         programs[name] = Program(function, arguments, _keep_segments)
     no_prompt = count_prompt((), {}, cfg.vocab)
     programs["set_token_counts"] = Program(set_token_counts, (counts, nowhere, *no_prompt), _keep_counts)
@@ -319,19 +318,20 @@ def compile_programs(programs: Mapping[str, Program]) -> Generator[tuple[str, in
 
 def compile_ahead(cfg: ModelConfig, params: Any, config: EngineConfig) -> Iterator[tuple[str, int]]:
     """Compiles the programs of an engine, as it is iterated, from the shapes of `params` alone."""
-    backend = choose_backend()
 
     def empty_state() -> Any:
-        return *empty_cache(cfg, config, backend), empty_stacks(params, config)
+        return *empty_cache(cfg, config), empty_stacks(params, config)
 
     state = jax.eval_shape(empty_state)
     params, state_shapes = layout.inference_shapes(params, state)
-    return compile_programs(idle_programs(cfg, config, backend, params, *state_shapes))
+    return compile_programs(idle_programs(cfg, config, params, *state_shapes))
 
 
-def empty_cache(cfg: ModelConfig, config: EngineConfig, backend: Backend) -> Cache:
+def empty_cache(cfg: ModelConfig, config: EngineConfig) -> Cache:
+    backend = config.backend
+
     def make() -> Cache:
-        segments = backend.make_segments(cfg, config.slots, config.edges(backend), config.kv_dtype)
+        segments = backend.make_segments(cfg, config.slots, config.edges, config.kv_dtype)
         return segments, make_token_counts(cfg, config.rows)
 
     return backend.make_cache(make)
@@ -368,14 +368,13 @@ class ModelRunner:
     indices in them.
     """
 
-    def __init__(self, cfg: ModelConfig, params: Params, config: EngineConfig, backend: Backend) -> None:
+    def __init__(self, cfg: ModelConfig, params: Params, config: EngineConfig) -> None:
         self.cfg = cfg
         self.config = config
-        self.backend = backend
         self.mesh = layout.current_mesh()
         self.params = self._device_put(params)
         self.stacks = self._device_put(empty_stacks(params, config))
-        cache = layout.make_sharded_cache(lambda: empty_cache(cfg, config, backend))
+        cache = layout.make_sharded_cache(lambda: empty_cache(cfg, config))
         self.segments, self.counts = self._device_put(cache)
         self.compiling: Future[Any] | None = None  # of the decoding program
 
@@ -489,7 +488,7 @@ class ModelRunner:
             # Compiled from shapes: a program that runs donates arrays while others are being
             # compiled.
             params, state = layout.inference_shapes(self.params, (self.segments, self.counts, self.stacks))
-            programs = idle_programs(self.cfg, self.config, self.backend, params, *state)
+            programs = idle_programs(self.cfg, self.config, params, *state)
             pending = {*programs}
             with contextlib.closing(compile_programs(programs)) as compiled:
                 for name, count in itertools.chain(ahead, compiled):
@@ -510,7 +509,7 @@ class ModelRunner:
 
     def _idle_programs(self) -> dict[str, Program]:
         state = self.params, self.segments, self.counts, self.stacks
-        return idle_programs(self.cfg, self.config, self.backend, *state)
+        return idle_programs(self.cfg, self.config, *state)
 
     def _run_idle(self, name: str) -> None:
         program = self._idle_programs()[name]

@@ -1,7 +1,6 @@
 """ServerState: the engine of one model and everything else that the routes share."""
 
 import asyncio
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -167,8 +166,8 @@ def system_fingerprint(digest: str, engine: Engine, **text: Any) -> str:
     ends; the adapter's digest. The prefix cache, speculative decoding and the number of adapters
     are not in it: they change no bit.
     """
-    options = dataclasses.asdict(engine.config)
-    for name in ("speculate", "prefix_cache_bytes", "embeds", "adapters"):
+    options = vars(engine.config).copy()
+    for name in ("backend", "speculate", "prefix_cache_bytes", "embeds", "adapters"):
         del options[name]
     if not engine.config.adapters:
         del options["adapter_rank"]
@@ -177,7 +176,7 @@ def system_fingerprint(digest: str, engine: Engine, **text: Any) -> str:
         "config": repr(engine.cfg),
         "engine": options,
         "devices": engine.devices,
-        "kernels in C": engine.backend.in_c and native_digest(),
+        "kernels in C": engine.config.backend.in_c and native_digest(),
         "machine": machine_identity(),
         "flags": os.environ.get("XLA_FLAGS"),
         "versions": [importlib.metadata.version(name) for name in LIBRARIES],

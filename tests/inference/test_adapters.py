@@ -62,7 +62,7 @@ def adapted_engine(dtype: str, places: dict[int, int], **options) -> Engine:
     """An engine in whose stacks adapter n lies at places[n]."""
     engine = make_engine(dtype, adapters=COUNT, adapter_rank=RANK, **options)
     # as `warm` finds
-    engine.few_rows = MIN_ROWS if engine.backend.in_c and dtype == AS_SERVED else 0
+    engine.few_rows = MIN_ROWS if engine.config.backend.in_c and dtype == AS_SERVED else 0
     for number, index in places.items():
         engine.runner.put_adapter(index, adapter(dtype, number))
     return engine

@@ -50,7 +50,7 @@ class Company(RuleBasedStateMachine):
         self.engine = make_engine(self.dtype, prefix_cache_bytes=cache, speculate=speculate)
         self.engine.scheduler.free = order
         self.engine.tails_are_exact = True  # as test_inference_engine finds
-        self.engine.few_rows = MIN_ROWS if self.engine.backend.in_c and self.dtype == AS_SERVED else 0
+        self.engine.few_rows = MIN_ROWS if self.engine.config.backend.in_c and self.dtype == AS_SERVED else 0
         self.log, self.cancelled = Log(self.engine), set()
 
     @rule(target=ids, request=requests)

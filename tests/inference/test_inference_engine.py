@@ -157,7 +157,7 @@ def test_candidates_to_one_prompt_are_decoded_together():
     engine.cancel(other)
     while engine.busy:
         engine.step()
-    assert engine.steps_decoded - steps < 4 or not engine.backend.in_c
+    assert engine.steps_decoded - steps < 4 or not engine.config.backend.in_c
     assert complete(engine, candidates) == expected
 
 
@@ -171,7 +171,7 @@ def test_a_prefix_cache_hit_changes_no_bit(dtype):
     engine = make_engine(dtype, prefix_cache_bytes=10**7)
     engine.warm()
     assert engine.tails_are_exact, "on this machine a token's bits do not depend on the size of the program"
-    assert bool(engine.few_rows) == (engine.backend.in_c and dtype == AS_SERVED)
+    assert bool(engine.few_rows) == (engine.config.backend.in_c and dtype == AS_SERVED)
     log, prompt, other = Log(engine), text(1, 60), text(5, 60)
 
     def cached_tokens(*prompts, **more) -> list[int]:

@@ -62,8 +62,11 @@ def facts_of(weights, tied):
         tuple(np.random.default_rng(row).integers(0, cfg.vocab, 5 + 9 * row).tolist()) for row in range(3)
     ]
     kv_dtype = "int8" if weights == "int8" else "float32"
-    config = EngineConfig(3, kv_dtype=kv_dtype, prefix_cache_bytes=10**6, chunk=16, tail=8)
-    make = lambda params: Engine(cfg, params, config)
+
+    def make(params):
+        config = EngineConfig(3, kv_dtype=kv_dtype, prefix_cache_bytes=10**6, chunk=16, tail=8)
+        return Engine(cfg, params, config)
+
     # In int8 a last bit of attention, which sums in another order, can become a whole step of the
     # next rounding.
     one = complete(make(prepared), prompts) if weights == "float32" else None

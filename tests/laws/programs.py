@@ -264,26 +264,26 @@ def engine_program(
     embeds: bool = False,
 ) -> Make:
     """Makes a program of an engine by its name in `idle_programs`."""
-    config = EngineConfig(
-        slots,
-        CAPACITY,
-        kv_dtype=kv_dtype,
-        prefix_cache_bytes=1,
-        chunk=CHUNK,
-        tail=TAIL,
-        embeds=embeds,
-        adapters=adapters,
-    )
 
     def make(cfg: ModelConfig) -> Program:
-        backend = (
-            ByXla() if name in ("clear_slot", "copy_slot") else choose_backend()
-        )  # the kernels do without these
-        segments = jax.eval_shape(lambda: backend.make_segments(cfg, slots, config.edges(backend), kv_dtype))
+        # the kernels in C do without programs that clear and copy
+        backend = ByXla() if name in ("clear_slot", "copy_slot") else choose_backend()
+        config = EngineConfig(
+            slots,
+            CAPACITY,
+            kv_dtype=kv_dtype,
+            prefix_cache_bytes=1,
+            chunk=CHUNK,
+            tail=TAIL,
+            embeds=embeds,
+            adapters=adapters,
+            backend=backend,
+        )
+        segments = jax.eval_shape(lambda: backend.make_segments(cfg, slots, config.edges, kv_dtype))
         counts = jax.eval_shape(lambda: make_token_counts(cfg, config.rows))
         params = serving_params(cfg, weights)
         stacks = jax.eval_shape(lambda: empty_stacks(params, config))
-        function, arguments, _ = idle_programs(cfg, config, backend, params, segments, counts, stacks)[name]
+        function, arguments, _ = idle_programs(cfg, config, params, segments, counts, stacks)[name]
         plain = lambda leaf: shape_of(leaf.dtype, *leaf.shape) if hasattr(leaf, "shape") else leaf
         return Program(function, jax.tree.map(plain, arguments))
 

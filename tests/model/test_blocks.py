@@ -17,7 +17,7 @@ from engine.model.weights.blocks import (
     KINDS,
     Blocks,
     Rounding,
-    block_matmul,
+    block_matmul_by_xla,
     dense_blocks,
     factors_to_train,
     pack_blocks,
@@ -52,14 +52,14 @@ def random_blocks(seed: int, kind: str, shape: tuple[int, int]) -> np.ndarray:
 
 @jax.jit
 def multiply_by_xla(x: jax.Array, leaf: Blocks) -> jax.Array:
-    with pytest.MonkeyPatch.context() as patch:  # while this is traced
-        patch.setattr(blocks, "computes_in_c", lambda: False)
-        return block_matmul(x, leaf, F32)
+    return block_matmul_by_xla(x, leaf, F32)
 
 
 @jax.jit
 def multiply_as_here(x: jax.Array, leaf: Blocks) -> jax.Array:
-    return block_matmul(x, leaf, F32)
+    if leaf.fuses(x):
+        return leaf.times_fused(x, F32)
+    return block_matmul_by_xla(x, leaf, F32)
 
 
 @functools.cache

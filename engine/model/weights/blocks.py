@@ -64,7 +64,12 @@ class Blocks(Weight, TrainingForm):
         return dense_blocks(self)
 
     def times(self, x: Array, dtype: DTypeLike) -> Array:
-        return over_rows(x, lambda rows: block_matmul(rows, self, dtype))
+        def multiply(rows: Array) -> Array:
+            if self.fuses(rows):
+                return self.times_fused(rows, dtype)
+            return block_matmul_by_xla(rows, self, dtype)
+
+        return over_rows(x, multiply)
 
     def cast(self, dtype: DTypeLike) -> "Blocks":
         return self
@@ -90,8 +95,12 @@ class Blocks(Weight, TrainingForm):
         eps: float = 0.0,
         pairs: tuple[Any, ...] = (),
     ) -> Array:
-        out = block_matmul(x.reshape(-1, x.shape[-1]), self, dtype, pairs, gain, eps)
-        return out.reshape(*x.shape[:-1], -1)
+        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        gain = jnp.zeros(0) if gain is None else gain.astype(jnp.float32)
+        shapes = [jax.ShapeDtypeStruct((len(rows), self.columns), jnp.float32)] * (1 + bool(pairs))
+        kernel = jax.ffi.ffi_call(target("block_matmul"), shapes)
+        parts = kernel(rows, self.packed, gain, np.float32(eps), *pairs)
+        return sum(parts[1:], parts[0]).astype(dtype).reshape(*x.shape[:-1], -1)
 
     def beside(self, others: Sequence["Blocks"]) -> "Blocks | None":
         return join_blocks([self, *others])
@@ -289,32 +298,13 @@ def _factor_bytes(size: int) -> int:
     return count * 2 * COLUMNS
 
 
-def block_matmul(
-    x: Array,
-    weight: Blocks,
-    dtype: DTypeLike,
-    pairs: tuple[Array, ...] = (),
-    gain: Array | None = None,
-    eps: float = 0.0,
-) -> Array:
+def block_matmul_by_xla(x: Array, weight: Blocks, dtype: DTypeLike) -> Array:
     """x (M, in) -> x times the weight, (M, out) in `dtype`; with `axis` 0 times its transpose, x
     (M, D) -> (M, V).
 
-    pairs: of adapters, `StackedLoRA.pairs`; the kernel then adds each row's in the same call. With
-    a gain (in,) it normalises x first, and of x (M, 2 in), gates and values beside them, it takes
-    the SwiGLU.
-
-    The kernel of native/ multiplies where there is one; else XLA adds the same products in another
-    order. A row of x with a number that is not finite gives NaN, and changes no other row. There is
-    no gradient.
+    The kernel of native/ adds the same products in another order. A row of x with a number that is
+    not finite gives NaN, and changes no other row. There is no gradient.
     """
-    if computes_in_c():
-        shapes = [jax.ShapeDtypeStruct((len(x), weight.columns), jnp.float32)] * (1 + bool(pairs))
-        gain = jnp.zeros(0) if gain is None else gain.astype(jnp.float32)
-        kernel = jax.ffi.ffi_call(target("block_matmul"), shapes)
-        parts = kernel(x.astype(jnp.float32), weight.packed, gain, np.float32(eps), *pairs)
-        return sum(parts[1:], parts[0]).astype(dtype)
-    assert gain is None, "normalised elsewhere"
     values = dense_blocks(dataclasses.replace(weight, axis=1))
     return jnp.dot(round_groups(x), values, precision=jax.lax.Precision.HIGHEST).astype(dtype)
 
