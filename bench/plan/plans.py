@@ -20,12 +20,12 @@ from engine.format import duration, format_bytes, in_words, money, si, significa
 from engine.planning.formulas import (
     SHARE,
     Numbers,
+    bytes_a_device,
     efficiency,
     longer_prompt,
     optimal,
     serving,
     training,
-    training_memory,
 )
 
 # Of the watts in the table, what runs drew: OLMo-3 on H100, 624 and 649 of 700 (muxup.com/2025q4);
@@ -215,7 +215,7 @@ def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices
 
 def holders(m: Any, d: Any) -> str:
     counts = (2**power for power in range(20))
-    enough = next((count for count in counts if training_memory(m, count, 1) <= SHARE * d.memory), 0)
+    enough = next((count for count in counts if bytes_a_device(m, count, 1) <= SHARE * d.memory), 0)
     if enough:
         return f"about {enough} would hold it"
     return f"no number of them holds a text of {m.context:,} tokens"
@@ -338,7 +338,7 @@ def plan_budget(d: Any, devices: int, dollars: float | None, days: float) -> Pla
     }
     notes: tuple[str, ...] = ()
     m = job(config_of_size(min(max(params, 1e7), 1e14)), "pretrain", 4096)
-    if training_memory(m, devices, 1) > SHARE * d.memory:
+    if bytes_a_device(m, devices, 1) > SHARE * d.memory:
         notes = (f"The compute-optimal model does not fit on {devices} x {d.name}; {holders(m, d)}.",)
     return PlannedAnswer(f"{budget} on {devices} x {d.name}", lines, "", notes)
 

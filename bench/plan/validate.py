@@ -9,7 +9,7 @@ from bench.cli import print_table
 from bench.plan.fits import clean_runs, fit_serving, predict_efficiency, predicted_rate, rows, utilisation
 from bench.plan.model import config_of_size, job
 from bench.plan.plans import ADAPTER_BOUND, MEMORY
-from engine.planning.formulas import SHARE, UPDATE_BYTES, training_memory
+from engine.planning.formulas import SHARE, UPDATE_BYTES, bytes_a_device
 
 FLOPS_BOUND = 0.03
 
@@ -86,7 +86,7 @@ def memory_errors() -> Iterator[Replay]:
         if row.peak_gb and row.method != "full" and "not stated" not in row.note:
             m = job(config_of_size(row.params), row.method, int(row.step_tokens))
             true = 1e9 * row.peak_gb
-            plain, least = (training_memory(m, 1, recompute) for recompute in (0, 1))
+            plain, least = (bytes_a_device(m, 1, recompute) for recompute in (0, 1))
             if plain < SHARE * 1e9 * row.memory_gb:
                 predicted = plain
             else:

@@ -178,9 +178,9 @@ async def send(client: Client, body: Json, **options: Any) -> Response:
 
 
 @dataclasses.dataclass(frozen=True)
-class Completion:
-    """One completion. Seconds count from the request: `ttft` to the first token, `latency` to the
-    last.
+class TimedCompletion:
+    """What came of one request, and when. Seconds count from the request: `ttft` to the first
+    token, `latency` to the last.
 
     `gaps`: seconds from each event with text to the next, which are the inter-token latencies that
     a reader sees.
@@ -210,11 +210,11 @@ class Completion:
         return math.nan
 
 
-def read_completion(response: Response) -> Completion:
+def read_completion(response: Response) -> TimedCompletion:
     """Parses the response to a completion or a chat, streamed or whole."""
     if response.error or response.status != 200:
         why = response.error or _error_message(response)
-        return Completion(response.status, "", 0, 0, None, math.nan, response.seconds, error=why)
+        return TimedCompletion(response.status, "", 0, 0, None, math.nan, response.seconds, error=why)
     if response.headers.get("content-type", "").startswith("text/event-stream"):
         events = response.events()
     else:
@@ -241,7 +241,7 @@ def read_completion(response: Response) -> Completion:
                 moments.append(moment)
     first = moments[0] if moments else math.nan
     last = moments[-1] if moments else math.nan
-    return Completion(
+    return TimedCompletion(
         200,
         full_text,
         usage["completion_tokens"],

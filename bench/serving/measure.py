@@ -13,8 +13,8 @@ from bench.cli import Json
 from bench.models import answer, load
 from bench.serving.client import (
     Client,
-    Completion,
     Response,
+    TimedCompletion,
     completion_request,
     random_text,
     read_completion,
@@ -64,7 +64,9 @@ def tail(values: Sequence[float]) -> tuple[int, float]:
     return p, percentile(values, p / 100)
 
 
-async def closed_loop(client: Client, bodies: Sequence[Json], streams: int) -> tuple[list[Completion], float]:
+async def closed_loop(
+    client: Client, bodies: Sequence[Json], streams: int
+) -> tuple[list[TimedCompletion], float]:
     """Sends all bodies, `streams` at a time; returns their completions in order, and the seconds of
     all.
     """

@@ -27,7 +27,7 @@ def efficiency(d: Any, params: float, devices: float, recompute: float) -> float
     return min(0.9, exp(d.base + on_one_node + d.size * log10(params / 1e10) + d.repeated * recompute))
 
 
-def training_memory(m: Any, devices: float, recompute: float) -> float:
+def bytes_a_device(m: Any, devices: float, recompute: float) -> float:
     """Returns the bytes on each of the devices, which share the state out, with one text a device
     at a time.
     """
@@ -43,7 +43,7 @@ def training(m: Any, d: Any, tokens: float, devices: float, sampling: float) -> 
 
     `sampling`: device-seconds to generate a token that is then trained on.
     """
-    recompute = 1 if training_memory(m, devices, 0) > SHARE * d.memory else 0
+    recompute = 1 if bytes_a_device(m, devices, 0) > SHARE * d.memory else 0
     share = efficiency(d, m.params, devices, recompute)
     products = tokens * m.flops / (devices * d.peak * share)
     updates = tokens / m.step_tokens * m.trained * UPDATE_BYTES / (devices * d.bandwidth)
@@ -56,8 +56,8 @@ def training(m: Any, d: Any, tokens: float, devices: float, sampling: float) -> 
     return {
         "flops": tokens * m.flops,
         "recompute": recompute,
-        "needed": training_memory(m, devices, recompute),
-        "least": training_memory(m, devices, 1),
+        "needed": bytes_a_device(m, devices, recompute),
+        "least": bytes_a_device(m, devices, 1),
         "efficiency": share,
         "products": products,
         "updates": updates,

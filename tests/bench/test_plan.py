@@ -101,7 +101,7 @@ def test_methods_cost_what_they_train():
     assert made["freeze:8"].trained + made["freeze:8"].frozen == full.params
     assert made["freeze:8"].flops < made["lora:8"].flops < full.flops < made["preference"].flops
     assert made["qlora:8"].frozen_bytes < made["lora:8"].frozen_bytes
-    memory = {method: formulas.training_memory(m, 1, 0) for method, m in made.items()}
+    memory = {method: formulas.bytes_a_device(m, 1, 0) for method, m in made.items()}
     assert memory["qlora:8"] < memory["lora:8"] < memory["freeze:8"] < memory["pretrain"] < memory["rl"]
 
 

@@ -11,7 +11,7 @@ import pytest
 from figures import at_least, at_most, exactly, slowest
 from openai_like import chat_request, complete, read_metrics
 
-from bench.serving.client import Client, Completion, Response, completion_request, random_text, send
+from bench.serving.client import Client, Response, TimedCompletion, completion_request, random_text, send
 from bench.serving.measure import closed_loop, open_loop, percentile
 from bench.serving.server import Server
 from bench.timing import MIN_ROUNDS, Timing, ratio
@@ -52,7 +52,7 @@ async def repeat_under_load(
     Returns the most distinct outputs of one request, the outputs beyond the first of each when
     log-probabilities count too, and how many were not answered.
     """
-    completions: dict[int, list[Completion]] = defaultdict(list)
+    completions: dict[int, list[TimedCompletion]] = defaultdict(list)
     order = [place % len(requests) for place in range(repetitions)]
     rng.shuffle(order)
     places, stop = iter(order), asyncio.Event()
