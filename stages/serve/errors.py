@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 
 from engine.errors import InvalidField
@@ -23,6 +24,13 @@ ERROR_TYPES = {
 }
 
 
+class ErrorDetails(msgspec.Struct):
+    """What Anthropic's clients read to go on after an error: its code, and which fields are not supported."""
+
+    error_code: str
+    unsupported: list[str]
+
+
 class ErrorObject(msgspec.Struct):
     """One error in OpenAI's form: a sentence, its type, the field it is about, and a code for programs."""
 
@@ -30,6 +38,7 @@ class ErrorObject(msgspec.Struct):
     type: str
     param: str | None = None
     code: str | None = None
+    details: ErrorDetails | UnsetType = UNSET
 
 
 class ErrorReply(msgspec.Struct):
@@ -58,12 +67,14 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        details: ErrorDetails | UnsetType = UNSET,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.headers = headers
-        self.error = ErrorObject(message, ERROR_TYPES.get(status, "invalid_request_error"), param, code)
+        kind = ERROR_TYPES.get(status, "invalid_request_error")
+        self.error = ErrorObject(message, kind, param, code, details)
         self.body = msgspec.json.encode(ErrorReply(self.error))
 
     def reply(self, path: str) -> Response:

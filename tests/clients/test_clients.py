@@ -59,7 +59,6 @@ def test_anthropics_tool_runner():
             messages=HELLO,
             tools=[anthropic.beta_tool(get_weather)],
             tool_choice={"type": "tool", "name": "get_weather", "disable_parallel_tool_use": True},
-            thread=False,
             max_iterations=2,
         )
         assert [message.content[0].input["city"] in CITIES for message in runner] == [True, True]

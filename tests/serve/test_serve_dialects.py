@@ -180,8 +180,6 @@ def test_anthropics_messages_satisfy_a_schema(roomy):
         assert client.messages.parse(**asked, output_format=Visit).parsed_output.days in (1, 2, 30)
         with client.messages.stream(**asked, output_format=Visit) as stream:
             assert stream.get_final_message().parsed_output.days in (1, 2, 30)
-        with pytest.raises(anthropic.BadRequestError, match=r"thread: .*remembers nothing"):
-            client.beta.messages.create(**asked, extra_body={"thread": {"type": "create"}})
         bad: Any = {"format": {"type": "json_schema", "schema": {"not": {}}}, "effort": "low"}
         with pytest.raises(anthropic.BadRequestError, match=r"output_config\.format\.schema"):
             client.messages.create(**asked, output_config=bad)
@@ -505,6 +503,33 @@ def test_an_error_of_a_message_is_its_clients_own(claude, tiny_server):
             model=CLAUDE, max_tokens=9, messages=HELLO, tools=[{"name": "f g", "input_schema": {}}]
         )
     assert caught.value.body["error"]["type"] == "invalid_request_error"
+
+
+def test_anthropics_tool_runner_goes_on_without_a_thread(roomy):
+    """It asks the server to remember the conversation, and sends it whole where the server's error says so."""
+
+    def get_weather(city: Literal["Rome", "Oslo"]) -> str:
+        """Tells the weather in a city."""
+        return f"It is sunny in {city}."
+
+    with anthropic.Anthropic(base_url=roomy.url, api_key="any") as client:
+        asked: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 100}
+        for stream in (False, True):
+            runner: Any = client.beta.messages.tool_runner(
+                **asked,
+                tools=[anthropic.beta_tool(get_weather)],
+                tool_choice={"type": "tool", "name": "get_weather", "disable_parallel_tool_use": True},
+                max_iterations=2,
+                stream=stream,
+            )
+            replies = [reply.get_final_message() if stream else reply for reply in runner]
+            assert [reply.content[0].input["city"] in ("Rome", "Oslo") for reply in replies] == [True, True]
+            # The second has read the whole conversation.
+            read = [reply.usage.input_tokens + reply.usage.cache_read_input_tokens for reply in replies]
+            assert read[1] > read[0]
+        with pytest.raises(anthropic.BadRequestError, match=r"thread: .*remembers nothing") as caught:
+            client.beta.messages.thread(model="tiny", max_tokens=9).send(HELLO[0])
+    assert caught.value.body["error"]["param"] == "thread"
 
 
 def test_ollama_chats_and_generates(gemma, answer):

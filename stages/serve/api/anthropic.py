@@ -13,6 +13,7 @@ from engine.inference.request import SamplingParams
 from stages.serve.api.generation import EventWriter, Piece, Usage, run
 from stages.serve.api.jobs import ChatPrompt, Job, only_grammar, sampling_of
 from stages.serve.api.requests import (
+    UNSUPPORTED,
     AnswerRequest,
     ApiCall,
     EmptyList,
@@ -27,6 +28,7 @@ from stages.serve.api.requests import (
     TopP,
     join_text,
 )
+from stages.serve.errors import ApiError, ErrorDetails
 from stages.serve.state import ServerState
 from stages.serve.tools import (
     Function,
@@ -231,6 +233,7 @@ class MessagesRequest(CountTokensRequest, kw_only=True):
     stop: StopTexts | None = msgspec.field(default=None, name="stop_sequences")
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # as it was called at first
+    thread: JsonObject = None  # where the server is to remember the conversation: see check_thread
 
     @property
     def ignored(self) -> list[str]:
@@ -247,6 +250,15 @@ class MessagesRequest(CountTokensRequest, kw_only=True):
             "output_format": self.output_format,
         }
         return [answer_grammar(f"{field}.schema", value.schema) for field, value in formats.items() if value]
+
+    def check_thread(self) -> None:
+        """Raises ApiError for a thread, by whose code Anthropic's clients know that they are to send all turns.
+
+        Their tool runner begins with a thread, and goes on without one after this error.
+        """
+        if self.thread is not None:
+            details = ErrorDetails("thread_unsupported_request", ["thread"])
+            raise ApiError(400, f"thread: {UNSUPPORTED['thread']}.", param="thread", details=details)
 
     def job(self, defaults: SamplingParams) -> Job:
         """Returns what the request asks for, where the `defaults` stand for what it leaves out.
@@ -378,6 +390,7 @@ def _stop(piece: Piece) -> dict[str, Any]:
 
 async def create_message(call: ApiCall[MessagesRequest]) -> ASGIApp:
     """Answers a conversation, as Anthropic has it."""
+    call.body.check_thread()
     return await run(call, call.body.job(call.state.sampling), MessageWriter(call))
 
 

@@ -358,7 +358,7 @@ class ResponseWriter(EventWriter):
         yield self._event("output_item.done", output_index=len(self._output) - 1, item=item)
 
     def error(self, error: ApiError) -> bytes:
-        fields = msgspec.structs.asdict(error.error) | {"type": "error", "sequence_number": self._count}
+        fields = msgspec.to_builtins(error.error) | {"type": "error", "sequence_number": self._count}
         return self.frame(fields)
 
     def _part_event(self, kind: str, **fields: Any) -> dict[str, Any]:
