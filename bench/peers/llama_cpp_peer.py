@@ -210,7 +210,10 @@ def settings(spec: dict[str, Any]) -> list[Setting]:
     threads = {spec["threads"]}
     if sum(map(len, spec["prompts"])) <= SHORT:
         threads.add(max(1, spec["threads"] // 2))
-    return [Setting(flash, count) for count in sorted(threads, reverse=True) for flash in (True, False)]
+    tried = []
+    for count in sorted(threads, reverse=True):
+        tried += [Setting(True, count), Setting(False, count)]
+    return tried
 
 
 def describe_build() -> str:
