@@ -6,6 +6,7 @@ The formulas are written out as JavaScript, so that page and terminal compute by
 import ast
 import inspect
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ from engine.model.config import ModelConfig
 from engine.planning import formulas
 
 HERE = Path(__file__).parent
-# What Python and JavaScript write alike, but for a condition.
+# What Python and JavaScript write alike.
 _ALIKE: tuple[type[ast.AST], ...] = (
     *(
         ast.Assign,
@@ -30,7 +31,6 @@ _ALIKE: tuple[type[ast.AST], ...] = (
         ast.Dict,
         ast.BinOp,
         ast.Compare,
-        ast.IfExp,
     ),
     *(ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.Gt, ast.GtE, ast.LtE, ast.Eq, ast.expr_context),
 )
@@ -73,27 +73,43 @@ def javascript(module: ModuleType) -> str:
     """Returns a module's constants and functions. Raises TypeError for syntax that has no
     translation here.
     """
-    lines = [
-        "const {exp, floor, log10, min, max} = Math;",
-        "const either = (test, yes, no) => test ? yes : no;",
-    ]
+    lines = ["const {exp, floor, log10, min, max} = Math;"]
     for node in ast.parse(inspect.getsource(module)).body:
         if isinstance(node, ast.FunctionDef):
-            names = ", ".join(argument.arg for argument in node.args.args)
-            body = "".join(f"  {_write(line)}\n" for line in node.body[1:])  # without the docstring
-            lines.append(f"function {node.name}({names}) {{\n{body}}}")
+            lines += _write_function(node)
         elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
-            lines.append(_write(node))
+            lines.append(f"const {_write_alike(node)};")
     return "\n".join(lines)
 
 
-def _write(statement: ast.stmt) -> str:
-    if not all(isinstance(node, _ALIKE) for node in ast.walk(statement)):
-        raise TypeError(f"There is no JavaScript for {ast.unparse(statement)!r}.")
-    return "const " * isinstance(statement, ast.Assign) + ast.unparse(_Conditions().visit(statement)) + ";"
+def _write_function(function: ast.FunctionDef) -> list[str]:
+    parameters = [argument.arg for argument in function.args.args]
+    lines = [f"function {function.name}({', '.join(parameters)}) {{"]
+    names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
+    assigned = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    own = sorted(assigned.difference(parameters))
+    if own:
+        lines.append(f"  let {', '.join(own)};")
+    lines += _write_block(function.body[1:], "  ")  # without the docstring
+    return [*lines, "}"]
 
 
-class _Conditions(ast.NodeTransformer):
-    def visit_IfExp(self, node: ast.IfExp) -> ast.Call:
-        self.generic_visit(node)
-        return ast.Call(ast.Name("either"), [node.test, node.body, node.orelse], [])
+def _write_block(statements: Sequence[ast.stmt], indent: str) -> list[str]:
+    lines = []
+    for statement in statements:
+        if isinstance(statement, ast.If):
+            lines.append(f"{indent}if ({_write_alike(statement.test)}) {{")
+            lines += _write_block(statement.body, indent + "  ")
+            if statement.orelse:
+                lines.append(f"{indent}}} else {{")
+                lines += _write_block(statement.orelse, indent + "  ")
+            lines.append(f"{indent}}}")
+        else:
+            lines.append(f"{indent}{_write_alike(statement)};")
+    return lines
+
+
+def _write_alike(node: ast.AST) -> str:
+    if not all(isinstance(part, _ALIKE) for part in ast.walk(node)):
+        raise TypeError(f"There is no JavaScript for {ast.unparse(node)!r}.")
+    return ast.unparse(node)

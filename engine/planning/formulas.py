@@ -3,7 +3,7 @@
 Arguments m are a model and a method of training it, d a device; all else is numbers in FLOP, bytes,
 seconds, tokens and dollars. `bench.plan` makes both, and writes this file out as JavaScript, so
 that a browser computes the same. So it holds only what can be translated word for word:
-assignments, arithmetic, conditional expressions and calls.
+assignments, arithmetic, ifs and calls.
 """
 
 from math import exp, floor, log10
@@ -23,7 +23,9 @@ def efficiency(d: Any, params: float, devices: float, recompute: float) -> float
     """Returns the share of the peak that a run uses over all its device-hours, by the regression of
     `fits.py`.
     """
-    on_one_node = d.node if devices <= 8 else 0
+    on_one_node = 0
+    if devices <= 8:
+        on_one_node = d.node
     return min(0.9, exp(d.base + on_one_node + d.size * log10(params / 1e10) + d.repeated * recompute))
 
 
@@ -32,8 +34,13 @@ def bytes_a_device(m: Any, devices: float, recompute: float) -> float:
     at a time.
     """
     state = (m.frozen * m.frozen_bytes + m.trained * STATE_BYTES) / devices
-    gathered = 4 * (m.frozen + m.trained) / m.layers if devices > 1 else 0
-    kept = m.kept + 2 * m.width * m.layers if recompute else m.kept * m.layers
+    gathered = 0
+    if devices > 1:
+        gathered = 4 * (m.frozen + m.trained) / m.layers
+    if recompute:
+        kept = m.kept + 2 * m.width * m.layers
+    else:
+        kept = m.kept * m.layers
     return state + gathered + m.context * kept + min(m.context, LOSS_ROWS) * m.vocab * 6
 
 
@@ -43,15 +50,22 @@ def training(m: Any, d: Any, tokens: float, devices: float, sampling: float) -> 
 
     `sampling`: device-seconds to generate a token that is then trained on.
     """
-    recompute = 1 if bytes_a_device(m, devices, 0) > SHARE * d.memory else 0
+    recompute = 0
+    if bytes_a_device(m, devices, 0) > SHARE * d.memory:
+        recompute = 1
     share = efficiency(d, m.params, devices, recompute)
     products = tokens * m.flops / (devices * d.peak * share)
     updates = tokens / m.step_tokens * m.trained * UPDATE_BYTES / (devices * d.bandwidth)
     generated = tokens * sampling / devices
     # Weights come twice for each text of a device, and gradients go once, 2 bytes a number.
     sent = tokens / (devices * m.context) * (4 * m.frozen + 6 * m.trained) * (devices - 1) / devices
-    network = d.near if devices <= d.together else d.far
-    exchanges = sent / network if network > 0 else 0
+    if devices <= d.together:
+        network = d.near
+    else:
+        network = d.far
+    exchanges = 0
+    if network > 0:
+        exchanges = sent / network
     seconds = products + updates + generated
     return {
         "flops": tokens * m.flops,
@@ -66,6 +80,13 @@ def training(m: Any, d: Any, tokens: float, devices: float, sampling: float) -> 
         "seconds": seconds,
         "device_hours": seconds * devices / 3600,
     }
+
+
+def flop_rate(d: Any, bits: float) -> float:
+    """Returns the FLOPs a second of a device's peak, for weights of so many bits."""
+    if bits == 8:
+        return d.eight
+    return d.peak
 
 
 def serving(
@@ -94,7 +115,7 @@ def serving(
     fitting = floor(room / (length * cache))
     batch = max(1, min(slots, fitting))
     flow = devices * d.bandwidth * d.bandwidth_use
-    speed = devices * (d.eight if bits == 8 else d.peak) * d.compute_use
+    speed = devices * flop_rate(d, bits) * d.compute_use
     computed = prompt * (1 - cached)
     blocks = m.matmul - m.vocab * m.width
     prefill = computed * (2 * blocks + 4 * m.layers * m.query_width * (prompt - computed / 2)) / speed
@@ -104,8 +125,11 @@ def serving(
     launching = m.layers * d.layer_seconds
     step = reading + attending + multiplying + launching
     period = batch * prefill + answer * step
+    fits = 0
+    if room >= (prompt + answer) * cache:
+        fits = 1
     return {
-        "fits": 1 if room >= (prompt + answer) * cache else 0,
+        "fits": fits,
         "batch": batch,
         "needed": (weights + batch * length * cache) / devices,
         "first_token": prefill + step,
@@ -128,7 +152,7 @@ def longer_prompt(
 
     Either way each generated token attends to them.
     """
-    speed = (d.eight if bits == 8 else d.peak) * d.compute_use
+    speed = flop_rate(d, bits) * d.compute_use
     reading = m.layers * m.kv_width * kv_bits / 4 / (d.bandwidth * d.bandwidth_use)
     attending = answer * extra * (reading + 4 * m.layers * m.query_width / speed)
     blocks = m.matmul - m.vocab * m.width

@@ -293,8 +293,52 @@ def test_the_page_refuses_what_the_terminal_does(page, capsys):
     assert not page.find_element("id", "plot").is_displayed()
 
 
-def test_the_translator_refuses_what_it_cannot_write(tmp_path):
-    (tmp_path / "looping.py").write_text("def f(x):\n    'Doc.'\n    for y in x:\n        pass\n")
-    spec = importlib.util.spec_from_file_location("looping", tmp_path / "looping.py")
-    with pytest.raises(TypeError, match="no JavaScript for 'for y in x"):
-        javascript(importlib.util.module_from_spec(spec))
+def translate(folder: Path, source: str) -> str:
+    (folder / "written.py").write_text(source)
+    spec = importlib.util.spec_from_file_location("written", folder / "written.py")
+    return javascript(importlib.util.module_from_spec(spec))
+
+
+def test_the_translator_writes_branches_in_braces(tmp_path):
+    source = """
+def f(x, y):
+    'Doc.'
+    if x > 1:
+        z = x ** 2
+        y = z
+    elif y == 3:
+        return x
+    else:
+        z = 0
+    return y + z
+"""
+    written = """
+function f(x, y) {
+  let z;
+  if (x > 1) {
+    z = x ** 2;
+    y = z;
+  } else {
+    if (y == 3) {
+      return x;
+    } else {
+      z = 0;
+    }
+  }
+  return y + z;
+}"""
+    assert translate(tmp_path, source).endswith(written)
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ("for y in x:\n        pass", "for y in x"),
+        ("if x > 1:\n        pass", "pass"),
+        ("if x is None:\n        return 1", "x is None"),
+        ("return 1 if x else 2", "return 1 if x else 2"),
+    ],
+)
+def test_the_translator_refuses_what_it_cannot_write(tmp_path, body, named):
+    with pytest.raises(TypeError, match=f"no JavaScript for '{named}"):
+        translate(tmp_path, f"def f(x):\n    'Doc.'\n    {body}\n")
