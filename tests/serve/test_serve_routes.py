@@ -244,7 +244,8 @@ def test_the_fingerprint_changes_with_all_that_can_change_an_answer(tiny_server,
     engine = tiny_server.engine
     machine, version = module.machine_identity(), importlib.metadata.version
     kernel = lambda there: SimpleNamespace(in_c=there)
-    facts = {"cfg": engine.cfg, "config": engine.config, "devices": 1, "backend": kernel(False)}
+    config = dataclasses.replace(engine.config, backend=kernel(False))
+    facts = {"cfg": engine.cfg, "config": config, "devices": 1}
     of = lambda digest="0", **changes: system_fingerprint(
         digest, SimpleNamespace(**facts | changes), template="a"
     )
@@ -257,14 +258,14 @@ def test_the_fingerprint_changes_with_all_that_can_change_an_answer(tiny_server,
         "kv_dtype": "int8",
         "weights": "int8",
     }
-    replace = lambda **changes: of(config=dataclasses.replace(engine.config, **changes))
+    replace = lambda **changes: of(config=dataclasses.replace(config, **changes))
     same, others = (
         of(),
         [
             of("1"),
             of(cfg=tiny_config()),
             of(devices=2),
-            of(backend=kernel(True)),
+            replace(backend=kernel(True)),
             *(replace(**{name: options[name]}) for name in options),
             *(replace(adapters=2, adapter_rank=rank) for rank in (4, 8)),
         ],
@@ -276,7 +277,7 @@ def test_the_fingerprint_changes_with_all_that_can_change_an_answer(tiny_server,
         others.append(of())
     monkeypatch.setattr(module, "machine_identity", lambda: machine)
     monkeypatch.setattr(module, "native_digest", lambda: "another compiler's")
-    others.append(of(backend=kernel(True)))
+    others.append(replace(backend=kernel(True)))
     for library in module.LIBRARIES:
         monkeypatch.setattr(
             importlib.metadata, "version", lambda name, new=library: version(name) + "x" * (name == new)
