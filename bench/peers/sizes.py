@@ -3,7 +3,7 @@
 At 135 M a ratio is of overheads, at 1 B of memory. Q4_0, Q4_1 and Q8_0 are written here, as
 `stages.export` writes them, and Q4_K_M by llama.cpp's own quantizer, from float16. Weights are real
 where they are at hand, and random in a published model's shape where not: no speed depends on them.
-The files, 7 GB, are kept in the cache's folder `measured`.
+The files, 6 GB, are kept in the cache's folder `measured`.
 """
 
 import tempfile
