@@ -13,9 +13,8 @@ from protocol import Run, serve_jobs
 
 UBATCH = 512  # tokens a call, its own default
 TRIED_TOKENS = 17  # decoded in each setting that is tried
-SHORT = (
-    1024  # tokens of all prompts together: with more of them, a try takes too long for one each of threads
-)
+# Tokens of all prompts together. With more of them a try takes too long to make one on half the threads.
+SHORT = 1024
 
 
 class Setting(NamedTuple):

@@ -1,12 +1,12 @@
 """Times streams through our `Engine`, as the server runs it, beside the same streams through llama.cpp.
 
 Both read the same GGUF file, greedily, and multiply its blocks: we with all cores, llama.cpp in the
-setting, of flash attention and threads, in which it is fastest. A row has a slot for
-each stream, and at least SLOTS, as a server has by default. It is timed while all its streams are
-under way, or until the first token. Its bar is that of the processor's family. The rows of chat are
-one stream on the prompts of prompts.toml, one after another, each answered to its end or for
-MOST_TOKENS, speculative and not: their speeds are of decoding, in each side's own tokens, for after
-a near-tie the two answer differently.
+setting, of flash attention and threads, in which it is fastest. A row has a slot for each stream,
+and at least SLOTS, as a server has by default. It is timed while all its streams are under way, or
+until the first token. Its bar is that of the processor's family. The rows of chat are one stream on
+the prompts of prompts.toml, one after another, each answered to its end or for MOST_TOKENS,
+speculative and not: their speeds are of decoding, in each side's own tokens, for after a near-tie
+the two answer differently.
 """
 
 import functools
@@ -117,12 +117,11 @@ def measure_streams(
     names: Collection[str],
     about: Json,
     peer_name: str = LLAMA,
-    barred: bool = True,
+    has_bars: bool = True,
 ) -> list[Json]:
     """Times the rows of `names` on one .gguf file; prints and returns them, with `about` in each.
 
-    `new`, `rounds`: the flags of `bench.peers`. `barred`: whether rows have their bars. Raises
-    UserError for what is no such file.
+    `new`, `rounds`: the flags of `bench.peers`. Raises UserError for what is no such file.
     """
     location = locate(model_name)
     if location.format != "gguf":
@@ -147,6 +146,12 @@ def measure_streams(
         start = place * (len(text) // 32)
         return model.tokenizer.encode(text[start : start + 8 * length]).tolist()[:length]
 
+    def add_peer(calls: dict[str, PeerCall], **spec: Any) -> dict[str, PeerCall]:
+        """Returns the calls and that of the peer, where there is one."""
+        if not peer:
+            return calls
+        return calls | {"peer": _peer_call(peer, peer_name, file=str(location.path), **spec)}
+
     rows = []
     for row in ROWS:
         if row.name not in names:
@@ -154,21 +159,17 @@ def measure_streams(
         progress(f"compiling {row.name}")
         prompts = [passage(place, row.prompt) for place in range(row.streams)]
         tokens = 2 if row.prefills else new
-        calls = {"ours": stream_call(cfg, weights, prompts, tokens)}
-        if peer:
-            calls["peer"] = _peer_call(
-                peer,
-                peer_name,
-                file=str(location.path),
-                prompts=prompts,
-                text=model.tokenizer.decode(prompts[0]),
-                new=tokens,
-                phase="prefill" if row.prefills else "decode",
-            )
+        calls = add_peer(
+            {"ours": stream_call(cfg, weights, prompts, tokens)},
+            prompts=prompts,
+            text=model.tokenizer.decode(prompts[0]),
+            new=tokens,
+            phase="prefill" if row.prefills else "decode",
+        )
         rows += measure_calls(
             row.name,
             calls,
-            {"ours": row.bar if barred else None},
+            {"ours": row.bar if has_bars else None},
             rounds,
             peer_name=peer_name,
             streams=row.streams,
@@ -180,18 +181,15 @@ def measure_streams(
         texts = PROMPTS[name]
         prompts = [chat.prompt([{"role": "user", "content": text}]).tolist() for text in texts]
         most = min(new, MOST_TOKENS)
-        calls = chat_calls(cfg, weights, prompts, most, ends)
-        if peer:
-            calls["peer"] = _peer_call(
-                peer,
-                peer_name,
-                file=str(location.path),
-                prompts=prompts,
-                new=most,
-                ends=sorted(ends),
-                phase="decode",
-            )
-        required = dict(zip(("plain", "speculative"), REQUIRED[name]))
+        calls = add_peer(
+            chat_calls(cfg, weights, prompts, most, ends),
+            prompts=prompts,
+            new=most,
+            ends=sorted(ends),
+            phase="decode",
+        )
+        bars = REQUIRED[name] if has_bars else (None, None)
+        required = dict(zip(("plain", "speculative"), bars))
         rows += measure_calls(name, calls, required, rounds, peer_name=peer_name)
     chat.close()
     return [facts | row for row in rows]

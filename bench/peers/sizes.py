@@ -25,6 +25,7 @@ from engine.model.paths import unflatten
 from engine.model.shapes import leaf_shapes
 from engine.storage.assets import fetch
 from engine.storage.gguf import save_gguf, tokenizer_metadata
+from engine.storage.model_loader import peek_model
 from engine.text.tokenizer import Tokenizer
 
 REAL = "smollm2-135m-instruct"
@@ -57,7 +58,7 @@ def measure_sizes(peer: Peer, rounds: int, names: Collection[str]) -> list[Json]
                 rounds=rounds,
                 names=names or ROWS,
                 about={"model": model, "format": kind.upper(), "random": model != REAL},
-                barred=False,
+                has_bars=False,
             )
     return rows
 
@@ -74,7 +75,7 @@ def measure_mistral(peer: Peer, new: int, rounds: int) -> list[Json]:
             names=MISTRAL_ROWS,
             about={"model": REAL, "format": kind.upper()},
             peer_name=MISTRAL,
-            barred=False,
+            has_bars=False,
         )
     return rows
 
@@ -86,9 +87,11 @@ def model_file(name: str, kind: str, llama: Peer | None = None) -> Path:
     """
     if name == REAL and kind == "q4_1":
         return fetch(REAL)["model"]
-    path = cache_folder("measured", room=ROOM) / f"{name}-{kind}.gguf"
+    file_name = f"{name}-{kind}.gguf"
+    path = cache_folder("measured") / file_name
     if path.exists():
         return path
+    path = cache_folder("measured", room=ROOM) / file_name
     model = _load(name)
     with atomic_file(path) as file:
         if kind == BY_PEER:
@@ -104,15 +107,14 @@ def model_file(name: str, kind: str, llama: Peer | None = None) -> Path:
 
 def _load(name: str) -> BenchModel:
     """Returns a model with a tokenizer: that of REAL where its weights are random."""
-    real = load(REAL)
     if name == REAL:
-        return real
+        return load(REAL)
     cfg = preset(name)
-    return BenchModel(name, cfg, _random_weights(cfg), real.tokenizer)
+    return BenchModel(name, cfg, _random_weights(cfg), peek_model(REAL).describe().tokenizer)
 
 
 def _random_weights(cfg: ModelConfig) -> Any:
-    """Returns weights in float16, made one by one: float32 of 1 B would be 5 GB, twice while it is made."""
+    """Returns weights in float16, made one by one: in float32 those of 1 B would take 5 GB."""
     generator = np.random.default_rng(0)
     leaves = {}
     for path, shape in leaf_shapes(cfg).items():

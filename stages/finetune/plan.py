@@ -98,6 +98,7 @@ def plan_tuning(flags: FinetuneFlags, options: RunOptions, console: Console) -> 
     template = read_template(examples.template)
     on_mesh = options.mesh is not None
     opened = open_model(flags.model, flags.trainable, options.folder, console, template, on_mesh)
+    # once before the data are read, which may take minutes
     plan, _ = plan_for_model(flags, options, opened.model.cfg, opened.lora, opened.blocks)
     require_room_for_step(plan, flags, is_adapter=opened.lora is not None)
     context = choose_context(flags, opened.model.cfg)
