@@ -37,6 +37,7 @@ class Measurement:
     words: tuple[str, ...]  # after `python -m`
     processes: int = 1  # whose rounds are taken together
     has_peer: bool = False  # whether --peer-python is for it
+    drop: tuple[str, ...] = ()  # keys that are not kept: a recording takes megabytes
 
 
 ONE_ROUND = ("--rounds", "1")  # of each of nine processes
@@ -63,6 +64,7 @@ MEASUREMENTS = (
     Measurement("serving", ("bench.serving",)),
     Measurement("commands", ("bench.commands",)),
     Measurement("commands-resuming", ("bench.commands", "--of", "resuming")),
+    Measurement("lives", ("bench.lives",), drop=("lives",)),
 )
 # what the README's commands print, and READMEs with their pictures
 LAST = ("tests/transcript.py", "tests/readmes.py")
@@ -143,6 +145,8 @@ def measure_document(measurement: Measurement, path: Path, peer_python: Path | N
             progress(f"process {number + 1} of {measurement.processes}")
         documents.append(_run(words, path.parent))
     document = pool(documents)
+    for key in measurement.drop:
+        del document[key]
     document["machine"] |= watch.finish()
     document["processes"] = measurement.processes
     write_text(path, f"{json.dumps(document)}\n")

@@ -45,6 +45,22 @@ def test_what_is_no_number_is_the_first_processes():
     assert pool(documents) == documents[0]
 
 
+def test_a_recording_is_not_kept(monkeypatch, tmp_path):
+    class Watch:
+        def finish(self):
+            return {"taken_by_others": 0.0}
+
+    monkeypatch.setattr(everything, "Watch", Watch)
+    monkeypatch.setattr(everything, "_run", lambda *_: {"machine": {}, "lives": [0] * 1000, "cost": [1]})
+    path = tmp_path / "lives.json"
+    everything.measure_document(Measurement("lives", ("bench.lives",), drop=("lives",)), path, None)
+    assert json.loads(path.read_text()) == {
+        "machine": {"taken_by_others": 0.0},
+        "cost": [1],
+        "processes": 1,
+    }
+
+
 @pytest.fixture
 def measured(monkeypatch):
     """The names of what was measured; `broken` fails. Nothing of it runs."""
