@@ -532,6 +532,62 @@ def test_anthropics_tool_runner_goes_on_without_a_thread(roomy):
     assert caught.value.body["error"]["param"] == "thread"
 
 
+@pytest.mark.parametrize("kind", ["bash_20250124", "web_search_20250305", "memory_20250818"])
+def test_why_a_tool_of_anthropics_own_is_refused(claude, kind):
+    with pytest.raises(anthropic.BadRequestError, match=r"tools\[0\]\.type: .*runs no tools"):
+        claude.messages.create(
+            model=CLAUDE, max_tokens=9, messages=HELLO, tools=[{"type": kind, "name": "own"}]
+        )
+
+
+def test_why_a_tool_of_openais_own_is_refused(gpt):
+    with pytest.raises(openai.BadRequestError, match=r"tools\[0\]\.type: .*runs no tools"):
+        gpt.responses.create(model=GPT, input="Hello", tools=[{"type": "web_search_preview"}])
+
+
+@pytest.mark.parametrize("field", ["input_examples", "allowed_callers", "defer_loading"])
+def test_why_a_field_of_anthropics_tools_is_refused(claude, field):
+    tool = {"name": "own", "input_schema": {"type": "object"}, field: True}
+    with pytest.raises(anthropic.BadRequestError, match=rf"tools\[0\]\.{field}: .*unknown.*\. [A-Z]"):
+        claude.messages.create(model=CLAUDE, max_tokens=9, messages=HELLO, tools=[tool])
+
+
+def test_anthropics_system_message_may_stand_among_the_others(claude):
+    among: Any = [{"role": "system", "content": "Be brief."}, *HELLO]
+    first = claude.messages.create(model=CLAUDE, max_tokens=9, temperature=0, messages=among)
+    second = claude.messages.create(
+        model=CLAUDE, max_tokens=9, temperature=0, messages=HELLO, system="Be brief."
+    )
+    assert first.content == second.content
+    assert first.usage == second.usage
+
+
+def test_why_anthropics_batches_and_files_are_absent(claude):
+    with pytest.raises(anthropic.NotFoundError, match="no batches: send each message by itself"):
+        claude.messages.batches.list()
+    with pytest.raises(anthropic.NotFoundError, match="send their text in the messages"):
+        claude.beta.files.list()
+
+
+def test_why_ollama_changes_no_model(gemma, tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    for change in (
+        lambda: gemma.create("mine", from_=GEMMA),
+        lambda: gemma.create_blob(file),
+        lambda: gemma.copy(GEMMA, "mine"),
+        lambda: gemma.delete(GEMMA),
+        lambda: gemma.push(GEMMA),
+    ):
+        with pytest.raises(
+            ollama.ResponseError, match="no request makes, copies, sends or deletes"
+        ) as caught:
+            change()
+        assert caught.value.status_code == 404
+    with pytest.raises(ollama.ResponseError, match=r"template: .*that the server was started with"):
+        gemma.generate(GEMMA, "Hello", template="{{ .Prompt }}")
+
+
 def test_ollama_chats_and_generates(gemma, answer):
     options = {"num_predict": 9, "num_ctx": 64}
     reply = gemma.chat(model=GEMMA, messages=HELLO, options=options)

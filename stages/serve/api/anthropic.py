@@ -107,7 +107,7 @@ class TurnBlock(TextBlock, kw_only=True):
 
 
 class InputTurn(StrictFields):
-    role: Literal["user", "assistant"]
+    role: Literal["user", "assistant", "system"]
     content: str | Annotated[list[TurnBlock], Meta(max_length=256)]
 
     @property

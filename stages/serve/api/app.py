@@ -31,6 +31,15 @@ from stages.serve.state import ServerState
 
 SEND_SECONDS = 60.0  # for a client to read what it was sent
 PREFIXES = ("/v1/models/", "/v1/adapters/")  # before a model's name
+# Why paths are not here that clients of Ollama and Anthropic ask for, with all below them.
+ABSENT = {
+    **dict.fromkeys(
+        ("/api/create", "/api/copy", "/api/delete", "/api/push", "/api/blobs"),
+        "Models are only served here: no request makes, copies, sends or deletes one.",
+    ),
+    "/v1/messages/batches": "There are no batches: send each message by itself, several at once.",
+    "/v1/files": "No files are kept: send their text in the messages.",
+}
 BODY_ERRORS = (400, 404, 408, 413, 415, 429, 503)
 ABOUT = "The routes of this server. Fields follow OpenAI's API, and vLLM's where OpenAI's has no name."
 STATUSES = {
@@ -231,9 +240,11 @@ class Api:
                 path = prefix + "{model}"
         methods = self._routes.get(path)
         if methods is None:
-            raise ApiError(
-                404, f"There is no route {path!r:.80} here; /openapi.json lists them all.", code="not_found"
-            )
+            message = f"There is no route {path!r:.80} here; /openapi.json lists them all."
+            for absent, why in ABSENT.items():
+                if path == absent or path.startswith(f"{absent}/"):
+                    message += f" {why}"
+            raise ApiError(404, message, code="not_found")
         if method not in methods:
             allowed = ", ".join(methods)
             message = f"{scope['path']} is not asked for with {method}, but with {allowed}."

@@ -90,7 +90,28 @@ def join_text(parts: Any) -> str:
     return "".join(part.text for part in parts or ())
 
 
-# Why this server does not grant a field.
+# Types of tools that OpenAI and Anthropic describe or run themselves, without their dates; and fields of such.
+OWN_TOOLS = (
+    "bash",
+    "code_execution",
+    "code_interpreter",
+    "computer",
+    "container",
+    "file_search",
+    "image_generation",
+    "mcp",
+    "mcp_servers",
+    "mcp_toolset",
+    "memory",
+    "text_editor",
+    "tool_search_tool_bm25",
+    "tool_search_tool_regex",
+    "web_fetch",
+    "web_search",
+    "web_search_preview",
+)
+
+# Why this server does not grant a field, or a value.
 UNSUPPORTED = {
     **dict.fromkeys(
         ("functions", "function_call"),
@@ -102,6 +123,10 @@ UNSUPPORTED = {
     "include_obfuscation": "Nothing is added to chunks to hide how long their texts are",
     "web_search_options": "There is no search here",
     **dict.fromkeys(
+        OWN_TOOLS,
+        "This server runs no tools, and knows none: describe each as a function, which the client runs",
+    ),
+    **dict.fromkeys(
         ("store", "previous_response_id", "conversation", "background", "context", "thread"),
         "This server remembers nothing: send the whole conversation each time",
     ),
@@ -109,7 +134,16 @@ UNSUPPORTED = {
         ("images", "image", "image_url", "input_image", "base64", "url", "file"), "The model reads text alone"
     ),
     "citations": "An answer quotes no documents here",
-    "truncation": "Nothing is left out of a conversation here: shorten it",
+    "inference_geo": "A request is answered on this server's own machine",
+    "speed": "There is one speed here, the fastest",
+    "input_examples": "Put examples of a tool's input into its description",
+    "allowed_callers": "Tools are called by the model alone",
+    "defer_loading": "The model is told of all tools at once",
+    **dict.fromkeys(
+        ("truncation", "context_management"), "Nothing is left out of a conversation here: shorten it"
+    ),
+    "fallbacks": "Each request is answered by the model that it names, or by none",
+    "search_result": "Send it as a document, with a source of type content",
     **dict.fromkeys(("think", "thinking"), "No thinking is asked of the model here: leave it out"),
     "prompt_logprobs": "Use echo with logprobs, or /v1/score",
     "truncate_prompt_tokens": "Nothing is left out of a prompt here: shorten it",
@@ -120,7 +154,10 @@ UNSUPPORTED = {
         "JSON is written on one line here, without free white space",
     ),
     "disable_additional_properties": "Say additionalProperties: false in the schema",
-    "chat_template": "Conversations are written by the template that the server was started with",
+    **dict.fromkeys(
+        ("chat_template", "template"),
+        "Conversations are written by the template that the server was started with",
+    ),
     "lora_path": "Name the adapter as the model",
     "continuous_usage_stats": "Only the last chunk of a stream has token counts",
     **dict.fromkeys(
@@ -444,7 +481,7 @@ def _invalid(text: str) -> ApiError:
     code = "invalid_value"
     if field:
         code = "unknown_parameter" if "unknown" in problem else "missing_required_parameter"
-    named = [*re.findall(r"\w+", param), *re.findall(r"enum value '(\w+)'", problem)]
+    named = [*re.findall(r"\w+", param), *re.findall(r"enum value '(\w+?)(?:_\d{8})?'", problem)]
     why = next((f" {UNSUPPORTED[name]}." for name in named if name in UNSUPPORTED), "")
     shown = _short(param)
     message = f"{shown or 'The body'}: {_short(problem, 300)}.{why}"
