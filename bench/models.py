@@ -1,7 +1,7 @@
 """Makes or loads the model to measure, tokens to measure it with, and training steps of a given shape."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pydoc_data.topics import topics  # Python's reference, on every machine
 from typing import Any, Literal, NamedTuple
 
@@ -58,12 +58,12 @@ def load(
     name: str,
     dtype: str | None = "float32",
     on_config: Callable[[ModelConfig], None] = lambda cfg: None,
-    keep_blocks: bool = False,
+    keep_kinds: Collection[str] = (),
 ) -> BenchModel:
     """Loads a model by path or name; `dtype` None: its own. `on_config` gets its architecture
     before its weights are read.
 
-    `keep_blocks`: as `load_model`.
+    `keep_kinds`: as `load_model`.
 
     Raises UserError for none, and for an adapter.
     """
@@ -73,7 +73,7 @@ def load(
             f"{location.run} holds an adapter for another model. Fold it into that one first, "
             f"python -m stages.export --model {location.path} --out FOLDER, and give --model FOLDER."
         )
-    model = load_model(name, dtype=dtype, on_config=on_config, keep_blocks=keep_blocks)
+    model = load_model(name, dtype=dtype, on_config=on_config, keep_kinds=keep_kinds)
     return BenchModel(model.name, model.cfg, model.params, model.tokenizer)
 
 

@@ -85,6 +85,7 @@ def chat(flags: ChatFlags) -> int:
     # These import JAX, here and below, which must be started first.
     from engine.inference.decode import prepare_params
     from engine.model.ops import computes_in_c, kernels_note
+    from engine.model.weights.block_layout import KINDS
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model, with_adapters
     from engine.storage.tensor_layout import describe_kinds
@@ -97,9 +98,12 @@ def chat(flags: ChatFlags) -> int:
     chatty = terminal or flags.verbose
     template = read_template(flags.template)
     documents = Documents(flags.documents) if flags.documents else None
+    keep_kinds: Collection[str] = ()
+    if computes_in_c() and not flags.adapter:
+        keep_kinds = KINDS
     with notes.task(f"loading {flags.model or 'the newest finished run'}") as report:
         # As `serve` does: a file's blocks stay, but for those that an adapter is merged into.
-        model = load_model(flags.model, report=report, keep_blocks=computes_in_c() and not flags.adapter)
+        model = load_model(flags.model, report=report, keep_kinds=keep_kinds)
     params, adapter_notes = with_adapters(model.cfg, model.params, flags.adapter)
     notes.print_notes(*model.notes, *adapter_notes)
     params = prepare_params(model.cfg, params)

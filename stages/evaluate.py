@@ -98,6 +98,7 @@ def evaluate(flags: EvaluateFlags) -> None:
     from engine.inference.config import EngineConfig
     from engine.mesh import layout
     from engine.model.attention import attention_path
+    from engine.model.weights.block_layout import KINDS
     from engine.storage import run_folder
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
@@ -131,9 +132,9 @@ def evaluate(flags: EvaluateFlags) -> None:
             if data is None:
                 check_text_name(flags.data, [*SHIPPED])
         with processes.process_0_first(), console.task("loading"), host_memory(mesh is not None):
-            keep_blocks = flags.weights in ("file", "q4")
+            keep_kinds = KINDS if flags.weights in ("file", "q4") else ()
             model = load_model(
-                flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh), keep_blocks=keep_blocks
+                flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh), keep_kinds=keep_kinds
             )
         console.print_notes(*model.notes)
         if processes.process_count() > 1:

@@ -99,6 +99,7 @@ def export(flags: ExportFlags) -> int:
     import jax.numpy as jnp
 
     from engine.model.paths import map_paths
+    from engine.model.weights.block_layout import KINDS
     from engine.model.weights.blocks import Blocks
     from engine.model.weights.lora import to_dense
     from engine.storage import run_folder
@@ -123,7 +124,7 @@ def export(flags: ExportFlags) -> int:
     _check_free(out, to_gguf, flags.overwrite)
     with Console() as console:
         with console.task("loading") as report:
-            model = load_model(flags.model, dtype="float32", report=report, keep_blocks=True)
+            model = load_model(flags.model, dtype="float32", report=report, keep_kinds=KINDS)
         if out.resolve() in (path.resolve() for path in model.bases):
             adapted = model.run or model.checkpoint
             raise UserError(
@@ -287,7 +288,8 @@ def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[Documen
 
     from engine.model.paths import map_paths
     from engine.model.transformer import forward
-    from engine.model.weights.blocks import GROUP, dense_blocks, round_to_blocks, served_kind
+    from engine.model.weights.block_layout import GROUP
+    from engine.model.weights.blocks import dense_blocks, round_to_blocks, served_kind
     from engine.model.weights.lora import to_dense
     from engine.storage.model_loader import load_model
     from engine.text.corpus import characters

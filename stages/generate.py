@@ -80,6 +80,7 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     from engine.inference.request import Request, SamplingParams
     from engine.mesh import layout
     from engine.model.ops import computes_in_c, kernels_note
+    from engine.model.weights.block_layout import KINDS
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
     from engine.storage.tensor_layout import describe_kinds
@@ -89,7 +90,7 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     mesh = layout.current_mesh()
     with host_memory(mesh is not None):
         check = functools.partial(layout.check_inference, mesh=mesh)
-        model = load_model(flags.model, on_config=check, keep_blocks=computes_in_c())
+        model = load_model(flags.model, on_config=check, keep_kinds=KINDS if computes_in_c() else ())
     notes.print_notes(*model.notes)
     text = flags.prompt
     if text == "-":

@@ -28,6 +28,7 @@ from engine.inference.engine import Engine
 from engine.inference.request import Request, SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS
 from engine.model.native.library import native_problem
+from engine.model.weights.block_layout import KINDS
 from engine.storage.assets import fetch
 from engine.storage.model_loader import load_model, locate
 from engine.storage.tensor_layout import describe_kinds
@@ -127,7 +128,7 @@ def measure_streams(
     if location.format != "gguf":
         raise UserError(f"There is no .gguf file at {model_name}; give one, or smollm2-135m-instruct.")
     problem = native_problem()
-    model = load_model(model_name, keep_blocks=not problem)
+    model = load_model(model_name, keep_kinds=() if problem else KINDS)
     config = EngineConfig(weights="file")
     cfg = config.model_config(model.cfg)
     weights = config.prepare_params(cfg, model.params)

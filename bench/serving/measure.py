@@ -126,7 +126,7 @@ def make_engine(name: str, weights: Any, slots: int, capacity: int) -> tuple[Eng
     """
     config = EngineConfig(slots, capacity, weights, prefix_cache_bytes=None)  # texts come again
     # As the server does: int8 of other floats is another model.
-    model = load(name, dtype=None, keep_blocks=config.keeps_blocks)
+    model = load(name, dtype=None, keep_kinds=config.kept_kinds)
     if model.tokenizer is None:
         raise UserError(f"{name} has no tokenizer, so there is no text to serve. Give a model that has one.")
     config = config.with_capacity(model.cfg, 0)

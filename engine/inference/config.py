@@ -12,6 +12,7 @@ from engine.inference.backend import MIN_ROWS, Backend, choose_backend
 from engine.inference.decode import prepare_params
 from engine.model.cache.segmented import KVDtype, make_kv_segments, segment_edges
 from engine.model.config import ModelConfig
+from engine.model.weights.block_layout import KINDS
 from engine.model.weights.convert import matrices_to_blocks
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import merge_lora
@@ -130,9 +131,11 @@ class EngineConfig:
         return self.backend.edges(self.capacity, self.segment or self.chunk, self.chunk)
 
     @property
-    def keeps_blocks(self) -> bool:
-        """Whether the blocks of a GGUF file stay as they are: without a kernel int8 is faster."""
-        return self.weights == "q4" or (self.weights == "file" and self.backend.in_c)
+    def kept_kinds(self) -> Collection[str]:
+        """The kinds of blocks of a GGUF file that stay as they are: none without a kernel, for int8 is faster."""
+        if self.weights == "q4" or (self.weights == "file" and self.backend.in_c):
+            return KINDS
+        return ()
 
     def model_config(self, cfg: ModelConfig) -> ModelConfig:
         """Returns cfg with `weights` as the compute dtype; float32 where the kernel multiplies

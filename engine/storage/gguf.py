@@ -22,7 +22,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from engine.errors import UserError
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
-from engine.model.weights.blocks import GROUP, KINDS, pack_blocks, round_to_blocks, served_kind, unpack_blocks
+from engine.model.weights.block_layout import GROUP, KINDS, ROUNDED, pack_blocks, unpack_blocks
+from engine.model.weights.blocks import round_to_blocks, served_kind
 from engine.model.weights.plain import as_weight
 from engine.storage.architectures import (
     FREQUENCIES,
@@ -102,10 +103,10 @@ def open_model(path: Path) -> StoredModel:
     def packed(name: str) -> np.ndarray:
         tensor = header.tensors[name]
         data = read_at(path, tensor.offset, tensor.size).reshape(tensor.shape[0], -1)
+        if name in paired:
+            data = regroup_rows(data, cfg.head_dim // 2, 2)
         try:
-            return pack_blocks(
-                regroup_rows(data, cfg.head_dim // 2, 2) if name in paired else data, tensor.kind.name
-            )
+            return pack_blocks(data, tensor.kind.name)
         except ValueError:
             raise infinite_weights(name) from None
 
@@ -180,7 +181,7 @@ def save_gguf(
         own = as_weight(values[leaf.path]).kind
         if own in KINDS:
             kind = GGMLQuantizationType[own]
-        elif kind.name in KINDS:
+        elif kind.name in ROUNDED:
             if leaf.stored[1] % GROUP:
                 kind = F16
             else:
@@ -201,8 +202,9 @@ def save_gguf(
         kind = kinds[leaf.name]
         if array.dtype == np.uint8:
             data = rows
-        elif kind.name in KINDS:
-            data = unpack_blocks(round_to_blocks(rows, kind.name, axis=0))
+        elif kind.name in ROUNDED:
+            blocks = round_to_blocks(rows, kind.name, axis=0)
+            data = unpack_blocks(np.asarray(blocks.packed), blocks.columns)
         else:
             with np.errstate(over="ignore"):  # infinity is refused when the file is read
                 data = quantize(rows, kind)

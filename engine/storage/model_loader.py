@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import os.path
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -224,7 +224,7 @@ def load_model(
     dtype: str | None = None,
     report: OnProgress = None,
     on_config: OnConfig = lambda cfg: None,
-    keep_blocks: bool = False,
+    keep_kinds: Collection[str] = (),
     on_blocks: OnBlocks = lambda blocks: None,
 ) -> LoadedModel:
     """Loads the model `--model` names, by default the newest finished run; a LoRA run with its
@@ -234,7 +234,7 @@ def load_model(
     `on_config` the architecture, before tokenizer and weights are read. Raises UserError, too, when
     the weights exceed the memory.
     """
-    unread = peek_model(name, dtype=dtype, report=report, keep_blocks=keep_blocks)
+    unread = peek_model(name, dtype=dtype, report=report, keep_kinds=keep_kinds)
     on_blocks(unread.blocks)
     on_config(unread.cfg)
     model = unread.describe()
@@ -254,14 +254,14 @@ def peek_model(
     dtype: str | None = None,
     report: OnProgress = None,
     adapted_by: tuple[Path, ...] = (),
-    keep_blocks: bool = False,
+    keep_kinds: Collection[str] = (),
 ) -> UnreadModel:
     """Finds the model `--model` names, as `load_model`, and reads no weight but an adapter's.
 
     `dtype`: of the matrices of a model that is no run, by default its compute dtype. `report`:
     bytes or numbers done and in all. `adapted_by`: the LoRA runs on this base, which is then not
-    fetched from the hub, as nobody named it. `keep_blocks`: leaves that a GGUF file or a run holds
-    as Blocks stay so.
+    fetched from the hub, as nobody named it. `keep_kinds`: matrices that a GGUF file or a run
+    holds in blocks of these kinds stay Blocks.
     """
 
     def check_fetched(cfg: ModelConfig) -> None:
@@ -271,8 +271,8 @@ def peek_model(
     if location.format == "adapter":
         return _peek_adapted(location, adapted_by)
     if location.run:
-        return _peek_run(location, location.run, keep_blocks)
-    return _peek_file(str(name), location.path, dtype, keep_blocks)
+        return _peek_run(location, location.run, keep_kinds)
+    return _peek_file(str(name), location.path, dtype, keep_kinds)
 
 
 def _check_memory(cfg: ModelConfig, model: str, dtype: str) -> None:
@@ -285,14 +285,12 @@ def _check_memory(cfg: ModelConfig, model: str, dtype: str) -> None:
     require_memory(size, subject, "choose a smaller model.", detail=f" in {dtype}")
 
 
-def _peek_file(name: str, path: Path, dtype: str | None, keep_blocks: bool) -> UnreadModel:
+def _peek_file(name: str, path: Path, dtype: str | None, keep_kinds: Collection[str]) -> UnreadModel:
     """Returns a GGUF file or a Hugging Face folder at `path`, which was named `name`; else as `peek_model`."""
     stored: StoredModel = _reader(path).open_model(path)
     cfg = stored.cfg
     in_memory = dtype or cfg.dtype
-    kept: dict[str, Blocks] = {}
-    if keep_blocks:
-        kept = block_leaves(stored)
+    kept = block_leaves(stored, keep_kinds)
 
     def shapes() -> Any:
         return unflatten(leaf_structs(stored, in_memory) | kept)
@@ -325,7 +323,7 @@ def _peek_file(name: str, path: Path, dtype: str | None, keep_blocks: bool) -> U
     return UnreadModel(cfg, kept, shapes, describe, read)
 
 
-def _peek_run(location: Location, run: Path, keep_blocks: bool) -> UnreadModel:
+def _peek_run(location: Location, run: Path, keep_kinds: Collection[str]) -> UnreadModel:
     """Returns a checkpoint of a run folder; else as `peek_model`."""
     cfg = run_folder.read_config(run)
     trained_blocks = run_folder.read_json(run / "run.json").get(TRAINED_BLOCKS)
@@ -337,9 +335,11 @@ def _peek_run(location: Location, run: Path, keep_blocks: bool) -> UnreadModel:
     planned = _with_blocks(cfg, {path: struct for path, struct in structs.items() if path.startswith(PACKED)})
 
     def in_use(leaves: dict[str, Any]) -> dict[str, Any]:
-        if keep_blocks:
-            return unflatten(leaves)
-        return unflatten({path: to_dense(leaf) for path, leaf in leaves.items()})
+        in_memory = {}
+        for path, leaf in leaves.items():
+            stays = isinstance(leaf, Blocks) and leaf.kind in keep_kinds
+            in_memory[path] = leaf if stays else to_dense(leaf)
+        return unflatten(in_memory)
 
     def shapes() -> Any:
         return jax.eval_shape(lambda leaves: in_use(_with_blocks(cfg, leaves)), structs)
@@ -370,7 +370,8 @@ def _peek_run(location: Location, run: Path, keep_blocks: bool) -> UnreadModel:
             )
         return ReadWeights(in_use(leaves), loaded.path, _damage(loaded.path, loaded.damaged))
 
-    return UnreadModel(cfg, planned if keep_blocks else {}, shapes, describe, read)
+    kept = {path: leaf for path, leaf in planned.items() if leaf.kind in keep_kinds}
+    return UnreadModel(cfg, kept, shapes, describe, read)
 
 
 def _with_blocks(cfg: ModelConfig, leaves: dict[str, Any]) -> dict[str, Any]:

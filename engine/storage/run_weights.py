@@ -14,7 +14,15 @@ import numpy as np
 from engine.errors import UserError
 from engine.model.config import ModelConfig
 from engine.model.shapes import leaf_shapes
-from engine.model.weights.blocks import COLUMNS, GROUP, KINDS, Blocks, factors_shape, has_finite_factors
+from engine.model.weights.block_layout import (
+    GROUP,
+    KINDS,
+    ROUNDED,
+    factors_shape,
+    has_finite_factors,
+    packed_shape,
+)
+from engine.model.weights.blocks import Blocks
 from engine.untrusted import quote
 
 # in run.json: the paths of weights in blocks whose factors trained
@@ -54,14 +62,19 @@ def expected_arrays(
         if packed is None or inputs % GROUP:
             expected[path] = ExpectedArray(shape, OF_MATRICES)
             continue
-        block_bytes = KINDS["Q8_0"]
-        if packed.shape and packed.shape[-1] in KINDS.values():
-            block_bytes = packed.shape[-1]
-        blocks = -(-columns // COLUMNS), inputs // GROUP, block_bytes
-        expected[PACKED + path] = ExpectedArray(blocks, ("uint8",))
+        kind = _kind_in_run(packed.shape)
+        expected[PACKED + path] = ExpectedArray(packed_shape(columns, inputs, kind), ("uint8",))
         if path in (arrays if trained_blocks is None else trained_blocks):
-            expected[path] = ExpectedArray(factors_shape(blocks), FLOAT32)
+            expected[path] = ExpectedArray(factors_shape(columns, inputs, kind), FLOAT32)
     return expected
+
+
+def _kind_in_run(shape: tuple[int, ...]) -> str:
+    """Returns the kind of an array of blocks in a run; Q8_0 for a shape that is of no kind there."""
+    for kind in ROUNDED:
+        if shape and shape[-1] == KINDS[kind].bytes:
+            return kind
+    return "Q8_0"
 
 
 def check_arrays(
@@ -102,7 +115,7 @@ def check_arrays(
 def check_factors(checkpoint: Path, leaves: Mapping[str, Any]) -> None:
     """Raises UserError for Blocks with a scale or minimum that is not a finite number."""
     for path, leaf in leaves.items():
-        if isinstance(leaf, Blocks) and not has_finite_factors(leaf):
+        if isinstance(leaf, Blocks) and not has_finite_factors(np.asarray(leaf.packed)):
             raise UserError(
                 f"{checkpoint / 'params.safetensors'} is damaged: {path} has a block whose scale "
                 "or minimum is not a finite number. Restore the run from a copy, or train anew."

@@ -8,7 +8,7 @@ device and, of one that is converted, about a million of the file's numbers at a
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,8 @@ from engine.errors import UserError, did_you_mean
 from engine.model.config import JOINED, ModelConfig
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.shapes import leaf_shapes
-from engine.model.weights.blocks import COLUMNS, GROUP, KINDS, Blocks, unpack_blocks
+from engine.model.weights.block_layout import KINDS, packed_shape, unpack_blocks
+from engine.model.weights.blocks import Blocks
 from engine.model.weights.lora import innermost_base
 from engine.model.weights.plain import as_weight
 from engine.text import OnProgress
@@ -200,13 +201,13 @@ def _change_of(kind: str, leaf: Any) -> str:
     return f"{'widened' if is_wider else 'rounded'} to {own}"
 
 
-def block_leaves(model: StoredModel) -> dict[str, Blocks]:
-    """Returns the leaves that a file holds in blocks, by path: shapes in place of arrays."""
+def block_leaves(model: StoredModel, kept_kinds: Collection[str]) -> dict[str, Blocks]:
+    """Returns the leaves that a file holds in blocks of `kept_kinds`, by path: shapes in place of arrays."""
     leaves = {}
     for leaf in model.leaves:
-        kind = model.kinds.get(leaf.name)
-        if kind in KINDS:
-            shape = -(-leaf.stored[0] // COLUMNS), leaf.stored[1] // GROUP, KINDS[kind]
+        kind = model.kinds.get(leaf.name, "")
+        if kind in kept_kinds:
+            shape = packed_shape(*leaf.stored, kind)
             packed: Any = jax.ShapeDtypeStruct(shape, jnp.uint8)
             leaves[leaf.path] = Blocks(packed, leaf.stored[0], int(leaf.transposed))
     return leaves
@@ -294,7 +295,7 @@ def file_tensors(
     for leaf in leaves:
         weight = as_weight(values[leaf.path])
         if weight.kind in KINDS:
-            yield leaf, unpack_blocks(weight)
+            yield leaf, unpack_blocks(np.asarray(weight.packed), weight.columns)
         else:
             matrix = np.asarray(weight.dense())
             yield leaf, matrix.T if leaf.transposed else matrix

@@ -21,6 +21,7 @@ from engine.mesh.layout import place
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, map_paths, merge, split, unflatten
 from engine.model.trainable import TrainablePaths, lora_only
+from engine.model.weights.block_layout import ROUNDED
 from engine.model.weights.blocks import Blocks
 from engine.model.weights.convert import cast_matrices, round_while_training
 from engine.model.weights.int8 import quantize
@@ -79,7 +80,7 @@ def open_model(
     in_blocks = options.weights == "q4"
     dtype = None if options.adapter else "float32"
     with console.task(f"loading {name}") as report:
-        unread = peek_model(name, dtype=dtype, report=report, keep_blocks=in_blocks)
+        unread = peek_model(name, dtype=dtype, report=report, keep_kinds=ROUNDED if in_blocks else ())
         model = unread.describe()
     _refuse_own_folder(model, folder)
     base, continued = _find_adapter(name, model.cfg, options)

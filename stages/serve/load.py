@@ -196,7 +196,7 @@ def load(
     named = {name: folder for name, folder in options.adapters if name}
     on_mesh = layout.current_mesh() is not None
     # What an adapter is merged into is a block no more.
-    keep_blocks = engine_config.keeps_blocks and not merged
+    keep_kinds = () if merged else engine_config.kept_kinds
     ahead = CompileAhead(engine_config, device)
     with contextlib.ExitStack() as on_error:
         on_error.callback(ahead.stop)
@@ -206,7 +206,7 @@ def load(
                 model_name,
                 report=report,
                 on_config=ahead.begin,
-                keep_blocks=keep_blocks,
+                keep_kinds=keep_kinds,
                 on_blocks=ahead.blocks.update,
             )
         console.print_notes(*model.notes)

@@ -258,8 +258,8 @@ def test_the_engine_beside_a_server_has_a_prefix_cache_as_that_has(monkeypatch):
 def test_the_engine_beside_a_server_has_blocks_where_that_has(monkeypatch):
     cfg, reads = tiny_config(), []
 
-    def load(name, *, keep_blocks, **_):
-        reads.append(keep_blocks)
+    def load(name, *, keep_kinds, **_):
+        reads.append(bool(keep_kinds))
         return SimpleNamespace(cfg=cfg, params=lively_params(cfg), tokenizer=byte_tokenizer())
 
     monkeypatch.setattr(measure, "load", load)

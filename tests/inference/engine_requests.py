@@ -21,7 +21,8 @@ from engine.inference.engine import Engine
 from engine.inference.request import Event, Request
 from engine.model.paths import map_paths
 from engine.model.weights import blocks, stacked_lora
-from engine.model.weights.blocks import GROUP, Blocks, pack_blocks
+from engine.model.weights.block_layout import GROUP, pack_blocks
+from engine.model.weights.blocks import Blocks
 from engine.model.weights.int8 import quantize
 
 SLOTS, CAPACITY, CHUNK, TAIL = 5, 62, 16, 4

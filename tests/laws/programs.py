@@ -32,16 +32,9 @@ from engine.model.ops import platform
 from engine.model.paths import merge, split
 from engine.model.transformer import forward, init_params, make_cache
 from engine.model.weights import int8
-from engine.model.weights.blocks import (
-    COLUMNS,
-    GROUP,
-    KINDS,
-    Blocks,
-    Rounding,
-    factors_to_train,
-    round_to_blocks,
-    with_factors,
-)
+from engine.model.weights import block_layout
+from engine.model.weights.block_layout import GROUP, packed_shape
+from engine.model.weights.blocks import Blocks, Rounding, factors_to_train, round_to_blocks, with_factors
 from engine.model.weights.convert import cast_matrices
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import init_lora
@@ -92,12 +85,12 @@ def shape_of(dtype: Any, *shape: int) -> Any:
 
 def blocks_shape(cfg: Any) -> Blocks:
     """A weight of one block an output, in Q4_1."""
-    packed: Any = shape_of(jnp.uint8, -(-cfg.ff // COLUMNS), 1, KINDS["Q4_1"])
+    packed: Any = shape_of(jnp.uint8, *packed_shape(cfg.ff, GROUP, "Q4_1"))
     return Blocks(packed, cfg.ff)
 
 
 def factors_shape(cfg: Any) -> Any:
-    return shape_of(jnp.float32, -(-cfg.ff // COLUMNS), 1, 2, COLUMNS)
+    return shape_of(jnp.float32, *block_layout.factors_shape(cfg.ff, GROUP, "Q4_1"))
 
 
 def batch_shapes(rows: int = B, tokens: int = T) -> Batch:

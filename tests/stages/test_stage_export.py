@@ -17,6 +17,7 @@ from engine.inference.config import EngineConfig
 from engine.model.config import LoraConfig, RopeScaling
 from engine.model.paths import leaf_paths, map_paths, merge
 from engine.model.transformer import forward
+from engine.model.weights.block_layout import KINDS
 from engine.model.weights.convert import cast_matrices, weight_types
 from engine.model.weights.lora import LoRA, init_lora
 from engine.storage.digest import digest
@@ -97,7 +98,7 @@ def test_a_file_of_4_bits_holds_the_blocks_that_are_served(dtype, trained, tmp_p
         loading(monkeypatch, trained, cfg=cfg, params=params)
         out = exported(trained, tmp_path / "file.gguf", "--dtype", dtype, "--check", "--overwrite")
         assert "by at most 0.0e+00 of the" in capsys.readouterr().out
-        file = load_model(str(out), keep_blocks=True)
+        file = load_model(str(out), keep_kinds=KINDS)
         from_file = EngineConfig(weights="file").prepare_params(file.cfg, file.params)
         served = EngineConfig(weights="q4").prepare_params(cfg, params)
         assert weight_types(from_file) == f"{dtype.upper()}, Q8_0"

@@ -21,6 +21,7 @@ from tiny_runs import WORDS, at_step, interrupt, metrics
 
 from engine.mesh.shape import AXES
 from engine.model.paths import leaf_paths, map_paths, merge, split
+from engine.model.weights.block_layout import KINDS
 from engine.model.weights.blocks import Blocks
 from engine.model.weights.convert import cast_matrices, matrices_to_blocks
 from engine.model.weights.lora import to_dense
@@ -318,8 +319,8 @@ def test_of_a_base_in_blocks_factors_train_and_integers_stay(
         int(re.findall(r"memory (\d+)%", capsys.readouterr().out)[0]) < 80
     )  # two numbers in 32 weights have a gradient
     shapes: dict[str, Any] = {}
-    before = load_model(str(base), keep_blocks=True)
-    model = load_model(str(folder), keep_blocks=True, on_blocks=shapes.update)
+    before = load_model(str(base), keep_kinds=KINDS)
+    model = load_model(str(folder), keep_kinds=KINDS, on_blocks=shapes.update)
     losses = result(folder)
     leaves = {path: leaf for path, leaf in leaf_paths(model.params).items() if isinstance(leaf, Blocks)}
     assert {path: (leaf.kind, leaf.shape) for path, leaf in leaves.items()} == {
@@ -352,7 +353,7 @@ def test_of_a_base_in_blocks_factors_train_and_integers_stay(
     )
     assert export.main(["--model", str(folder), "--out", str(out), "--dtype", "q4_0", "--check"]) == 0
     assert "by at most 0.0e+00 of the" in capsys.readouterr().out
-    served = [matrices_to_blocks(load_model(str(path), keep_blocks=True).params) for path in (folder, out)]
+    served = [matrices_to_blocks(load_model(str(path), keep_kinds=KINDS).params) for path in (folder, out)]
     of_run, of_file = (
         {path: leaf for path, leaf in leaf_paths(params).items() if path in leaves} for params in served
     )

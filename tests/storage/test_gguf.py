@@ -17,8 +17,10 @@ from engine.model.config import RopeScaling
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.shapes import leaf_shapes
 from engine.model.transformer import forward
+from engine.model.weights.block_layout import KINDS
 from engine.model.weights.blocks import Blocks
 from engine.model.weights.int8 import Int8
+from engine.model.weights.lora import to_dense
 from engine.storage import model_loader
 from engine.storage.gguf import regroup_rows, save_gguf
 from engine.storage.model_loader import load_model
@@ -71,6 +73,12 @@ def test_k_quants_are_read(kind, tmp_path):
     assert np.isfinite(expected).all()
     assert expected.std() > 0
     np.testing.assert_array_equal(down, expected.T)
+    kept = load_model(path, keep_kinds=KINDS).params["blocks"]["0"]["down"]
+    if kind in KINDS:
+        assert kept.kind == kind
+        np.testing.assert_array_equal(to_dense(kept), expected.T)
+    else:
+        assert kept.dtype == "bfloat16"
 
 
 def test_llama_files_keep_rotary_pairs_side_by_side(tmp_path):
@@ -219,7 +227,7 @@ def test_what_is_not_understood_is_refused_by_name(changes, words, tmp_path):
     assert all(word in sentence for word in words), sentence
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 @pytest.mark.parametrize("heads", [24, 32])  # keys that end in the middle of a strip are not joined
 def test_a_file_is_served_from_its_own_blocks(kind, heads, tmp_path):
     """All that has blocks: what has none, here `attn_output`, is int8; logits stay near those of
@@ -244,7 +252,7 @@ def test_a_file_is_served_from_its_own_blocks(kind, heads, tmp_path):
     path = tiny_gguf(tmp_path / "x.gguf", kind=kind, sizes=sizes, tensors=weights(SHAPES | shapes))
     shapes_ahead: dict[str, Blocks] = {}
     model, config = (
-        load_model(path, keep_blocks=True, on_blocks=shapes_ahead.update),
+        load_model(path, keep_kinds=KINDS, on_blocks=shapes_ahead.update),
         EngineConfig(weights="file"),
     )
     cfg, params = config.model_config(model.cfg), config.prepare_params(model.cfg, model.params)
@@ -269,7 +277,7 @@ def test_a_file_is_served_from_its_own_blocks(kind, heads, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("weights", "keep_blocks", "words"),
+    ("weights", "keeps_blocks", "words"),
     [
         (
             None,
@@ -279,23 +287,21 @@ def test_a_file_is_served_from_its_own_blocks(kind, heads, tmp_path):
         (
             None,
             True,
-            "of 15 matrices 3 stay as they are (Q8_0), 2 are rounded to bfloat16 (F32), 10 are "
-            "widened to bfloat16 (Q5_0)",
+            "of 15 matrices 13 stay as they are (Q5_0, Q8_0), 2 are rounded to bfloat16 (F32)",
         ),
-        ("float32", True, "of 15 matrices 5 stay as they are (Q8_0, F32), 10 are widened to float32 (Q5_0)"),
+        ("float32", True, "all 15 matrices stay as they are (Q5_0, Q8_0, F32)"),
         (
             "q4",
             True,
-            "of 15 matrices 3 stay as they are (Q8_0), 10 are rounded to Q4_0 (Q5_0), 2 are "
-            "rounded to int8 (F32)",
+            "of 15 matrices 13 stay as they are (Q5_0, Q8_0), 2 are rounded to int8 (F32)",
         ),
     ],
 )
-def test_what_becomes_of_a_files_kinds_is_said(weights, keep_blocks, words, tmp_path):
+def test_what_becomes_of_a_files_kinds_is_said(weights, keeps_blocks, words, tmp_path):
     """Of the weights as they are in use, of which some lie side by side."""
     names = ("token_embd.weight", "blk.0.attn_q.weight", "blk.1.ffn_up.weight")
     path = tiny_gguf(tmp_path / "model.gguf", kind="Q5_0", kinds=dict.fromkeys(names, "Q8_0"))
-    model = load_model(str(path), keep_blocks=keep_blocks)
+    model = load_model(str(path), keep_kinds=KINDS if keeps_blocks else ())
     config = EngineConfig(weights=weights)
     cfg = config.model_config(model.cfg)
     assert describe_kinds(model.kinds, config.prepare_params(cfg, model.params)) == words
@@ -319,5 +325,5 @@ def test_a_named_models_recommended_sampling_is_known_here(tmp_path, monkeypatch
 def test_a_factor_that_is_not_finite_is_refused(tmp_path):
     with np.errstate(all="ignore"):
         path = tiny_gguf(tmp_path / "x.gguf", kind="Q4_1", tensors=with_fault(np.inf))
-    sentence = refusal(functools.partial(load_model, keep_blocks=True), path)
+    sentence = refusal(functools.partial(load_model, keep_kinds=KINDS), path)
     assert "'blk.1.ffn_down.weight' holds weights that are not finite" in sentence

@@ -23,6 +23,7 @@ from engine.errors import UserError
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.shapes import leaf_shapes
+from engine.model.weights.block_layout import KINDS
 from engine.model.weights.blocks import Blocks, factors_to_train, round_to_blocks, with_factors
 from engine.model.weights.lora import init_lora, to_dense
 from engine.storage import checkpoint
@@ -111,7 +112,7 @@ def test_runs_of_every_kind_load_as_they_were_saved(runs, arrays):
         for path, leaf in dense(load_model(str(runs["plain"]))).items()
     )
     blocks: dict[str, Any] = {}
-    kept = leaf_paths(load_model(str(runs["packed"]), keep_blocks=True, on_blocks=blocks.update).params)
+    kept = leaf_paths(load_model(str(runs["packed"]), keep_kinds=KINDS, on_blocks=blocks.update).params)
     assert {path: leaf.kind for path, leaf in kept.items() if isinstance(leaf, Blocks)} == PACKED
     assert {path: leaf.shape for path, leaf in blocks.items()} == {path: CFG_SHAPES[path] for path in PACKED}
     stored = arrays["packed"]
@@ -178,11 +179,11 @@ def test_a_change_of_one_array_is_refused_or_changes_nothing(runs, arrays, kind,
     )
     try:
         write_step(runs[kind], changed)
-        keep_blocks = kind != "adapter" and data.draw(st.booleans())
+        keep_kinds = KINDS if kind != "adapter" and data.draw(st.booleans()) else ()
         if same:
-            load_model(str(runs[kind]), keep_blocks=keep_blocks)
+            load_model(str(runs[kind]), keep_kinds=keep_kinds)
         else:
-            sentence = refusal(lambda: load_model(str(runs[kind]), keep_blocks=keep_blocks))
+            sentence = refusal(lambda: load_model(str(runs[kind]), keep_kinds=keep_kinds))
             assert str(runs[kind] / "checkpoints" / "7") in sentence, (way, sentence)
     finally:
         write_step(runs[kind], arrays[kind])
@@ -232,8 +233,8 @@ def test_a_block_whose_scale_is_not_finite_is_refused(runs, arrays, path, value)
     else:
         damaged[-1, -1, -1, -1] = value
     write_step(runs["packed"], arrays["packed"] | {path: damaged})
-    for keep_blocks in (False, True):
-        sentence = refusal(functools.partial(load_model, str(runs["packed"]), keep_blocks=keep_blocks))
+    for keep_kinds in ((), KINDS):
+        sentence = refusal(functools.partial(load_model, str(runs["packed"]), keep_kinds=keep_kinds))
         name = path.removeprefix("packed/")
         assert f"{name} has a block whose scale or minimum is not a finite number" in sentence
     write_step(runs["packed"], arrays["packed"])
@@ -255,9 +256,9 @@ def test_an_adapter_of_an_earlier_version_is_refused(runs, arrays):
 
 def test_an_earlier_versions_run_does_not_tell_which_blocks_trained(runs, arrays, tmp_path):
     folder = write_run(tmp_path / "run", arrays["packed"])
-    wanted = load_model(str(runs["packed"]), keep_blocks=True).params["blocks"]["1"]["down"]
+    wanted = load_model(str(runs["packed"]), keep_kinds=KINDS).params["blocks"]["1"]["down"]
     assert np.array_equal(
-        load_model(str(folder), keep_blocks=True).params["blocks"]["1"]["down"].packed, wanted.packed
+        load_model(str(folder), keep_kinds=KINDS).params["blocks"]["1"]["down"].packed, wanted.packed
     )
 
 
@@ -283,7 +284,7 @@ def test_what_was_planned_of_one_checkpoint_is_not_loaded_from_another_with_othe
         file.seek(-1, 2)
         file.write(b"\x01")
     assert "has other weights in blocks than a newer checkpoint" in refusal(
-        lambda: load_model(str(runs["packed"]), keep_blocks=True)
+        lambda: load_model(str(runs["packed"]), keep_kinds=KINDS)
     )
     shutil.rmtree(runs["packed"] / "checkpoints" / "8")
 

@@ -1,17 +1,22 @@
 // The product of some rows with a weight in GGUF's blocks as they are in the file, called by XLA. A block is 32 inputs of a
-// column: Q4_0, numbers from 0 to 15 and a scale s that stand for s (n - 8); Q4_1, a scale and a minimum m that stand for
-// s n + m; Q8_0, numbers from -128 to 127 and a scale. Scales and minima are float16.
+// column: Q4_0, numbers n from 0 to 15 and a scale s that stand for s (n - 8); Q5_0, from 0 to 31, s (n - 16); Q4_1 and Q5_1,
+// with a minimum m, s n + m; Q8_0, numbers from -128 to 127 and a scale. Scales and minima are float16. Blocks that end in K
+// are of 256 inputs, eight groups of 32: Q4_K and Q5_K with a small scale a and minimum b of each group, a s n - b m; Q6_K, from
+// 0 to 63, with a small scale of each 16 inputs, a s (n - 32).
 //
-//     x (M, in) or (M, 2 in) float32, weight (out / 16, in / 32, bytes of 16 blocks) uint8, gain (in or 0) and eps float32
+//     x (M, in) or (M, 2 in) float32, weight (out / 16, in / inputs of a block, bytes of 16 blocks) uint8, gain (in or 0) and
+//     eps float32
 //       -> y (M, out) float32, and behind it what adapters add, if their arguments are behind eps (adapters.h)
 //
 // With a gain x is normalised first. Of 2 in columns SwiGLU is multiplied: the silu of the first half times the second.
 //
 // 16 blocks, of as many columns, lie side by side: 4 inputs of each column in 64 bytes, as a dot-product instruction takes
-// them, then the scales, then the minima. Of 4 bits a byte holds the inputs i and i + 16. A weight is read once, in order: few
-// rows wait for that, many for the instruction.
+// them. Of 4 bits a byte holds the inputs i and i + 16. Fifth bits of a group follow in 64 bytes, in which bit k is of the
+// inputs 4 k to 4 k + 3; fifth and sixth ones in twice 64, of inputs 0 to 15 and of 16 to 31. After the numbers of all groups
+// come small scales, small minima, scales and minima. A weight is read once, in order: few rows wait for that, many for the
+// instruction.
 //
-// x is rounded to int8 with a scale for each 32 numbers. A block's integers are summed exactly; blocks are added in order, by
+// x is rounded to int8 with a scale for each 32 numbers. A group's integers are summed exactly; groups are added in order, by
 // the same operations for any number of rows, so a row's bits depend on the row alone. A row with a number that is not finite
 // gives NaN.
 #include "threads.h"
@@ -19,7 +24,8 @@
 
 enum { ROWS = W == 16 ? 6 : 4 };  // that share one reading of a strip's weights, at most
 enum { GROUP = 32 };
-enum { Q4_0 = 288, Q4_1 = 320, Q8_0 = 544 };  // the kinds, by the bytes of 16 blocks
+// The kinds, by the bytes of 16 blocks.
+enum { Q4_0 = 288, Q4_1 = 320, Q5_0 = 352, Q5_1 = 384, Q8_0 = 544, Q4_K = 2368, Q5_K = 2880, Q6_K = 3360 };
 enum { COLUMNS = 16, STEP = 64, VECTORS = COLUMNS / W };  // of a strip; bytes of 4 inputs of each, a cache line
 enum { ROUNDED = 16 * 1024 };  // numbers that a thread rounds at a time, about
 enum { AHEAD = 4096 };  // bytes of weight
@@ -58,7 +64,22 @@ enum { TOO_HIGH = 0 };
 #error "this processor is not known to multiply int8 fast"
 #endif
 
+INLINE int64_t groups_of(const int kind) { return kind >= Q4_K ? 8 : 1; }
+INLINE int bits_of(const int kind) {
+  return kind == Q8_0 ? 8 : kind == Q6_K ? 6 : kind == Q5_0 || kind == Q5_1 || kind == Q5_K ? 5 : 4;
+}
+INLINE int has_minimum(const int kind) { return kind == Q4_1 || kind == Q5_1 || kind == Q4_K || kind == Q5_K; }
+// What each number is too high.
+INLINE int offset_of(const int kind) {
+  return kind == Q8_0 ? TOO_HIGH : kind == Q6_K ? 32 : kind == Q5_0 ? 16 : kind == Q4_0 ? 8 : 0;
+}
+
 INLINE Quads load_quads(const void *from) { return (Quads)load(from); }
+
+// The bits from `place` on of each byte, as the bits from 4 on.
+INLINE Quads upper_bits(Quads bits, const int place, const int8_t mask) {
+  return (Quads)(place < 4 ? (I)bits << (4 - place) : (I)bits >> (place - 4)) & mask;
+}
 
 // W float16 as float32.
 INLINE F halves(const uint8_t *from) {
@@ -71,10 +92,13 @@ INLINE F halves(const uint8_t *from) {
 #endif
 }
 
+// W small factors, of a byte each.
+INLINE F small_factors(const uint8_t *from) { return widen((const char *)from, INT8); }
+
 typedef struct {
   float scale;  // of 32 numbers of x
   float sum;  // of the numbers, rounded, for minima
-  int32_t start;  // what is too high in each of their sums, taken off
+  int32_t starts[2];  // what is too high in each of their sums, taken off: of all, or of each half
 } Scale;
 
 typedef struct {
@@ -94,7 +118,7 @@ typedef struct {
 } Task;
 
 // Rounds 32 numbers of x as blocks.py does, to the steps of their largest magnitude. Returns whether all are finite.
-INLINE int round_group(const float *x, int8_t *rounded, Scale *s, int too_high) {
+INLINE int round_group(const float *x, int8_t *rounded, Scale *s, int offset, int in_halves) {
   uint32_t largest = 0;  // bits sort as magnitudes do, an infinity's and a NaN's last
   FOR(i, GROUP) {
     uint32_t bits;
@@ -107,14 +131,15 @@ INLINE int round_group(const float *x, int8_t *rounded, Scale *s, int too_high) 
   if (!isfinite(s->scale)) return 0;
   if (s->scale < 1.17549435e-38f) s->scale = 1;  // else its inverse could be infinite
   const float inverse = 1 / s->scale;
-  int32_t sum = 0;
-  FOR(i, GROUP) {
-    const int32_t nearest = (int32_t)rintf(x[i] * inverse);
-    rounded[i] = nearest;
-    sum += nearest;
+  int32_t sums[2] = {0};
+  FOR(half, 2) FOR(i, GROUP / 2) {
+    const int32_t nearest = (int32_t)rintf(x[half * (GROUP / 2) + i] * inverse);
+    rounded[half * (GROUP / 2) + i] = nearest;
+    sums[half] += nearest;
   }
-  s->sum = sum;
-  s->start = -too_high * sum;
+  s->sum = sums[0] + sums[1];
+  s->starts[0] = -offset * (in_halves ? sums[0] : sums[0] + sums[1]);
+  s->starts[1] = -offset * sums[1];
   return 1;
 }
 
@@ -141,7 +166,7 @@ static int round_row(const Task *t, int64_t row) {
     x = prepared;
   }
   for (int64_t g = 0, first = row * t->groups; g < t->groups; g++)
-    if (!round_group(x + g * GROUP, t->rows + (first + g) * GROUP, t->scales + first + g, t->kind == Q4_0 ? 8 : TOO_HIGH))
+    if (!round_group(x + g * GROUP, t->rows + (first + g) * GROUP, t->scales + first + g, offset_of(t->kind), t->kind == Q6_K))
       return 0;
   return 1;
 }
@@ -152,44 +177,67 @@ static void round_part(const void *task, int64_t part) {
   for (int64_t row = part * t->size; row < stop; row++) t->finite[row] = round_row(t, row);
 }
 
+// The products of a group's 32 numbers of W columns, `numbers` on, with those of some rows: of Q6_K those of its first half in
+// `sums` and of the other in `others`, else all in `sums`.
+INLINE void add_group(const uint8_t *numbers, const int8_t *const *x, const int rows, const int kind, I *sums, I *others) {
+  const int bits = bits_of(kind), is_wide = bits > 4;
+  I *const upper_sums = kind == Q6_K ? others : sums;
+  Quads upper[2];
+  if (bits == 5) upper[0] = upper[1] = load_quads(numbers + 4 * STEP);
+  if (bits == 6) EACH(half, 2) upper[half] = load_quads(numbers + (4 + half) * STEP);
+  // Rows in turns: each row's sums wait for one another.
+  FOR(i, (bits == 8 ? 8 : 4)) {
+    const Quads both = load_quads(numbers + i * STEP);
+    if (bits == 8) {
+      const Quads weights = both ^ (int8_t)TOO_HIGH;
+      EACH(row, rows) add_products(sums[row], weights, x[row] + 4 * i, 1);
+    } else {
+      Quads low = both & 15, high = (Quads)((I)both >> 4) & 15;
+      if (bits == 5) low |= upper_bits(upper[0], i, 16), high |= upper_bits(upper[1], i + 4, 16);
+      if (bits == 6) low |= upper_bits(upper[0], 2 * i, 48), high |= upper_bits(upper[1], 2 * i, 48);
+      EACH(row, rows) add_products(sums[row], low, x[row] + 4 * i, is_wide);
+      EACH(row, rows) add_products(upper_sums[row], high, x[row] + 4 * i + 16, is_wide);
+    }
+  }
+}
+
 // `rows` rows of the order, from the given one on, times 16 columns.
 INLINE void multiply(const Task *t, int64_t first, const int rows, int64_t strip, const int kind) {
-  const int64_t groups = t->groups;
-  const uint8_t *w = t->weight + strip * groups * kind;
-  const int8_t *x[ROWS];
+  const int64_t groups = t->groups, together = groups_of(kind), number_bytes = bits_of(kind) * STEP;
+  const uint8_t *w = t->weight + strip * (groups / together) * kind;
   const Scale *scales[ROWS];
   F y[ROWS][VECTORS];
   EACH(row, rows) {
-    x[row] = t->rows + t->order[first + row] * t->in;
     scales[row] = t->scales + t->order[first + row] * groups;
     EACH(v, VECTORS) y[row][v] = (F){0};
   }
-  for (int64_t group = 0; group < groups; group++, w += kind) {
-    const int64_t from = group * GROUP;
-    const uint8_t *after = w + (kind == Q8_0 ? 8 : 4) * STEP;  // scales
-    EACH(i, (kind + STEP - 1) / STEP) prefetch(w + i * STEP + AHEAD);
+  for (int64_t group = 0; group < groups; group += together, w += kind) FOR(inner, together) {
+    const uint8_t *numbers = w + inner * number_bytes, *small = w + together * number_bytes;
+    const uint8_t *factors = small + (together > 1 ? 2 * together * COLUMNS : 0);
+    const int8_t *x[ROWS];
+    EACH(row, rows) x[row] = t->rows + t->order[first + row] * t->in + (group + inner) * GROUP;
+    EACH(i, (kind / together + STEP - 1) / STEP) prefetch(w + inner * (kind / together) + i * STEP + AHEAD);
     EACH(v, VECTORS) {
-      I sums[ROWS];
-      EACH(row, rows) sums[row] = (I){0} + (W == 8 || kind == Q4_1 ? 0 : scales[row][group].start);
-      // Rows in turns: each row's sums wait for one another.
-      FOR(i, (kind == Q8_0 ? 8 : 4)) {
-        const uint8_t *quads = w + i * STEP + v * sizeof(Quads);
-        if (kind == Q8_0) {
-          const Quads weights = load_quads(quads) ^ (int8_t)TOO_HIGH;
-          EACH(row, rows) add_products(sums[row], weights, x[row] + from + 4 * i, 1);
-        } else {
-          const Quads both = load_quads(quads), low = both & 15, high = (Quads)((I)both >> 4) & 15;
-          EACH(row, rows) add_products(sums[row], low, x[row] + from + 4 * i, 0);
-          EACH(row, rows) add_products(sums[row], high, x[row] + from + 4 * i + 16, 0);
-        }
+      I sums[ROWS], others[ROWS];
+      EACH(row, rows) sums[row] = others[row] = (I){0};
+      add_group(numbers + v * sizeof(Quads), x, rows, kind, sums, others);
+      F scale = halves(factors + 2 * W * v), least = scale, scale_of_others = scale;
+      if (has_minimum(kind)) least = halves(factors + 2 * (COLUMNS + W * v));
+      if (kind == Q6_K) {
+        scale_of_others = scale * small_factors(small + (2 * inner + 1) * COLUMNS + W * v);
+        scale *= small_factors(small + 2 * inner * COLUMNS + W * v);
+      } else if (together > 1) {
+        scale *= small_factors(small + inner * COLUMNS + W * v);
+        least *= -small_factors(small + (together + inner) * COLUMNS + W * v);
       }
-      const F scale = halves(after + 2 * W * v), least = kind == Q4_1 ? halves(after + 2 * (COLUMNS + W * v)) : scale;
       EACH(row, rows) {
-        const Scale *s = scales[row] + group;
-        I integers = finish(sums[row], kind == Q8_0);
-        if (W == 8 && kind == Q4_0) integers += s->start;  // which 16 bits do not hold
-        F total = __builtin_convertvector(integers, F) * scale;
-        if (kind == Q4_1) total = fused(least, spread(s->sum), total);
+        const Scale *s = scales[row] + group + inner;
+        F total = __builtin_convertvector(finish(sums[row], bits_of(kind) > 4) + s->starts[0], F) * scale;
+        if (kind == Q6_K) {
+          const I integers = finish(others[row], 1) + s->starts[1];
+          total = fused(__builtin_convertvector(integers, F), scale_of_others, total);
+        }
+        if (has_minimum(kind)) total = fused(least, spread(s->sum), total);
         y[row][v] = fused(total, spread(s->scale), y[row][v]);
       }
     }
@@ -212,6 +260,11 @@ static void multiply_part(const void *task, int64_t part) {
   for (int64_t strip = part * t->size; strip * COLUMNS < after; strip++) switch (t->kind) {
     case Q4_0: multiply_strip(t, strip, Q4_0); break;
     case Q4_1: multiply_strip(t, strip, Q4_1); break;
+    case Q5_0: multiply_strip(t, strip, Q5_0); break;
+    case Q5_1: multiply_strip(t, strip, Q5_1); break;
+    case Q4_K: multiply_strip(t, strip, Q4_K); break;
+    case Q5_K: multiply_strip(t, strip, Q5_K); break;
+    case Q6_K: multiply_strip(t, strip, Q6_K); break;
     default: multiply_strip(t, strip, Q8_0);
   }
   FOR(row, t->M)
@@ -230,10 +283,11 @@ static void place(Task *t, Memory *memory) {
 KERNEL(block_matmul) {
   const int is_adapted = call->args.size > 4;
   REQUIRE(call->args.size == (is_adapted ? 9 : 4) && call->rets.size == (is_adapted ? 2 : 1))
-  const int64_t M = dim(in[0], 0), width = dim(in[0], 1), groups = dim(in[1], 1), kind = dim(in[1], 2), gains = dim(in[2], 0);
-  const int64_t inputs = groups * GROUP, columns = dim(out[0], 1);
-  REQUIRE((kind == Q4_0 || kind == Q4_1 || kind == Q8_0) && groups > 0 && columns > 0)
-  REQUIRE(IS(in[1], U8, ceiling(columns, COLUMNS), groups, kind) && IS(in[0], F32, M, width) && IS(out[0], F32, M, columns))
+  const int64_t M = dim(in[0], 0), width = dim(in[0], 1), blocks = dim(in[1], 1), kind = dim(in[1], 2), gains = dim(in[2], 0);
+  REQUIRE(kind == Q4_0 || kind == Q4_1 || kind == Q5_0 || kind == Q5_1 || kind == Q8_0 || kind == Q4_K || kind == Q5_K || kind == Q6_K)
+  const int64_t groups = blocks * groups_of(kind), inputs = groups * GROUP, columns = dim(out[0], 1);
+  REQUIRE(blocks > 0 && columns > 0)
+  REQUIRE(IS(in[1], U8, ceiling(columns, COLUMNS), blocks, kind) && IS(in[0], F32, M, width) && IS(out[0], F32, M, columns))
   REQUIRE((width == inputs && (gains == 0 || gains == inputs)) || (width == 2 * inputs && gains == 0))
   REQUIRE(IS(in[2], F32, gains) && is_array(in[3], F32, 0, NULL))
   REQUIRE(!is_adapted || (are_adapters(M, inputs, in + 4, out[1]) && dim(out[1], 1) == columns))
@@ -247,7 +301,7 @@ KERNEL(block_matmul) {
   run(call, threads, round_part, &t, ceiling(t.M, t.size));
   FOR(row, t.M)
     if (t.finite[row]) t.order[t.count++] = row;
-  t.size = ceiling(strips, threads * ceiling(strips * groups * kind, threads * PART));  // as many parts for each thread
+  t.size = ceiling(strips, threads * ceiling(strips * blocks * kind, threads * PART));  // as many parts for each thread
   run(call, threads, multiply_part, &t, t.adapters.rows + ceiling(strips, t.size));
   free(memory.start);
   return NULL;

@@ -1,9 +1,8 @@
-"""Blocks: a weight in GGUF's blocks of 32 inputs, read from a file as they are or rounded here, and the product with it.
+"""Blocks: a weight in GGUF's blocks, read from a file as they are or rounded here, and the product with it.
 
-A kind is known by the bytes of 16 blocks: Q4_0 and Q4_1 have 4 bits a weight, Q8_0 has 8; each
-block has a scale, and in Q4_1 a minimum, in float16. x is rounded to int8 with a scale for each 32
-numbers, so numbers far above the rest make the steps of their own block coarse and of no other.
-What a file has is not converted, and no weight is rounded a second time.
+x is rounded to int8 with a scale for each 32 numbers, so numbers far above the rest make the steps
+of their own group coarse and of no other. What a file has is not converted, and no weight is
+rounded a second time. block_layout.py says how blocks lie.
 """
 
 import dataclasses
@@ -20,26 +19,21 @@ from jax.typing import DTypeLike
 from engine.model.native.library import target
 from engine.model.ops import computes_in_c, over_rows
 from engine.model.paths import leaf_paths
+from engine.model.weights.block_layout import BY_BYTES, COLUMNS, GROUP, kind_of, take_apart
 from engine.model.weights.weight import TrainingForm, Weight
 
-COLUMNS = 16  # that lie side by side
-GROUP = 32  # inputs of a block
-KINDS = {"Q4_0": 288, "Q4_1": 320, "Q8_0": 544}  # bytes of 16 blocks
 # the least and the largest that a weight is rounded to
 STEPS = {"Q4_0": (-8, 7), "Q4_1": (0, 15), "Q8_0": (-127, 127)}
 SMALLEST = np.finfo(np.float32).tiny  # a smaller scale's inverse could be infinite
 LARGEST = 127
-# the exponent's bits of a float16, all set in what is not finite; NumPy's own test takes three
-# times as long
-INFINITE = 0x7C00
 UNIT = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 64}  # steps of a quarter of a block's range
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["columns", "axis"])
 @dataclasses.dataclass(frozen=True)
 class Blocks(Weight, TrainingForm):
-    """packed (out / 16, in / 32, bytes of 16 blocks) uint8, as native/block_matmul.c reads it: a
-    weight with `columns` outputs.
+    """packed (out / 16, in / inputs of a block, bytes of 16 blocks) uint8: a weight with `columns`
+    outputs.
 
     `axis` 1: the matrix (in, out); 0: the embedding (V, D), its blocks along D, by whose transpose
     a tied head multiplies.
@@ -51,14 +45,14 @@ class Blocks(Weight, TrainingForm):
 
     @property
     def shape(self) -> tuple[int, int]:
-        inputs = self.packed.shape[1] * GROUP
+        inputs = self.packed.shape[1] * kind_of(self.packed).inputs
         if self.axis == 0:
             return self.columns, inputs
         return inputs, self.columns
 
     @property
     def kind(self) -> str:
-        return next(kind for kind, size in KINDS.items() if size == self.packed.shape[2])
+        return BY_BYTES[self.packed.shape[2]]
 
     def dense(self, dtype: DTypeLike | None = None) -> Array:
         return dense_blocks(self)
@@ -111,50 +105,6 @@ def has_only_blocks(params: Any) -> bool:
     number of rows; XLA does not.
     """
     return all(isinstance(leaf, Blocks) or len(leaf.shape) < 2 for leaf in leaf_paths(params).values())
-
-
-def pack_blocks(data: np.ndarray, kind: str) -> np.ndarray:
-    """data (out, bytes of a row in a GGUF file) uint8 -> `packed` of Blocks. Zeros fill the last 16
-    columns.
-
-    Raises ValueError when a scale or minimum is not a finite number.
-    """
-    head = _factor_bytes(KINDS[kind]) // COLUMNS  # bytes of a block's factors, before its numbers
-    size = KINDS[kind] // COLUMNS
-    rows = np.pad(data, ((0, -len(data) % COLUMNS), (0, 0))).reshape(-1, COLUMNS, data.shape[1] // size, size)
-    packed = np.empty((len(rows), rows.shape[2], KINDS[kind]), np.uint8)
-    numbers = rows[..., head:], packed[..., : -head * COLUMNS], np.uint32
-    factors = rows[..., :head], packed[..., -head * COLUMNS :], np.uint16
-    for part, of_packed, unit in (numbers, factors):
-        units = np.ascontiguousarray(part).view(unit)  # (strips, 16, groups, units)
-        of_packed.view(unit).reshape(*packed.shape[:2], -1, COLUMNS)[:] = units.transpose(0, 2, 3, 1)
-    if not np.isfinite(factors[1].view(np.float16)).all():
-        raise ValueError("a factor is not finite")
-    return packed
-
-
-def has_finite_factors(weight: Blocks) -> bool:
-    """Returns whether all scales and minima of a weight are finite numbers."""
-    packed = np.asarray(weight.packed)
-    factors = packed[..., -_factor_bytes(packed.shape[2]) :].view(np.uint16)
-    return bool(((factors & INFINITE) != INFINITE).all())
-
-
-def unpack_blocks(weight: Blocks) -> np.ndarray:
-    """Returns the rows of a GGUF file, (out, bytes of a row) uint8, of which `pack_blocks` makes
-    the weight.
-    """
-    packed = np.asarray(weight.packed)
-    strips, groups, size = packed.shape
-    end = size - _factor_bytes(size)
-    parts = (packed[..., end:], 2), (packed[..., :end], 4)
-    columns = [
-        part.reshape(strips, groups, -1, COLUMNS, unit)
-        .transpose(0, 3, 1, 2, 4)
-        .reshape(strips * COLUMNS, groups, -1)
-        for part, unit in parts
-    ]
-    return np.concatenate(columns, axis=-1).reshape(strips * COLUMNS, -1)[: weight.columns]
 
 
 def served_kind(path: str, kind: str = "Q4_0") -> str:
@@ -232,7 +182,7 @@ def factors_to_train(weight: Blocks) -> Array:
     A quarter of each block's range, and in Q4_1 half its center: numbers of a block move by twice
     what these do, and the learning rate that is best for weights is so for these.
     """
-    scale, *minimum = jnp.moveaxis(_take_apart(weight.packed)[1], -2, 0)
+    scale, *minimum = jnp.moveaxis(take_apart(weight.packed)[1], -2, 0)
     quarter = UNIT[weight.kind] * scale
     return jnp.stack([quarter, *(least / 2 + quarter for least in minimum)], axis=-2)
 
@@ -286,18 +236,6 @@ def nearest(weight: Array, kind: str, axis: int) -> tuple[Array, list[Array]]:
     return jnp.clip(jnp.round(steps), *STEPS[kind]), [scale, *minimum]
 
 
-def factors_shape(packed: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the shape of what `factors_to_train` gives for `packed` of this shape."""
-    *blocks, size = packed
-    return (*blocks, _factor_bytes(size) // (2 * COLUMNS), COLUMNS)
-
-
-def _factor_bytes(size: int) -> int:
-    """Returns the bytes of the factors of 16 blocks of so many bytes: float16 scales, and in Q4_1 minima."""
-    count = 1 + (size == KINDS["Q4_1"])
-    return count * 2 * COLUMNS
-
-
 def block_matmul_by_xla(x: Array, weight: Blocks, dtype: DTypeLike) -> Array:
     """x (M, in) -> x times the weight, (M, out) in `dtype`; with `axis` 0 times its transpose, x
     (M, D) -> (M, V).
@@ -343,31 +281,17 @@ def join_blocks(weights: Sequence[Blocks]) -> Blocks | None:
 
 def dense_blocks(weight: Blocks, factors: Array | None = None) -> Array:
     """Returns the matrix, (in, out) or of `axis` 0 (V, D), float32; with other factors in the shape
-    of `_take_apart`.
+    of `take_apart`.
     """
-    numbers, own = _take_apart(weight.packed)
+    numbers, own = take_apart(weight.packed)
     if factors is None:
         factors = own
-    factors = jnp.moveaxis(factors, (2, 3), (0, 2))  # (1 or 2, out / 16, 16, in / 32)
-    numbers = jnp.moveaxis(numbers, 3, 1).reshape(-1, factors.shape[3], GROUP)[: weight.columns]
-    factors = factors.reshape(len(factors), -1, factors.shape[3], 1)[:, : weight.columns]
+    factors = jnp.moveaxis(factors, (2, 3), (0, 2))  # (1 or 2, out / 16, 16, inputs / those of a factor)
+    columns = weight.packed.shape[0] * COLUMNS
+    numbers = jnp.moveaxis(numbers, 3, 1).reshape(columns, factors.shape[3], -1)[: weight.columns]
+    factors = factors.reshape(len(factors), columns, -1, 1)[:, : weight.columns]
     if weight.axis:  # before the product, whose gradient need not be transposed
         numbers = numbers.transpose(1, 2, 0)
         factors = factors.transpose(0, 2, 3, 1)
     scale, *minimum = factors
     return sum(minimum, numbers * scale).reshape(weight.shape)
-
-
-def _take_apart(packed: Array) -> tuple[Array, Array]:
-    """packed (out / 16, in / 32, bytes) -> integers (.., .., 8, 16, 4) and factors (.., .., 1 or 2,
-    16), float32.
-    """
-    *lead, size = packed.shape
-    end = size - _factor_bytes(size)
-    numbers = packed[..., :end].reshape(*lead, -1, COLUMNS, 4)
-    if size == KINDS["Q8_0"]:
-        values = jax.lax.bitcast_convert_type(numbers, jnp.int8).astype(jnp.float32)
-    else:  # a byte's halves are the inputs i and i + 16
-        values = jnp.concatenate([numbers & 15, numbers >> 4], axis=-3).astype(jnp.float32)
-    factors = jax.lax.bitcast_convert_type(packed[..., end:].reshape(*lead, -1, COLUMNS, 2), jnp.float16)
-    return values - 8 if size == KINDS["Q4_0"] else values, factors.astype(jnp.float32)

@@ -7,14 +7,8 @@ from jax.typing import DTypeLike
 
 from engine.model.config import JOINED
 from engine.model.paths import Params, leaf_paths, map_paths, unflatten
-from engine.model.weights.blocks import (
-    GROUP,
-    Blocks,
-    Rounding,
-    factors_to_train,
-    round_to_blocks,
-    served_kind,
-)
+from engine.model.weights.block_layout import GROUP
+from engine.model.weights.blocks import Blocks, Rounding, factors_to_train, round_to_blocks, served_kind
 from engine.model.weights.plain import as_weight
 from engine.model.weights.weight import Weight
 

@@ -1,0 +1,272 @@
+"""How GGUF's blocks lie in memory: the bytes of a file laid out for the kernel, and taken apart again.
+
+A block is 32 inputs of a column, of which each number has as many bits as its kind says, and each
+block a scale, in some kinds a minimum too. The kinds that end in K have 256 inputs: eight groups of
+32, whose own small factors are multiplied by those of the whole block. Nothing is rounded: the same
+bytes are put into another order.
+
+16 blocks, of as many columns, lie side by side, as native/block_matmul.c reads them. First come the
+numbers, group after group, in lines of 64 bytes, 4 inputs of each column; of 4 bits a byte has the
+inputs i and i + 16. Bits above the fourth follow in a line or two of their own. Then come the
+factors of the groups, and last those of the block, in float16.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+COLUMNS = 16  # that lie side by side
+GROUP = 32  # inputs that x is rounded by
+# the exponent's bits of a float16, all set in what is not finite; NumPy's own test takes three
+# times as long
+INFINITE = 0x7C00
+
+
+class Kind(NamedTuple):
+    """What a block holds."""
+
+    bits: int  # of a number
+    offset: int  # what is taken off a number, in kinds without a minimum
+    factors: int  # in float16: a scale, or a scale and a minimum
+    groups: int = 1  # of 32 inputs
+    small: int = 0  # bytes of factors that a group has of its own
+
+    @property
+    def inputs(self) -> int:
+        return self.groups * GROUP
+
+    @property
+    def number_bytes(self) -> int:
+        """The bytes of the numbers of 16 blocks."""
+        return self.inputs * self.bits // 8 * COLUMNS
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of 16 blocks, by which a kind is known."""
+        return self.number_bytes + (self.groups * self.small + 2 * self.factors) * COLUMNS
+
+    @property
+    def has_minimum(self) -> bool:
+        return self.factors == 2
+
+
+KINDS = {
+    "Q4_0": Kind(4, 8, factors=1),
+    "Q4_1": Kind(4, 0, factors=2),
+    "Q5_0": Kind(5, 16, factors=1),
+    "Q5_1": Kind(5, 0, factors=2),
+    "Q8_0": Kind(8, 0, factors=1),
+    "Q4_K": Kind(4, 0, factors=2, groups=8, small=2),
+    "Q5_K": Kind(5, 0, factors=2, groups=8, small=2),
+    # two small scales, of 16 inputs each
+    "Q6_K": Kind(6, 32, factors=1, groups=8, small=2),
+}
+BY_BYTES = {kind.bytes: name for name, kind in KINDS.items()}
+# that weights are rounded to here, and whose factors can train
+ROUNDED = ("Q4_0", "Q4_1", "Q8_0")
+
+
+def kind_of(packed: Array | np.ndarray) -> Kind:
+    """Returns the kind of packed blocks (out / 16, in / inputs of a block, bytes of 16 blocks)."""
+    return KINDS[BY_BYTES[packed.shape[-1]]]
+
+
+def packed_shape(columns: int, inputs: int, kind: str) -> tuple[int, int, int]:
+    """Returns the shape of a weight's blocks. `inputs`: a multiple of those of a block."""
+    return -(-columns // COLUMNS), inputs // KINDS[kind].inputs, KINDS[kind].bytes
+
+
+def factors_shape(columns: int, inputs: int, kind: str) -> tuple[int, int, int, int]:
+    """Returns the shape of the factors of a weight of a kind in ROUNDED, as `take_apart` has them."""
+    strips, blocks, _ = packed_shape(columns, inputs, kind)
+    return strips, blocks, KINDS[kind].factors, COLUMNS
+
+
+def pack_blocks(data: np.ndarray, kind: str) -> np.ndarray:
+    """data (out, bytes of a row in a GGUF file) uint8 -> (out / 16, in / inputs of a block, bytes of
+    16 blocks) uint8. Zeros fill the last 16 columns.
+
+    Raises ValueError when a scale or minimum is not a finite number.
+    """
+    order = FILE_ORDERS[kind]
+    padded = np.pad(data, ((0, -len(data) % COLUMNS), (0, 0)))
+    blocks = padded.reshape(-1, COLUMNS, data.shape[1] // order.bytes, order.bytes)
+    packed = np.empty((len(blocks), blocks.shape[2], KINDS[kind].bytes), np.uint8)
+    start = 0
+    for field in order.read(blocks):
+        end = start + field.shape[3] * field.itemsize * COLUMNS
+        lines = packed[..., start:end].view(field.dtype)
+        lines.reshape(*lines.shape[:2], -1, COLUMNS)[:] = field.transpose(0, 2, 3, 1)
+        start = end
+    if not has_finite_factors(packed):
+        raise ValueError("a factor is not finite")
+    return packed
+
+
+def unpack_blocks(packed: np.ndarray, columns: int) -> np.ndarray:
+    """Returns the rows of a GGUF file, (out, bytes of a row) uint8, of which `pack_blocks` makes
+    these blocks of a kind in ROUNDED.
+    """
+    end = kind_of(packed).number_bytes
+
+    def of_columns(lines: np.ndarray, dtype: str) -> np.ndarray:
+        """Returns bytes (columns, blocks, n) of lines (out / 16, blocks, 16 n)."""
+        values = lines.view(dtype).reshape(*lines.shape[:2], -1, COLUMNS).transpose(0, 3, 1, 2)
+        return _as("uint8", values).reshape(len(lines) * COLUMNS, lines.shape[1], -1)
+
+    parts = [of_columns(packed[..., end:], "uint16"), of_columns(packed[..., :end], "uint32")]
+    return np.concatenate(parts, axis=-1).reshape(len(packed) * COLUMNS, -1)[:columns]
+
+
+def has_finite_factors(packed: np.ndarray) -> bool:
+    """Returns whether all scales and minima of blocks are finite numbers."""
+    factors = packed[..., -2 * kind_of(packed).factors * COLUMNS :].view(np.uint16)
+    return bool(((factors & INFINITE) != INFINITE).all())
+
+
+def take_apart(packed: Array) -> tuple[Array, Array]:
+    """packed -> numbers (out / 16, in / 32, 8, 16, 4), 4 inputs of each column together, and factors
+    (out / 16, in / inputs of a factor, 1 or 2, 16), float32 both. A number times its scale, and the
+    minimum added where there is one, is the weight.
+    """
+    kind = kind_of(packed)
+    strips, blocks, _ = packed.shape
+    lines = packed[..., : kind.number_bytes].reshape(strips, blocks * kind.groups, -1, COLUMNS, 4)
+    numbers = _numbers(lines, kind.bits).astype(jnp.float32) - kind.offset
+    end = kind.bytes - 2 * kind.factors * COLUMNS
+    halves = packed[..., end:].reshape(strips, blocks, kind.factors, COLUMNS, 2)
+    factors = jax.lax.bitcast_convert_type(halves, jnp.float16).astype(jnp.float32)
+    if not kind.small:
+        return numbers, factors
+    small = packed[..., kind.number_bytes : end].reshape(strips, blocks, kind.factors, -1, COLUMNS)
+    if not kind.has_minimum:
+        small = jax.lax.bitcast_convert_type(small, jnp.int8)
+    factors = small.astype(jnp.float32) * factors[..., None, :]
+    if kind.has_minimum:
+        factors = factors * jnp.array([1, -1], jnp.float32)[:, None, None]
+    return numbers, factors.swapaxes(2, 3).reshape(strips, -1, kind.factors, COLUMNS)
+
+
+def _numbers(lines: Array, bits: int) -> Array:
+    """lines (.., bits, 16, 4) uint8, or 8 of them -> the integers (.., 8, 16, 4)."""
+    if bits == 8:
+        return jax.lax.bitcast_convert_type(lines, jnp.int8)
+    nibbles = lines[..., :4, :, :]
+    numbers = jnp.concatenate([nibbles & 15, nibbles >> 4], axis=-3)
+    if bits == 4:
+        return numbers
+    upper = lines[..., 4:, None, :, :]  # (.., 1 or 2, 1, 16, 4)
+    width = bits - 4  # of the upper bits of a number
+    places = jnp.arange(0, 8, width, dtype=jnp.uint8)[:, None, None]
+    high = upper >> places & (2**width - 1)  # (.., 1 or 2, 8 or 4, 16, 4)
+    return numbers | high.reshape(numbers.shape) << 4
+
+
+# From the bytes of a file's block to the fields of a packed one. A field is an array (.., count) of
+# one dtype: the numbers, a line of a column in each uint32; then the factors of groups; then those
+# of the block.
+
+
+def _as(dtype: str, data: np.ndarray) -> np.ndarray:
+    """data (.., bytes) -> (.., count) of a dtype."""
+    return np.ascontiguousarray(data).view(dtype)
+
+
+def _read_plain(blocks: np.ndarray, factors: int) -> list[np.ndarray]:
+    """Reads factors, then numbers, which stay as they are."""
+    head = 2 * factors
+    return [_as("uint32", blocks[..., head:]), _as("uint16", blocks[..., :head])]
+
+
+def _read_five_bits(blocks: np.ndarray, factors: int) -> list[np.ndarray]:
+    """Reads factors, the fifth bits of inputs 0 to 31 in turn, then two numbers in a byte."""
+    head = 2 * factors
+    bits = _move_bits(blocks[..., head : head + 4], (8, 4), (1, 0))
+    numbers = np.concatenate([blocks[..., head + 4 :], bits], axis=-1)
+    return [_as("uint32", numbers), _as("uint16", blocks[..., :head])]
+
+
+def _read_k(blocks: np.ndarray) -> list[np.ndarray]:
+    """Reads Q4_K or Q5_K: the factors of the block, the small ones of 6 bits each, in Q5_K 32 bytes
+    with a fifth bit for each group, and two numbers in a byte, of one group and the next.
+    """
+    lead = blocks.shape[:-1]
+    numbers = _swap_nibbles(blocks[..., -128:].reshape(*lead, 4, 2, 16)).reshape(*lead, 8, 16)
+    fifth = blocks[..., 16:-128]
+    if fifth.size:
+        bits = _move_bits(fifth, (8, 4, 8), (2, 1, 0)).reshape(*lead, 8, 4)
+        numbers = np.concatenate([numbers, bits], axis=-1)
+    small = _read_six_bits(blocks[..., 4:16])
+    return [_as("uint32", numbers.reshape(*lead, -1)), small, _as("uint16", blocks[..., :4])]
+
+
+def _read_six_bits(data: np.ndarray) -> np.ndarray:
+    """data (.., 12) -> the 8 small scales and then the 8 small minima of a block, (.., 16) uint8.
+
+    The first four of each are in the lower 6 bits of bytes 0 to 7. Of the other four, the lower 4
+    bits are in bytes 8 to 11, and the upper 2 in the upper bits of bytes 0 to 7.
+    """
+    first, second, third = np.split(data, 3, axis=-1)
+    scales = [first & 63, (third & 15) | (first >> 6 << 4)]
+    minima = [second & 63, (third >> 4) | (second >> 6 << 4)]
+    return np.concatenate([*scales, *minima], axis=-1)
+
+
+def _read_q6_k(blocks: np.ndarray) -> list[np.ndarray]:
+    """Reads Q6_K, of each half of a block: 64 bytes of two numbers, of the groups 0 and 2, then 1 and
+    3; 32 bytes of the upper 2 bits of four numbers, one of each group. Then 16 small scales, and
+    the scale of the block.
+    """
+    lead = blocks.shape[:-1]
+    nibbles = _swap_nibbles(blocks[..., :128].reshape(*lead, 2, 2, 2, 16))
+    numbers = nibbles.swapaxes(-3, -2).reshape(*lead, 8, 16)
+    # (half, half of a group, line, input, group, bit) -> (half, group, half of it, input, line, bit)
+    bits = _move_bits(blocks[..., 128:192], (2, 2, 4, 4, 4, 2), (0, 4, 1, 3, 2, 5)).reshape(*lead, 8, 8)
+    numbers = np.concatenate([numbers, bits], axis=-1).reshape(*lead, -1)
+    return [_as("uint32", numbers), blocks[..., 192:208], _as("uint16", blocks[..., 208:])]
+
+
+def _swap_nibbles(pairs: np.ndarray) -> np.ndarray:
+    """pairs (.., 2, 16), two numbers in each byte -> (.., 2, 16): all lower numbers, 32 in 16 bytes,
+    then all upper ones.
+    """
+    first = pairs[..., 0, :]
+    second = pairs[..., 1, :]
+    lower = (first & 15) | (second << 4)
+    upper = (first >> 4) | (second & 0xF0)
+    return np.stack([lower, upper], axis=-2)
+
+
+def _move_bits(data: np.ndarray, shape: tuple[int, ...], order: tuple[int, ...]) -> np.ndarray:
+    """data (.., bytes) -> (.., bytes): its bits, lowest first, as an array of this shape whose axes
+    are put into this order.
+    """
+    lead = data.shape[:-1]
+    bits = np.unpackbits(data, axis=-1, bitorder="little").reshape(*lead, *shape)
+    axes = (*range(len(lead)), *(len(lead) + axis for axis in order))
+    return np.packbits(bits.transpose(axes).reshape(*lead, -1), axis=-1, bitorder="little")
+
+
+class FileOrder(NamedTuple):
+    """How a file has a block: in how many bytes, and the function that reads its fields."""
+
+    bytes: int
+    read: Callable[[np.ndarray], list[np.ndarray]]
+
+
+# as ggml-common.h of llama.cpp declares the blocks
+FILE_ORDERS = {
+    "Q4_0": FileOrder(18, functools.partial(_read_plain, factors=1)),
+    "Q4_1": FileOrder(20, functools.partial(_read_plain, factors=2)),
+    "Q5_0": FileOrder(22, functools.partial(_read_five_bits, factors=1)),
+    "Q5_1": FileOrder(24, functools.partial(_read_five_bits, factors=2)),
+    "Q8_0": FileOrder(34, functools.partial(_read_plain, factors=1)),
+    "Q4_K": FileOrder(144, _read_k),
+    "Q5_K": FileOrder(176, _read_k),
+    "Q6_K": FileOrder(210, _read_q6_k),
+}
