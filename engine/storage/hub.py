@@ -1,13 +1,17 @@
-"""Models on the Hugging Face hub, ORG/NAME or ORG/NAME@REVISION: fetches one, and names what is cached.
+"""Models on the Hugging Face hub: fetches one, and names what is cached.
+
+ORG/NAME or ORG/NAME@REVISION is a repository, of which config.json and safetensors are read, or, where
+it has none, its .gguf file in Q4_K_M. ORG/NAME:QUANTISATION and ORG/NAME/FILE.gguf name such a file,
+as for llama.cpp and Ollama.
 
 huggingface_hub caches, resumes, checks and shows progress, and reads HF_TOKEN, HF_HUB_OFFLINE,
 HF_ENDPOINT and HF_HOME. It is imported only when a model is fetched.
 """
 
+import contextlib
 import io
 import re
-import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,8 @@ MAX_REASON = 200  # characters
 MAX_LISTED = 6  # files that a sentence names
 MAX_NAME = 96  # characters of one of them
 LISTING_SECONDS = 10.0
+DEFAULT_QUANTISATION = "Q4_K_M"
+PART = re.compile(r"-\d{5}-of-\d{5}\.gguf\Z")  # the end of the name of one of several files of a model
 
 
 def is_hub_id(text: object) -> bool:
@@ -54,37 +60,6 @@ def split_gguf_name(name: str) -> tuple[str, str] | None:
     return match[1], match[2] or match[3]
 
 
-def explain_gguf_name(name: str, hub_id: str, wanted: str) -> str:
-    """Returns why `name`, of `split_gguf_name`, is not loaded: says what the repository holds and
-    how to fetch the file.
-    """
-    from huggingface_hub import errors
-
-    takes = f"{name} names a file on the hub, and a .gguf is read where it lies here"
-    try:
-        files = _list_gguf_files(hub_id)
-    except errors.RepositoryNotFoundError:
-        return _explain_missing(name, hub_id)
-    if files is None:
-        pattern = wanted if wanted.endswith(".gguf") else f"*{wanted}*.gguf"
-        command = f"hf download {hub_id} --include {shlex.quote(pattern)} --local-dir ."
-        return f"{takes}: fetch it by `uv run {command}`. The hub did not say what {hub_id} holds."
-    if not files:
-        reads = f"{hub_id} alone stands for its config.json and safetensors, if it has them."
-        return f"The hub's {hub_id} holds no .gguf file; {reads}"
-    # A quantisation is a whole word of a file's name: Q4_K is not found in Q4_K_M.
-    is_wanted = re.compile(rf"(?<![a-z0-9]){re.escape(wanted)}(?![a-z0-9_])", re.IGNORECASE)
-    matches = [file for file in files if file == wanted or is_wanted.search(file.removesuffix(".gguf"))]
-    if not matches:
-        return f"The hub's {hub_id} has no {wanted}. {_how_to_fetch(hub_id, files)}"
-    others = [file for file in files if file != matches[0]]
-    if others:
-        holds = f" The repository also holds {_list_names(others)}."
-    else:
-        holds = ""
-    return f"{takes}. {_how_to_fetch(hub_id, matches[:1])}{holds}"
-
-
 def _explain_missing(name: str, hub_id: str) -> str:
     missing = f"There is no {name} here, and no model {hub_id} on the hub that you may read"
     return f"{missing}; set HF_TOKEN for a private one."
@@ -107,21 +82,31 @@ def _list_gguf_files(hub_id: str) -> list[str] | None:
     except (OSError, errors.HTTPError, ValueError, TypeError, KeyError):
         # the last three for a reply that is no list of files
         return None
-    names = [sibling.rfilename for sibling in siblings]
+    return _sort_gguf_files([sibling.rfilename for sibling in siblings])
+
+
+def _list_cached_gguf_files(hub_id: str) -> list[str]:
+    """Returns the .gguf files of a repository's newest revision in the cache."""
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        folder = Path(snapshot_download(hub_id, local_files_only=True))
+    except (OSError, errors.HTTPError, ValueError):
+        return []
+    return _sort_gguf_files([file.relative_to(folder).as_posix() for file in folder.rglob("*.gguf")])
+
+
+def _sort_gguf_files(names: list[str]) -> list[str]:
     files = [
         name for name in names if name.endswith(".gguf") and name.isprintable() and len(name) <= MAX_NAME
     ]
     return sorted(files, key=lambda name: (len(name), name))
 
 
-def _how_to_fetch(hub_id: str, files: list[str]) -> str:
-    """Names the files of a repository and the command that fetches the first."""
-    file = shlex.quote(files[0])
-    if len(files) > 1:
-        holds = f"It holds {_list_names(files)}: fetch one"
-    else:
-        holds = "Fetch it"
-    return f"{holds} by `uv run hf download {hub_id} {file} --local-dir .`, and name {file}."
+def _find_quantisation(files: list[str], wanted: str) -> str | None:
+    """Returns the first file whose name has a quantisation as a whole word: Q4_K is not found in Q4_K_M."""
+    is_wanted = re.compile(rf"(?<![a-z0-9]){re.escape(wanted)}(?![a-z0-9_])", re.IGNORECASE)
+    return next((file for file in files if is_wanted.search(file.removesuffix(".gguf"))), None)
 
 
 def _list_names(names: list[str]) -> str:
@@ -130,6 +115,15 @@ def _list_names(names: list[str]) -> str:
     else:
         more = ""
     return ", ".join(names[:MAX_LISTED]) + more
+
+
+def gguf_name(file: Path) -> str:
+    """Returns ORG/NAME/FILE.gguf for a file in the hub's cache, else an empty text."""
+    for folder in file.parents:
+        hub_id = cached_id(folder)
+        if hub_id:
+            return f"{hub_id}/{file.relative_to(folder).as_posix()}"
+    return ""
 
 
 def cached_id(folder: Path) -> str:
@@ -145,22 +139,120 @@ def cached_id(folder: Path) -> str:
 
 
 def fetch(name: str, cached_only: bool, check_config: Callable[[Path], object], report: OnProgress) -> Path:
-    """Returns the folder of a hub's model in the hub's cache, with what it lacked fetched; nothing
-    with `cached_only`.
+    """Returns the folder of a hub's model in the hub's cache, or its .gguf file where the repository
+    has no safetensors, with what it lacked fetched; nothing with `cached_only`.
 
     `check_config` may refuse the folder of config.json before any weight is fetched. `report`:
     bytes done and in all. Raises UserError for what cannot be had.
     """
-    from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import errors, try_to_load_from_cache
+
+    hub_id, _, revision = name.partition("@")
+    with _connection(name, cached_only, report) as fetch_file:
+
+        def fetch_if_there(file: str) -> Path | None:
+            cached = try_to_load_from_cache(hub_id, file, revision=commit)
+            if cached is not None:
+                # the cache says, too, which files there are not
+                if isinstance(cached, str):
+                    return Path(cached)
+                return None
+            try:
+                return fetch_file(file, commit)
+            except errors.EntryNotFoundError as error:
+                if _is_offline(cached_only) or isinstance(error, errors.RemoteEntryNotFoundError):
+                    return None
+                raise
+
+        try:
+            config = fetch_file("config.json", revision or None)
+            commit = config.parent.name
+            check_config(config.parent)
+            for small in SMALL:
+                fetch_if_there(small)
+            index = fetch_if_there("model.safetensors.index.json")
+            if index:
+                for shard in sorted(set(read_index(index).values())):
+                    fetch_file(shard, commit)
+            else:
+                fetch_file("model.safetensors", commit)
+            return config.parent
+        except errors.EntryNotFoundError:
+            file = None
+            if not revision:
+                file = _find_quantisation(_gguf_files(hub_id, cached_only) or [], DEFAULT_QUANTISATION)
+            if file is None:
+                raise
+            return fetch_file(file, None)
+
+
+def fetch_gguf(name: str, hub_id: str, wanted: str, cached_only: bool, report: OnProgress) -> Path:
+    """Returns a .gguf file in the hub's cache, fetched if it lacked; nothing is with `cached_only`.
+
+    `hub_id` and `wanted`, a file or a quantisation: of `split_gguf_name`. Raises UserError for what
+    cannot be had, and names what the repository holds.
+    """
+    with _connection(name, cached_only, report) as fetch_file:
+        if wanted.endswith(".gguf"):
+            file: str | None = wanted
+        else:
+            files = _gguf_files(hub_id, cached_only)
+            if files is None:
+                raise UserError(f"The hub did not say what {hub_id} holds: name a file, {hub_id}/FILE.gguf.")
+            file = _find_quantisation(files, wanted)
+            if file is None:
+                raise UserError(f"The hub's {hub_id} has no {wanted}. {_say_what_it_holds(hub_id, files)}")
+        if PART.search(file):
+            raise UserError(
+                f"{file} is one of several files of a model: join them by llama.cpp's "
+                "`llama-gguf-split --merge`, and name the file that it writes."
+            )
+        return fetch_file(file, None)
+
+
+def _gguf_files(hub_id: str, cached_only: bool) -> list[str] | None:
+    """Returns the .gguf files of a repository: those in the cache where the hub is not to be asked or
+    does not say, None where there are none of these either.
+    """
+    if not cached_only:
+        files = _list_gguf_files(hub_id)
+        if files is not None:
+            return files
+    return _list_cached_gguf_files(hub_id) or None
+
+
+def _say_what_it_holds(hub_id: str, files: list[str]) -> str:
+    if not files:
+        return f"It holds no .gguf file; {hub_id} alone stands for its config.json and safetensors."
+    return f"It holds {_list_names(files)}: name one, {hub_id}/FILE.gguf."
+
+
+def _is_offline(cached_only: bool) -> bool:
+    from huggingface_hub import constants
+
+    return bool(cached_only or constants.HF_HUB_OFFLINE)
+
+
+@contextlib.contextmanager
+def _connection(
+    name: str, cached_only: bool, report: OnProgress
+) -> Iterator[Callable[[str, str | None], Path]]:
+    """Gives a function that returns a file of a revision, fetched into the cache. Makes one UserError
+    of whatever the hub refuses to `name`.
+    """
+    from huggingface_hub import constants, errors, hf_hub_download
     from huggingface_hub.utils import logging
 
     # else it asks for a list of programs to tell the hub which one started it
     constants.HF_HUB_DISABLE_TELEMETRY = True
     # a line a retry would stand above the sentence that says why none helped
     logging.set_verbosity_error()
+    gguf = split_gguf_name(name)
     hub_id, _, revision = name.partition("@")
+    if gguf:
+        hub_id, _ = gguf
     bar = _progress_bar(report) if report else None
-    is_offline = cached_only or constants.HF_HUB_OFFLINE
+    is_offline = _is_offline(cached_only)
 
     def fetch_file(file: str, revision: str | None) -> Path:
         # One at a time and in this thread, where Ctrl-C ends it at once; `snapshot_download` would
@@ -169,33 +261,9 @@ def fetch(name: str, cached_only: bool, check_config: Callable[[Path], object], 
             hf_hub_download(hub_id, file, revision=revision, local_files_only=is_offline, tqdm_class=bar)
         )
 
-    def fetch_if_there(file: str) -> Path | None:
-        cached = try_to_load_from_cache(hub_id, file, revision=commit)
-        if cached is not None:
-            # the cache says, too, which files there are not
-            if isinstance(cached, str):
-                return Path(cached)
-            return None
-        try:
-            return fetch_file(file, commit)
-        except errors.EntryNotFoundError as error:
-            if is_offline or isinstance(error, errors.RemoteEntryNotFoundError):
-                return None
-            raise
-
     try:
-        config = fetch_file("config.json", revision or None)
-        commit = config.parent.name
-        check_config(config.parent)
-        for small in SMALL:
-            fetch_if_there(small)
-        index = fetch_if_there("model.safetensors.index.json")
-        if index:
-            for shard in sorted(set(read_index(index).values())):
-                fetch_file(shard, commit)
-        else:
-            fetch_file("model.safetensors", commit)
-        return config.parent
+        yield fetch_file
+        return
     except errors.RevisionNotFoundError:
         fault = f"The hub's {hub_id} has no revision {revision}: give a branch, a tag or a commit of it."
     except errors.GatedRepoError:
@@ -204,11 +272,14 @@ def fetch(name: str, cached_only: bool, check_config: Callable[[Path], object], 
     except errors.RepositoryNotFoundError:
         fault = _explain_missing(name, hub_id)
     except errors.RemoteEntryNotFoundError as error:
-        file = str(error.response.url).rpartition("/")[2]
-        fault = f"The hub's {name} has no {file}, and models are read from config.json and safetensors."
-        files = _list_gguf_files(hub_id)
-        if files:
-            fault += f" {_how_to_fetch(hub_id, files)}"
+        files = _list_gguf_files(hub_id) or []
+        if gguf:
+            fault = f"The hub's {hub_id} has no {gguf[1]}. {_say_what_it_holds(hub_id, files)}"
+        else:
+            file = str(error.response.url).rpartition("/")[2]
+            fault = f"The hub's {name} has no {file}, and models are read from config.json and safetensors."
+            if files:
+                fault += f" {_say_what_it_holds(hub_id, files)}"
     except (OSError, errors.HTTPError) as error:
         if is_offline:
             if not cached_only:

@@ -50,7 +50,8 @@ from engine.text.tokenizer import Tokenizer
 FORMS = (
     "a run folder, a step folder in it (runs/NAME/checkpoints/STEP), a Hugging Face folder, "
     "a .gguf file, an adapter's folder in PEFT's layout, "
-    "ORG/NAME or ORG/NAME@REVISION on the Hugging Face hub, or " + " or ".join(MODELS)
+    "ORG/NAME, ORG/NAME@REVISION, ORG/NAME:QUANTISATION or ORG/NAME/FILE.gguf on the Hugging Face hub, or "
+    + " or ".join(MODELS)
 )
 MAX_STEP = 10**18  # which no run reaches; a longer number is no name of a folder
 
@@ -61,29 +62,23 @@ OnBlocks = Callable[[dict[str, Blocks]], None]
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model's weights, architecture and tokenizer.
-
-    params: matrices in the dtype asked for (float32 for a run), gains and biases float32. eos_ids:
-    each ends a completion, the tokenizer's own first. checkpoint: the file or folder that was read;
-    run: its run folder; bases: of the models below an adapter. hub_id: of the model, or of an
-    adapter's base; empty when unknown. notes: lines to print. sampling: recommended, by the names
-    of SamplingParams, unchecked. merged: paths of weights that PEFT's layout would not give back,
-    with a DoRA in them or trained whole. kinds: of a GGUF file's matrices as they lie there, by
-    path, for `describe_kinds`.
-    """
+    """A model's weights, architecture and tokenizer."""
 
     name: str
     cfg: ModelConfig
-    params: Any
+    params: Any  # matrices in the dtype asked for, float32 of a run; gains and biases in float32
     tokenizer: Tokenizer
-    eos_ids: tuple[int, ...]
-    checkpoint: Path
-    run: Path | None = None
-    hub_id: str = ""
-    notes: tuple[str, ...] = ()
+    eos_ids: tuple[int, ...]  # each ends a completion; the tokenizer's own is the first
+    checkpoint: Path  # the file or folder that was read
+    run: Path | None = None  # its run folder
+    hub_id: str = ""  # of the model, or of an adapter's base; empty when unknown
+    notes: tuple[str, ...] = ()  # lines to print
+    # recommended, by the names of SamplingParams; unchecked
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    bases: tuple[Path, ...] = ()
+    bases: tuple[Path, ...] = ()  # of the models below an adapter
+    # paths of weights that PEFT's layout cannot hold: with a DoRA in them, or trained whole
     merged: tuple[str, ...] = ()
+    # of a GGUF file's matrices as they lie there, by path, for `describe_kinds`
     kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -126,6 +121,9 @@ def model_name(model: str) -> str:
     path = Path(os.path.expanduser(model))
     if not path.exists() and is_hub_name(model):
         return model.partition("@")[0].partition("/")[2]
+    gguf_name = hub.split_gguf_name(model)
+    if not path.exists() and gguf_name:
+        return gguf_name[0].partition("/")[2]
     path = path.resolve()
     if path.parent.name == "checkpoints":
         path = path.parents[1]
@@ -147,50 +145,51 @@ def locate(
     asset comes before a path of its name, and an existing path before the hub. Nothing in runs/ is
     fetched.
     """
+    if not name:
+        newest, notes = run_folder.newest_run()
+        return _locate_run(newest, str(newest), notes)
     if name in MODELS:
         return Location("gguf", fetch(name, report)["model"])
-    notes: tuple[str, ...] = ()
-    if name:
-        path = Path(os.path.expanduser(name))
-    else:
-        path, notes = run_folder.newest_run()
+    path = Path(os.path.expanduser(name))
+    is_below_runs = path.parts[:1] == (str(run_folder.ROOT),)  # nothing there is fetched
 
     def check_config(folder: Path) -> None:
         on_config(_reader(folder).read_config(folder))
 
-    if name and not path.exists() and is_hub_name(str(name)) and path.parts[0] != str(run_folder.ROOT):
-        return Location("hugging face", hub.fetch(name, cached_only, check_config, report))
+    if not path.exists() and is_hub_name(name) and not is_below_runs:
+        fetched = hub.fetch(name, cached_only, check_config, report)
+        return Location("gguf" if fetched.suffix == ".gguf" else "hugging face", fetched)
     if path.suffix == ".gguf" and path.is_file():
         return Location("gguf", path)
-    gguf_name = hub.split_gguf_name(str(name))
-    if (
-        gguf_name
-        and not cached_only
-        and path.parts[0] != str(run_folder.ROOT)
-        and not Path(path.parts[0]).exists()
-    ):
-        raise UserError(hub.explain_gguf_name(str(name), *gguf_name))
-    # a run folder has a run.json beside it
-    if (path / "config.json").is_file() and not (path / "run.json").exists():
+    gguf_name = hub.split_gguf_name(name)
+    if gguf_name and not is_below_runs and not Path(path.parts[0]).exists():
+        return Location("gguf", hub.fetch_gguf(name, *gguf_name, cached_only, report))
+    is_run = (path / "run.json").exists()
+    if not is_run and (path / "config.json").is_file():
         return Location("hugging face", path)
-    if is_adapter(path) and not (path / "run.json").exists() and not _is_step_of_run(path):
+    if not is_run and is_adapter(path) and not _is_step_of_run(path):
         return Location("adapter", path)
-    run = _run_of(path, name or str(path))
+    return _locate_run(path, name, ())
+
+
+def _locate_run(path: Path, name: str, notes: tuple[str, ...]) -> Location:
+    """Returns the location of a run, or of one of its steps, at `path`, which was named `name`."""
+    run = _run_of(path, name)
     notes += run_folder.verify(run)
     record = run_folder.read_json(run / "run.json")
-    kept = _kept_step(run, record) if path == run else None
-    if kept is not None:
-        path = run / "checkpoints" / str(kept)
-        notes += (f"its step {kept:,} is loaded, the best by its validation",)
+    best_step = _best_step(run, record) if path == run else None
+    if best_step is not None:
+        path = run / "checkpoints" / str(best_step)
+        notes += (f"its step {best_step:,} is loaded, the best by its validation",)
     return Location("adapter" if record.get("kind") == "adapter" else "run", path, run, notes)
 
 
-def _kept_step(run: Path, record: dict[str, Any]) -> int | None:
+def _best_step(run: Path, record: dict[str, Any]) -> int | None:
     """Returns the step that a finished run's record names as the best; None where it names none."""
     result = record.get("result") or {}
-    kept = result.get("kept_step") if isinstance(result, dict) else -1
-    if kept is None or (type(kept) is int and 0 <= kept < MAX_STEP):
-        return kept
+    step = result.get("kept_step") if isinstance(result, dict) else -1
+    if step is None or (type(step) is int and 0 <= step < MAX_STEP):
+        return step
     record_path = run / "run.json"
     raise UserError(
         f"{record_path} does not say which step of the run is its best: "
@@ -286,14 +285,17 @@ def _check_memory(cfg: ModelConfig, model: str, dtype: str) -> None:
 
 
 def _peek_file(name: str, path: Path, dtype: str | None, keep_kinds: Collection[str]) -> UnreadModel:
-    """Returns a GGUF file or a Hugging Face folder at `path`, which was named `name`; else as `peek_model`."""
+    """Finds the model of a GGUF file or a Hugging Face folder at `path`, which `--model` named `name`.
+
+    Other arguments are those of `peek_model`.
+    """
     stored: StoredModel = _reader(path).open_model(path)
     cfg = stored.cfg
     in_memory = dtype or cfg.dtype
-    kept = block_leaves(stored, keep_kinds)
+    blocks = block_leaves(stored, keep_kinds)
 
     def shapes() -> Any:
-        return unflatten(leaf_structs(stored, in_memory) | kept)
+        return unflatten(leaf_structs(stored, in_memory) | blocks)
 
     def describe() -> LoadedModel:
         tokenizer, eos_ids, sampling = stored.tokenizer()
@@ -304,11 +306,11 @@ def _peek_file(name: str, path: Path, dtype: str | None, keep_kinds: Collection[
                 f"the context of {stored.context:,} ends with the first, of {cfg.context:,}",
             )
         return LoadedModel(
-            name if name in HUB_IDS else stored.name,
-            cfg,
-            None,
-            tokenizer,
-            eos_ids,
+            name=name if name in HUB_IDS else stored.name,
+            cfg=cfg,
+            params=None,
+            tokenizer=tokenizer,
+            eos_ids=eos_ids,
             checkpoint=path,
             hub_id=HUB_IDS.get(name, stored.hub_id),
             notes=notes,
@@ -318,13 +320,13 @@ def _peek_file(name: str, path: Path, dtype: str | None, keep_kinds: Collection[
 
     def read(report: OnProgress) -> ReadWeights:
         _check_memory(cfg, name, in_memory)
-        return ReadWeights(read_params(stored, in_memory, report, kept), path)
+        return ReadWeights(read_params(stored, in_memory, report, blocks), path)
 
-    return UnreadModel(cfg, kept, shapes, describe, read)
+    return UnreadModel(cfg, blocks, shapes, describe, read)
 
 
 def _peek_run(location: Location, run: Path, keep_kinds: Collection[str]) -> UnreadModel:
-    """Returns a checkpoint of a run folder; else as `peek_model`."""
+    """Finds the model of a run's checkpoint; arguments are those of `peek_model`."""
     cfg = run_folder.read_config(run)
     trained_blocks = run_folder.read_json(run / "run.json").get(TRAINED_BLOCKS)
     if not isinstance(trained_blocks, list):
@@ -332,7 +334,8 @@ def _peek_run(location: Location, run: Path, keep_kinds: Collection[str]) -> Unr
     check = functools.partial(check_arrays, cfg, trained_blocks=trained_blocks)
     arrays = checkpoint_reader.peek_arrays(location.path, check)
     structs = {path: jax.ShapeDtypeStruct(array.shape, array.dtype) for path, array in arrays.items()}
-    planned = _with_blocks(cfg, {path: struct for path, struct in structs.items() if path.startswith(PACKED)})
+    packed = {path: struct for path, struct in structs.items() if path.startswith(PACKED)}
+    planned = _with_blocks(cfg, packed)
 
     def in_use(leaves: dict[str, Any]) -> dict[str, Any]:
         in_memory = {}
@@ -347,11 +350,11 @@ def _peek_run(location: Location, run: Path, keep_kinds: Collection[str]) -> Unr
     def describe() -> LoadedModel:
         tokenizer, eos_ids, sampling = load_tokenizer(run / "tokenizer", cfg.vocab)
         return LoadedModel(
-            model_name(str(run)),
-            cfg,
-            None,
-            tokenizer,
-            eos_ids,
+            name=model_name(str(run)),
+            cfg=cfg,
+            params=None,
+            tokenizer=tokenizer,
+            eos_ids=eos_ids,
             checkpoint=location.path,
             run=run,
             notes=location.notes,
@@ -370,12 +373,14 @@ def _peek_run(location: Location, run: Path, keep_kinds: Collection[str]) -> Unr
             )
         return ReadWeights(in_use(leaves), loaded.path, _damage(loaded.path, loaded.damaged))
 
-    kept = {path: leaf for path, leaf in planned.items() if leaf.kind in keep_kinds}
-    return UnreadModel(cfg, kept, shapes, describe, read)
+    blocks = {path: leaf for path, leaf in planned.items() if leaf.kind in keep_kinds}
+    return UnreadModel(cfg, blocks, shapes, describe, read)
 
 
 def _with_blocks(cfg: ModelConfig, leaves: dict[str, Any]) -> dict[str, Any]:
-    """Returns a checkpoint's leaves with those under `packed/` as Blocks, with the factors that trained."""
+    """Makes Blocks of a checkpoint's leaves under `packed/`, with the factors that trained. Changes
+    `leaves` and returns it.
+    """
     for path, shape in leaf_shapes(cfg).items():
         packed = leaves.pop(PACKED + path, None)
         if packed is not None:

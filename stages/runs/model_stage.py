@@ -29,6 +29,7 @@ from engine.model.weights.lora import init_lora, merge_lora
 from engine.storage.adapter import SavedAdapter, base_digest, read_leaves, saved_run_adapter
 from engine.storage.checkpoint_reader import find_intact, load_params
 from engine.storage.digest import digest
+from engine.storage.hub import gguf_name
 from engine.storage.model_loader import LoadedModel, UnreadModel, adapter_origin, model_name, peek_model
 from engine.storage.run_weights import TRAINED_BLOCKS, check_arrays
 from engine.storage.tensor_layout import describe_kinds
@@ -242,6 +243,8 @@ def _describe_base(opened: OpenedModel, digest_of_base: str) -> dict[str, str]:
     path = Path(source).expanduser()
     if path.exists():
         source = str(path.absolute())
+    elif revision.suffix == ".gguf":  # a file on the hub
+        source = gguf_name(revision)
     elif "/" in source:  # on the hub, at the commit that was loaded
         source = f"{opened.model.hub_id}@{revision.name}"
     return {"model": source, "digest": digest_of_base, "name": name}

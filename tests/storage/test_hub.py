@@ -21,11 +21,12 @@ import huggingface_hub.constants
 import huggingface_hub.utils
 import numpy as np
 import pytest
+from gguf_files import tiny_gguf
 from golden.random_weights import draw
 from hf_folders import CONFIG, WEIGHTS, write_folder
 from refusals import refusal
 
-from engine.storage.hub import is_hub_name
+from engine.storage.hub import gguf_name, is_hub_name
 from engine.storage.model_loader import load_model, model_name, peek_model
 from stages import generate
 
@@ -222,54 +223,85 @@ def test_a_repository_without_weights_or_a_config(hub):
     assert "pytorch_model.bin" not in hub.files()
 
 
-def test_a_gguf_file_that_is_named_as_on_the_hub_is_said_how_to_fetch(hub, monkeypatch):
-    command = f"`uv run hf download {ID} {{}} --local-dir .`"
-    fetch = command + ", and name {}."
-    assert f"The hub's {ID} holds no .gguf file" in refusal(load_model, f"{ID}:Q4_K_M")
+FILES = (
+    "tiny-Q4_K_S.gguf",
+    "tiny-Q4_K_M.gguf",
+    "tiny.q8_0.gguf",
+    "sub/tiny-Q4_K_M.gguf",
+    "an odd \n name.gguf",
+)
+
+
+@pytest.fixture
+def gguf_hub(hub):
+    """A repository of .gguf files beside its config and safetensors; each file is of another name."""
     (hub.folder / "sub").mkdir()
-    for name in (
-        "tiny-Q4_K_M.gguf",
-        "tiny-Q4_K_S.gguf",
-        "tiny.q8_0.gguf",
-        "sub/tiny-Q4_K_M.gguf",
-        "an odd \n name.gguf",
-    ):
-        (hub.folder / name).write_bytes(b"must not be fetched")
-    for name, file in (
-        ("Q4_K_M", "tiny-Q4_K_M.gguf"),
-        ("q4_k_s", "tiny-Q4_K_S.gguf"),
-        ("Q8_0", "tiny.q8_0.gguf"),
-    ):
-        said = refusal(load_model, f"{ID}:{name}")
-        assert said.startswith(
-            f"{ID}:{name} names a file on the hub, and a .gguf is read where it lies here. Fetch it by "
-        )
-        assert fetch.format(file, file) in said
-        assert "also holds" in said
-        assert "odd" not in said
-    said = refusal(load_model, f"{ID}/sub/tiny-Q4_K_M.gguf")
-    assert fetch.format("sub/tiny-Q4_K_M.gguf", "sub/tiny-Q4_K_M.gguf") in said
+    for number, name in enumerate(FILES):
+        tiny_gguf(hub.folder / name, kind="Q8_0", other={"general.name": f"file {number}"})
+    return hub
+
+
+@pytest.mark.parametrize(
+    ("wanted", "file"),
+    [
+        (":Q4_K_M", FILES[1]),
+        (":q4_k_s", FILES[0]),
+        (":Q8_0", FILES[2]),
+        ("/tiny-Q4_K_M.gguf", FILES[1]),
+        ("/sub/tiny-Q4_K_M.gguf", FILES[3]),
+    ],
+)
+def test_a_gguf_file_is_fetched_by_its_quantisation_or_its_name(gguf_hub, wanted, file, monkeypatch):
+    name = ID + wanted
+    model = load_model(name)
+    assert model.name == f"file {FILES.index(file)}"
+    assert model_name(name) == "tiny-1.5"
+    assert gguf_name(model.checkpoint) == f"{ID}/{file}"
+    assert gguf_hub.files() == {Path(file).name}
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    asked = len(gguf_hub.asked)
+    assert load_model(name).checkpoint == model.checkpoint
+    assert peek_model(name, adapted_by=ADAPTER).describe().checkpoint == model.checkpoint
+    assert len(gguf_hub.asked) == asked
+
+
+@pytest.mark.parametrize("without", ["model*", "*.json"])
+def test_a_repository_without_safetensors_or_a_config_stands_for_its_q4_k_m(gguf_hub, without, monkeypatch):
+    for file in gguf_hub.folder.glob(without):
+        file.unlink()
+    model = load_model(ID)
+    assert model.name == "file 1"
+    assert FILES[1] in gguf_hub.files()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert load_model(ID).checkpoint == model.checkpoint
+
+
+def test_what_a_repository_holds_is_said_where_a_name_fits_no_file(gguf_hub, hub, monkeypatch):
     all_files = "tiny.q8_0.gguf, tiny-Q4_K_M.gguf, tiny-Q4_K_S.gguf, sub/tiny-Q4_K_M.gguf"
     for missing in (":Q4_K", ":Q6_K", "/other.gguf"):  # Q4_K is none of Q4_K_M
         said = refusal(load_model, f"{ID}{missing}")
-        assert (
-            f"The hub's {ID} has no {missing[1:]}. It holds {all_files}: fetch one by "
-            f"{command.format('tiny.q8_0.gguf')}" in said
+        assert said.startswith(
+            f"The hub's {ID} has no {missing[1:]}. It holds {all_files}: name one, {ID}/FILE"
         )
     assert f"no model {ID}x on the hub" in refusal(load_model, f"{ID}x:Q4_K_M")
-    (hub.folder / "config.json").unlink()
-    assert (
-        f"no config.json, and models are read from config.json and safetensors. It holds {all_files}"
-        in refusal(load_model, ID)
-    )
-    assert not hub.files() - {"config.json"}
+    for file in (*hub.folder.glob("model*"), *hub.folder.rglob("*K_M.gguf")):
+        file.unlink()
+    said = refusal(load_model, ID)
+    assert "has no model.safetensors, and models are read from config.json and safetensors" in said
+    assert "It holds tiny.q8_0.gguf, tiny-Q4_K_S.gguf: name one" in said
+    (hub.folder / "big-Q5_K_M-00001-of-00002.gguf").write_bytes(b"must not be fetched")
+    said = refusal(load_model, f"{ID}:Q5_K_M")
+    assert said.startswith("big-Q5_K_M-00001-of-00002.gguf is one of several files of a model")
+    for file in hub.folder.rglob("*.gguf"):
+        file.unlink()
+    assert f"{ID} has no Q8_0. It holds no .gguf file" in refusal(load_model, f"{ID}:Q8_0")
     hub.is_down = True
-    said = refusal(load_model, f"{ID}:Q4_K_M")
-    assert f"`uv run hf download {ID} --include '*Q4_K_M*.gguf' --local-dir .`. The hub did not say" in said
+    assert f"The hub did not say what {ID} holds" in refusal(load_model, f"{ID}:Q4_K_M")
     asked = len(hub.asked)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "--include tiny.gguf" in refusal(load_model, f"{ID}/tiny.gguf")
+    assert "HF_HUB_OFFLINE is set" in refusal(load_model, f"{ID}/tiny.gguf")
     assert len(hub.asked) == asked
+    assert not any(file.endswith(".gguf") for file in hub.files())
 
 
 def test_a_path_comes_first_and_nothing_else_is_asked_of_the_hub(hub):

@@ -23,10 +23,11 @@ from engine.model.weights.block_layout import BY_BYTES, COLUMNS, GROUP, kind_of,
 from engine.model.weights.weight import TrainingForm, Weight
 
 # the least and the largest that a weight is rounded to
-STEPS = {"Q4_0": (-8, 7), "Q4_1": (0, 15), "Q8_0": (-127, 127)}
+INTEGER_RANGE = {"Q4_0": (-8, 7), "Q4_1": (0, 15), "Q8_0": (-127, 127)}
 SMALLEST = np.finfo(np.float32).tiny  # a smaller scale's inverse could be infinite
 LARGEST = 127
-UNIT = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 64}  # steps of a quarter of a block's range
+# the integer steps in a quarter of a block's range
+QUARTER_STEPS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 64}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["columns", "axis"])
@@ -73,8 +74,8 @@ class Blocks(Weight, TrainingForm):
 
     @jax.jit
     def weight_of(self, trained: Array) -> Array:
-        """Returns the matrix, float32, with what `factors_to_train` gave, trained since, for its
-        own factors.
+        """Returns the matrix, float32, with trained factors, those of `factors_to_train`, in place of
+        its own.
         """
         return dense_blocks(self, _round_factors(trained, self.kind))
 
@@ -91,10 +92,14 @@ class Blocks(Weight, TrainingForm):
     ) -> Array:
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         gain = jnp.zeros(0) if gain is None else gain.astype(jnp.float32)
-        shapes = [jax.ShapeDtypeStruct((len(rows), self.columns), jnp.float32)] * (1 + bool(pairs))
+        result = jax.ShapeDtypeStruct((len(rows), self.columns), jnp.float32)
+        shapes = [result, result] if pairs else [result]  # of the weight, and of its adapters
         kernel = jax.ffi.ffi_call(target("block_matmul"), shapes)
         parts = kernel(rows, self.packed, gain, np.float32(eps), *pairs)
-        return sum(parts[1:], parts[0]).astype(dtype).reshape(*x.shape[:-1], -1)
+        product = parts[0]
+        if pairs:
+            product = product + parts[1]
+        return product.astype(dtype).reshape(*x.shape[:-1], -1)
 
     def beside(self, others: Sequence["Blocks"]) -> "Blocks | None":
         return join_blocks([self, *others])
@@ -129,7 +134,7 @@ def round_to_blocks(weight: Array, kind: str, axis: int = 1) -> Blocks:
     if kind == "Q8_0":
         numbers = numbers.astype(jnp.int8)
     else:
-        low, high = jnp.split((numbers - STEPS[kind][0]).astype(jnp.uint8), 2, axis=-1)
+        low, high = jnp.split((numbers - INTEGER_RANGE[kind][0]).astype(jnp.uint8), 2, axis=-1)
         numbers = low | high << 4
 
     def pack(values: Array, together: int) -> Array:
@@ -161,8 +166,8 @@ class Rounding(TrainingForm):
     @jax.jit
     def weight_of(self, trained: Array) -> Array:
         """Returns the numbers of a weight's Blocks, float32."""
-        numbers, (scale, *minimum) = nearest(trained, self.kind, self.axis)
-        values = sum((least.astype(jnp.float32) for least in minimum), numbers * scale.astype(jnp.float32))
+        numbers, factors = nearest(trained, self.kind, self.axis)
+        values = _times_factors(numbers, [factor.astype(jnp.float32) for factor in factors])
         return _straight_through(values.reshape(trained.shape), trained)
 
     def cast(self, dtype: DTypeLike) -> "Rounding":
@@ -176,14 +181,15 @@ def _straight_through(values: Array, x: Array) -> Array:
 
 @jax.jit
 def factors_to_train(weight: Blocks) -> Array:
-    """Returns what trains while the integers stay (Kim et al. 2023, 2305.14152), (out / 16, in /
-    32, 1 or 2, 16) float32.
+    """Returns the numbers that train while the integers stay (Kim et al. 2023, 2305.14152):
+    (out / 16, in / 32, 1 or 2, 16) float32.
 
-    A quarter of each block's range, and in Q4_1 half its center: numbers of a block move by twice
-    what these do, and the learning rate that is best for weights is so for these.
+    The first is a quarter of each block's range; in Q4_1 the second is half its center. A block's
+    weights move by twice what these move, so the learning rate that is best for weights is best for
+    them.
     """
     scale, *minimum = jnp.moveaxis(take_apart(weight.packed)[1], -2, 0)
-    quarter = UNIT[weight.kind] * scale
+    quarter = QUARTER_STEPS[weight.kind] * scale
     return jnp.stack([quarter, *(least / 2 + quarter for least in minimum)], axis=-2)
 
 
@@ -199,8 +205,10 @@ def with_factors(weight: Blocks, trained: Array) -> Blocks:
 def _round_factors(trained: Array, kind: str) -> Array:
     """Returns scales and minima of float16 in float32, with the gradient of what is trained."""
     quarter, *center = jnp.moveaxis(trained, -2, 0)
-    scale = _to_half(quarter / UNIT[kind])
-    return jnp.stack([scale, *(_to_half(2 * (part - UNIT[kind] * scale)) for part in center)], axis=-2)
+    scale = _to_half(quarter / QUARTER_STEPS[kind])
+    return jnp.stack(
+        [scale, *(_to_half(2 * (part - QUARTER_STEPS[kind] * scale)) for part in center)], axis=-2
+    )
 
 
 def _to_half(x: Array) -> Array:
@@ -233,7 +241,7 @@ def nearest(weight: Array, kind: str, axis: int) -> tuple[Array, list[Array]]:
         scale = jnp.maximum(high, -low) * (1 / LARGEST)
     scale = jnp.where(scale == 0, 0, scale).astype(jnp.float16)  # and not -0
     steps = x * (1 / jnp.where(scale == 0, 1, scale).astype(jnp.float32))
-    return jnp.clip(jnp.round(steps), *STEPS[kind]), [scale, *minimum]
+    return jnp.clip(jnp.round(steps), *INTEGER_RANGE[kind]), [scale, *minimum]
 
 
 def block_matmul_by_xla(x: Array, weight: Blocks, dtype: DTypeLike) -> Array:
@@ -268,12 +276,12 @@ def lookup_blocks(weight: Blocks, rows: Array) -> Array:
 
 
 def join_blocks(weights: Sequence[Blocks]) -> Blocks | None:
-    """Returns weights of one input side by side; None where they are of several kinds or fill their
-    last 16 columns.
+    """Returns weights side by side; None where they are of several kinds or inputs, or where one
+    before the last does not fill its last 16 columns.
     """
-    if len({weight.packed.shape[1:] for weight in weights}) > 1 or any(
-        weight.columns % COLUMNS for weight in weights[:-1]
-    ):
+    kinds_and_inputs = {weight.packed.shape[1:] for weight in weights}
+    fills_columns = all(weight.columns % COLUMNS == 0 for weight in weights[:-1])
+    if len(kinds_and_inputs) > 1 or not fills_columns:
         return None
     packed = jnp.concatenate([weight.packed for weight in weights])
     return dataclasses.replace(weights[0], packed=packed, columns=sum(weight.columns for weight in weights))
@@ -293,5 +301,14 @@ def dense_blocks(weight: Blocks, factors: Array | None = None) -> Array:
     if weight.axis:  # before the product, whose gradient need not be transposed
         numbers = numbers.transpose(1, 2, 0)
         factors = factors.transpose(0, 2, 3, 1)
-    scale, *minimum = factors
-    return sum(minimum, numbers * scale).reshape(weight.shape)
+    return _times_factors(numbers, factors).reshape(weight.shape)
+
+
+def _times_factors(numbers: Array, factors: Sequence[Array] | Array) -> Array:
+    """Returns numbers times the first factor, the scale, and where there is a second, a minimum, that
+    added.
+    """
+    values = numbers * factors[0]
+    if len(factors) == 2:
+        values = values + factors[1]
+    return values
