@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -109,7 +110,7 @@ def measure(
     each.
 
     A call's time ends when its result is ready. Each round begins with another call, so that none
-    always follows the same one. `report(done, total)` counts rounds. `seconds_of` takes the seconds
+    always follows the same one. The first is drawn, for there are processes of one round. `report(done, total)` counts rounds. `seconds_of` takes the seconds
     from a call's result, for calls that time a part of themselves.
     """
     for call in calls.values():
@@ -117,8 +118,9 @@ def measure(
             jax.block_until_ready(call())
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    first = random.randrange(len(names))
     for done in range(rounds):
-        turn = done % len(names)
+        turn = (first + done) % len(names)
         for name in names[turn:] + names[:turn]:
             begin = clock()
             result = jax.block_until_ready(calls[name]())

@@ -499,8 +499,14 @@ def serving(document: Document) -> list[str]:
 def chat(document: Document) -> list[str]:
     """Returns the speed of a single stream beside llama.cpp's, in a sentence."""
     (row,) = (row for row in document["rows"] if row["name"] == CHAT)
-    file = f"the same {row['format']} file" if "format" in row else "the same file"
-    return [f"A chat with SmolLM2-135M, from {file}, has {ratio(row)} of llama.cpp's tokens a second."]
+    sentence = (
+        f"A chat with SmolLM2-135M, from the same Q4_1 file, has {ratio(row)} of llama.cpp's tokens a second"
+    )
+    by_size = read_documents(shown()).get("peers-sizes.json")
+    if by_size:
+        ratios = [row["ratio"] for row in by_size["rows"] if row["name"] == "decode_1"]
+        sentence += f", and one stream of three sizes in four formats {min(ratios):.2f} to {max(ratios):.2f}"
+    return [f"{sentence}."]
 
 
 def plan(_: Document) -> list[str]:

@@ -75,18 +75,20 @@ def measure_training(
             print_absent(
                 f"{name}, {dtype}", str(error), "a C++ compiler, such as g++, which torch.compile calls"
             )
+    peers = [name for name in calls if name != OURS]
+    if not peers:  # each was said to be absent
+        return []
     timings = measure(calls, rounds=rounds, report=report)
     ours = timings[OURS].median
     tokens = shape.batch * shape.tokens
     rows = []
     flops = train_flops(inputs.cfg, shape.tokens, attention="full").total * tokens
-    peers = list(calls)[1:]
     # for some shapes and types compiling makes it slower
     fastest = min(peers, key=lambda name: timings[name].median)
     for name in peers:
         theirs = timings[name].median
         over = ratio(timings[name], timings[OURS])
-        bar = OVER_TORCH[dtype] if name == fastest else None
+        least = OVER_TORCH[dtype] if name == fastest else None
         same = bool(np.isclose(losses[OURS], losses[name], rtol=0.01))
         rows.append(
             {
@@ -97,8 +99,8 @@ def measure_training(
                 "tokens_per_second": tokens / ours,
                 "peer_tokens_per_second": tokens / theirs,
                 **over._asdict(),
-                "bar": bar,
-                "met": over.exceeds(bar) if bar else None,
+                "bar": least,
+                "met": over.exceeds(least) if least else None,
                 "gflops": flops / ours / 1e9,
                 "peer_gflops": flops / theirs / 1e9,
                 "loss": losses[OURS],
@@ -107,11 +109,9 @@ def measure_training(
             }
         )
         note = f"loss at step {rounds + 2}: {losses[OURS]:.4f} and {losses[name]:.4f}"
-        speeds = f"{tokens / ours:.0f} tokens/s, {name} {tokens / theirs:.0f}; {held_to(over, bar)}"
-        print(
-            f"{rows[-1]['name']} {speeds}; {'' if same else '** not the same computation ** '}{note}",
-            flush=True,
-        )
+        speeds = f"{tokens / ours:.0f} tokens/s, {name} {tokens / theirs:.0f}; {held_to(over, least)}"
+        warning = "" if same else "** not the same computation ** "
+        print(f"{rows[-1]['name']} {speeds}; {warning}{note}", flush=True)
         peer.ask(drop=name)
     print(describe_noise(timings), flush=True)
     return rows

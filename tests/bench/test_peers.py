@@ -187,6 +187,16 @@ def test_a_compiler_that_is_not_there_leaves_the_other_rows(scripts, capsys):
     assert "g++" in tables
 
 
+@pytest.mark.usefixtures("no_bar")
+def test_without_any_way_of_torch_there_are_no_rows(scripts, capsys):
+    scripts("torch_peer.py", make="lambda spec: 1 / 0")
+    flags = ["--of", "training", "--shape", "1x64x8x2", "--dtypes", "float32", "--rounds", "6", "--json"]
+    assert main(flags) == 0
+    out, tables = capsys.readouterr()
+    assert json.loads(out)["rows"] == []
+    assert tables.count("absent: torch") == 2
+
+
 # What the peers are made of
 
 
@@ -233,6 +243,34 @@ def test_llama_cpp_is_tried_with_and_without_flash_attention_and_on_half_the_thr
     tried = [tuple(setting) for setting in peer.settings({"threads": 4, "prompts": [[0] * 2048]})]
     assert tried == [(True, 4), (False, 4)]
     assert len(peer.settings({"threads": 1, "prompts": [[0]]})) == 2
+
+
+def test_llama_cpp_runs_in_the_setting_of_the_shortest_try(monkeypatch):
+    """The first try of all is the slowest, which says nothing of its setting."""
+    monkeypatch.syspath_prepend(BENCH)
+    peer = importlib.import_module("llama_cpp_peer")
+    made = []
+
+    class Streams:
+        def __init__(self, model, spec, setting):
+            made.append((setting, len(spec["prompts"])))
+            self.seconds = 9.0 if len(made) == 1 else 1.0 + setting.threads + (not setting.flash_attention)
+
+        def run(self, new):
+            return {"decode": self.seconds, "prefill": -self.seconds}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(peer, "Streams", Streams)
+    spec = {"threads": 2, "prompts": [[0] * 9] * 5, "new": 3, "phase": "decode"}
+    assert peer.Jobs().find_fastest(spec) == (True, 1)
+    assert len(made) == 3 * 4
+    assert peer.Jobs().find_fastest(spec | {"phase": "prefill", "ends": [1]}) == (False, 2)
+    assert {count for _, count in made[12:]} == {2}
+    made.clear()
+    peer.Jobs().find_fastest(spec | {"prompts": [[0] * 4096]})
+    assert [setting for setting, _ in made] == [(True, 2), (False, 2)]
 
 
 def test_a_peer_says_how_it_was_built(talk):
