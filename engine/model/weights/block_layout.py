@@ -186,9 +186,9 @@ def _read_plain(blocks: np.ndarray, factors: int) -> list[np.ndarray]:
 def _read_five_bits(blocks: np.ndarray, factors: int) -> list[np.ndarray]:
     """Reads factors, the fifth bits of inputs 0 to 31 in turn, then two numbers in a byte."""
     head = 2 * factors
-    bits = _move_bits(blocks[..., head : head + 4], (8, 4), (1, 0))
-    numbers = np.concatenate([blocks[..., head + 4 :], bits], axis=-1)
-    return [_as("uint32", numbers), _as("uint16", blocks[..., :head])]
+    fifth = _spread_bits(_as("uint32", blocks[..., head : head + 4]))
+    numbers = np.concatenate([_as("uint32", blocks[..., head + 4 :]), fifth], axis=-1)
+    return [numbers, _as("uint16", blocks[..., :head])]
 
 
 def _read_k(blocks: np.ndarray) -> list[np.ndarray]:
@@ -196,13 +196,14 @@ def _read_k(blocks: np.ndarray) -> list[np.ndarray]:
     with a fifth bit for each group, and two numbers in a byte, of one group and the next.
     """
     lead = blocks.shape[:-1]
-    numbers = _swap_nibbles(blocks[..., -128:].reshape(*lead, 4, 2, 16)).reshape(*lead, 8, 16)
+    nibbles = _swap_nibbles(blocks[..., -128:].reshape(*lead, 4, 2, 16))
+    numbers = nibbles.view(np.uint32).reshape(*lead, 8, 4)
     fifth = blocks[..., 16:-128]
     if fifth.size:
-        bits = _move_bits(fifth, (8, 4, 8), (2, 1, 0)).reshape(*lead, 8, 4)
-        numbers = np.concatenate([numbers, bits], axis=-1)
+        upper = _transpose_bits(_as("uint32", fifth), 1)
+        numbers = np.concatenate([numbers, upper[..., None]], axis=-1)
     small = _read_six_bits(blocks[..., 4:16])
-    return [_as("uint32", numbers.reshape(*lead, -1)), small, _as("uint16", blocks[..., :4])]
+    return [numbers.reshape(*lead, -1), small, _as("uint16", blocks[..., :4])]
 
 
 def _read_six_bits(data: np.ndarray) -> np.ndarray:
@@ -224,11 +225,12 @@ def _read_q6_k(blocks: np.ndarray) -> list[np.ndarray]:
     """
     lead = blocks.shape[:-1]
     nibbles = _swap_nibbles(blocks[..., :128].reshape(*lead, 2, 2, 2, 16))
-    numbers = nibbles.swapaxes(-3, -2).reshape(*lead, 8, 16)
-    # (half, half of a group, line, input, group, bit) -> (half, group, half of it, input, line, bit)
-    bits = _move_bits(blocks[..., 128:192], (2, 2, 4, 4, 4, 2), (0, 4, 1, 3, 2, 5)).reshape(*lead, 8, 8)
-    numbers = np.concatenate([numbers, bits], axis=-1).reshape(*lead, -1)
-    return [_as("uint32", numbers), blocks[..., 192:208], _as("uint16", blocks[..., 208:])]
+    numbers = nibbles.view(np.uint32).swapaxes(-3, -2).reshape(*lead, 8, 4)
+    # (half, half of a group, group)
+    upper = _transpose_bits(_as("uint32", blocks[..., 128:192]).reshape(*lead, 2, 2, 4), 2)
+    upper = upper.swapaxes(-2, -1).reshape(*lead, 8, 2)
+    numbers = np.concatenate([numbers, upper], axis=-1)
+    return [numbers.reshape(*lead, -1), blocks[..., 192:208], _as("uint16", blocks[..., 208:])]
 
 
 def _swap_nibbles(pairs: np.ndarray) -> np.ndarray:
@@ -242,14 +244,26 @@ def _swap_nibbles(pairs: np.ndarray) -> np.ndarray:
     return np.stack([lower, upper], axis=-2)
 
 
-def _move_bits(data: np.ndarray, shape: tuple[int, ...], order: tuple[int, ...]) -> np.ndarray:
-    """data (.., bytes) -> (.., bytes): its bits, lowest first, as an array of this shape whose axes
-    are put into this order.
+def _transpose_bits(words: np.ndarray, width: int) -> np.ndarray:
+    """words (.., 8 / width) uint32, in whose bytes lie 8 / width fields of as many bits -> (.., 8 /
+    width): field i of word j becomes field j of word i.
     """
-    lead = data.shape[:-1]
-    bits = np.unpackbits(data, axis=-1, bitorder="little").reshape(*lead, *shape)
-    axes = (*range(len(lead)), *(len(lead) + axis for axis in order))
-    return np.packbits(bits.transpose(axes).reshape(*lead, -1), axis=-1, bitorder="little")
+    count = 8 // width
+    lowest = np.uint32(0x01010101 * (2**width - 1))
+    transposed = np.zeros_like(words)
+    for to in range(count):
+        for place in range(count):
+            transposed[..., to] |= (words[..., place] >> width * to & lowest) << width * place
+    return transposed
+
+
+def _spread_bits(words: np.ndarray) -> np.ndarray:
+    """words uint32 -> uint32: bit 4 i + j becomes bit i of byte j."""
+    spread = np.zeros_like(words)
+    for place in range(8):
+        four = words >> 4 * place & 15
+        spread |= (four * np.uint32(0x00204081) & 0x01010101) << place  # copies at 0, 7, 14 and 21
+    return spread
 
 
 class FileOrder(NamedTuple):
