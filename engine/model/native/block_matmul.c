@@ -177,50 +177,52 @@ static void round_part(const void *task, int64_t part) {
   for (int64_t row = part * t->size; row < stop; row++) t->finite[row] = round_row(t, row);
 }
 
-// The products of a group's 32 numbers of W columns, `numbers` on, with those of some rows: of Q6_K those of its first half in
-// `sums` and of the other in `others`, else all in `sums`.
-INLINE void add_group(const uint8_t *numbers, const int8_t *const *x, const int rows, const int kind, I *sums, I *others) {
-  const int bits = bits_of(kind), is_wide = bits > 4;
-  I *const upper_sums = kind == Q6_K ? others : sums;
-  Quads upper[2];
-  if (bits == 5) upper[0] = upper[1] = load_quads(numbers + 4 * STEP);
-  if (bits == 6) EACH(half, 2) upper[half] = load_quads(numbers + (4 + half) * STEP);
-  // Rows in turns: each row's sums wait for one another.
-  FOR(i, (bits == 8 ? 8 : 4)) {
-    const Quads both = load_quads(numbers + i * STEP);
-    if (bits == 8) {
-      const Quads weights = both ^ (int8_t)TOO_HIGH;
-      EACH(row, rows) add_products(sums[row], weights, x[row] + 4 * i, 1);
-    } else {
-      Quads low = both & 15, high = (Quads)((I)both >> 4) & 15;
-      if (bits == 5) low |= upper_bits(upper[0], i, 16), high |= upper_bits(upper[1], i + 4, 16);
-      if (bits == 6) low |= upper_bits(upper[0], 2 * i, 48), high |= upper_bits(upper[1], 2 * i, 48);
-      EACH(row, rows) add_products(sums[row], low, x[row] + 4 * i, is_wide);
-      EACH(row, rows) add_products(upper_sums[row], high, x[row] + 4 * i + 16, is_wide);
-    }
-  }
-}
-
 // `rows` rows of the order, from the given one on, times 16 columns.
 INLINE void multiply(const Task *t, int64_t first, const int rows, int64_t strip, const int kind) {
   const int64_t groups = t->groups, together = groups_of(kind), number_bytes = bits_of(kind) * STEP;
-  const uint8_t *w = t->weight + strip * (groups / together) * kind;
+  const int bits = bits_of(kind), has_offset = offset_of(kind) != 0;
+  // AVX2 adds products of 4 bits in 16, which do not hold what is too high: that is taken off at the end.
+  const int is_wide = bits > 4, is_late = W == 8 && !is_wide;
+  const uint8_t *start = t->weight + strip * (groups / together) * kind;
+  const int8_t *x[ROWS];
   const Scale *scales[ROWS];
   F y[ROWS][VECTORS];
   EACH(row, rows) {
+    x[row] = t->rows + t->order[first + row] * t->in;
     scales[row] = t->scales + t->order[first + row] * groups;
     EACH(v, VECTORS) y[row][v] = (F){0};
   }
-  for (int64_t group = 0; group < groups; group += together, w += kind) FOR(inner, together) {
-    const uint8_t *numbers = w + inner * number_bytes, *small = w + together * number_bytes;
-    const uint8_t *factors = small + (together > 1 ? 2 * together * COLUMNS : 0);
-    const int8_t *x[ROWS];
-    EACH(row, rows) x[row] = t->rows + t->order[first + row] * t->in + (group + inner) * GROUP;
+  for (int64_t group = 0; group < groups; group++) {
+    const int64_t inner = group % together, from = group * GROUP;
+    const uint8_t *w = start + group / together * kind, *numbers = w + inner * number_bytes;
+    const uint8_t *small = w + together * number_bytes, *factors = small + (together > 1 ? 2 * together * COLUMNS : 0);
     EACH(i, (kind / together + STEP - 1) / STEP) prefetch(w + inner * (kind / together) + i * STEP + AHEAD);
     EACH(v, VECTORS) {
-      I sums[ROWS], others[ROWS];
-      EACH(row, rows) sums[row] = others[row] = (I){0};
-      add_group(numbers + v * sizeof(Quads), x, rows, kind, sums, others);
+      const uint8_t *quads = numbers + v * sizeof(Quads);
+      I sums[ROWS], others[ROWS];  // of Q6_K, the others are of the second half
+      EACH(row, rows) {
+        const Scale *s = scales[row] + group;
+        sums[row] = (I){0} + (has_offset && !is_late ? s->starts[0] : 0);
+        if (kind == Q6_K) others[row] = (I){0} + s->starts[1];
+      }
+      Quads upper[2];
+      if (bits == 5) upper[0] = upper[1] = load_quads(quads + 4 * STEP);
+      if (bits == 6) EACH(half, 2) upper[half] = load_quads(quads + (4 + half) * STEP);
+      // Rows in turns: each row's sums wait for one another.
+      FOR(i, (bits == 8 ? 8 : 4)) {
+        const Quads both = load_quads(quads + i * STEP);
+        if (bits == 8) {
+          const Quads weights = both ^ (int8_t)TOO_HIGH;
+          EACH(row, rows) add_products(sums[row], weights, x[row] + from + 4 * i, 1);
+          continue;
+        }
+        Quads low = both & 15, high = (Quads)((I)both >> 4) & 15;
+        if (bits == 5) low |= upper_bits(upper[0], i, 16), high |= upper_bits(upper[1], i + 4, 16);
+        if (bits == 6) low |= upper_bits(upper[0], 2 * i, 48), high |= upper_bits(upper[1], 2 * i, 48);
+        EACH(row, rows) add_products(sums[row], low, x[row] + from + 4 * i, is_wide);
+        if (kind == Q6_K) EACH(row, rows) add_products(others[row], high, x[row] + from + 4 * i + 16, 1);
+        else EACH(row, rows) add_products(sums[row], high, x[row] + from + 4 * i + 16, is_wide);
+      }
       F scale = halves(factors + 2 * W * v), least = scale, scale_of_others = scale;
       if (has_minimum(kind)) least = halves(factors + 2 * (COLUMNS + W * v));
       if (kind == Q6_K) {
@@ -231,12 +233,11 @@ INLINE void multiply(const Task *t, int64_t first, const int rows, int64_t strip
         least *= -small_factors(small + (together + inner) * COLUMNS + W * v);
       }
       EACH(row, rows) {
-        const Scale *s = scales[row] + group + inner;
-        F total = __builtin_convertvector(finish(sums[row], bits_of(kind) > 4) + s->starts[0], F) * scale;
-        if (kind == Q6_K) {
-          const I integers = finish(others[row], 1) + s->starts[1];
-          total = fused(__builtin_convertvector(integers, F), scale_of_others, total);
-        }
+        const Scale *s = scales[row] + group;
+        I integers = finish(sums[row], is_wide);
+        if (has_offset && is_late) integers += s->starts[0];
+        F total = __builtin_convertvector(integers, F) * scale;
+        if (kind == Q6_K) total = fused(__builtin_convertvector(others[row], F), scale_of_others, total);
         if (has_minimum(kind)) total = fused(least, spread(s->sum), total);
         y[row][v] = fused(total, spread(s->scale), y[row][v]);
       }
