@@ -1,6 +1,6 @@
 """Measures all documents of a machine in one sitting, of one commit; goes on where it was stopped.
 
-    python -m bench.everything --out bench/results/NAME --peer-python peers/bin/python    about two quiet hours
+    python -m bench.everything --folder bench/results/NAME --peer-python peers/bin/python    about two quiet hours
 
 A document of this commit and these versions that is there already is kept. READMEs and their
 pictures are written last.
@@ -74,7 +74,7 @@ LAST = ("tests/transcript.py", "tests/readmes.py")
 class EverythingFlags:
     """Where the documents lie, and where the peers live."""
 
-    out: Path
+    folder: Path
     """The machine's folder in bench/results."""
     peer_python: Path | None = None
     """The Python that has the peers, when it is not this one."""
@@ -98,9 +98,10 @@ def measure_everything(flags: EverythingFlags) -> Json:
     if unknown:
         raise UserError(f"--only {unknown[0]} is no document's name: {', '.join(names)}.")
     wanted = [measurement for measurement in MEASUREMENTS if not flags.only or measurement.name in flags.only]
+    flags.folder.mkdir(parents=True, exist_ok=True)
     failed = []
     for measurement in wanted:
-        path = flags.out / f"{measurement.name}.json"
+        path = flags.folder / f"{measurement.name}.json"
         if is_current(path, about):
             progress(f"kept: {path}")
             continue
@@ -117,7 +118,7 @@ def measure_everything(flags: EverythingFlags) -> Json:
     if not flags.only:
         for script in LAST:
             progress(f"writing: python {script}")
-            subprocess.run([sys.executable, script, str(flags.out)], cwd=ROOT, check=True)
+            subprocess.run([sys.executable, script, str(flags.folder)], cwd=ROOT, check=True)
     return {"documents": [dataclasses.asdict(measurement) for measurement in wanted]}
 
 

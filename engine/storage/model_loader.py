@@ -161,7 +161,7 @@ def locate(
         return Location("gguf" if fetched.suffix == ".gguf" else "hugging face", fetched)
     if path.suffix == ".gguf" and path.is_file():
         return Location("gguf", path)
-    gguf_name = hub.split_gguf_name(name)
+    gguf_name = hub.split_gguf_name(str(name))
     if gguf_name and not is_below_runs and not Path(path.parts[0]).exists():
         return Location("gguf", hub.fetch_gguf(name, *gguf_name, cached_only, report))
     is_run = (path / "run.json").exists()
@@ -264,7 +264,7 @@ def peek_model(
     """
 
     def check_fetched(cfg: ModelConfig) -> None:
-        _check_memory(cfg, str(name), dtype or cfg.dtype)
+        _check_memory(_plain_bytes(cfg, dtype or cfg.dtype), str(name), dtype or cfg.dtype)
 
     location = locate(name, report, bool(adapted_by), check_fetched)
     if location.format == "adapter":
@@ -274,12 +274,16 @@ def peek_model(
     return _peek_file(str(name), location.path, dtype, keep_kinds)
 
 
-def _check_memory(cfg: ModelConfig, model: str, dtype: str) -> None:
-    """Raises UserError when the weights of `model`, a name or path, exceed the memory with their
-    matrices in `dtype`.
-    """
+def _plain_bytes(cfg: ModelConfig, dtype: str) -> int:
+    """Returns the bytes of a model's weights with its matrices in `dtype`."""
     bytes_each = 4 if dtype == "float32" else 2
-    size = count_params(cfg).total * bytes_each
+    return count_params(cfg).total * bytes_each
+
+
+def _check_memory(size: int, model: str, dtype: str) -> None:
+    """Raises UserError when weights of `size` bytes, of a model named `model`, exceed the memory.
+    `dtype`: of those that are in no blocks.
+    """
     subject = f"The weights of {model_name(model)} take"
     require_memory(size, subject, "choose a smaller model.", detail=f" in {dtype}")
 
@@ -319,7 +323,9 @@ def _peek_file(name: str, path: Path, dtype: str | None, keep_kinds: Collection[
         )
 
     def read(report: OnProgress) -> ReadWeights:
-        _check_memory(cfg, name, in_memory)
+        # blocks as they lie
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes()))
+        _check_memory(size, name, in_memory)
         return ReadWeights(read_params(stored, in_memory, report, blocks), path)
 
     return UnreadModel(cfg, blocks, shapes, describe, read)
@@ -362,7 +368,7 @@ def _peek_run(location: Location, run: Path, keep_kinds: Collection[str]) -> Unr
         )
 
     def read(report: OnProgress) -> ReadWeights:
-        _check_memory(cfg, str(run), "float32")
+        _check_memory(_plain_bytes(cfg, "float32"), str(run), "float32")
         loaded = checkpoint_reader.load_params(location.path, check)
         leaves = _with_blocks(cfg, leaf_paths(loaded.params))
         check_factors(loaded.path, leaves)

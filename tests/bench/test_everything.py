@@ -104,7 +104,7 @@ def test_one_document_is_measured_alone_and_an_unknown_one_is_named(measured, tm
 def test_sources_of_no_commit_are_refused(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(everything, "circumstances", lambda *_: {"commit": "c0ffee-dirty"})
     main = lambda: run_bench(
-        "bench.everything", "", EverythingFlags, everything.measure_everything, ["--out", str(tmp_path)]
+        "bench.everything", "", EverythingFlags, everything.measure_everything, ["--folder", str(tmp_path)]
     )
     assert main() == 2
     assert "commit or stash what has changed" in capsys.readouterr().err
@@ -123,7 +123,7 @@ def test_a_sitting_through_the_real_command(tmp_path):
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@localhost"]
     for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "All"]):
         subprocess.run([*git, *words], cwd=checkout, check=True)
-    words = ["-m", "bench.everything", "--out", "bench/results/here", "--only", "peers", "--json"]
+    words = ["-m", "bench.everything", "--folder", "bench/results/here", "--only", "peers", "--json"]
     runs = []
     for _ in range(2):
         runs.append(
