@@ -131,15 +131,16 @@ INLINE int round_group(const float *x, int8_t *rounded, Scale *s, int offset, in
   if (!isfinite(s->scale)) return 0;
   if (s->scale < 1.17549435e-38f) s->scale = 1;  // else its inverse could be infinite
   const float inverse = 1 / s->scale;
-  int32_t sums[2] = {0};
-  FOR(half, 2) FOR(i, GROUP / 2) {
-    const int32_t nearest = (int32_t)rintf(x[half * (GROUP / 2) + i] * inverse);
-    rounded[half * (GROUP / 2) + i] = nearest;
-    sums[half] += nearest;
+  int32_t sum = 0, of_second_half = 0;
+  FOR(i, GROUP) {
+    const int32_t nearest = (int32_t)rintf(x[i] * inverse);
+    rounded[i] = nearest;
+    sum += nearest;
   }
-  s->sum = sums[0] + sums[1];
-  s->starts[0] = -offset * (in_halves ? sums[0] : sums[0] + sums[1]);
-  s->starts[1] = -offset * sums[1];
+  if (in_halves) FOR(i, GROUP / 2) of_second_half += rounded[GROUP / 2 + i];
+  s->sum = sum;
+  s->starts[0] = -offset * (sum - of_second_half);
+  s->starts[1] = -offset * of_second_half;
   return 1;
 }
 
