@@ -110,8 +110,9 @@ def measure(
     each.
 
     A call's time ends when its result is ready. Each round begins with another call, so that none
-    always follows the same one. The first is drawn, for there are processes of one round. `report(done, total)` counts rounds. `seconds_of` takes the seconds
-    from a call's result, for calls that time a part of themselves.
+    always follows the same one. The first is drawn, for there are processes of one round.
+    `report(done, total)` counts rounds. `seconds_of` takes the seconds from a call's result, for
+    calls that time a part of themselves.
     """
     for call in calls.values():
         for _ in range(warmups):

@@ -193,15 +193,15 @@ def fetch_gguf(name: str, hub_id: str, wanted: str, cached_only: bool, report: O
     cannot be had, and names what the repository holds.
     """
     with _connection(name, cached_only, report) as fetch_file:
-        if wanted.endswith(".gguf"):
-            file: str | None = wanted
-        else:
+        file = wanted
+        if not wanted.endswith(".gguf"):
             files = _gguf_files(hub_id, cached_only)
             if files is None:
                 raise UserError(f"The hub did not say what {hub_id} holds: name a file, {hub_id}/FILE.gguf.")
-            file = _find_quantisation(files, wanted)
-            if file is None:
+            found = _find_quantisation(files, wanted)
+            if found is None:
                 raise UserError(f"The hub's {hub_id} has no {wanted}. {_say_what_it_holds(hub_id, files)}")
+            file = found
         if PART.search(file):
             raise UserError(
                 f"{file} is one of several files of a model: join them by llama.cpp's "

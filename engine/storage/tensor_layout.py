@@ -207,7 +207,8 @@ def block_leaves(model: StoredModel, kept_kinds: Collection[str]) -> dict[str, B
     for leaf in model.leaves:
         kind = model.kinds.get(leaf.name, "")
         if kind in kept_kinds:
-            shape = packed_shape(*leaf.stored, kind)
+            columns, inputs = leaf.stored
+            shape = packed_shape(columns, inputs, kind)
             packed: Any = jax.ShapeDtypeStruct(shape, jnp.uint8)
             leaves[leaf.path] = Blocks(packed, leaf.stored[0], int(leaf.transposed))
     return leaves

@@ -31,8 +31,7 @@ from engine.model.loss import score, summed_loss
 from engine.model.ops import platform
 from engine.model.paths import merge, split
 from engine.model.transformer import forward, init_params, make_cache
-from engine.model.weights import int8
-from engine.model.weights import block_layout
+from engine.model.weights import block_layout, int8
 from engine.model.weights.block_layout import GROUP, packed_shape
 from engine.model.weights.blocks import Blocks, Rounding, factors_to_train, round_to_blocks, with_factors
 from engine.model.weights.convert import cast_matrices
