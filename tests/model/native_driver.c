@@ -151,13 +151,16 @@ static void add_adapters(Arrays *in, Arrays *out, int64_t M, int64_t inputs, int
 }
 
 static void block_matmul(Arrays *in, Arrays *out) {
-  const int64_t M = ONE_OF(1, 2, 3, 5, 6, 7, 12, 40), groups = 1 + below(9), columns = 1 + below(150), size = ONE_OF(288, 320, 544);
+  const int64_t M = ONE_OF(1, 2, 3, 5, 6, 7, 12, 40), columns = 1 + below(150);
+  const int64_t size = ONE_OF(288, 320, 352, 384, 544, 2368, 2880, 3360);  // the last three of 8 groups a block
+  const int64_t blocks = 1 + below(size > 2000 ? 2 : 9), groups = blocks * (size > 2000 ? 8 : 1);
+  const int has_minimum = size == 320 || size == 384 || size == 2368 || size == 2880;
   const int64_t before = below(3);  // nothing, a norm, or SwiGLU
   add(in, F32, M, (before == 2 ? 64 : 32) * groups, -1, -1, -1), fill(in, 0, 1);
-  uint8_t *weight = add(in, U8, (columns + 15) / 16, groups, size, -1, -1);
+  uint8_t *weight = add(in, U8, (columns + 15) / 16, blocks, size, -1, -1);
   fill(in, 1, 0);
   for (size_t at = 0; at < in->bytes[1]; at++)  // scales and minima are finite
-    if (at % size >= (size_t)(size == 320 ? 256 : size - 32) && at % 2) weight[at] &= 0xbf;
+    if (at % size >= (size_t)(size - (has_minimum ? 64 : 32)) && at % 2) weight[at] &= 0xbf;
   add(in, F32, before == 1 ? 32 * groups : 0, -1, -1, -1, -1), fill(in, 2, 1);
   *(float *)add(in, F32, -1, -1, -1, -1, -1) = 1e-5f;
   add(out, F32, M, columns, -1, -1, -1);
