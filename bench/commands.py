@@ -55,27 +55,16 @@ def measure_commands(flags: CommandsFlags) -> Json:
         else:
             measure = functools.partial(training, max_time=flags.max_time)
         figures, printed = measure(Path(folder), flags.data)
-    unmet = [figure for figure in figures if not figure.value <= figure.bar]
-    print_table(
-        "Whole commands",
-        ("", "measured", "", "at most", ""),
-        [
-            (
-                figure.name,
-                f"{figure.value:.3f}",
-                figure.unit,
-                f"{figure.bar:g}",
-                "** not met **" * (figure in unmet),
-            )
-            for figure in figures
-        ],
-    )
+    lines = []
+    rows = []
+    for figure in figures:
+        is_met = figure.value <= figure.bar  # False also for NaN
+        verdict = "" if is_met else "** not met **"
+        lines.append((figure.name, f"{figure.value:.3f}", figure.unit, f"{figure.bar:g}", verdict))
+        rows.append(figure._asdict() | {"met": is_met})
+    print_table("Whole commands", ("", "measured", "", "at most", ""), lines)
     print(BARS_HOLD)
-    return {
-        "printed": printed,
-        "bars_hold": BARS_HOLD,
-        "rows": [figure._asdict() | {"met": figure not in unmet} for figure in figures],
-    }
+    return {"printed": printed, "bars_hold": BARS_HOLD, "rows": rows}
 
 
 def training(folder: Path, data: str, max_time: str) -> tuple[list[Measurement], list[str]]:
@@ -87,61 +76,60 @@ def training(folder: Path, data: str, max_time: str) -> tuple[list[Measurement],
     cold, _ = _result([*train, "1s"], folder / "cold")
     result, printed = _result([*train, max_time], folder / "run")
     first, messages = _first_output(str(folder / "run"), "ROMEO:")
-    recompiles = re.search(r"(\d+) recompiles", messages)
-    return [
+    recompiles = float("inf")  # where the messages do not say it
+    match = re.search(r"(\d+) recompiles", messages)
+    if match:
+        recompiles = float(match[1])
+    figures = [
         Measurement("validation, whole text", result["val_bits_per_byte"], "bits/byte", 1.95),
         Measurement("command to first trained step", result["first_step_seconds"], "s", 2),
         Measurement("the same, compiling first", cold["first_step_seconds"], "s", 9),
         Measurement("peak memory of training", result["peak_rss_bytes"] / 1e9, "GB", 2),
         Measurement("--help", statistics.median(_help_seconds() for _ in range(5)), "s", 0.3),
         Measurement("command to first token", first, "s", 0.7),
-        Measurement(
-            "recompiles while generating", float(recompiles[1]) if recompiles else float("inf"), "", 0
-        ),
+        Measurement("recompiles while generating", recompiles, "", 0),
         *_predictions(printed),
-    ], printed
+    ]
+    return figures, printed
 
 
 def _predictions(printed: list[str]) -> list[Measurement]:
-    """Returns how far the steps that a run predicted, before it and after its first ones, are off
-    what it made.
+    """Returns by how much the numbers of steps that a run predicted differ from the number that it
+    trained, in percent. It predicts twice: before the run and after its first steps.
     """
     predicted = _steps_after("predicted", printed)
-    made = _steps_after("trained", printed)
-    when = ("before the run", "after its first steps")
-    return [
-        Measurement(f"steps predicted {at}, off by", 100 * abs(count / made[-1] - 1), "%", 15)
-        for at, count in zip(when, predicted)
-    ]
+    trained = _steps_after("trained", printed)
+    figures = []
+    for when, count in zip(("before the run", "after its first steps"), predicted):
+        off_by = 100 * abs(count / trained[-1] - 1)
+        figures.append(Measurement(f"steps predicted {when}, off by", off_by, "%", 15))
+    return figures
 
 
 def _steps_after(word: str, printed: list[str]) -> list[int]:
-    found = (re.match(rf" *{word} +([\d,]+) steps", line) for line in printed)
-    return [int(match[1].replace(",", "")) for match in found if match]
+    """Returns the numbers of steps in those of the printed lines that begin with a word."""
+    counts = []
+    for line in printed:
+        match = re.match(rf" *{word} +([\d,]+) steps", line)
+        if match:
+            counts.append(int(match[1].replace(",", "")))
+    return counts
 
 
 def resuming(folder: Path, data: str) -> tuple[list[Measurement], list[str]]:
     """Measures a resumed run of smollm2-135m, its state in float32, from the command to the end of
     a step of 2 x 128 tokens.
     """
-    command = [
-        "stages.train",
-        "smollm2-135m",
-        "--data",
-        data,
-        "--batch",
-        "2",
-        "--context",
-        "128",
-        "--optimizer",
-        "adamw",
-    ]
+    command = ["stages.train", "smollm2-135m", "--data", data]
+    command += ["--batch", "2", "--context", "128", "--optimizer", "adamw"]
     command += ["--steps", "1000", "--log-every", "1"]
-    seconds = [
-        _until_step(command, folder / "run", stop)
-        for stop in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL)
-    ]
-    return [Measurement("command to first resumed step", seconds[-1], "s", 10)], []
+    run = folder / "run"
+    # The first run makes the checkpoint: SIGTERM lets it save. The second resumes from it, and fills
+    # the cache of compiled programs. The third is measured. SIGKILL leaves the checkpoint as it is.
+    _until_step(command, run, signal.SIGTERM)
+    _until_step(command, run, signal.SIGKILL)
+    seconds = _until_step(command, run, signal.SIGKILL)
+    return [Measurement("command to first resumed step", seconds, "s", 10)], []
 
 
 def _until_step(command: list[str], folder: Path, stop: signal.Signals) -> float:
@@ -167,6 +155,7 @@ def _until_step(command: list[str], folder: Path, stop: signal.Signals) -> float
 
 
 def _result(command: list[str], folder: Path) -> tuple[Json, list[str]]:
+    """Runs a training command to its end; returns the result in its run.json, and its printed lines."""
     print(f"python -m {' '.join(command)} ...", flush=True)
     printed = run_module([*command, "--out-dir", str(folder)]).splitlines()
     return json.loads((folder / "run.json").read_text())["result"], printed
@@ -182,17 +171,8 @@ def _first_output(model: str, prompt: str) -> tuple[float, str]:
     """Returns the seconds from a second start of `stages.generate` to the first byte of its text,
     and its messages.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "stages.generate",
-        "--model",
-        model,
-        "--prompt",
-        prompt,
-        "--temperature",
-        "0.7",
-    ]
+    command = [sys.executable, "-m", "stages.generate", "--model", model]
+    command += ["--prompt", prompt, "--temperature", "0.7"]
     for _ in range(2):
         begin = time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -3,7 +3,7 @@
 XLA's own buffer assignment says where each value lies: values in one place of one allocation follow
 each other there. The scheduled program says when each is made and last read. Both are protocol
 buffers (`xla/service/hlo.proto`), also in a program from the compilation cache; field numbers below
-are those of that file. A loop's body runs once here.
+are those of that file. The body of a loop is walked once here.
 """
 
 import bisect
@@ -20,11 +20,59 @@ from bench.cli import Json
 from engine.counting.xla import xla_peak
 from engine.errors import UserError
 
-POSITIONS = 400  # that a document has of a schedule, at most
+POSITIONS = 400  # the most positions of a schedule that a document shows
 KINDS = ("parameters", "optimizer state", "KV cache", "gradients", "residuals", "temporaries")
 _BACKWARD = "transpose(jvp"
 _OPTIMIZER = "/optimizer/"
 Index = tuple[int, ...]  # of an array in a value: () of an array alone, (0, 1) in a tuple of tuples
+Message = dict[int, list[Any]]  # a protocol buffer: field number -> its values
+
+# Field numbers of `xla/service/hlo.proto`, each named by its message and by its name there.
+# HloModuleProto
+_MODULE_COMPUTATIONS = 3
+_MODULE_ENTRY_COMPUTATION_ID = 6
+_MODULE_SCHEDULE = 7
+# HloScheduleProto, whose `sequences` are a map: computation id -> InstructionSequence
+_SCHEDULE_SEQUENCES = 1
+_MAP_KEY = 1
+_MAP_VALUE = 2
+_SEQUENCE_INSTRUCTION_IDS = 1
+# HloComputationProto
+_COMPUTATION_INSTRUCTIONS = 2
+_COMPUTATION_ID = 5
+_COMPUTATION_ROOT_ID = 6
+# HloInstructionProto, and the OpMetadata in it
+_INSTRUCTION_OPCODE = 2
+_INSTRUCTION_METADATA = 7
+_INSTRUCTION_PARAMETER_NUMBER = 9
+_INSTRUCTION_TUPLE_INDEX = 13
+_INSTRUCTION_ID = 35
+_INSTRUCTION_OPERAND_IDS = 36
+_INSTRUCTION_CALLED_COMPUTATION_IDS = 38
+_METADATA_OP_NAME = 2
+# BufferAssignmentProto
+_ASSIGNMENT_LOGICAL_BUFFERS = 1
+_ASSIGNMENT_BUFFER_ALIASES = 2
+_ASSIGNMENT_BUFFER_ALLOCATIONS = 3
+# LogicalBufferProto, and the Location in it
+_LOGICAL_BUFFER_ID = 1
+_LOGICAL_BUFFER_DEFINED_AT = 3
+_LOCATION_SHAPE_INDEX = 3
+_LOCATION_INSTRUCTION_ID = 4
+# BufferAssignmentProto.BufferAlias
+_ALIAS_SOURCE_BUFFER_ID = 1
+_ALIAS_LOCATION = 2
+# BufferAllocationProto, and the Assigned in it
+_ALLOCATION_INDEX = 1
+_ALLOCATION_IS_THREAD_LOCAL = 3
+_ALLOCATION_IS_ENTRY_COMPUTATION_PARAMETER = 5
+_ALLOCATION_PARAMETER_NUMBER = 6
+_ALLOCATION_ASSIGNED = 9
+_ALLOCATION_IS_TUPLE = 11
+_ALLOCATION_IS_CONSTANT = 12
+_ASSIGNED_LOGICAL_BUFFER_ID = 1
+_ASSIGNED_OFFSET = 2
+_ASSIGNED_SIZE = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +94,18 @@ class MemoryOverTime:
         return [sum(column) for column in zip(*self.bytes.values())]
 
     def document(self) -> Json:
-        """Returns the bytes by kind at POSITIONS positions at most, the first of these in backward
-        and in the update, and the peak by XLA. Of equal stretches of the schedule, the position
-        with most alive stands for each: peaks stay.
+        """Returns the memory as JSON: the bytes of each kind at no more than POSITIONS positions,
+        which of these is the first in backward and in the update, and the peak by XLA.
+
+        The schedule is cut into stretches of equal length. Each is shown by its position with the
+        most bytes alive, so that no peak is lost.
         """
         alive = self.alive
         parts = min(len(alive), POSITIONS)
         cuts = [len(alive) * part // parts for part in range(parts + 1)]
         positions = [max(range(low, high), key=alive.__getitem__) for low, high in itertools.pairwise(cuts)]
 
-        def place(position: int | None) -> int | None:
+        def first_shown(position: int | None) -> int | None:
             if position is None:
                 return None
             return min(bisect.bisect_left(positions, position), parts - 1)
@@ -64,8 +114,8 @@ class MemoryOverTime:
             "bytes": {
                 kind: [column[position] for position in positions] for kind, column in self.bytes.items()
             },
-            "backward": place(self.backward),
-            "update": place(self.update),
+            "backward": first_shown(self.backward),
+            "update": first_shown(self.update),
             "xla": self.xla,
         }
 
@@ -96,12 +146,12 @@ def memory_over_time(compiled: jax.stages.Compiled) -> MemoryOverTime:
     Raises UserError when the backend does not say where its values lie.
     """
     buffers, positions = find_buffers(compiled)
-    after_loss = [each for each in buffers if _BACKWARD in each.label and "loss" in each.origins]
-    backward = min((each.start for each in after_loss), default=None)
-    if after_loss:
-        update = max((each.start for each in after_loss), default=0) + 1
-    else:
-        update = None
+    backward = None
+    update = None
+    starts = [buffer.start for buffer in buffers if _BACKWARD in buffer.label and "loss" in buffer.origins]
+    if starts:
+        backward = min(starts)
+        update = max(starts) + 1
     changes = {kind: [0] * (positions + 1) for kind in KINDS}
     for buffer in buffers:
         column = changes[kind_of(buffer, backward)]
@@ -146,64 +196,83 @@ class _Program:
             )
         executable: Any = compiled.runtime_executable()
         module = read_message(executable.hlo_modules()[0].as_serialized_hlo_module_proto())
-        self.entry: int = module[6][0]
+        self.entry = _integer(module, _MODULE_ENTRY_COMPUTATION_ID)
         self.roots: dict[int, int] = {}  # computation -> its root
-        self.instructions: dict[int, dict[int, list[Any]]] = {}
-        for computation in map(read_message, module[3]):
-            self.roots[computation[5][0]] = computation[6][0]
-            self.instructions |= {each[35][0]: each for each in map(read_message, computation[2])}
-        sequences = [read_message(entry) for entry in read_message(module[7][0])[1]]
-        self.schedule = {
-            entry[1][0]: [*integers(read_message(entry[2][0]).get(1, []))] for entry in sequences
-        }
+        self.instructions: dict[int, Message] = {}
+        for computation in map(read_message, module[_MODULE_COMPUTATIONS]):
+            self.roots[_integer(computation, _COMPUTATION_ID)] = _integer(computation, _COMPUTATION_ROOT_ID)
+            for instruction in map(read_message, computation[_COMPUTATION_INSTRUCTIONS]):
+                self.instructions[_integer(instruction, _INSTRUCTION_ID)] = instruction
+        self.schedule: dict[int, list[int]] = {}  # computation -> its instructions in their order
+        schedule = read_message(module[_MODULE_SCHEDULE][0])
+        for entry in map(read_message, schedule[_SCHEDULE_SEQUENCES]):
+            sequence = read_message(entry[_MAP_VALUE][0])
+            self.schedule[_integer(entry, _MAP_KEY)] = list(_integers(sequence, _SEQUENCE_INSTRUCTION_IDS))
         self.position = 0
         # instruction -> index -> buffer
         self.results: dict[int, dict[Index, Buffer]] = defaultdict(dict)
         self._assign(read_message(assignment))
 
-    def _assign(self, assignment: dict[int, list[Any]]) -> None:
-        """Reads a BufferAssignmentProto: values (1) with the places that define them, those that
-        share a buffer (2), and allocations (3).
+    def _assign(self, assignment: Message) -> None:
+        """Makes the Buffers of a BufferAssignmentProto, and sets `results`.
+
+        Each of its logical buffers is one array in the result of one instruction. Those that are
+        written over one another share a Buffer.
         """
-        defined = {each.get(1, [0])[0]: _location(each[3][0]) for each in map(read_message, assignment[1])}
-        numbers = {location: number for number, location in defined.items()}
-        first = {number: number for number in defined}
-        for alias in map(read_message, assignment.get(2, [])):
-            number = alias.get(1, [0])[0]
-            other = numbers[_location(alias[2][0])]
-            if number < other:
-                first[other] = first[number]
+        defined_at: dict[int, tuple[int, Index]] = {}  # logical buffer -> instruction, and index in it
+        for logical in map(read_message, assignment[_ASSIGNMENT_LOGICAL_BUFFERS]):
+            location = _location(logical[_LOGICAL_BUFFER_DEFINED_AT][0])
+            defined_at[_integer(logical, _LOGICAL_BUFFER_ID)] = location
+        logical_at = {location: logical for logical, location in defined_at.items()}
+        first = {logical: logical for logical in defined_at}  # the first of those that share a Buffer
+        for alias in map(read_message, assignment.get(_ASSIGNMENT_BUFFER_ALIASES, [])):
+            source = _integer(alias, _ALIAS_SOURCE_BUFFER_ID)
+            other = logical_at[_location(alias[_ALIAS_LOCATION][0])]
+            if source < other:
+                first[other] = first[source]
         buffers: dict[int, Buffer] = {}
-        entry = {self._number(n, 9): n for n in self.schedule[self.entry] if self._opcode(n) == "parameter"}
-        for allocation in map(read_message, assignment[3]):
-            # of one thread, of pointers, of constants
-            if any(allocation.get(field) for field in (3, 11, 12)):
+        for allocation in map(read_message, assignment[_ASSIGNMENT_BUFFER_ALLOCATIONS]):
+            if (
+                _integer(allocation, _ALLOCATION_IS_THREAD_LOCAL)
+                or _integer(allocation, _ALLOCATION_IS_TUPLE)  # of pointers
+                or _integer(allocation, _ALLOCATION_IS_CONSTANT)
+            ):
                 continue
-            if allocation.get(5):
-                argument = self._label(entry[allocation.get(6, [0])[0]])
-            else:
-                argument = None
-            for assigned in map(read_message, allocation.get(9, [])):
-                place = (allocation.get(1, [0])[0], assigned.get(2, [0])[0])
-                number = assigned.get(1, [0])[0]
-                instruction, index = defined[number]
-                self.results[instruction][index] = buffers.setdefault(
-                    first[number], Buffer(assigned.get(3, [0])[0], place, argument)
-                )
+            argument = self._argument(allocation)
+            for assigned in map(read_message, allocation.get(_ALLOCATION_ASSIGNED, [])):
+                size = _integer(assigned, _ASSIGNED_SIZE)
+                place = (_integer(allocation, _ALLOCATION_INDEX), _integer(assigned, _ASSIGNED_OFFSET))
+                logical_id = _integer(assigned, _ASSIGNED_LOGICAL_BUFFER_ID)
+                buffer = buffers.setdefault(first[logical_id], Buffer(size, place, argument))
+                instruction, index = defined_at[logical_id]
+                self.results[instruction][index] = buffer
+
+    def _argument(self, allocation: Message) -> str | None:
+        """Returns the label of the program's argument that an allocation holds; None for another."""
+        if not _integer(allocation, _ALLOCATION_IS_ENTRY_COMPUTATION_PARAMETER):
+            return None
+        return self._label(self._parameters[_integer(allocation, _ALLOCATION_PARAMETER_NUMBER)])
+
+    @functools.cached_property
+    def _parameters(self) -> dict[int, int]:
+        """The number of each of the program's arguments -> the instruction that stands for it."""
+        parameters = {}
+        for instruction in self.schedule[self.entry]:
+            if self._opcode(instruction) == "parameter":
+                number = _integer(self.instructions[instruction], _INSTRUCTION_PARAMETER_NUMBER)
+                parameters[number] = instruction
+        return parameters
 
     def _opcode(self, instruction: int) -> str:
-        return self.instructions[instruction][2][0].decode()
-
-    def _number(self, instruction: int, field: int) -> int:
-        return self.instructions[instruction].get(field, [0])[0]
+        return _text(self.instructions[instruction], _INSTRUCTION_OPCODE)
 
     def _label(self, instruction: int) -> str:
         """Returns the scopes of the source that it comes from, such as
         `jit(train_step)/jvp(head)/dot_general`, or ''.
         """
-        metadata = self.instructions[instruction].get(7)
+        metadata = self.instructions[instruction].get(_INSTRUCTION_METADATA)
         if metadata:
-            return read_message(metadata[0]).get(2, [b""])[0].decode()
+            return _text(read_message(metadata[0]), _METADATA_OP_NAME)
         return ""
 
     def run(self, computation: int, arguments: Sequence[Value] = ()) -> Value:
@@ -215,28 +284,23 @@ class _Program:
         for instruction in self.schedule[computation]:
             fields = self.instructions[instruction]
             label = self._label(instruction)
-            inputs = [values[operand] for operand in integers(fields.get(36, []))]
-            called = [*integers(fields.get(38, []))]
+            inputs = [values[operand] for operand in _integers(fields, _INSTRUCTION_OPERAND_IDS)]
+            called = list(_integers(fields, _INSTRUCTION_CALLED_COMPUTATION_IDS))
             match self._opcode(instruction):
                 case "parameter" if arguments:
-                    value = arguments[self._number(instruction, 9)]
+                    value = arguments[_integer(fields, _INSTRUCTION_PARAMETER_NUMBER)]
                 case "bitcast" | "opt-barrier":
                     value = inputs[0]
                 case "tuple":
-                    value = {}
-                    for place, each in enumerate(inputs):
-                        value |= {(place, *index): buffers for index, buffers in each.items()}
+                    value = _tuple_of(inputs)
                 case "get-tuple-element":
-                    place = self._number(instruction, 13)
-                    value = {
-                        index[1:]: buffers for index, buffers in inputs[0].items() if index[:1] == (place,)
-                    }
+                    value = _element(inputs[0], _integer(fields, _INSTRUCTION_TUPLE_INDEX))
                 case "while":
                     body, condition = called
-                    self._read(inputs, label)
+                    self._note_reads(inputs, label)
                     self.run(condition, inputs)
                     value = _either(inputs[0], self.run(body, inputs))
-                    self._read([value], label)
+                    self._note_reads([value], label)
                 case "call":
                     value = self.run(called[0], inputs)
                 case "conditional":
@@ -247,13 +311,14 @@ class _Program:
             values[instruction] = value
             if instruction == self.roots[computation]:
                 result = value
-                self._read([value], "")
+                self._note_reads([value], "")
             self.position += 1
         return result
 
     def _make(self, instruction: int, inputs: list[Value], label: str) -> Value:
         """Reads the operands, and returns the value of the buffers that the instruction makes."""
-        origins = frozenset[str]().union(*(buffer.origins for buffer in self._read(inputs, label)))
+        operands = self._note_reads(inputs, label)
+        origins = frozenset[str]().union(*(buffer.origins for buffer in operands))
         if "(head)" in label and any(origin.startswith("batch") for origin in origins):
             origins |= {"loss"}
         if self._opcode(instruction) == "parameter":
@@ -267,12 +332,14 @@ class _Program:
                 buffer.origins = origins
         return {index: frozenset({buffer}) for index, buffer in self.results[instruction].items()}
 
-    def _read(self, values: list[Value], label: str) -> list[Buffer]:
-        """Notes that the buffers of these values are read here, and returns them."""
+    def _note_reads(self, values: list[Value], label: str) -> list[Buffer]:
+        """Notes that the buffers of these values are read at this position, by an operation of this
+        label, and returns them.
+        """
         buffers: list[Buffer] = []
         for value in values:
             for each in value.values():
-                buffers += each
+                buffers.extend(each)
         for buffer in buffers:
             buffer.end = self.position
             buffer.last_label = label or buffer.last_label
@@ -280,34 +347,75 @@ class _Program:
 
 
 def _location(data: bytes) -> tuple[int, Index]:
-    """Returns the instruction and the place in its result that a LogicalBufferProto.Location names."""
+    """Returns the instruction and the index in its result that a LogicalBufferProto.Location names."""
     location = read_message(data)
-    return location[4][0], (*integers(location.get(3, [])),)
+    index = tuple(_integers(location, _LOCATION_SHAPE_INDEX))
+    return _integer(location, _LOCATION_INSTRUCTION_ID), index
+
+
+def _tuple_of(values: Sequence[Value]) -> Value:
+    """Returns the value of a tuple of these values."""
+    joined: Value = {}
+    for place, value in enumerate(values):
+        for index, buffers in value.items():
+            joined[(place, *index)] = buffers
+    return joined
+
+
+def _element(value: Value, place: int) -> Value:
+    """Returns the value at a place of a tuple."""
+    return {index[1:]: buffers for index, buffers in value.items() if index[:1] == (place,)}
 
 
 def _either(first: Value, second: Value) -> Value:
+    """Returns a value that may lie where either of two does."""
     return {index: first.get(index, frozenset()) | second.get(index, frozenset()) for index in first | second}
 
 
-def read_message(data: bytes) -> dict[int, list[Any]]:
+def read_message(data: bytes) -> Message:
     """Returns field number -> values of a protocol buffer: integers, and bytes for anything longer."""
-    fields: dict[int, list[Any]] = defaultdict(list)
+    fields: Message = defaultdict(list)
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
-        if key & 7 == 0:
-            number, at = _varint(data, at)
-            fields[key >> 3].append(number)
-        else:
-            size, at = _varint(data, at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
-            fields[key >> 3].append(data[at : at + size])
-            at += size
+        field = key >> 3
+        match key & 7:  # the wire type
+            case 0:
+                number, at = _varint(data, at)
+                fields[field].append(number)
+                continue
+            case 1:
+                size = 8
+            case 2:
+                size, at = _varint(data, at)
+            case 5:
+                size = 4
+            case wire_type:
+                raise ValueError(f"Field {field} of a protocol buffer has the unknown wire type {wire_type}.")
+        fields[field].append(data[at : at + size])
+        at += size
     return dict(fields)
 
 
-def integers(values: list[Any]) -> Iterator[int]:
+def _integer(message: Message, field: int) -> int:
+    """Returns the integer or bool in a field. Protocol buffers leave out zeros: a field that is not
+    there is 0.
+    """
+    if field in message:
+        return message[field][0]
+    return 0
+
+
+def _text(message: Message, field: int) -> str:
+    """Returns the text in a field. Protocol buffers leave out empty texts, too."""
+    if field in message:
+        return message[field][0].decode()
+    return ""
+
+
+def _integers(message: Message, field: int) -> Iterator[int]:
     """Yields the integers of a repeated field, which may be packed."""
-    for value in values:
+    for value in message.get(field, []):
         if isinstance(value, int):
             yield value
             continue
@@ -319,12 +427,13 @@ def integers(values: list[Any]) -> Iterator[int]:
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
     """Returns the integer that begins at a place, seven bits a byte, and the place after it."""
-    value = shift = 0
+    value = 0
+    shift = 0
     while True:
         byte = data[at]
         value |= (byte & 127) << shift
-        at = at + 1
-        shift = shift + 7
+        at += 1
+        shift += 7
         if byte < 128:
             return value, at
 
@@ -347,15 +456,19 @@ def kind_of(buffer: Buffer, backward: int | None) -> str:
     return "temporaries"
 
 
+# how the label of an argument begins -> its kind
+_ARGUMENT_KINDS = {
+    "state.opt_state": "optimizer state",
+    "state.trainable": "parameters",
+    "params": "parameters",
+    "frozen": "parameters",
+    "cache": "KV cache",
+}
+
+
 def _argument_kind(label: str) -> str:
     name = label.partition("[")[0]
-    for start, kind in {
-        "state.opt_state": "optimizer state",
-        "state.trainable": "parameters",
-        "params": "parameters",
-        "frozen": "parameters",
-        "cache": "KV cache",
-    }.items():
+    for start, kind in _ARGUMENT_KINDS.items():
         if name.startswith(start):
             return kind
     return "temporaries"

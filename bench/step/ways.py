@@ -1,13 +1,13 @@
-"""Times the ways of one training step, interleaved with a square matmul, and a step beside a save.
+"""Times one training step by several methods, interleaved with a square matmul, and a step beside a save.
 
-Ways: AdamW and Muon; all, the upper half, or LoRA (also over int8). Frozen matrices are stored in
-the compute type.
+The methods: AdamW and Muon; training all weights, the upper half, or LoRA (also over int8). Frozen
+matrices are stored in the compute type.
 """
 
 import functools
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from bench.cli import Json, print_table, progress
 from bench.models import BenchModel, StepInputs, TrainingStep, new_state, next_token_batch, tokens_for
-from bench.timing import describe_noise, measure, ratio
+from bench.timing import Timing, describe_noise, measure, ratio
 from engine.counting.flops import train_flops
 from engine.counting.hardware import clock, square_product
 from engine.device import device_name
@@ -83,9 +83,11 @@ def finetuning_ways(model: BenchModel, rows: int, tokens: int, rank: int) -> dic
     every = LoraConfig(rank)
     pairs = functools.partial(init_lora, cfg, jax.random.key(0))
     int8 = cast_matrices(quantize(params, "full"), cfg.dtype)
+    upper_half, _ = split(params, upper.weights)
+    _, lower_half = split(frozen, upper.weights)
     return {
         "everything": make(cast_matrices(params, "float32"), {}, all_trainable(cfg)),
-        "upper half": make(split(params, upper.weights)[0], split(frozen, upper.weights)[1], upper),
+        "upper half": make(upper_half, lower_half, upper),
         "LoRA q,v": make(pairs(queries), frozen, lora_only(cfg, queries)),
         "LoRA all": make(pairs(every), frozen, lora_only(cfg, every)),
         "LoRA all, int8": make(pairs(every), int8, lora_only(cfg, every), options=LORA_COMPILER_OPTIONS),
@@ -93,7 +95,7 @@ def finetuning_ways(model: BenchModel, rows: int, tokens: int, rank: int) -> dic
 
 
 def measure_ways(name: str, ways: Mapping[str, Way], tokens: int, dtype: str, rounds: int) -> Json:
-    """Times the steps, each of `tokens`, in turns with products in `dtype`; prints the table and
+    """Times the steps, each of `tokens`, interleaved with products in `dtype`; prints the table and
     returns it as JSON.
     """
     progress(f"measuring {name} ...")
@@ -141,6 +143,14 @@ def measure_ways(name: str, ways: Mapping[str, Way], tokens: int, dtype: str, ro
     return {"shape": name, "dtype": dtype, "ceiling_gflops": ceiling, "rows": rows}
 
 
+class _Save(NamedTuple):
+    """One checkpoint that was written while steps were trained."""
+
+    stopped: float  # seconds of `BackgroundSaver.save`, during which no step runs
+    written_after: float  # seconds from the call of `save` to the end of the write
+    steps: int  # trained beside the write
+
+
 def measure_saving(
     preset_name: str, interval: float, batch: int, context: int, steps: int, rounds: int
 ) -> Json:
@@ -157,9 +167,7 @@ def measure_saving(
     data = next_token_batch(jax.random.randint(jax.random.key(1), (batch, context + 1), 0, cfg.vocab))
     take_step = TrainingStep(cfg, tx, state, {}, data)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves((state.trainable, state.opt_state)))
-    stopped: list[float] = []
-    written: list[float] = []
-    counts: list[int] = []  # of steps beside each write
+    saves: list[_Save] = []
 
     def step() -> float:
         begin = clock()
@@ -169,17 +177,19 @@ def measure_saving(
     def alone() -> float:
         return statistics.median(step() for _ in range(steps))
 
-    def beside() -> float:
+    def beside(saver: BackgroundSaver) -> float:
         """Returns the mean seconds of a step while a checkpoint is written."""
         begin = clock()
-        saver.save(len(counts), take_step.state.trainable, take_step.state.opt_state, {})
-        stopped.append(clock() - begin)
+        saver.save(len(saves), take_step.state.trainable, take_step.state.opt_state, {})
+        stopped = clock() - begin
         seconds = [step()]
         while saver.poll():
             seconds.append(step())
-        written.append(clock() - begin)
-        counts.append(len(seconds))
+        saves.append(_Save(stopped, clock() - begin, len(seconds)))
         return statistics.mean(seconds)
+
+    def report(done: int, total: int) -> None:
+        progress(f"round {done} of {total}")
 
     progress(f"{preset_name}: a state of {size / 1e9:.2f} GB; compiling a step ...")
     step()
@@ -187,20 +197,25 @@ def measure_saving(
         saver.reserve(take_step.state.trainable, take_step.state.opt_state)
         step()
         saver.wait()
-
-        def report(done: int, total: int) -> None:
-            progress(f"round {done} of {total}")
-
-        calls = {"alone": alone, "beside": beside}
+        calls: dict[str, Callable[[], Any]] = {"alone": alone, "beside": functools.partial(beside, saver)}
         timings = measure(calls, rounds=rounds, warmups=0, report=report, seconds_of=float)
+    return _report_saving(preset_name, size, interval, timings, saves)
+
+
+def _report_saving(
+    preset_name: str, size: int, interval: float, timings: Mapping[str, Timing], saves: Sequence[_Save]
+) -> Json:
+    """Prints the table of `measure_saving` and returns it as JSON. `size`: of the state, in bytes;
+    `timings`: of a step alone and of one beside a write, a round for each of the saves.
+    """
     seconds_alone = timings["alone"].seconds
     seconds_beside = timings["beside"].seconds
-    slowed = [(slow - fast) * count for slow, fast, count in zip(seconds_beside, seconds_alone, counts)]
+    slowed = [(slow - fast) * save.steps for slow, fast, save in zip(seconds_beside, seconds_alone, saves)]
     rows = {
         "step": list(seconds_alone),
-        "stopped": stopped,
+        "stopped": [save.stopped for save in saves],
         "slowed": slowed,
-        "written after": written,
+        "written after": [save.written_after for save in saves],
     }
     medians = {name: statistics.median(row) for name, row in rows.items()}
     shares = {name: medians[name] / interval for name in ("stopped", "slowed")}

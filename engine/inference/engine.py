@@ -22,7 +22,15 @@ import numpy as np
 from engine.errors import InvalidField, UserError
 from engine.inference.config import EngineConfig
 from engine.inference.prefix_cache import PrefixCache, chunk_key, root_key
-from engine.inference.request import Completion, Event, LogProb, Request, SamplingParams, check_request
+from engine.inference.request import (
+    Completion,
+    Event,
+    FinishReason,
+    LogProb,
+    Request,
+    SamplingParams,
+    check_request,
+)
 from engine.inference.runner import ModelRunner, SampledTokens, make_rows
 from engine.inference.sampling import TokenMasks, make_token_masks
 from engine.inference.scheduler import STEPS, Decode, Prefill, Scheduler, Sequence
@@ -32,11 +40,13 @@ from engine.model.paths import unflatten
 from engine.model.transformer import Params
 from engine.model.weights.lora import LoRA
 
-HITS_AT_ONCE = 16  # chunks that a step copies from the prefix cache at most
-MAX_TAILS = (
-    2  # that a chunk is computed in, alone or after a cached prefix: more take longer than the whole chunk
-)
-IDLE_SAMPLING = SamplingParams(temperature=0.0)  # of rows not in use: greedy decoding costs no sampling
+# A step copies at most this many chunks from the prefix cache.
+HITS_AT_ONCE = 16
+# A chunk, or what a cached prefix leaves of it, is computed in at most this many tails. More tails would take
+# longer than the whole chunk.
+MAX_TAILS = 2
+# Rows that are not in use decode greedily, because that costs no sampling.
+IDLE_SAMPLING = SamplingParams(temperature=0.0)
 
 
 class Engine:
@@ -60,15 +70,16 @@ class Engine:
         self.config = dataclasses.replace(config, capacity=capacity)
         self.rows = config.rows
         self.prefix_cache = PrefixCache(config.prefix_cache_bytes or 0)
-        self.tails_are_exact = (
-            False  # whether a chunk computed in tails has the bits of one computed at once; `warm` finds out
-        )
-        self.few_rows = (
-            0  # of the smaller decoding program, if a row has the same bits there; `warm` finds out
-        )
-        self.steps_decoded = 0  # so far, each of all rows at once
+        # Whether a chunk that is computed in tails has the bits of one computed at once. `warm` finds out.
+        self.tails_are_exact = False
+        # The number of rows of the smaller decoding program. It stays 0 unless `warm` finds that a row has
+        # the same bits there.
+        self.few_rows = 0
+        # The decoding steps so far. A step decodes one token in every row.
+        self.steps_decoded = 0
         self.step_times = StepTimes()
-        self.used_slots: set[int] = set()  # that may hold another text
+        # The slots that may still hold an earlier text.
+        self.used_slots: set[int] = set()
         self.runner = ModelRunner(cfg, params, self.config)
         self.scheduler = Scheduler(
             config.slots, config.speculate, self.rows, self.config.backend.shares_slots
@@ -134,19 +145,20 @@ class Engine:
         """Returns an index of the stacks that is neither `in_use` nor a request's, waiting or
         running, or None.
         """
-        held = {
-            sequence.request.adapter_index for sequence in (*self.scheduler.waiting, *self.scheduler.running)
-        }
-        return next(
-            (index for index in range(1, self.config.adapters + 1) if index not in held.union(in_use)), None
-        )
+        unavailable = set(in_use)
+        for sequence in (*self.scheduler.waiting, *self.scheduler.running):
+            unavailable.add(sequence.request.adapter_index)
+        for index in range(1, self.config.adapters + 1):
+            if index not in unavailable:
+                return index
+        return None
 
     def cancel(self, id: int) -> bool:
         return self.scheduler.cancel(id)
 
     def step(self) -> list[Event]:
         """Admits waiting requests, then prefills or decodes a few tokens for all, alternately.
-        Returns what has happened.
+        Returns the events: new tokens, and requests that finished.
         """
         with jax.set_mesh(self.runner.mesh):
             events = self._step()
@@ -157,9 +169,10 @@ class Engine:
         self.step_times.begin("schedule")
         for sequence in self.scheduler.admit():
             request = sequence.request
-            sequence.prefix_key = root_key(
-                request.namespace, request.adapter.digest if request.adapter else ""
-            )
+            adapter_digest = ""
+            if request.adapter:
+                adapter_digest = request.adapter.digest
+            sequence.prefix_key = root_key(request.namespace, adapter_digest)
             if sequence.slot in self.used_slots and self.config.backend.clears_slots:
                 self.step_times.begin("clear_slot")
                 self.runner.clear(sequence.slot, sequence.max_positions)
@@ -187,7 +200,11 @@ class Engine:
         if self.busy:
             raise ValueError("warm is for an engine without requests")
         has_tails = self.prefix_cache.limit > 0 and self.config.chunk % self.config.tail == 0
-        self.runner.warm(report, ahead, ("prefill_chunk", "prefill_tail", "read_chunk") if has_tails else ())
+        to_run_later: tuple[str, ...] = ()
+        if has_tails:
+            # `_compare_tails` runs these.
+            to_run_later = ("prefill_chunk", "prefill_tail", "read_chunk")
+        self.runner.warm(report, ahead, to_run_later)
         with jax.set_mesh(self.runner.mesh):
             self.tails_are_exact = has_tails and self._compare_tails()
             few_rows = self.config.backend.few_rows(self.rows, self.params)
@@ -242,25 +259,27 @@ class Engine:
         return unflatten(leaves)
 
     def _prefill(self, sequence: Sequence) -> None:
-        """Copies a prompt's chunks from the prefix cache, then computes one, or a tail: at most
-        HITS_AT_ONCE in all.
+        """Copies a prompt's chunks from the prefix cache until one is missing, and computes that one,
+        or a tail of it: at most HITS_AT_ONCE in all.
 
-        If the cache holds all of the prompt, those of others are copied too, and none is computed.
+        If the cache holds all of the prompt, chunks of other prompts are copied too, and none is
+        computed.
         """
         first = sequence
         for _ in range(HITS_AT_ONCE):
             tokens, done = sequence.chunk(self.config.chunk)
-            start = sequence.prefilled_tokens - done
-            cached = 0 if done else self._copy_cached(sequence, tokens)
-            if not (cached or sequence is first):
+            # Only a chunk of which nothing is prefilled yet is looked up, so a hit is its first tokens.
+            cached = 0
+            if done == 0:
+                cached = self._copy_cached(sequence, tokens)
+            if not cached:
+                if sequence is first:
+                    self._compute(sequence, tokens, done)
                 return
-            count = cached or self._compute(sequence, tokens, done)
-            if done + count == len(tokens):
-                if not cached and self.prefix_cache.limit:
-                    self._cache(sequence, tokens, start)
+            if cached == len(tokens):
                 sequence.prefix_key = chunk_key(sequence.prefix_key, tokens)
-            self.scheduler.record_prefill(sequence, count)
-            if not (cached and self.scheduler.prefilling):
+            self.scheduler.record_prefill(sequence, cached)
+            if not self.scheduler.prefilling:
                 return
             if not sequence.to_prefill:
                 sequence = self.scheduler.shortest_prompt
@@ -279,13 +298,14 @@ class Engine:
             return []
         self.scheduler.finish(sequence)
         embedding = sequence.hidden_sum / len(sequence.request.prompt)
-        return [
-            Event(sequence.id, [], "length" if np.isfinite(embedding).all() else "error", embedding=embedding)
-        ]
+        reason: FinishReason = "error"
+        if np.isfinite(embedding).all():
+            reason = "length"
+        return [Event(sequence.id, [], reason, embedding=embedding)]
 
     def _copy_cached(self, sequence: Sequence, tokens: tuple[int, ...]) -> int:
-        """Copies the next chunk of a prompt, or its beginning, from the prefix cache; returns the
-        count of its tokens.
+        """Copies the next chunk of a prompt, or the chunk's beginning, from the prefix cache. Returns
+        how many tokens it copied: 0 for a miss.
         """
         for count in (len(tokens), *self._prefix_lengths(tokens)[:MAX_TAILS]):
             chunk = self.prefix_cache.get(chunk_key(sequence.prefix_key, tokens[:count]))
@@ -296,39 +316,71 @@ class Engine:
                 return count
         return 0
 
-    def _compute(self, sequence: Sequence, tokens: tuple[int, ...], done: int) -> int:
-        """Computes the next chunk of a prompt, or a tail of one that is begun; returns the count of
-        its tokens.
+    def _compute(self, sequence: Sequence, tokens: tuple[int, ...], done: int) -> None:
+        """Computes a prompt's next chunk, which has these tokens, at once. If `done` of them are
+        prefilled already, or if they fit into MAX_TAILS tails, computes a tail instead.
+
+        The prefix cache gets the chunk when the last of its tokens is computed.
         """
         tail = self.config.tail
-        chunk = self.config.chunk
-        size = tail if done or len(tokens) <= min(MAX_TAILS, chunk // tail) * tail else chunk
+        tails = min(MAX_TAILS, self.config.chunk // tail)
+        size = self.config.chunk
+        if done > 0 or len(tokens) <= tails * tail:
+            size = tail
         part = tokens[done : done + size]
         self._prefill_part(sequence, part, size)
-        return len(part)
+        if done + len(part) == len(tokens):
+            if self.prefix_cache.limit:
+                start = sequence.prefilled_tokens - done
+                self._cache(sequence, tokens, start)
+            sequence.prefix_key = chunk_key(sequence.prefix_key, tokens)
+        self.scheduler.record_prefill(sequence, len(part))
 
     def _prefill_part(self, sequence: Sequence, tokens: tuple[int, ...], size: int) -> Any:
         padded: Any = np.full((1, size), -1, np.int32)
         padded[0, : len(tokens)] = tokens
-        self.step_times.begin("prefill_tail" if size < self.config.chunk else "prefill_chunk")
+        program = "prefill_chunk"
+        if size < self.config.chunk:
+            program = "prefill_tail"
+        self.step_times.begin(program)
         return self.runner.prefill(
             padded, sequence.slot, sequence.prefilled_tokens, sequence.request.adapter_index
         )
 
     def _cache(self, sequence: Sequence, tokens: tuple[int, ...], start: int) -> None:
+        """Puts a prompt's chunk of these tokens, which begins at position `start`, into the prefix
+        cache, to be found by its beginnings too.
+        """
         size = self.config.chunk
         if len(tokens) <= self.config.tail:
             size = self.config.tail
         chunk = self.runner.read(sequence.slot, start, size)
-        counts: Iterable[int] = self._prefix_lengths(tokens)
-        # A NaN spoils the tokens before it in its chunk too, for 0 times NaN is NaN; and from any
-        # layer it reaches the last.
-        if counts:
-            last = [np.asarray(leaf)[[self.cfg.layers - 1, -1]] for leaf in jax.tree.leaves(chunk)]
-            if not all(np.isfinite(part[:, :, : len(tokens)]).all() for part in last):
-                counts = ()
-        keys = [chunk_key(sequence.prefix_key, tokens[:count]) for count in (len(tokens), *counts)]
-        self.prefix_cache.put(keys[0], chunk, sequence.prefix_key if start else None, keys[1:])
+        key = chunk_key(sequence.prefix_key, tokens)
+        parent = None
+        if start > 0:
+            parent = sequence.prefix_key
+        # A NaN spoils the tokens before it in its chunk too, because 0 times NaN is NaN. A prompt that has
+        # only the chunk's beginning must not find them.
+        prefix_keys: list[bytes] = []
+        lengths = self._prefix_lengths(tokens)
+        if lengths and self._is_finite(chunk, len(tokens)):
+            prefix_keys = [chunk_key(sequence.prefix_key, tokens[:length]) for length in lengths]
+        self.prefix_cache.put(key, chunk, parent, prefix_keys)
+
+    def _is_finite(self, chunk: Any, count: int) -> bool:
+        """Returns whether keys and values of a chunk's first `count` tokens are finite in the last
+        layer, which a NaN of any layer reaches.
+        """
+        L = self.cfg.layers
+        for leaf in jax.tree.leaves(chunk):
+            # (2 L, K, length, ...): the keys of L layers, then the values of L layers
+            layers = np.asarray(leaf)
+            keys = layers[L - 1]
+            values = layers[2 * L - 1]
+            for last_layer in (keys, values):
+                if not np.isfinite(last_layer[:, :count]).all():
+                    return False
+        return True
 
     def _prefix_lengths(self, tokens: tuple[int, ...]) -> range:
         """Returns the counts of a chunk's first tokens after which tails may follow, the most first."""
@@ -366,8 +418,12 @@ class Engine:
         self.step_times.begin(program, batch.steps)
         sampled = self.runner.decode(token, rows, sampling, masks, batch.steps, logprobs, adapters)
         self.steps_decoded += batch.steps
-        events = (self._event(sequence, batch, sampled) for sequence in sequences)
-        return [event for event in events if event.tokens or event.finish_reason]
+        events = []
+        for sequence in sequences:
+            event = self._event(sequence, batch, sampled)
+            if event.tokens or event.finish_reason:
+                events.append(event)
+        return events
 
     def _masks(self, batch: Decode, R: int) -> TokenMasks:
         """Returns the tokens that each of R rows may sample: by its grammar, and no stop token
@@ -380,12 +436,20 @@ class Engine:
                 sequence.constraint.fill(masks.allowed, rows, batch.drafts_of(sequence))
                 masks.steps[rows] = 1
             for row in rows[: sequence.stopless_tokens]:
-                allowed = masks.allowed[row].copy() if sequence.constraint else ~masks.allowed[row]
+                if sequence.constraint:
+                    # The grammar's mask, which is for one token, as filled above.
+                    allowed = masks.allowed[row].copy()
+                    steps = 1
+                else:
+                    # Nothing has filled this row: it is all zeros, and inverted it allows every token.
+                    allowed = ~masks.allowed[row]
+                    steps = STEPS
                 for token in sequence.request.sampling.stop_token_ids:
                     allowed[token // 32] &= ~np.uint32(1 << token % 32)
-                if allowed.any():  # else its grammar ends here
+                # Where the grammar allows nothing but stop tokens, the text ends before `min_tokens`.
+                if allowed.any():
                     masks.allowed[row] = allowed
-                    masks.steps[row] = 1 if sequence.constraint else STEPS
+                    masks.steps[row] = steps
         return masks
 
     def _event(self, sequence: Sequence, batch: Decode, sampled: SampledTokens) -> Event:
@@ -420,16 +484,23 @@ def complete(
 
     `report`: completions that have ended, and all.
     """
-    texts = [*map(tuple, prompts)]
-    engine = Engine(cfg, params, EngineConfig.for_prompts(cfg, texts, capacity))
+    prompt_tokens = [tuple(prompt) for prompt in prompts]
+    engine = Engine(cfg, params, EngineConfig.for_prompts(cfg, prompt_tokens, capacity))
     tokens: dict[int, list[int]] = {}
-    ends: dict[int, Event] = {}
-    for prompt, options in zip(texts, sampling, strict=True):
-        tokens[engine.submit(Request(prompt, options.within(engine.capacity - len(prompt))))] = []
+    last_events: dict[int, Event] = {}
+    for prompt, options in zip(prompt_tokens, sampling, strict=True):
+        request = Request(prompt, options.within(engine.capacity - len(prompt)))
+        id = engine.submit(request)
+        tokens[id] = []
     while engine.busy:
         if report:
-            report(sum(event.finish_reason is not None for event in ends.values()), len(texts))
+            ended = sum(event.finish_reason is not None for event in last_events.values())
+            report(ended, len(prompt_tokens))
         for event in engine.step():
             tokens[event.id] += event.tokens
-            ends[event.id] = event
-    return [Completion(tokens[id], ends[id].finish_reason, ends[id].stop_token) for id in tokens]
+            last_events[event.id] = event
+    completions = []
+    for id, completion_tokens in tokens.items():
+        last = last_events[id]
+        completions.append(Completion(completion_tokens, last.finish_reason, last.stop_token))
+    return completions

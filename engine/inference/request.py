@@ -76,11 +76,12 @@ class SamplingParams:
         bias = dict(zip(token_ids("logit_bias", self.logit_bias), self.logit_bias.values()))
         object.__setattr__(self, "logit_bias", bias)
         for name, allowed in RANGES.items():
-            if name == "logit_bias":
-                for token, value in bias.items():
-                    allowed.check(f"logit_bias of token {token}", value, name)
-            elif name != "logprobs" or self.logprobs is not None:
+            if name not in ("logit_bias", "logprobs"):
                 allowed.check(name, getattr(self, name))
+        for token, value in bias.items():
+            RANGES["logit_bias"].check(f"logit_bias of token {token}", value, "logit_bias")
+        if self.logprobs is not None:
+            RANGES["logprobs"].check("logprobs", self.logprobs)
         if self.min_tokens > self.max_tokens:
             raise InvalidField(
                 "min_tokens", f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}."
@@ -93,14 +94,14 @@ class SamplingParams:
         )
 
     def within(self, room: int) -> "SamplingParams":
-        """Returns these for a completion that has room for so many tokens; a room below 1 is
-        refused where it is asked for.
+        """Returns these with `max_tokens` of at most `room`, and at least 1. `check_request` refuses
+        the prompt that leaves no room for one token.
         """
         return dataclasses.replace(self, max_tokens=min(self.max_tokens, max(room, 1)))
 
     def per_row(self, rows: int) -> list["SamplingParams"]:
         """Returns these for each of `rows` completions, with seeds seed, seed + 1, ... (modulo 2**32)."""
-        return [self, *(dataclasses.replace(self, seed=(self.seed + row) % SEEDS) for row in range(1, rows))]
+        return [dataclasses.replace(self, seed=(self.seed + row) % SEEDS) for row in range(rows)]
 
 
 def token_ids(name: str, values: Any) -> tuple[int, ...]:
@@ -146,7 +147,9 @@ class Request:
 
 
 class LogProb(NamedTuple):
-    """A sampled token's log-probability, nats, and the most probable tokens with theirs, best first."""
+    """A sampled token and its log-probability in nats; `top` pairs the most probable tokens with
+    theirs, the most probable first.
+    """
 
     token: int
     logprob: float

@@ -14,26 +14,35 @@ from typing import Any, NamedTuple
 
 from engine.inference.request import FinishReason, Request
 
-STEPS = 8  # the most tokens that one dispatch adds to a sequence
-TOKENS_PER_DISPATCH = 32  # about, over all slots, or where idle rows cost little over those in use
-# of a dispatch, for any number of rows. A cancelled request waits for the dispatch to end
+# One dispatch adds at most this many tokens to a sequence.
+STEPS = 8
+# A dispatch decodes about this many tokens over all slots. Where an idle row costs little, only the slots in
+# use are counted.
+TOKENS_PER_DISPATCH = 32
+# A dispatch over many slots still takes this many steps, if no other rule makes it shorter. A cancelled
+# request waits for the dispatch to end.
 MIN_STEPS = 4
-STEPS_BESIDE_PREFILL = 2  # of a dispatch while a prompt is being prefilled
-# of a dispatch of a single sequence that has no draft here, and may have one soon
+# While a prompt is being prefilled, a dispatch takes this many steps.
+STEPS_BESIDE_PREFILL = 2
+# If a single sequence has no draft token now, but may soon have one, a dispatch takes this many steps.
 STEPS_BETWEEN_DRAFTS = 4
-# every so many chunks one goes to the oldest prompt, the others to the shortest rest
+# One of this many prompt chunks goes to the oldest prompt. The others go to the prompt with the least left.
 OLDEST_EVERY = 4
-DRAFT_ROWS = 3  # rows, beside its own, in which a single sequence may check draft tokens
-# How often the token that followed the last 1, 2, ... tokens of a text follows again: where
-# measuring begins.
+# A single sequence checks draft tokens in at most this many rows beside its own.
+DRAFT_ROWS = 3
+# If the last 1, 2, ... tokens of a text stood earlier in it, the token that followed them there follows
+# again with these probabilities. Measuring begins from them.
 CHANCES = (0.1, 0.35, 0.5, 0.6)
-# That a draft token and those before it are right, for checking it to pay. A row adds 0.07 (blocks)
-# to 0.12 (int8) of a step's time, and a dispatch of one step 0.15 to 0.3, which the more drafts
-# share.
+# Checking a draft token pays if it and all drafts before it are right with at least this probability. Each
+# row adds 0.07 (blocks) to 0.12 (int8) of a step's time. A dispatch of one step adds 0.15 to 0.3, and its
+# drafts share that.
 MIN_CHANCE = 0.15
-MIN_SHARE = 0.2  # of positions whose first draft token is right, for looking again soon to pay
-DECAY = 0.9  # weight of the past in what is measured
-PATIENCE = 8  # tokens without one that its grammar forbids, until a sequence runs ahead
+# Looking for drafts again soon pays if the first draft token is right at this share of positions or more.
+MIN_SHARE = 0.2
+# Each new token multiplies the weight of what was measured before by this.
+DECAY = 0.9
+# A sequence runs ahead of its grammar once this many tokens were accepted since the last rejected one.
+PATIENCE = 8
 
 
 class Drafter:
@@ -59,13 +68,13 @@ class Drafter:
     def extend(self, tokens: Iterable[int]) -> None:
         for token in tokens:
             length, draft = self._match(self._text[-len(CHANCES) :])
-            self._share = DECAY * self._share + (1 - DECAY) * (draft == token)
+            is_right = draft == token
+            self._share = DECAY * self._share + (1 - DECAY) * is_right
             if length:
                 right, expected = self.measured[length - 1]
-                self.measured[length - 1] = [
-                    DECAY * right + (draft == token),
-                    DECAY * expected + CHANCES[length - 1],
-                ]
+                right = DECAY * right + is_right
+                expected = DECAY * expected + CHANCES[length - 1]
+                self.measured[length - 1] = [right, expected]
             self._append(token)
 
     def draft(self, count: int) -> list[int]:
@@ -137,11 +146,12 @@ class Sequence:
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether it is greedy, and PATIENCE tokens were accepted since one that was sampled
-        without a mask was rejected: then the next are sampled without masks, and looked at
-        afterwards.
+        """Whether the next tokens may be sampled without the grammar's mask, and checked against the
+        grammar afterwards.
 
-        The most probable of all tokens, if it is allowed, is the most probable of those that are.
+        This is exact for a greedy sequence: if the most probable of all tokens is allowed, it is
+        also the most probable of the allowed ones. It pays only while few tokens are rejected, so
+        PATIENCE tokens must have been accepted since the start and since the last rejected one.
         """
         sampling = self.request.sampling
         constraint = self.constraint
@@ -154,8 +164,13 @@ class Sequence:
 
     @property
     def to_prefill(self) -> int:
-        """Prompt tokens left to prefill: all but the last, which decoding reads, if it is to be completed."""
-        return len(self.request.prompt) - (not self.request.embed) - self.prefilled_tokens
+        """Prompt tokens left to prefill. Decoding reads a prompt's last token, so prefilling leaves
+        it out, except where only the embedding is asked for.
+        """
+        count = len(self.request.prompt)
+        if not self.request.embed:
+            count -= 1
+        return count - self.prefilled_tokens
 
     @property
     def last_token(self) -> int:
@@ -182,31 +197,40 @@ class Sequence:
         return len(self.request.prompt) + self.request.sampling.max_tokens + STEPS
 
     def chunk(self, size: int) -> tuple[tuple[int, ...], int]:
-        """Returns the tokens to prefill of the next chunk, and how many of them are there already."""
+        """Returns the tokens of the first chunk that is not prefilled to its end, and how many of
+        them are prefilled already.
+        """
         done = self.prefilled_tokens % size
         start = self.prefilled_tokens - done
-        return self.request.prompt[start : min(start + size, self.prefilled_tokens + self.to_prefill)], done
+        end = min(start + size, self.prefilled_tokens + self.to_prefill)
+        return self.request.prompt[start:end], done
 
-    def draft_tokens(self, count: int) -> list[int] | None:
-        """Returns up to `count` draft tokens, forced by its grammar or looked up; None when they
-        have not been right lately.
-        """
-        self.drafter = self.drafter or Drafter((*self.request.prompt, *self.output_tokens))
+    def draft_tokens(self, count: int) -> list[int]:
+        """Returns up to `count` draft tokens, forced by its grammar or looked up."""
+        if self.drafter is None:
+            self.drafter = Drafter((*self.request.prompt, *self.output_tokens))
         drafts = self.drafter.draft(count)
         if self.constraint:
             return self.constraint.allowed_drafts(drafts, count)
-        if not drafts and not self.drafter.is_worthwhile:
-            return None
         return drafts
+
+    @property
+    def may_draft_soon(self) -> bool:
+        """Whether looking for draft tokens again soon pays: its grammar may force some, or the
+        looked-up ones have been right lately.
+        """
+        if self.constraint:
+            return True
+        return self.drafter is not None and self.drafter.is_worthwhile
 
     def accept(
         self, sampled: Iterable[int | None], drafts: list[int] | None = None
     ) -> tuple[list[int], FinishReason | None]:
         """Appends the sampled tokens that count; returns them, and the reason if the sequence ends.
 
-        None: a token whose logits were no numbers. With `drafts`, each token after the first was
-        sampled after one of them, and counts only if all drafts up to that one were right; without,
-        the tokens are of consecutive steps.
+        A sampled None is a token whose logits were no numbers. With `drafts`, each token after the
+        first was sampled after one of them, and counts only if all drafts up to that one were
+        right. Without drafts the tokens are of consecutive steps.
         """
         accepted: list[int] = []
         reason: FinishReason | None = None
@@ -215,13 +239,10 @@ class Sequence:
             if self.constraint and self.constraint.failed:
                 reason = "grammar"
                 break
-            ran_ahead = index > 0 and not drafts
-            if (
-                self.constraint
-                and ran_ahead
-                and token is not None
-                and (token in ends or not self.constraint.allows(token))
-            ):
+            # Only a dispatch's first step has the grammar's mask. With drafts there is no other step.
+            is_masked = index == 0 or bool(drafts)
+            if not is_masked and self._is_out_of_grammar(token):
+                # PATIENCE from here on: the accepted tokens are subtracted below.
                 self.patience = PATIENCE + len(accepted)
                 break
             if token is None:
@@ -239,13 +260,28 @@ class Sequence:
             if len(accepted) == self.remaining:
                 reason = "length"
                 break
-            if drafts and drafts[index : index + 1] != [token]:
-                break
+            if drafts:
+                # The next token was sampled after a draft, if one is left. It counts if that is this token.
+                is_right = index < len(drafts) and drafts[index] == token
+                if not is_right:
+                    break
         self.patience -= len(accepted)
         if self.drafter:
             self.drafter.extend(accepted)
         self.output_tokens += accepted
         return accepted, reason
+
+    def _is_out_of_grammar(self, token: int | None) -> bool:
+        """Whether a token that was sampled without the grammar's mask is to be sampled again with it.
+
+        A stop token always is: only the mask says whether the grammar may end here. None is not: it
+        ends the sequence.
+        """
+        if self.constraint is None or token is None:
+            return False
+        if token in self.request.sampling.stop_token_ids:
+            return True
+        return not self.constraint.allows(token)
 
 
 class Prefill(NamedTuple):
@@ -282,6 +318,7 @@ class Decode(NamedTuple):
 
     @property
     def sequences(self) -> list[Sequence]:
+        # Rows that check draft tokens are at later positions. Without them each sequence comes once.
         return [row.sequence for row in self.rows if row.position == row.sequence.position]
 
     def renumbered(self) -> "Decode":
@@ -323,7 +360,8 @@ class Scheduler:
         self.decoding: list[Sequence] = []
         self.free = list(range(slots))
         self.copies: list[int] = []
-        self._submitted = self._chunks = 0
+        self._submitted = 0
+        self._chunks = 0
         self._last_was_prefill = False
 
     @property
@@ -368,37 +406,57 @@ class Scheduler:
         if prefilling and not (decoding and self._last_was_prefill):
             self._last_was_prefill = True
             self._chunks += 1
-            oldest = self._chunks % OLDEST_EVERY == 0
-            return Prefill(prefilling[0] if oldest else self.shortest_prompt)
+            if self._chunks % OLDEST_EVERY == 0:
+                return Prefill(prefilling[0])
+            return Prefill(self.shortest_prompt)
 
         # decode: a few tokens for every sequence whose prompt is prefilled
         self._last_was_prefill = False
         if not decoding:
             return None
         rows = [DecodeRow(each.slot, each.slot, each, each.last_token, each.position) for each in decoding]
-        looked_up = self._draft_tokens()
-        drafts = {decoding[0].slot: looked_up} if looked_up else self._forced_tokens(decoding)
+        drafts: dict[int, list[int]] = {}
+        count = self._draft_count()
+        if count > 0:
+            (single,) = decoding
+            tokens = single.draft_tokens(count)
+            if tokens:
+                drafts = {single.slot: tokens}
+        if not drafts:
+            drafts = self._forced_tokens(decoding)
         if drafts:
             return self._check_drafts(rows, drafts)
+        may_draft_soon = count > 0 and decoding[0].may_draft_soon
+        return Decode(rows, self._steps(may_draft_soon), {}, self.copies, False)
+
+    def _steps(self, may_draft_soon: bool) -> int:
+        """Returns how many steps the next dispatch takes, if it checks no draft tokens."""
+        decoding = self.decoding
         if not all(sequence.output_tokens and self._runs_ahead(sequence) for sequence in decoding):
-            steps = 1  # a grammar's mask is for one token, or a request waits for its first
-        elif prefilling:
+            # A grammar's mask is for one token, or a request waits for its first token.
+            steps = 1
+        elif self.prefilling:
             steps = STEPS_BESIDE_PREFILL
-        elif looked_up is not None:
+        elif may_draft_soon:
             steps = STEPS_BETWEEN_DRAFTS
         else:
-            in_use = len(decoding) if self.shares_slots else self.slots
-            steps = min(STEPS, max(MIN_STEPS, TOKENS_PER_DISPATCH // in_use))
-        stopless = [sequence.stopless_tokens for sequence in decoding if sequence.stopless_tokens]
-        steps = min(steps, max(sequence.remaining for sequence in decoding), *stopless)
-        return Decode(rows, steps, {}, self.copies, False)
+            slots = self.slots
+            if self.shares_slots:
+                slots = len(decoding)
+            steps = min(STEPS, max(MIN_STEPS, TOKENS_PER_DISPATCH // slots))
+        steps = min(steps, max(sequence.remaining for sequence in decoding))
+        # Stop tokens are masked for a whole dispatch, so it ends where a sequence may first sample one.
+        for sequence in decoding:
+            if sequence.stopless_tokens > 0:
+                steps = min(steps, sequence.stopless_tokens)
+        return steps
 
     def _check_drafts(self, rows: list[DecodeRow], drafts: dict[int, list[int]]) -> Decode:
         """Returns a step of these rows and of spare ones, or rows of copied slots, which check the
         draft tokens by slot.
         """
         spare = self.spare_rows
-        copies_are_new = not (self.copies or spare)
+        copies_are_new = not self.copies and not spare
         if copies_are_new:
             self.copies = self.free[:DRAFT_ROWS]
             self.free = self.free[DRAFT_ROWS:]
@@ -407,15 +465,21 @@ class Scheduler:
         for own in rows:
             for n, token in enumerate(drafts.get(own.slot, ()), 1):
                 row = next(free)
-                slot = own.slot if spare else row
+                slot = own.slot
+                if not spare:
+                    slot = row  # a copy's slot has a row of its own
                 checking.append(DecodeRow(row, slot, own.sequence, token, own.position + n))
         return Decode([*rows, *checking], 1, drafts, self.copies, copies_are_new)
 
     def _runs_ahead(self, sequence: Sequence) -> bool:
-        """Whether its tokens may be sampled without masks. One that does not count may leave a NaN
-        in the slot: kernels, whose rows share slots, read no such position.
+        """Whether the sequence's next tokens may be sampled without a grammar's mask.
+
+        A token that is rejected afterwards may leave a NaN in the slot. Kernels, whose rows share
+        slots, never read beyond the sequence's own positions; other programs do.
         """
-        return not sequence.constraint or (self.shares_slots and sequence.runs_ahead)
+        if not sequence.constraint:
+            return True
+        return self.shares_slots and sequence.runs_ahead
 
     @property
     def shortest_prompt(self) -> Sequence:
@@ -447,34 +511,40 @@ class Scheduler:
                 return True
         return False
 
-    def _draft_tokens(self) -> list[int] | None:
-        """Returns draft tokens for a single sequence, as many as free rows can check; None when it
-        is not alone, or they have not paid.
+    def _draft_count(self) -> int:
+        """Returns how many draft tokens of a single sequence may be looked up and checked: 0 when it
+        is not alone.
         """
         if not self.speculate or len(self.decoding) > 1 or self.prefilling or self.waiting:
-            return None
+            return 0
         (sequence,) = self.decoding
-        count = min(
-            DRAFT_ROWS, len(self.spare_rows) or len(self.free) + len(self.copies), sequence.remaining - 1
-        )
-        if sequence.request.sampling.adjusts_logits or not sequence.output_tokens or count < 1:
-            return None
-        return sequence.draft_tokens(count)
+        if sequence.request.sampling.adjusts_logits or not sequence.output_tokens:
+            return 0
+        rows = len(self.spare_rows)
+        if rows == 0:
+            rows = len(self.free) + len(self.copies)
+        return min(DRAFT_ROWS, rows, sequence.remaining - 1)
 
     def _forced_tokens(self, decoding: list[Sequence]) -> dict[int, list[int]]:
         """Returns by slot the tokens that constraints force next: sequences share the rows that are
         free to check them.
         """
-        spare = len(self.spare_rows) if self.speculate else 0
+        if not self.speculate:
+            return {}
+        spare = len(self.spare_rows)
         forced: dict[int, list[int]] = {}
         constrained = [
             (each, each.constraint)
             for each in decoding
             if each.constraint and not each.request.sampling.adjusts_logits
         ]
-        for others, (sequence, constraint) in zip(range(len(constrained), 0, -1), constrained):
-            count = min(spare // others, sequence.remaining - 1)
-            tokens = constraint.allowed_drafts((), count) if count > 0 else []
+        for index, (sequence, constraint) in enumerate(constrained):
+            # This sequence and those after it share the rows that are left.
+            sharing = len(constrained) - index
+            count = min(spare // sharing, sequence.remaining - 1)
+            if count < 1:
+                continue
+            tokens = constraint.allowed_drafts((), count)
             if tokens:
                 forced[sequence.slot] = tokens
                 spare -= len(tokens)

@@ -31,7 +31,7 @@ class StepTimes:
         self._longest_step: dict[str, float] = {}  # seconds of one of its steps
 
     def begin(self, program: str, steps: int = 1) -> None:
-        """Ends what runs, and begins a program."""
+        """Ends the program that runs, if any, and begins another."""
         self.end()
         self.changed = time.monotonic()
         self.running = RunningProgram(program, steps, self.changed)
@@ -40,7 +40,9 @@ class StepTimes:
         running = self.running
         if running is None:
             return
-        self.changed = time.monotonic()  # first, for who reads meanwhile
+        # Another thread may read between these two lines. `changed` is set first, so that a thread that
+        # finds nothing running also finds the time of this end.
+        self.changed = time.monotonic()
         self.running = None
         seconds = self.changed - running.since
         self._longest[running.name] = max(seconds, self._longest.get(running.name, 0.0))
@@ -49,11 +51,11 @@ class StepTimes:
         )
 
     def longest(self, running: RunningProgram) -> float | None:
-        """Returns the seconds that a run has taken at most so far; None for a program that has not
-        run yet.
+        """Returns the seconds that the longest run of this program has taken so far; None if the
+        program has not run yet.
 
-        Of runs of fewer steps the longest step counts, times the steps of the run that is asked
-        about.
+        A run of more steps than any before it may take longer: as many times the longest step as it
+        has steps.
         """
         seconds = self._longest.get(running.name)
         if seconds is None:

@@ -1,9 +1,10 @@
 """Plans training and serving on devices that need not be here: seconds, memory and device-hours, by formula.
 
-Arguments m are a model and a method of training it, d a device; all else is numbers in FLOP, bytes,
-seconds, tokens and dollars. `bench.plan` makes both, and writes this file out as JavaScript, so
-that a browser computes the same. So it holds only what can be translated word for word:
-assignments, arithmetic, ifs and calls.
+Arguments m are a model and a method of training it, made by `bench.plan.model.job`. Arguments d are
+a device, made by `bench.plan.hardware.numbers`. All others are numbers in FLOP, bytes, seconds,
+tokens and dollars. `bench.plan.page` writes this file out as JavaScript, so that a browser computes
+the same. So it holds only what can be translated word for word: assignments, arithmetic, ifs and
+calls.
 """
 
 from math import exp, floor, log10
@@ -30,23 +31,27 @@ def efficiency(d: Any, params: float, devices: float, recompute: float) -> float
 
 
 def bytes_a_device(m: Any, devices: float, recompute: float) -> float:
-    """Returns the bytes on each of the devices, which share the state out, with one text a device
-    at a time.
+    """Returns the bytes on each of the devices. Each holds an equal share of the training state, and
+    trains on one text at a time.
     """
     state = (m.frozen * m.frozen_bytes + m.trained * STATE_BYTES) / devices
     gathered = 0
     if devices > 1:
+        # The whole weights of two layers, 2 bytes a number: those of the layer that computes, and those
+        # of the next one, which are fetched meanwhile.
         gathered = 4 * (m.frozen + m.trained) / m.layers
     if recompute:
+        # The activations of one layer, and the input of each, 2 bytes a number.
         kept = m.kept + 2 * m.width * m.layers
     else:
         kept = m.kept * m.layers
+    # Each logit is 4 bytes, and its gradient 2.
     return state + gathered + m.context * kept + min(m.context, LOSS_ROWS) * m.vocab * 6
 
 
 def training(m: Any, d: Any, tokens: float, devices: float, sampling: float) -> Numbers:
-    """Returns the middle of the answer for a run, which computes activations again when it does not
-    fit otherwise.
+    """Returns the estimates for a training run, each without its interval. The run computes
+    activations again where the devices cannot hold them.
 
     `sampling`: device-seconds to generate a token that is then trained on.
     """
@@ -100,8 +105,8 @@ def serving(
     answer: float,
     cached: float,
 ) -> Numbers:
-    """Returns the middle of the answer for a replica of the devices, with as many requests at once
-    as fit, at most `slots`.
+    """Returns the estimates for one replica of a served model, which uses all the devices; each
+    without its interval. It runs as many requests at once as fit into memory, at most `slots`.
 
     A step reads the weights once and each request's keys and values, multiplies, and starts each
     layer's kernels: the times add up. Prefill needs no head: the first token's logits are a step's.
@@ -153,7 +158,7 @@ def longer_prompt(
     Either way each generated token attends to them.
     """
     speed = flop_rate(d, bits) * d.compute_use
-    reading = m.layers * m.kv_width * kv_bits / 4 / (d.bandwidth * d.bandwidth_use)
+    reading = 2 * m.layers * m.kv_width * kv_bits / 8 / (d.bandwidth * d.bandwidth_use)
     attending = answer * extra * (reading + 4 * m.layers * m.query_width / speed)
     blocks = m.matmul - m.vocab * m.width
     computing = extra * (2 * blocks + 2 * m.layers * m.query_width * (extra + 2 * prompt)) / speed

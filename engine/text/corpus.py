@@ -25,7 +25,11 @@ FORMATS = (
 )
 Document = Callable[[], Iterator[str]]  # yields a text in parts, from its beginning at each call
 PART = 2**20  # characters of a text file that are in memory at a time
-MARKS = ".,;:!?…\"'“”‘’«»¿¡。，！？、"
+TOKEN_BLOCK = 2**20  # token ids of a .bin that are checked at a time
+MARKS = ".,;:!?…\"'“”‘’«»¿¡。，！？、"  # which `normalize` takes off words
+READERS = {".jsonl": read_jsonl_texts, ".parquet": read_parquet_texts}  # of files with a document in each row
+TEXT_ENDINGS = {".txt", ".md", *READERS}
+MAX_NAMED = 5  # skipped files, or links, that a note names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,15 +83,20 @@ def find_text_files(path: Path, max_bytes: int | None = None) -> tuple[list[Path
         entries = [entry for entry in sorted(path.rglob("*")) if not _is_hidden(entry.relative_to(path))]
         links = _links_out_of(path, entries)
         found = [entry for entry in entries if entry.is_file() and entry not in links]
-    # A file that was given by its path is read by its ending: the error says at which byte it is no
-    # text.
-    known = {".parquet"} if path.is_dir() else TEXT_ENDINGS
+    # In a folder, files with these endings are read without a look at their bytes. A single file is
+    # read by its ending too: where it is not text, the error of reading it says at which byte.
+    read_by_ending = {".parquet"}
+    if not path.is_dir():
+        read_by_ending = TEXT_ENDINGS
     files: list[Path] = []
     total = 0
     for file in found:
         size = file.stat().st_size
         is_too_much = max_bytes is not None and total + size > max_bytes
-        if file.suffix.lower() not in known and not is_text(file, 1 if is_too_much else None):
+        parts = None
+        if is_too_much:
+            parts = 1  # enough to tell whether to refuse a text or to skip the file
+        if file.suffix.lower() not in read_by_ending and not is_text(file, parts):
             continue
         if is_too_much:
             raise UserError(
@@ -97,23 +106,38 @@ def find_text_files(path: Path, max_bytes: int | None = None) -> tuple[list[Path
         total += size
         files.append(file)
     texts = set(files)
-    others = [file for file in found if file not in texts]
-    kinds = collections.Counter(file.suffix or "without an ending" for file in others)
-    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    names = [str(file.relative_to(path)) for file in others if file.suffix.lower() in TEXT_ENDINGS][:NAMED]
-    convert = f"; {', '.join(names)} should be UTF-8: convert with iconv, for example" * bool(names)
+    skipped = [file for file in found if file not in texts]
+    advice = _advise_converting(path, skipped)
     links_note = _note_on_links(path, sorted(links))
     if not files and path.is_dir():
-        only_others = f", only others: {counts}" * bool(counts)
-        raise UserError(f"The folder {path} holds no text files{only_others}{convert}. {links_note}".rstrip())
+        message = f"The folder {path} holds no text files"
+        if skipped:
+            message += f", only others: {_count_endings(skipped)}"
+        raise UserError(f"{message}{advice}. {links_note}".rstrip())
     if not files:
         raise UserError(f"{path} is not UTF-8 text; wanted {FORMATS}.")
     if not total:
         raise UserError(f"{path} is empty: it holds no text.")
-    if not others:
+    if not skipped:
         return files, links_note
-    note = f"Skipped {len(others)} of {len(found)} files in {path}: not UTF-8 text ({counts}){convert}."
+    note = f"Skipped {len(skipped)} of {len(found)} files in {path}"
+    note += f": not UTF-8 text ({_count_endings(skipped)}){advice}."
     return files, f"{note} {links_note}".rstrip()
+
+
+def _count_endings(files: Iterable[Path]) -> str:
+    """Returns how many files have each ending, the most frequent first: `3 .png, 1 .pdf`."""
+    endings = collections.Counter(file.suffix or "without an ending" for file in files)
+    return ", ".join(f"{count} {ending}" for ending, count in endings.most_common())
+
+
+def _advise_converting(folder: Path, skipped: Iterable[Path]) -> str:
+    """Returns the end of a sentence that names files with the ending of a text; empty if there are none."""
+    files = [file for file in skipped if file.suffix.lower() in TEXT_ENDINGS]
+    if not files:
+        return ""
+    names = ", ".join(str(file.relative_to(folder)) for file in files[:MAX_NAMED])
+    return f"; {names} should be UTF-8: convert with iconv, for example"
 
 
 def _is_hidden(path: Path) -> bool:
@@ -134,27 +158,30 @@ def _links_out_of(folder: Path, entries: Iterable[Path]) -> set[Path]:
 def _note_on_links(folder: Path, links: Sequence[Path]) -> str:
     if not links:
         return ""
-    names = [str(link.relative_to(folder)) for link in links[:NAMED]]
-    if len(links) > NAMED:
-        names.append(f"and {len(links) - NAMED} more")
+    names = [str(link.relative_to(folder)) for link in links[:MAX_NAMED]]
+    if len(links) > MAX_NAMED:
+        names.append(f"and {len(links) - MAX_NAMED} more")
     outside = f"Skipped what lies outside of {folder}, to which links lead: {', '.join(names)}."
     return f"{outside} Copy it in to have it read."
 
 
 def is_text(file: Path, parts: int | None = None) -> bool:
-    """Returns whether a file is UTF-8, without a zero byte unless its ending is a text's. `parts`:
-    how many to read, or all.
+    """Returns whether a file is UTF-8, and has no zero byte unless its ending is in TEXT_ENDINGS.
 
-    True for one that cannot be read, which reading explains.
+    Checks the first `parts` of PART characters, or all. True for a file that cannot be opened:
+    the error of reading it says why.
     """
+    may_have_zeros = file.suffix.lower() in TEXT_ENDINGS
     try:
         with file.open(encoding="utf-8") as opened:
-            blocks = itertools.islice(_parts(opened), parts)
-            return not any("\0" in block and file.suffix.lower() not in TEXT_ENDINGS for block in blocks)
+            for part in itertools.islice(_parts(opened), parts):
+                if "\0" in part and not may_have_zeros:
+                    return False
     except UnicodeDecodeError:
         return False
     except OSError:
         return True
+    return True
 
 
 def normalize(text: str) -> str:
@@ -210,10 +237,13 @@ def _start(document: Document) -> str:
 def _digest_words(document: Document) -> bytes:
     """Returns the SHA-256 of what `normalize` makes of a document."""
     digest = hashlib.sha256()
-    rest = ""
-    for part in itertools.chain(document(), " "):
-        *words, rest = f"{rest}{part}|".split()  # the last may go on in the next part
-        rest = rest[:-1]
+    unfinished = ""  # a word at the end of a part, which may go on in the next part
+    for part in itertools.chain(document(), [" "]):  # the space ends the last word
+        text = unfinished + part
+        words = text.split()
+        unfinished = ""
+        if words and not text[-1].isspace():
+            unfinished = words.pop()
         if words:
             digest.update(f"{normalize(' '.join(words))} ".encode("utf-8", "surrogatepass"))
     return digest.digest()
@@ -257,27 +287,44 @@ def characters(document: Document, start: int, stop: int = sys.maxsize) -> Itera
 
 
 def _cut_text(documents: list[Document], fraction: float, name: str) -> tuple[list[Document], list[Document]]:
+    """Cuts documents in two, so that about `fraction` of their characters are in the second part.
+
+    Cuts at the start of a line where one is near, and leaves out documents without text.
+    """
     lengths = [sum(map(len, document())) for document in documents]
     total = sum(lengths)
     if total < 2:
         raise UserError(f"{name} has {total} character: too short to hold a part out.")
-    # in characters of all documents together
-    at = min(max(1, int(total * (1 - fraction))), total - 1)
-    near = min(at, total - at) // 2  # so neither part can become empty
+    # `cut`, `near` and `begin` count characters of all documents together.
+    cut = min(max(1, int(total * (1 - fraction))), total - 1)
+    near = min(cut, total - cut) // 2  # so neither part can become empty
+    begin = 0  # of documents[index], in which the cut lies
     index = 0
-    while at >= lengths[index]:
-        at -= lengths[index]
+    while cut >= begin + lengths[index]:
+        begin += lengths[index]
         index += 1
-    text = documents[index]
-    first = max(0, at - near - 1)
-    around = "".join(characters(text, first, at + near))
-    lines = [first + around.rfind("\n", 0, at - first) + 1, first + around.find("\n", at - first) + 1]
-    at = min((line for line in lines if abs(line - at) <= near), key=lambda line: abs(line - at), default=at)
-    before = functools.partial(characters, text, 0, at)
-    after = functools.partial(characters, text, at)
+    document = documents[index]
+    at = _nearest_line_start(document, cut - begin, near)
+    before = functools.partial(characters, document, 0, at)
+    after = functools.partial(characters, document, at)
     first_part: list[Document] = [*documents[:index], before]
     last_part: list[Document] = [after, *documents[index + 1 :]]
     return _with_text(first_part), _with_text(last_part)
+
+
+def _nearest_line_start(document: Document, at: int, near: int) -> int:
+    """Returns the character of a document, at most `near` characters from `at`, at which the nearest
+    line starts; `at` if none does.
+    """
+    first = max(0, at - near - 1)
+    around = "".join(characters(document, first, at + near))
+    # Where no line ends, `find` returns -1, and the start is `first`: 0, or farther than `near`.
+    start_before = first + around.rfind("\n", 0, at - first) + 1
+    start_after = first + around.find("\n", at - first) + 1
+    nearest = min(start_before, start_after, key=lambda start: abs(start - at))
+    if abs(nearest - at) > near:
+        return at
+    return nearest
 
 
 def _with_text(documents: Iterable[Document]) -> list[Document]:
@@ -324,14 +371,6 @@ def _read_text(file: Path) -> Iterator[str]:
         raise
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
-
-
-READERS = {".jsonl": read_jsonl_texts, ".parquet": read_parquet_texts}
-TEXT_ENDINGS = {".txt", ".md", *READERS}
-NAMED = 5  # skipped files of these endings, at most
-
-
-TOKEN_BLOCK = 1 << 20  # ids looked at in one go
 
 
 @dataclasses.dataclass(frozen=True)
@@ -399,11 +438,12 @@ def open_bin(path: Path, tokenizer: Tokenizer) -> TokenFile:
 
 
 def _digest_documents(documents: Iterable[Document]) -> tuple[str, "_TextDigest"]:
-    """Returns the SHA-256 by which the cache and runs name a text, and the text's _TextDigest from
-    the same reading.
+    """Returns two digests of a text: the SHA-256 by which the cache and runs name it, and its
+    _TextDigest.
 
-    The first needs each document's length before the document, and so a reading of its own; the
-    second does not.
+    The SHA-256 is over each document's length and then its text, so each document is read twice.
+    The _TextDigest needs one reading: `_write_tokens` makes it again while it encodes, which shows
+    whether the text was changed.
     """
     digest = hashlib.sha256()
     text = _TextDigest()

@@ -17,10 +17,17 @@ MAX_BYTES = 20_000_000
 PASSAGE_CHARACTERS = 600  # about 150 tokens
 BUDGET = 512  # tokens of passages in a prompt, and at most a quarter of the context
 MAX_WORDS = 32  # of a question, half from its beginning and half from its end
-# A passage goes up to the end of its paragraph, else of a sentence, else of a word, that is within
-# its characters.
+# The rest of a passage after its first character: as long as what follows it in the pattern allows.
 REST = f".{{0,{PASSAGE_CHARACTERS - 1}}}"
-PASSAGE = re.compile(rf"\S(?s:{REST}\Z|{REST}(?<=[.!?])(?=\s)|{REST}(?=\s)|{REST})")
+# A passage of a paragraph ends at the first of these places that is within PASSAGE_CHARACTERS.
+PASSAGE = re.compile(
+    r"\S(?s:"
+    rf"{REST}\Z"  # the end of the paragraph
+    rf"|{REST}(?<=[.!?])(?=\s)"  # else the end of a sentence
+    rf"|{REST}(?=\s)"  # else the end of a word
+    rf"|{REST}"  # else, in a word that is longer, its last character
+    r")"
+)
 # English words that questions are made of, whatever they are about.
 QUESTION_WORDS = """
 a about an and any are as at be been but by can could did do does for from had has have he her his how i if in into is it its me
@@ -57,16 +64,14 @@ class Documents:
             raise UserError(f"The SQLite of this Python has no full-text search (FTS5): {error}.") from None
         self.files = len(files)
         self.passages = 0
-        hashed = hashlib.sha256()
-        last = None
+        self._hashed = hashlib.sha256()
+        previous_file = None
         number = 0
         characters = 0
         for file, document in read_documents(path, files):
-            number = number * (file == last)
-            last = file
-            name = (
-                str(file.relative_to(path) if file != path else file.name).encode(errors="replace").decode()
-            )
+            if file != previous_file:
+                number = 0
+                previous_file = file
             text = "".join(document())
             characters += len(text)
             if characters > MAX_BYTES:  # of a parquet file, which is compressed
@@ -74,45 +79,59 @@ class Documents:
                     f"The texts at {path} have more than {MAX_BYTES:,} characters, "
                     f"up to {file}: take texts out."
                 )
-            for passage in cut(text):
-                number += 1
-                self.passages += 1
-                hashed.update(f"{name}\0{passage}\0".encode())
-                self._index.execute("INSERT INTO passages VALUES (?, ?, ?)", (name, number, passage))
+            number = self._add(_file_name(file, path), text, number)
         if not self.passages:
             raise UserError(f"{path} is empty: it holds no text.")
         self._index.commit()
-        self.digest = hashed.hexdigest()
+        self.digest = self._hashed.hexdigest()
+
+    def _add(self, name: str, text: str, number: int) -> int:
+        """Adds the passages of a document to the index, numbered from `number` + 1 in their file.
+        Returns the last one's number.
+        """
+        for passage in cut(text):
+            number += 1
+            self.passages += 1
+            self._hashed.update(f"{name}\0{passage}\0".encode())
+            self._index.execute("INSERT INTO passages VALUES (?, ?, ?)", (name, number, passage))
+        return number
 
     @property
     def summary(self) -> str:
-        return f"{self.passages:,} passages of {self.files:,} files, the best of which a question brings into its prompt"
+        return f"{self.passages:,} passages of {self.files:,} files; the best for a question are put into its prompt"
 
     def find(self, question: str, tokenizer: Tokenizer, budget: int) -> list[Passage]:
         """Returns the passages that share words with a question, best first by BM25 (Robertson et
         al. 1994).
 
-        They have at most `budget` tokens, to which the best is cut, and none scores less than half
-        of the best.
+        Together they have at most `budget` tokens. The best passage is cut to `budget` if it has
+        more. A passage that scores less than half of the best is left out.
         """
         words = [
             word[:100]
             for word in dict.fromkeys(re.findall(r"[^\W_]+", question.lower()))
             if word not in COMMON
         ]
-        words = [*words[: MAX_WORDS // 2], *words[MAX_WORDS // 2 :][-MAX_WORDS // 2 :]]
+        if len(words) > MAX_WORDS:
+            half = MAX_WORDS // 2
+            words = [*words[:half], *words[-half:]]
         if not words:
             return []
         query = " OR ".join(f'"{word}"' for word in words)  # in quotes, no word is an operator
         select = "SELECT file, number, text, rank FROM passages WHERE passages MATCH ? ORDER BY rank, rowid LIMIT 20"
         rows = self._index.execute(select, [query]).fetchall()
+        if not rows:
+            return []
+        # FTS5's rank is BM25 times -1: the best passage has the lowest one, and half the score of
+        # the best is half its rank.
+        worst_rank = rows[0][-1] / 2
         found: list[Passage] = []
         for file, number, text, rank in rows:
             ids = tokenizer.encode(f"{text}\n\n")
             if not found and len(ids) > budget:  # in a short context
                 ids = ids[:budget]
                 text = tokenizer.decode(ids.tolist()).rstrip("\ufffd")
-            if rank <= rows[0][-1] / 2 and len(ids) <= budget:
+            if rank <= worst_rank and len(ids) <= budget:
                 budget -= len(ids)
                 found.append(Passage(file, number, len(ids), text))
         return found
@@ -151,12 +170,22 @@ def prompt_with[T: Sequence[int]](
 
 
 def cut(text: str) -> Iterator[str]:
-    """Yields the passages of a text: its paragraphs, headings (#) with the next one, longer ones in
-    parts.
+    """Yields the passages of a text: its paragraphs. A heading (#) is joined to the paragraph below
+    it, and a long paragraph is cut.
 
     Paragraphs are not joined: SmolLM2-135M answered 5 of 16 questions from passages of several, and
     16 from single ones.
     """
-    headings = re.compile(r"^(#.*)\n\s*\n", re.MULTILINE)
-    for paragraph in re.split(r"\n\s*\n", headings.sub(r"\1\n", re.sub(r"[^\S\n]+", " ", text))):
-        yield from (match[0].strip() for match in PASSAGE.finditer(paragraph.strip()))
+    text = re.sub(r"[^\S\n]+", " ", text)
+    text = re.sub(r"^(#.*)\n\s*\n", r"\1\n", text, flags=re.MULTILINE)
+    for paragraph in re.split(r"\n\s*\n", text):
+        for match in PASSAGE.finditer(paragraph.strip()):
+            yield match[0].strip()
+
+
+def _file_name(file: Path, path: Path) -> str:
+    """Returns a file's path below `path`, or its name if it is `path`. What is not UTF-8 becomes `?`."""
+    name = file.name
+    if file != path:
+        name = str(file.relative_to(path))
+    return name.encode(errors="replace").decode()

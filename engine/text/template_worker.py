@@ -71,8 +71,11 @@ def forbid_system_access() -> None:
     sys.addaudithook(watch)
 
 
-def compile_template(source: str, variables: dict[str, Any], now: str) -> Callable[[list, bool, dict], str]:
-    """Compiles the template to a function of (messages, prompt, further variables)."""
+RenderTemplate = Callable[[list, bool, dict], str]  # of (messages, add_prompt, further variables)
+
+
+def compile_template(source: str, variables: dict[str, Any], now: str) -> RenderTemplate:
+    """Compiles the template to a function that renders a conversation."""
     import jinja2.ext
     import jinja2.nodes
     import jinja2.sandbox
@@ -91,20 +94,22 @@ def compile_template(source: str, variables: dict[str, Any], now: str) -> Callab
     def refuse(message: object) -> None:
         raise TemplateRaised(str(message))
 
+    def to_json(value: object, **options: Any) -> str:
+        """Returns a value as JSON. As in transformers, `<` and letters beyond ASCII are not escaped."""
+        return json.dumps(value, **{"ensure_ascii": False, **options})
+
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag]
     )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(
-        value, **{"ensure_ascii": False} | options
-    )
+    environment.filters["tojson"] = to_json
     environment.globals.pop("lipsum")
     environment.globals.update(
         raise_exception=refuse, strftime_now=datetime.datetime.fromisoformat(now).strftime
     )
     template = environment.from_string(source)
 
-    def render(messages: list, prompt: bool, more: dict) -> str:
-        inputs = {"messages": messages, "add_generation_prompt": prompt}
+    def render(messages: list, add_prompt: bool, more: dict) -> str:
+        inputs = {"messages": messages, "add_generation_prompt": add_prompt}
         context = template.new_context({"tools": None, "documents": None, **variables, **more, **inputs})
         parts = []
         size = 0
@@ -116,6 +121,20 @@ def compile_template(source: str, variables: dict[str, Any], now: str) -> Callab
         return "".join(parts)
 
     return render
+
+
+class Renderer:
+    """Replies to the lines of the parent: the first to compile the template, all others to render by it."""
+
+    _render: RenderTemplate
+
+    def compile(self, template: dict[str, Any]) -> dict[str, Any]:
+        self._render = compile_template(**template)
+        return {}
+
+    def render(self, jobs: list, more: dict) -> dict[str, Any]:
+        """Renders each job, which is [messages, add_prompt]."""
+        return {"texts": [self._render(messages, add_prompt, more) for messages, add_prompt in jobs]}
 
 
 def reply(work: Callable[..., dict[str, Any]], *args: Any) -> None:
@@ -149,20 +168,13 @@ def main() -> None:
     sys.path[:] = start.pop("path")
     importlib.import_module("jinja2.sandbox")  # before the limits: imports open files and take time
 
-    templates: list[Callable[[list, bool, dict], str]] = []
-
-    def prepare() -> dict[str, Any]:
-        templates.append(compile_template(**start))
-        return {}
-
-    def render(jobs: list, more: dict) -> dict[str, Any]:
-        return {"texts": [templates[0](messages, prompt, more) for messages, prompt in jobs]}
-
+    renderer = Renderer()
     limit_resources()
-    reply(prepare)
+    reply(renderer.compile, start)
     forbid_system_access()
     for line in sys.stdin:
-        reply(render, *json.loads(line))
+        jobs, more = json.loads(line)
+        reply(renderer.render, jobs, more)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The optimizer as a literal optax chain: AdamW on everything, or Muon on the matrices inside blocks.
 
-A schedule is a function of progress, the share of the run that is done, 0 to 1: of its steps or of
-its seconds. It is an argument of the step, which reads no clock; Muon's `dtype` is one of `update`
-too.
+A schedule is a function of progress: the share of the run's steps or seconds that is done, 0 to 1.
+Progress is an argument of the step, which reads no clock, and so of `update`. Muon's `dtype` is
+another argument of `update`.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ from engine.model.weights.lora import LoRA
 Kind = Literal["adamw", "muon"]
 Schedule = Callable[[Array], Array]
 
-# The leaves that Muon updates; no adapter, of which only the product is a matrix. Decay pulls it to
-# its base.
+# The leaves that Muon updates. An adapter at such a path is left to AdamW: only the product of its
+# pair stands for a matrix. Weight decay pulls the adapted weight towards its base.
 MUON_PATHS = r"blocks/\d+/(q|k|v|out|gate|up|down)"
 UNDECAYED = r".*(norm|bias)"  # gains and biases
 
@@ -53,8 +53,8 @@ class OptimizerConfig:
     kind: Kind = "adamw"
     learning_rate: float = 1e-3  # AdamW's
     matrix_learning_rate: float = 0.02  # Muon's, per unit of spectral norm
-    # By which AdamW's is multiplied: a row of the embedding has a gradient only where its token is
-    # read, a column of the head at each token.
+    # Factors on AdamW's learning rate. The two leaves differ: a row of the embedding has a gradient
+    # only where its token is read, a column of the head has one at each token.
     embedding_factor: float = 1.0
     head_factor: float = 1.0
     schedule: Literal["cosine", "wsd"] = "cosine"
@@ -115,11 +115,11 @@ def scale_by_progress(schedule: Schedule) -> optax.GradientTransformationExtraAr
 
 
 def clip_by_norm(most: float) -> optax.GradientTransformation:
-    """Scales updates down to a global norm of `most`, as `optax.clip_by_global_norm` does, without
-    its division at each number.
+    """Scales updates down to a global norm of `most`, as `optax.clip_by_global_norm` does, but by a
+    multiplication of each number instead of a division.
 
-    XLA would keep its result, and those that depend on it, rather than divide again in each loop
-    over them.
+    XLA does not repeat a division in each loop that needs its result. It would store all the
+    divided numbers in memory, and what is computed from them.
     """
 
     def clip(updates: Any, _: Any) -> Any:
@@ -131,7 +131,8 @@ def clip_by_norm(most: float) -> optax.GradientTransformation:
 
 def descend_by_path(cfg: OptimizerConfig) -> optax.GradientTransformation:
     """Multiplies updates by minus AdamW's learning rate, and by the factors of the embedding and of
-    the head."""
+    the head.
+    """
     factors = {"embed": cfg.embedding_factor, "head": cfg.head_factor}
 
     def scale(path: str, update: Any) -> Any:
@@ -169,38 +170,41 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArg
 # Muon: momentum replaced by the nearest orthogonal matrix (Jordan et al. 2024,
 # kellerjordan.github.io/posts/muon).
 #
-# Newton-Schulz on the Gram matrix (Zhang et al. 2026, dao-lab.ai/blog/2026/gram-newton-schulz) with
-# the polynomials of the Polar Express (Amsel et al. 2025, 2505.16932), after a division by a closer
-# bound than the Frobenius norm: 0.44 of the time of Jordan's five steps, which `optax.contrib.muon`
-# takes, and as near. On a CPU each product reads its operands along the last axis, and a mesh deals
-# the matrices out: optax's iteration does neither.
+# The method is Newton-Schulz on the Gram matrix (Zhang et al. 2026,
+# dao-lab.ai/blog/2026/gram-newton-schulz) with the polynomials of the Polar Express (Amsel et al.
+# 2025, 2505.16932). The matrix is first divided by a closer bound than the Frobenius norm. This takes
+# 0.44 of the time of Jordan's five steps, which `optax.contrib.muon` takes, and comes as near. Two
+# things optax's iteration does not do: on a CPU each product reads its operands along the last axis,
+# and a mesh deals the matrices out.
 
-# Each (a, b, c) is the odd polynomial a s + b s^3 + c s^5 nearest to 1 on what those before it make
-# of [0.003, 1], over 1.02, as a value above the interval would grow without bound. The last is
-# scaled so that a learning rate means what it does with Jordan's steps. Together they take [0.003,
-# 1] to 0.73 .. 1.14.
-STEPS = (
+# Each (a, b, c) is an odd polynomial a s + b s^3 + c s^5 of a singular value s: the one nearest to 1
+# on the interval to which those before it take [0.003, 1]. It is divided by 1.02, which keeps its
+# results below the end of the next one's interval: a value beyond that would grow without bound. The
+# last one is scaled so that a learning rate means what it does with Jordan's steps. Together they
+# take [0.003, 1] to 0.73 .. 1.14.
+POLYNOMIALS = (
     (8.2193, -24.2803, 17.9971),
     (3.9690, -2.9573, 0.5593),
     (3.4626, -2.5991, 0.5198),
     (2.3809, -1.7701, 0.4200),
 )
-SECOND_BEGINS = 1.936  # the largest that the first makes of [0, 1]
-# long over short side: below, the matrix itself is stepped, which costs as little and is more exact
+SECOND_BEGINS = 1.936  # the largest value that the first polynomial makes of [0, 1]
+# Long over short side, below which the polynomials multiply the matrix itself and not its Gram matrix:
+# that costs as little there, and is more exact.
 NEARLY_SQUARE = 1.5
 
 
 def orthogonalize() -> optax.GradientTransformationExtraArgs:
     """Replaces each matrix (in, out) by `orthogonal` of it in `dtype`, an argument of `update`.
 
-    That is the model's compute type: the iteration amplifies last bits, in bfloat16 until they show
+    `dtype` is the model's compute type. The iteration amplifies rounding: with bfloat16 it would show
     in a float32 run.
     """
 
     def update(
         updates: Any, state: Any, params: Any = None, *, dtype: DTypeLike = "float32", **_: Any
     ) -> tuple[Any, Any]:
-        # for the matrices of a shape
+        # Traced once for all matrices of one shape.
         traced_once = jax.jit(lambda matrix: orthogonal(matrix, dtype), inline=True)
         return layout.map_whole_matrices(traced_once, updates), state
 
@@ -241,21 +245,22 @@ def _gram(x: Array) -> Array:
 
 
 def _polynomial(
-    step: tuple[float, float, float], gram: Array, square: Array, unit: Array | float = 1.0
+    coefficients: tuple[float, float, float], gram: Array, square: Array, unit: Array | float = 1.0
 ) -> Array:
-    """a I + b unit gram + c unit^2 square, in gram's dtype: a step multiplies by it. `square` is
-    gram's, float32."""
-    a, b, c = step
+    """Returns a I + b unit gram + c unit^2 square, in gram's dtype, by which a step multiplies.
+    `square` is gram's, float32.
+    """
+    a, b, c = coefficients
     polynomial = a * jnp.eye(len(gram)) + b * unit * gram.astype(jnp.float32) + c * unit**2 * square
     return polynomial.astype(gram.dtype)
 
 
 def _step_matrix(x: Array, gram: Array, square: Array, unit: Array) -> Array:
     """x (M, N), its Gram matrix over `unit` and the square of that -> x after all steps."""
-    x = jnp.dot(_polynomial(STEPS[0], gram, square, unit), x)
-    for step in STEPS[1:]:
+    x = jnp.dot(_polynomial(POLYNOMIALS[0], gram, square, unit), x)
+    for coefficients in POLYNOMIALS[1:]:
         gram = _gram(x).astype(x.dtype)
-        x = jnp.dot(_polynomial(step, gram, dot32(gram, gram)), x)
+        x = jnp.dot(_polynomial(coefficients, gram, dot32(gram, gram)), x)
     return x
 
 
@@ -265,18 +270,19 @@ def _inverse_root(gram: Array, square: Array, unit: Array) -> Array:
     In bfloat16 a Gram matrix does not tell singular values below 0.05 of the largest from 0; with
     so few steps that does no harm.
     """
-    root = by = _polynomial(STEPS[1], gram, square, unit)
-    for step in STEPS[2:]:
-        gram = (unit * dot32(jnp.dot(gram, by), by)).astype(gram.dtype)
+    factor = _polynomial(POLYNOMIALS[1], gram, square, unit)
+    root = factor
+    for coefficients in POLYNOMIALS[2:]:
+        gram = (unit * dot32(jnp.dot(gram, factor), factor)).astype(gram.dtype)
         unit = jnp.ones(())
-        by = _polynomial(step, gram, dot32(gram, gram))
-        root = jnp.dot(root, by)
+        factor = _polynomial(coefficients, gram, dot32(gram, gram))
+        root = jnp.dot(root, factor)
     return root
 
 
 def optimizer_flops(cfg: ModelConfig, kind: Kind) -> int:
-    """Returns the FLOPs of an optimizer's products in **a step**, beside which its sums are few:
-    AdamW has none.
+    """Returns the FLOPs of an optimizer's products in **a step**: AdamW has none. Beside products,
+    its sums are few.
     """
     if kind == "muon":
         return muon_flops(cfg)

@@ -48,10 +48,10 @@ class Preferences(NamedTuple):
 def preference_batch(
     pairs: Sequence[Pair | RatedPair], index: Sequence[int], seq: int, logprobs: np.ndarray
 ) -> Preferences:
-    """Returns the batch of the pairs `index` (B,), of which those behind the last are rows of
+    """Returns the batch of the pairs `index` (B,). An index past the last pair makes a row of
     padding.
 
-    `logprobs` (pairs, 2): those of both their answers by the reference.
+    `logprobs` (pairs, 2): the log-probabilities of both answers of each pair by the reference.
     """
     answers: list[Example | None] = []
     others: list[Example | None] = []
@@ -105,7 +105,8 @@ def answer_logprobs(
 @functools.partial(jax.jit, static_argnums=0)
 def pair_logprobs(cfg: ModelConfig, params: Params, pairs: Preferences) -> Array:
     """Returns (B, 2) float32 nats: log p(chosen), log p(rejected)."""
-    return jnp.stack(answer_logprobs(cfg, params, pairs, head_trains=False)[:2], axis=1)
+    logprobs = answer_logprobs(cfg, params, pairs, head_trains=False)
+    return jnp.stack([logprobs.chosen, logprobs.rejected], axis=1)
 
 
 def _dpo(logprobs: AnswerLogProbs, pairs: Preferences, beta: float) -> Array:
@@ -120,9 +121,9 @@ def _orpo(logprobs: AnswerLogProbs, _: Preferences, beta: float) -> Array:
     """The chosen answer's loss a token, and beta times that of the odds ratio (Hong et al. 2024,
     2403.07691, equations 6, 7).
 
-    An answer's probability is the geometric mean of its tokens', and its odds are p / (1 - p). A p
-    that float32 rounds to 1 has the odds of its neighbour, and they no gradient: else one answer
-    that is certain would make the whole step's NaN.
+    An answer's probability p is the geometric mean of its tokens', and its odds are p / (1 - p).
+    Where float32 rounds p to 1, the odds are those of the largest number below 1, and have no
+    gradient: otherwise one certain answer would make the gradient of the whole step NaN.
     """
 
     def log_odds(mean: Array) -> Array:
@@ -200,6 +201,10 @@ def preference_objective(name: str = "dpo", beta: float | None = None) -> Object
             logprobs: RatedLogProbs | AnswerLogProbs = RatedLogProbs(-answer.sum(-1), -other.sum(-1))
         else:
             logprobs = answer_logprobs(cfg, params, pairs, head_trains)
-        return jnp.where(pairs.answer.mask.any(-1), loss.of_rows(logprobs, pairs, beta), 0).sum()
+        has_answer = pairs.answer.mask.any(-1)  # False for a row of padding
+        return jnp.where(has_answer, loss.of_rows(logprobs, pairs, beta), 0).sum()
 
-    return Objective(summed, lambda pairs: jnp.asarray(len(pairs.answer.mask)))
+    def count(pairs: Preferences) -> Array:
+        return jnp.asarray(len(pairs.answer.mask))
+
+    return Objective(summed, count)

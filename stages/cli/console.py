@@ -33,7 +33,7 @@ class Console(contextlib.AbstractContextManager["Console"]):
         self.terminal = self.stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
         self._rich: Any = None
         self._live: Any = None
-        self._last = -BETWEEN_LINES
+        self._last_shown = -BETWEEN_LINES  # on time.perf_counter
         self._lock = threading.RLock()  # of the live line, which a task's thread draws too
         self._tasks: list[threading.Event] = []
         if self.terminal:
@@ -74,6 +74,9 @@ class Console(contextlib.AbstractContextManager["Console"]):
         self._rich.print(table)
 
     def print_marked(self, pieces: Sequence[tuple[str, bool]]) -> None:
+        """Prints (text, is it marked) pieces as one text. A terminal shows marked ones on green; elsewhere
+        they stand in [[ ]].
+        """
         if not self._rich:
             line = ""
             for mark, group in itertools.groupby(pieces, operator.itemgetter(1)):
@@ -105,17 +108,21 @@ class Console(contextlib.AbstractContextManager["Console"]):
         def show() -> None:
             nonlocal open_line
             elapsed = duration(time.perf_counter() - begin) + progress
+            line = f"{label} ... {elapsed}"
             if self.terminal:
-                self._draw(f"{label} ... {elapsed}")
+                self._draw(line)
                 return
-            if not open_line:
-                elapsed = f"{label} ... {elapsed}"
-            print(elapsed, file=self.stream, flush=True)
+            if open_line:
+                print(elapsed, file=self.stream, flush=True)  # behind the label, which stands there
+            else:
+                print(line, file=self.stream, flush=True)
             open_line = False
 
         def keep_showing() -> None:
-            # nobody reads on, which the main thread will see
-            between = 1.0 if self.terminal else BETWEEN_TASK_LINES
+            between = BETWEEN_TASK_LINES
+            if self.terminal:
+                between = 1.0
+            # These are raised when the stream is closed. The main thread's next line raises them too.
             with contextlib.suppress(OSError, ValueError):
                 while not over.wait(between):
                     with self._lock:
@@ -129,7 +136,8 @@ class Console(contextlib.AbstractContextManager["Console"]):
             else:
                 progress = f", {done / total:.0%}"
             with self._lock:
-                if self.terminal and self._due(BETWEEN_FRAMES):
+                if self.terminal and self._is_due(BETWEEN_FRAMES):
+                    self._last_shown = time.perf_counter()
                     show()
 
         if self.terminal:
@@ -163,9 +171,9 @@ class Console(contextlib.AbstractContextManager["Console"]):
         shown, and stays.
         """
         between = BETWEEN_FRAMES if self.terminal else BETWEEN_LINES
-        if not (important or self._due(between)):
+        if not (important or self._is_due(between)):
             return
-        self._last = time.perf_counter()
+        self._last_shown = time.perf_counter()
         if not self.terminal:
             self.print("  ".join(fields()))
             return
@@ -181,11 +189,8 @@ class Console(contextlib.AbstractContextManager["Console"]):
             self._live.stop()
             self._live = None
 
-    def _due(self, interval: float) -> bool:
-        is_due = time.perf_counter() - self._last >= interval
-        if is_due:
-            self._last = time.perf_counter()
-        return is_due
+    def _is_due(self, interval: float) -> bool:
+        return time.perf_counter() - self._last_shown >= interval
 
     def _draw(self, text: str) -> None:
         from rich.live import Live

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -48,8 +48,9 @@ from engine.training.step import NEXT_TOKEN, Objective
 from stages.cli.console import Console
 from stages.runs.text_data import EVALUATION_ROWS, Evaluator
 
-HELD_OUT = 0.1
-QUESTIONS = 3  # of the held-out set, or for texts these
+HELD_OUT = 0.1  # share of the rows, where no --validation is given
+QUESTIONS = 3  # held-out conversations whose first questions a model is asked before and after
+# Plain texts have no questions: beside them a model is asked these.
 QUESTIONS_BESIDE_TEXTS = (
     "What should I do when I cannot sleep?",
     "How do I boil an egg?",
@@ -57,14 +58,32 @@ QUESTIONS_BESIDE_TEXTS = (
 )
 
 UsedRows = list[tuple[Record, list[Any]]]  # rows, with their examples
+
+
+class Wanted(NamedTuple):
+    """The data that an objective trains on."""
+
+    kinds: set[str]  # of KINDS
+    description: str
+    remedy: str  # for data of another kind
+
+
 PAIRS = "pairs of a chosen and a rejected answer"
-WANTED = {  # by each objective: kinds of data, what they are called, and what to do about another
-    "answers": (KINDS.keys() - {"preference"}, "conversations or texts", "preference fits it"),
-    "preference": ({"preference"}, PAIRS, "answers fits it, or give other --data such as voice-preferences"),
-    "kto": (
-        {"preference", "prompt/completion"},
-        f"{PAIRS}, or prompt, completion and label",
-        "answers fits it",
+WANTED = {  # by objective
+    "answers": Wanted(
+        kinds=KINDS.keys() - {"preference"},
+        description="conversations or texts",
+        remedy="--objective preference fits it.",
+    ),
+    "preference": Wanted(
+        kinds={"preference"},
+        description=PAIRS,
+        remedy="--objective answers fits it, or give other --data such as voice-preferences.",
+    ),
+    "kto": Wanted(
+        kinds={"preference", "prompt/completion"},
+        description=f"{PAIRS}, or prompt, completion and label",
+        remedy="--objective answers fits it.",
     ),
 }
 
@@ -82,11 +101,11 @@ class ConversationData:
     kind: str  # of KINDS
     name: str
     held_out_name: str
-    overlap: str  # what was left out as a copy
-    # QUESTIONS held-out conversations, each up to the assistant's first answer.
+    overlap: str  # a sentence on rows that are copies, or ""
+    # The beginnings of QUESTIONS held-out conversations: all before the assistant's first answer.
     questions: Sequence[Sequence[Message]]
-    references: Sequence[Sequence[Message]]  # held-out ones, as of `references_of`
-    train_references: Sequence[Sequence[Message]]
+    references: Sequence[Sequence[Message]]  # `references_of` the held-out rows
+    train_references: Sequence[Sequence[Message]]  # `references_of` the training rows
 
 
 def digest_examples(items: Sequence[Example | Pair | Rating]) -> str:
@@ -126,10 +145,10 @@ def prepare_conversations(
     `objective`: one of WANTED; kto has pairs as of `mismatch`. `full`: all of a conversation is in
     the loss. Without `validation` a tenth of the rows, chosen by `seed`, is held out.
     """
-
-    make = {"answers": make_examples, "preference": make_pairs, "kto": make_ratings}[objective]
     if full:
         make = make_whole_examples
+    else:
+        make = {"answers": make_examples, "preference": make_pairs, "kto": make_ratings}[objective]
 
     def read(name: str) -> tuple[str, Dataset]:
         source = open_conversations(name, objective)
@@ -140,19 +159,19 @@ def prepare_conversations(
     if validation is None and f"{data}-held-out" in SHIPPED:
         validation = f"{data}-held-out"
     if validation:
-        _, other = read(validation)
-        used = dataset.used
-        rest, overlap = _without_copies(other.used, used, validation, data)
+        _, validation_set = read(validation)
+        split = _without_copies(validation_set.used, dataset.used, validation, data)
     else:
-        used, rest, validation, overlap = _split(dataset.used, seed, data)
-    train = _items(used)
-    held_out = _items(rest)
+        split = _split(dataset.used, seed, data)
+    train = _items(split.train_rows)
+    held_out = _items(split.held_out_rows)
     digest = digest_examples(train)
     held_out_digest = digest_examples(held_out)
     if objective == "kto":
         train = mismatch(train, seq)
         held_out = mismatch(held_out, seq)
-    rows = [row for row, _ in rest]
+    train_records = [record for record, _ in split.train_rows]
+    held_out_records = [record for record, _ in split.held_out_rows]
     return ConversationData(
         train=train,
         held_out=held_out,
@@ -161,11 +180,11 @@ def prepare_conversations(
         summary=dataset.describe(),
         kind=kind,
         name=data,
-        held_out_name=validation,
-        overlap=overlap,
-        questions=_questions(rows),
-        references=references_of(rows),
-        train_references=references_of(row for row, _ in used),
+        held_out_name=split.held_out_name,
+        overlap=split.overlap,
+        questions=_questions(held_out_records),
+        references=references_of(held_out_records),
+        train_references=references_of(train_records),
     )
 
 
@@ -176,15 +195,21 @@ def _items(rows: UsedRows) -> list[Any]:
     return items
 
 
-def _without_copies(held_out: UsedRows, train: UsedRows, name: str, data: str) -> tuple[UsedRows, str]:
-    """Returns the held-out rows whose texts are not in `train`, and what was left out. Raises
-    UserError if all are."""
+class Split(NamedTuple):
+    train_rows: UsedRows
+    held_out_rows: UsedRows
+    held_out_name: str
+    overlap: str  # a sentence on rows that are copies, or ""
+
+
+def _without_copies(held_out: UsedRows, train: UsedRows, name: str, data: str) -> Split:
+    """Leaves out the held-out rows whose texts are in `train` too. Raises UserError if all are."""
     texts = {row.text for row, _ in train}
     known = {*map(normalize, texts)}
     others = [(row, items) for row, items in held_out if normalize(row.text) not in known]
     count = len(held_out) - len(others)
     if not count:
-        return held_out, ""
+        return Split(train, held_out, name, overlap="")
     exact = sum(row.text in texts for row, _ in held_out)
     found = f"{count:,} of the {len(held_out):,} rows of {name} are in {data} too, {exact:,} of them to the letter"
     if not others:
@@ -192,22 +217,25 @@ def _without_copies(held_out: UsedRows, train: UsedRows, name: str, data: str) -
             f"{found}: nothing is held out. "
             f"Give another --validation, or none, to hold out a tenth of {data}."
         )
-    return others, f"{found}: left out"
+    return Split(train, others, name, overlap=f"{found}: left out")
 
 
-def _split(used: UsedRows, seed: int, data: str) -> tuple[UsedRows, UsedRows, str, str]:
-    """Returns the training and the held-out rows, the latter's name, and a sentence on copies.
+def _split(used: UsedRows, seed: int, data: str) -> Split:
+    """Holds out about HELD_OUT of the rows, or the end of a single text. Raises UserError for too few.
 
     All copies of a row are on one side, and rows without a copy are held out first. A hash of seed
-    and text chooses them, so that a row more in the file moves no other. Of a single text the end
-    is held out.
+    and text chooses them, so that a row more in the file moves no other.
     """
     row, items = used[0]
     rows = len(used)
-    if rows == 1 < len(items):
+    if rows == 1 and len(items) > 1:
         count = max(1, round(HELD_OUT * len(items)))
-        name = f"the last {count:,} of {len(items):,} pieces of {data}"
-        return [(row, items[:-count])], [(row, items[-count:])], name, ""
+        return Split(
+            train_rows=[(row, items[:-count])],
+            held_out_rows=[(row, items[-count:])],
+            held_out_name=f"the last {count:,} of {len(items):,} pieces of {data}",
+            overlap="",
+        )
     copies = collections.Counter(normalize(row.text) for row, _ in used)
     if len(copies) < 2:
         different = ", 1 of them different" if rows > 1 else ""
@@ -219,38 +247,48 @@ def _split(used: UsedRows, seed: int, data: str) -> tuple[UsedRows, UsedRows, st
     def rank(text: str) -> tuple[int, bytes]:
         return copies[text], hashlib.sha256(f"{seed} {text}".encode()).digest()
 
-    held_out = set()
+    rows_to_hold_out = round(HELD_OUT * rows)
+    held_out_texts = set()
     count = 0
-    for text in sorted(copies, key=rank)[:-1]:
-        held_out.add(text)
+    for text in sorted(copies, key=rank)[:-1]:  # one text at least stays for training
+        held_out_texts.add(text)
         count += copies[text]
-        if count >= round(HELD_OUT * rows):
+        if count >= rows_to_hold_out:
             break
-    train: UsedRows = []
-    rest: UsedRows = []
+    train_rows: UsedRows = []
+    held_out_rows: UsedRows = []
     for row, items in used:
-        side = rest if normalize(row.text) in held_out else train
-        side.append((row, items))
+        if normalize(row.text) in held_out_texts:
+            held_out_rows.append((row, items))
+        else:
+            train_rows.append((row, items))
     overlap = ""
     if len(copies) < rows:
         overlap = f"{rows - len(copies):,} of {rows:,} rows are copies of another; all copies of a row are on one side"
-    return train, rest, f"{count:,} of {rows:,} rows of {data}, by the seed", overlap
+    name = f"{count:,} of {rows:,} rows of {data}, by the seed"
+    return Split(train_rows, held_out_rows, name, overlap)
 
 
 def _questions(rows: Sequence[Record]) -> Sequence[Sequence[Message]]:
-    places = dict.fromkeys(at * len(rows) // QUESTIONS for at in range(QUESTIONS))
+    """Returns the messages before the assistant's first answer, of QUESTIONS rows at equal distances or of
+    all rows if there are fewer; QUESTIONS_BESIDE_TEXTS if one is a text.
+    """
     questions = []
-    for place in places:
-        row = rows[place]
+    count = min(QUESTIONS, len(rows))
+    for number in range(count):
+        row = rows[number * len(rows) // count]
         if isinstance(row, Text):
             return [[{"role": "user", "content": question}] for question in QUESTIONS_BESIDE_TEXTS]
-        questions.append([*itertools.takewhile(lambda message: message["role"] != "assistant", row.messages)])
+        before_answer = itertools.takewhile(lambda message: message["role"] != "assistant", row.messages)
+        questions.append([*before_answer])
     return questions
 
 
 def references_of(rows: Iterable[Record]) -> list[Sequence[Message]]:
-    """Returns conversations up to their last answer: a preference's chosen one, of answers with a
-    label a good one."""
+    """Returns each conversation up to and with its last answer; of a preference that is the chosen one.
+
+    Leaves out texts, conversations without an answer, and answers that are labelled bad.
+    """
     references: list[Sequence[Message]] = []
     for row in rows:
         if not isinstance(row, Conversation) or row.label is False:
@@ -264,12 +302,12 @@ def references_of(rows: Iterable[Record]) -> list[Sequence[Message]]:
 def open_conversations(data: str, objective: str) -> Conversations:
     """Opens a data set. Raises UserError for one that the objective cannot use."""
     conversations = read_conversations(data)
-    kinds, wanted, remedy = WANTED[objective]
-    if conversations.kind in kinds:
+    wanted = WANTED[objective]
+    if conversations.kind in wanted.kinds:
         return conversations
     raise UserError(
-        f"{data} holds {conversations.kind} data, and this objective trains on {wanted}; "
-        f"--objective {remedy}."
+        f"{data} holds {conversations.kind} data, and this objective trains on {wanted.description}; "
+        f"{wanted.remedy}"
     )
 
 
@@ -281,10 +319,12 @@ def reference_logprobs(
     rows: int,
     report: OnProgress = None,
 ) -> np.ndarray:
-    """Returns both answers' log-probabilities (pairs, 2) by a model, `rows` at once; 0 without
-    `params`."""
+    """Returns both answers' log-probabilities (pairs, 2) by a model, which is given `rows` pairs at
+    once. They are 0 without `params`."""
     logprobs = np.zeros((len(pairs), 2), np.float32)
-    for first in range(0, len(pairs) if params else 0, rows):
+    if not params:
+        return logprobs
+    for first in range(0, len(pairs), rows):
         if report:  # first, because the first batch may compile for a minute
             report(first, len(pairs))
         batch = preference_batch(pairs, range(first, first + rows), seq, logprobs)

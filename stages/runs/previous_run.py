@@ -39,8 +39,8 @@ class PreviousRun:
     changes: Changes
 
     def is_finished(self, is_over: bool) -> bool:
-        """Whether a run that is over was measured at its end as now asked, and is intact in what it
-        stands for."""
+        """Whether nothing is left to do: the run is over, has a result, --keep-last is what it was,
+        and its last and its best checkpoint are intact."""
         result = self.record.get("result")
         if not is_over or not result or "keep_last" in self.changes:
             return False
@@ -85,7 +85,7 @@ def refuse_other_order(folder: Path, record: dict[str, Any]) -> None:
         )
 
 
-# The settings that a resumed run may not change and that every run.json has: path in it -> name.
+# Settings that every run.json has, and that a resumed run may not change: path in run.json -> name.
 ALWAYS_THERE = {
     "text/digest": "text",
     "tokenizer/digest": "tokenizer",
@@ -94,8 +94,8 @@ ALWAYS_THERE = {
     "recipe/context": "context",
     "recipe/optimizer/kind": "optimizer",
 }
-# All settings that it may not change, beside those of the architecture. Others may, and run.json
-# notes it.
+# All settings that a resumed run may not change, but for those of the architecture (`config/...`).
+# Any other setting may change, and run.json notes that it did.
 FIXED = ALWAYS_THERE | {
     "base/digest": "base",
     "learns": "choice of trainable parameters",
@@ -105,17 +105,21 @@ FIXED = ALWAYS_THERE | {
     "continues": "adapter to continue",
     "mixed_in": "number of general questions mixed in",
 }
-# The settings of the architecture that may change.
+# Settings of the architecture that a resumed run may change.
 CONFIG_MAY_CHANGE = {f"config/{name}" for name in ("dtype", "scan", "remat", "context")}
-# Settings whose name is that of a flag, as which a change is shown.
-BY_FLAG = re.compile(
-    "(recipe|rollout|update)/.*|config/dtype|steps|loss|beta|full_loss|keep_last|metric.*|general|no_mix|template|text/(data|validation)"
+# Settings that are named like the flag that sets them. A change of one is shown as that flag.
+SET_BY_FLAG = re.compile(
+    "(recipe|rollout|update)/.*"
+    "|config/dtype"
+    "|steps|loss|beta|full_loss|keep_last|metric.*|general|no_mix|template"
+    "|text/(data|validation)"
 )
-# Settings that follow from flags which are shown already.
-FOLLOWS = {"least_steps", "config/scan", "config/remat"}
-# What the best checkpoint is chosen by: one chosen by others would be beaten never, or always.
-MEASURES = {"text/validation", "text/validation_digest", "loss", "beta"}
-# The flags in `command` are compared one by one, as the settings that they give.
+# Settings that are derived from flags. A change of one is not shown, as that of the flag is.
+DERIVED = {"least_steps", "config/scan", "config/remat"}
+# Settings that the best checkpoint is chosen by. When one changes, the best is forgotten: its loss
+# by the old settings cannot be compared with losses by the new ones.
+BEST_CHOSEN_BY = {"text/validation", "text/validation_digest", "loss", "beta"}
+# Paths in run.json that are not settings. The flags in `command` give settings, which are compared.
 NOT_COMPARED = re.compile("(command|changes|result|general_answers)(/.*)?")
 
 
@@ -126,8 +130,11 @@ def settings(metadata: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> Changes:
-    """Returns the settings that differ. What an older run.json does not tell is not known to have
-    changed."""
+    """Returns the settings that differ.
+
+    Leaves out one that only `now` has, unless it is in FIXED or the architecture's: an older version
+    did not write it, so whether it changed is not known.
+    """
     architecture = [path for path in now if path.startswith("config/")]
     changes = {}
     for path in dict.fromkeys([*before, *FIXED, *architecture]):
@@ -137,18 +144,26 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> Changes:
 
 
 def refusals(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Returns what differs and may not: `width (256 there, 384 now)`."""
+    """Returns a phrase for each setting that differs and may not: `width (256 there, 384 now)`.
+
+    Raises UserError for a damaged run.json, which lacks a setting of ALWAYS_THERE.
+    """
     if ALWAYS_THERE.keys() - before.keys():
         raise UserError("run.json there is damaged. Give another --out-dir, or --overwrite to begin anew.")
     changes = differences(before, now)
     refused = []
     for path in changes:
-        name = path.removeprefix("config/") if path.startswith("config/") else FIXED.get(path)
-        if not name or path in CONFIG_MAY_CHANGE:
+        if path in CONFIG_MAY_CHANGE:
             continue
-        if name == "text" and "seed" in changes:  # the text follows the seed
+        if path in FIXED:
+            name = FIXED[path]
+        elif path.startswith("config/"):
+            name = path.removeprefix("config/")
+        else:
             continue
-        shown_path = _shown_path(path, name, before, now)
+        if path == "text/digest" and "seed" in changes:  # the text follows the seed
+            continue
+        shown_path = _shown_path(path, before, now)
         value_before = before.get(shown_path)
         value_now = now.get(shown_path)
         if value_before != value_now:
@@ -160,13 +175,17 @@ def refusals(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return refused
 
 
-def _shown_path(path: str, name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Returns the setting whose values tell people how another setting differs: that which says
-    what a digest is of, if there is one, else `path` itself."""
+def _shown_path(path: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Returns the setting whose values tell people how the setting `path` differs.
+
+    For a digest that is the setting beside it that says what the digest is of (`text/data` for
+    `text/digest`), if there is one. Else it is `path` itself.
+    """
     if not path.endswith("/digest"):
         return path
+    parent = path.removesuffix("/digest")
     for part in ("data", "kind", "model"):
-        described = f"{name}/{part}"
+        described = f"{parent}/{part}"
         if before.get(described) or now.get(described):
             return described
     return path
@@ -178,18 +197,24 @@ def describe_changes(changes: Changes) -> list[str]:
         if path == "text/validation_digest":
             lines.append("what is in the validation data")
         elif path == "max_seconds":
-            lines.append(f"--max-time: {before and duration(before)} -> {now and duration(now)}")
+            lines.append(f"--max-time: {_time_limit(before)} -> {_time_limit(now)}")
         elif path == "attention":
             lines.append(
                 f"attention {before} -> {now}: "
                 f"the next steps are those {before} within rounding, not to the bit"
             )
-        elif path not in FOLLOWS:
+        elif path not in DERIVED:
             name = path.rpartition("/")[2]
-            if BY_FLAG.fullmatch(path):
+            if SET_BY_FLAG.fullmatch(path):
                 name = f"--{name.replace('_', '-')}"
             lines.append(f"{name}: {before} -> {now}")
     return lines
+
+
+def _time_limit(seconds: float | None) -> str:
+    if seconds is None:
+        return "none"
+    return duration(seconds)
 
 
 def print_finished(previous: PreviousRun, plan: RunPlan, console: Console) -> None:
@@ -207,7 +232,7 @@ def print_finished(previous: PreviousRun, plan: RunPlan, console: Console) -> No
 
 
 def _loop_state(loaded: checkpoint_reader.LoadedCheckpoint) -> LoopState:
-    """Returns the loop's state in a checkpoint. Raises UserError for one that is damaged, or of
+    """Returns the loop's state in a checkpoint. Raises UserError for a state that is damaged, or of
     another step."""
     with contextlib.suppress(KeyError, TypeError, ValueError):
         loop_state = LoopState.from_json(loaded.state)
@@ -217,6 +242,26 @@ def _loop_state(loaded: checkpoint_reader.LoadedCheckpoint) -> LoopState:
         f"{loaded.path / 'state.json'} is damaged: "
         f"it does not say the state of a run at step {loaded.step:,}."
     )
+
+
+def _forget_damaged_best(folder: Path, loop_state: LoopState) -> list[str]:
+    """Has the loop forget its best checkpoint if that is damaged. Returns lines that say so.
+
+    Process 0 looks for damage, and tells the other processes.
+    """
+    best = loop_state.best_step
+    if best is None or best == loop_state.step:  # `resume` has loaded the one of this step
+        return []
+    own_faults: list[str] = []
+    if processes.is_first():
+        own_faults = find_damage(folder / "checkpoints" / str(best))
+    faults = json.loads(processes.gather_strings(json.dumps(own_faults))[0])  # process 0's
+    if not faults:
+        return []
+    loop_state.forget_best()
+    lines = [f"damaged: {line}" for line in faults]
+    lines.append(f"forgotten: step {best:,} was the best; the next best is kept")
+    return lines
 
 
 def resume(
@@ -238,23 +283,16 @@ def resume(
     if loaded.damaged:
         aside = checkpoint_reader.rename_newer(previous.folder, loop_state.step)
         lines += [f"set aside: {path}" for path in aside]
-    best = loop_state.best_step
-    if best is not None and best != loop_state.step:
-        own = find_damage(previous.folder / "checkpoints" / str(best)) if processes.is_first() else []
-        faults = json.loads(processes.gather_strings(json.dumps(own))[0])  # process 0's
-        if faults:
-            lines += [f"damaged: {line}" for line in faults]
-            lines.append(f"forgotten: step {best:,} was the best; the next best is kept")
-            loop_state.forget_best()
+    lines += _forget_damaged_best(previous.folder, loop_state)
     for line in lines:
         console.print(line, style="yellow")
-    instead = " (the newest intact one)" if loaded.damaged else ""
-    console.print(
-        f"resumed at step {loop_state.step:,}{instead}, {duration(loop_state.seconds)} into training"
-    )
+    step = f"step {loop_state.step:,}"
+    if loaded.damaged:
+        step += " (the newest intact one)"
+    console.print(f"resumed at {step}, {duration(loop_state.seconds)} into training")
     for line in describe_changes(previous.changes):
         console.print(f"changed: {line}", style="yellow")
-    if previous.changes.keys() & MEASURES:
+    if previous.changes.keys() & BEST_CHOSEN_BY:
         loop_state.forget_best()
     metadata["changes"] = [*previous.record.get("changes", [])]
     if previous.changes:

@@ -1,4 +1,4 @@
-"""The progress of a run as it is told: its live line, metrics.jsonl, and how long it will take."""
+"""Reports the progress of a run: its live line, metrics.jsonl, and how long it will take."""
 
 import collections
 import contextlib
@@ -20,14 +20,18 @@ if TYPE_CHECKING:  # a run that nobody watches or records does without
     from stages.runs.watch.recorder import Recorder
 
 RECENT = 20  # steps over which speed is averaged
-PREDICTS_AFTER = 5.0  # seconds, and as many steps: before that a step's time says little of the run's
+# The run's time is predicted after more than these seconds and steps: the first steps say little of it.
+PREDICTS_AFTER_SECONDS = 5.0
+PREDICTS_AFTER_STEPS = 5
 LINE_INTERVAL = 5.0  # seconds between lines that stay on a terminal
 BUSY = 0.1  # share of the cores that others take, above which a run says so
 
 
 class StepTimer:
-    """Measures the seconds of recent steps, and of all but the first, which touches its memory for
-    the first time."""
+    """Measures the mean time of recent steps, and the rate of all steps but the first.
+
+    The first step is slower than the others: it touches its memory for the first time.
+    """
 
     def __init__(self) -> None:
         self.recent: collections.deque[float] = collections.deque(maxlen=RECENT)
@@ -92,8 +96,8 @@ class Stop:
 
 
 class ProgressLog:
-    """Tells the progress of a loop: `loop_state`, which the loop changes, and the metrics of its
-    steps."""
+    """Reports the progress of a loop: its `loop_state`, which the loop changes, and the metrics of
+    its steps."""
 
     def __init__(
         self,
@@ -118,13 +122,16 @@ class ProgressLog:
         self.logged_step = loop_state.step
         self.metrics: list[Any] = []  # of the steps since the last line
         self.latest: Any = None  # metrics of the last step
-        self.validations = 0  # that were told of
+        self.validations = 0  # calls of `report_validation`
 
     def report_step(self, result: StepResult, is_done: bool) -> None:
         loop_state = self.loop_state
         self.latest = result.metrics
         self.metrics.append(result.metrics)
-        if loop_state.predicted is None and min(self.timer.warm_seconds, self.timer.count) > PREDICTS_AFTER:
+        is_predictable = (
+            self.timer.warm_seconds > PREDICTS_AFTER_SECONDS and self.timer.count > PREDICTS_AFTER_STEPS
+        )
+        if loop_state.predicted is None and is_predictable:
             self._predict()
         is_due = loop_state.is_due("line", LINE_INTERVAL) or self.timer.count == 1 or is_done
         stays = self.steps.lines_stay and is_due

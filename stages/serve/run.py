@@ -1,13 +1,14 @@
 """Runs one server from its flags to its end: binds, loads, serves, drains at a signal, checks the weights."""
 
 import asyncio
+import functools
 import gc
 import importlib.metadata
 import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp
@@ -29,14 +30,10 @@ if TYPE_CHECKING:  # these import JAX, which must be started first
 
 
 def run(flags: ServeFlags) -> int:
-    keys = _split(flags.api_key) or _split(os.environ.get("THRICE_API_KEY"))
-    if not keys and not server.is_local(flags.host):
-        remedy = "give --api-key (or THRICE_API_KEY), or listen on 127.0.0.1 alone"
-        raise UserError(f"{flags.host} can be reached by others: {remedy}.")
+    """Serves until a signal. Returns the exit code of `serve`; raises UserError before it serves."""
+    check_flags(flags)
+    keys = api_keys(flags)
     hosts = allowed_hosts(flags)
-    adapters = check_adapters(flags, bool(keys))
-    if flags.mesh and flags.weights == "q4":
-        raise UserError("--weights q4 is for one device; leave --mesh out.")
     with server.bind(flags.host, flags.port) as sock, Console() as console:
         address, port = sock.getsockname()[:2]
         signals.set_phase("before it was ready.")
@@ -64,20 +61,37 @@ def run(flags: ServeFlags) -> int:
             sampling=flags.sampling.overrides,
         )
         with jax.set_mesh(make_inference_mesh(flags.mesh)):
-            config = engine_config(flags, device.backend, adapters)
+            config = engine_config(flags, device.backend)
             state, ahead = load_state(flags.model, config, device, console, options)
         sys.setswitchinterval(interval)
         gc.freeze()  # what was loaded stays: garbage is looked for among the objects of requests alone
         gc.set_threshold(2_000)  # as Python has it
         if hosts is not None:
-            hosts |= {_url_host(address)}
+            hosts = hosts.union([_url_host(address)])
         origins = frozenset(flags.allow_origin)
         api = Api(state, importlib.metadata.version("thrice"), flags.root_path)
         app = Guard(api, keys, hosts, origins, flags.log, state.metrics.count_response, flags.root_path)
+        ready_message = functools.partial(_ready_message, flags.host, port, len(keys))
         try:
-            return asyncio.run(serve(state, app, sock, console, ahead, _ready(flags.host, port, len(keys))))
+            return asyncio.run(serve(state, app, sock, console, ahead, ready_message))
         finally:
             state.tokenizer.close()
+
+
+def check_flags(flags: ServeFlags) -> None:
+    """Raises UserError for flags that do not go together."""
+    keys = api_keys(flags)
+    if not keys and not server.is_local(flags.host):
+        remedy = "give --api-key (or THRICE_API_KEY), or listen on 127.0.0.1 alone"
+        raise UserError(f"{flags.host} can be reached by others: {remedy}.")
+    check_adapters(flags, bool(keys))
+    if flags.mesh and flags.weights == "q4":
+        raise UserError("--weights q4 is for one device; leave --mesh out.")
+
+
+def api_keys(flags: ServeFlags) -> list[str]:
+    """Returns the keys of which each request needs one; none where requests need none."""
+    return _split(flags.api_key) or _split(os.environ.get("THRICE_API_KEY"))
 
 
 def allowed_hosts(flags: ServeFlags) -> frozenset[str] | None:
@@ -88,8 +102,8 @@ def allowed_hosts(flags: ServeFlags) -> frozenset[str] | None:
     return LOCAL_HOSTS | {name.lower() for name in names}
 
 
-def engine_config(flags: ServeFlags, backend: str, adapters: int) -> "EngineConfig":
-    """Returns the engine's options, with so many adapters at once."""
+def engine_config(flags: ServeFlags, backend: str) -> "EngineConfig":
+    """Returns the engine's options on a backend of JAX."""
     from engine.inference.config import EngineConfig, default_weights
 
     weights: Any = flags.weights or default_weights(backend)
@@ -98,14 +112,14 @@ def engine_config(flags: ServeFlags, backend: str, adapters: int) -> "EngineConf
     if flags.prefix_cache is not None:
         prefix_cache_bytes = flags.prefix_cache * 10**6
     return EngineConfig(
-        flags.slots,
-        flags.capacity,
-        weights,
-        kv_dtype,
-        prefix_cache_bytes,
-        not flags.no_speculative_decoding,
+        slots=flags.slots,
+        capacity=flags.capacity,
+        weights=weights,
+        kv_dtype=kv_dtype,
+        prefix_cache_bytes=prefix_cache_bytes,
+        speculate=not flags.no_speculative_decoding,
         embeds=True,
-        adapters=adapters,
+        adapters=adapter_capacity(flags),
         adapter_rank=flags.max_rank,
     )
 
@@ -116,18 +130,27 @@ def proxy_hosts(origins: Sequence[str]) -> list[str]:
     return [match[1] for match in matches if match]
 
 
-def check_adapters(flags: ServeFlags, has_keys: bool) -> int:
-    """Returns how many adapters requests may name at once.
+def adapter_capacity(flags: ServeFlags) -> int:
+    """Returns how many adapters requests may name at once; 0 where they name none."""
+    named = _named_adapters(flags)
+    if not named and not flags.adapter_folder:
+        return 0
+    if flags.max_adapters:
+        return flags.max_adapters
+    if flags.adapter_folder:
+        return max(len(named), 8)
+    return len(named)
 
-    Raises UserError for flags that do not go together.
-    """
-    named = [name for name, _ in flags.adapter if name]
-    count = 0
-    if named or flags.adapter_folder:
-        count = flags.max_adapters or len(named)
-        if flags.adapter_folder and not flags.max_adapters:
-            count = max(count, 8)
-    names = {"default", *_split(flags.name)}
+
+def _named_adapters(flags: ServeFlags) -> list[str]:
+    return [name for name, _ in flags.adapter if name]
+
+
+def check_adapters(flags: ServeFlags, has_keys: bool) -> None:
+    """Raises UserError for flags about adapters that do not go together."""
+    named = _named_adapters(flags)
+    count = adapter_capacity(flags)
+    model_names = {"default", *_split(flags.name)}
     if flags.adapter_folder and not has_keys:
         raise UserError("--adapter-folder lets clients add adapters: give --api-key (or THRICE_API_KEY) too.")
     if flags.adapter_folder and not flags.adapter_folder.is_dir():
@@ -143,7 +166,7 @@ def check_adapters(flags: ServeFlags, has_keys: bool) -> int:
             "give each a name, --adapter NAME=FOLDER."
         )
     for name in named:
-        if named.count(name) > 1 or name in names:
+        if named.count(name) > 1 or name in model_names:
             raise UserError(
                 f"The name {name} is given twice: each adapter has one of its own, and none is the model's."
             )
@@ -153,15 +176,19 @@ def check_adapters(flags: ServeFlags, has_keys: bool) -> int:
         raise UserError(
             "Adapters by name need the model on one device: leave --mesh out, or merge one by stages.export."
         )
-    return count
 
 
-def _ready(host: str, port: int, keys: int) -> str:
+def _ready_message(host: str, port: int, keys: int, seconds: float) -> str:
+    """Returns what is printed when clients can be answered. `keys`: how many API keys there are;
+    `seconds`: since the process started.
+    """
     if host in ("0.0.0.0", "::"):
         host = "localhost"
     url = f"http://{_url_host(host)}:{port}"
-    locked = f"; {quantity(keys, 'API key')}, one of which every request needs" if keys else ""
-    return f"{locked}\n\npage    {url}\nclients {url}/v1\n\nCtrl-C ends it."
+    ready = f"ready after {duration(seconds)}"
+    if keys:
+        ready += f"; {quantity(keys, 'API key')}, one of which every request needs"
+    return f"{ready}\n\npage    {url}\nclients {url}/v1\n\nCtrl-C ends it."
 
 
 def _url_host(address: str) -> str:
@@ -178,12 +205,13 @@ async def serve(
     sock: socket.socket,
     console: Console,
     ahead: "CompileAhead",
-    ready: str,
+    ready_message: Callable[[float], str],
 ) -> int:
     """Serves on the socket until a signal, and then until requests under way are answered or a second signal.
 
-    Prints `ready` when clients can be answered. `ahead`: the compilation under way. Returns 0, or 1
-    when a weight changed. Raises the error with which the engine failed.
+    When clients can be answered it prints `ready_message` of the seconds since the process started.
+    `ahead`: the compilation under way. Returns 0, or 1 when a weight changed. Raises the error with
+    which the engine failed.
     """
     loop = asyncio.get_running_loop()
     engine = state.engine
@@ -206,7 +234,7 @@ async def serve(
         console.print(f"{sentence} Requests under way: {state.admission.reserved}.")
 
     with signals.defer_signals("Finishing what is under way; another signal ends it at once.", on_signal):
-        console.print(f"ready after {duration(time.perf_counter() - process_start())}{ready}")
+        console.print(ready_message(time.perf_counter() - process_start()))
         failing = asyncio.create_task(changed.wait())
         await asyncio.wait((serving, failing), return_when=asyncio.FIRST_COMPLETED)
         http.should_exit = True
@@ -217,7 +245,7 @@ async def serve(
         same = "unchanged" if now == state.digest else f"CHANGED from {state.digest[:16]}"
         console.print(
             f"Stopped. Weights {same}: SHA-256 {now[:16]}; "
-            f"{engine.compiles_after_ready} programs compiled since all were there."
+            f"{engine.compiles_after_ready} programs compiled after the server was ready."
         )
         if engine.error:
             raise engine.error

@@ -1,7 +1,8 @@
 """Turns texts and conversations into tokens and back, off the event loop; short ones wait for no long one.
 
-Each worker is a thread with its own chat template process. A third compiles grammars. The tokenizer
-and the compiler are native code that releases Python's lock, so the event loop goes on meanwhile.
+Two workers tokenize, one for short texts and one for long ones. Each is a thread with a process of
+its own for the chat template. A third thread compiles grammars. The tokenizer and the compiler are
+native code that releases Python's lock, so the event loop goes on meanwhile.
 """
 
 import asyncio
@@ -78,21 +79,25 @@ class TokenizerPool:
         self,
         messages: Sequence[Turn],
         answer: str = "",
-        more: Mapping[str, Any] | None = None,
+        variables: Mapping[str, Any] | None = None,
         tools: Sequence[Function] = (),
     ) -> tuple[list[int], list[Passage]]:
         """Returns the tokens of a conversation up to the assistant's next turn, of which `answer` is there.
 
-        Passages of the documents are in them, and returned. `more`: what else the template reads.
-        Raises ApiError.
+        Passages of the documents are in them, and returned. `variables`: what else the template
+        reads. Raises ApiError.
         """
-        more = {**(more or {}), "tools": [tool.definition for tool in tools] or None}
+        definitions = [tool.definition for tool in tools]
+        template_variables = {**(variables or {}), "tools": definitions or None}
         if answer and self.strips_space:
             answer = f" {answer}"
-        # The template runs once, and twice more for each answer in the conversation.
-        turns = 1 + sum(message["role"] == "assistant" for message in messages)
-        others = len(json.dumps([more, [message.get("tool_calls") for message in messages]]))
-        size = turns * (sum(len(message["content"]) for message in messages) + others) + len(answer)
+        # The template runs on the whole conversation, and twice for each answer in it on what comes
+        # before, on average half of it: as much text as so many renderings of the whole.
+        renderings = 1 + sum(message["role"] == "assistant" for message in messages)
+        contents = sum(len(message["content"]) for message in messages)
+        tool_calls = [message.get("tool_calls") for message in messages]
+        others = len(json.dumps([template_variables, tool_calls]))
+        size = renderings * (contents + others) + len(answer)
 
         def encode(chat: ChatTokenizer) -> tuple[list[int], list[Passage]]:
             if size > COUNT_FIRST_CHARACTERS:  # refuse a long text before rendering it
@@ -103,7 +108,7 @@ class TokenizerPool:
             def tokenize(turns: Sequence[Any]) -> list[int]:
                 if not self._knows_tools:
                     turns = describe_tools(turns, tools)
-                return chat.prompt(turns, answer, more).tolist()
+                return chat.prompt(turns, answer, template_variables).tolist()
 
             return prompt_with(self._documents, messages, self.tokenizer, self._capacity, tokenize)
 
@@ -136,6 +141,7 @@ class TokenizerPool:
         for thread in (self._short, self._long, self._grammars):
             thread.shutdown(wait=False, cancel_futures=True)
         self._chat.close()
+        # A cached property is in the object's dictionary once it was read: when a long text came.
         if "_long_chat" in vars(self):
             self._long_chat.close()
 

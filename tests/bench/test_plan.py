@@ -16,7 +16,7 @@ from bench.plan.__main__ import PlanFlags, answer, plan, write_pages
 from bench.plan.fits import clean_runs, device_numbers, predict_efficiency, rows
 from bench.plan.hardware import accelerators, find_hardware
 from bench.plan.model import job
-from bench.plan.page import javascript
+from bench.plan.page import to_javascript
 from bench.plan.plans import LAW
 from bench.plan.validate import (
     FLOPS_BOUND,
@@ -296,7 +296,7 @@ def test_the_page_refuses_what_the_terminal_does(page, capsys):
 def translate(folder: Path, source: str) -> str:
     (folder / "written.py").write_text(source)
     spec = importlib.util.spec_from_file_location("written", folder / "written.py")
-    return javascript(importlib.util.module_from_spec(spec))
+    return to_javascript(importlib.util.module_from_spec(spec))
 
 
 def test_the_translator_writes_branches_in_braces(tmp_path):

@@ -108,7 +108,7 @@ def test_a_signal_lets_what_is_under_way_end(folder, hold):
             in server.output
         )
         assert re.search(
-            r"Weights unchanged: SHA-256 [0-9a-f]{16}; 0 programs compiled since all were there",
+            r"Weights unchanged: SHA-256 [0-9a-f]{16}; 0 programs compiled after the server was ready\.",
             server.output,
         )
         assert "Traceback" not in server.output

@@ -116,7 +116,8 @@ def test_a_busy_machine_is_said_beside_the_prediction_and_what_came_of_it(
         return None if others is None else CoreTime(now, others * now)
 
     monkeypatch.setattr("stages.runs.progress.core_time", core_time)
-    monkeypatch.setattr("stages.runs.progress.PREDICTS_AFTER", 0)
+    monkeypatch.setattr("stages.runs.progress.PREDICTS_AFTER_SECONDS", 0)
+    monkeypatch.setattr("stages.runs.progress.PREDICTS_AFTER_STEPS", 0)
     assert train.main(tiny(text, tmp_path / "run", "--steps", 3)) == 0
     note = "; this machine is busy: others took 40% of its cores" * is_said
     printed = capsys.readouterr().out

@@ -14,8 +14,8 @@ from engine.model.config import MATRICES
 from engine.model.paths import leaf_paths
 from engine.training import optimizer
 from engine.training.optimizer import (
+    POLYNOMIALS,
     SECOND_BEGINS,
-    STEPS,
     OptimizerConfig,
     make_optimizer,
     make_schedule,
@@ -125,9 +125,9 @@ def test_singular_values_go_through_the_polynomials(shape, size):
     matrix = np.float32(size) * np.random.default_rng(0).standard_normal(shape, np.float32)
     u, values, v = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
     values /= (1.01 * np.sqrt(np.sum(values**8))) ** 0.25
-    steps = STEPS
+    steps = POLYNOMIALS
     if max(shape) > 2 * min(shape):
-        values, steps = values * SECOND_BEGINS, STEPS[1:]
+        values, steps = values * SECOND_BEGINS, POLYNOMIALS[1:]
     for a, b, c in steps:
         values = a * values + b * values**3 + c * values**5
     expected = (u * values) @ v * max(1, shape[1] / shape[0]) ** 0.5
@@ -142,7 +142,7 @@ def test_singular_values_go_through_the_polynomials(shape, size):
 def test_each_polynomial_begins_where_those_before_it_end():
     """Also above the largest that they make: there the next would grow, and rounding gets there."""
     values = np.linspace(0.003, 1, 9999)
-    for at, (a, b, c) in enumerate(STEPS):
+    for at, (a, b, c) in enumerate(POLYNOMIALS):
         values = a * values + b * values**3 + c * values**5
         if at == 0:
             assert values.max() == pytest.approx(SECOND_BEGINS, abs=1e-3)

@@ -32,10 +32,10 @@ from engine.model.weights.blocks import Blocks
 from engine.model.weights.weight import Weight
 
 Activations = Literal["int8", "int16", "full"]
-FINE = 254  # steps of x's second digit in one of the first
-FEW = 16  # rows up to which a product takes as long as reading the weight
-# columns beyond which transposing the result costs more than packing the weight: a head
-MANY = 8192
+DIGIT_STEPS = 254  # steps of the second digit of x in one step of the first
+FEW_ROWS = 16  # the most rows of x for which a product takes no longer than reading the weight
+# A weight of more columns is a head: transposing its result costs more than packing the weight.
+HEAD_COLUMNS = 8192
 LARGEST = 127  # -128 is not used, so that a weight and its negative are rounded alike
 
 
@@ -89,33 +89,38 @@ class Int8(Weight):
         return lookup_rows(self, tokens)
 
     def column_starts(self, size: int) -> list[int]:
-        """Of "full" all columns, once widened, are larger than their logits."""
+        """Returns where pieces of `size` columns begin. A head is always cut, because with "full" all
+        its columns, once widened, are larger than their logits.
+        """
         return list(range(0, len(self.scale), size))
 
     def column_piece(self, start: int, stop: int) -> "Int8":
         return slice_columns(self, start, stop)
 
     def gradients(self, x: Array, g: Array) -> tuple[Array, None]:
-        return widened_backward(jnp.float32, (self, jnp.zeros((), x.dtype)), g)
+        like_x = jnp.zeros((), x.dtype)  # stands for x, of which the backward pass needs only the type
+        return widened_backward(jnp.float32, (self, like_x), g)
 
     @property
     def can_be_merged(self) -> bool:
         return self.activations == "full"
 
     def on_mesh(self, path: str) -> "Int8":
-        """Integers are cut until a product reads them, or a loop would hold what forward gathered
-        for backward.
+        """Returns the weight at a path of the model with its integers still cut along `fsdp`: a
+        product gathers them when it reads them. If they were gathered here, a loop would hold them
+        from forward to backward.
         """
         values = layout.pin({path: self.values})[path]
         return dataclasses.replace(self, values=values, gathered=P(*tensor_axes(path)))
 
     def beside(self, others: Sequence["Int8"]) -> "Int8 | None":
+        """Returns the weights side by side; None where they are not stored in the same way."""
         if len({jax.tree.structure(weight) for weight in (self, *others)}) > 1:
             return None
         return jax.tree.map(_side_by_side, self, *others)
 
     def for_cpu(self) -> "Int8":
-        """Widened integers stay as they are."""
+        """Returns the weight with `values` transposed in memory. With "full" it stays as it is."""
         if self.activations == "full":
             return self
         return store_transposed(self)
@@ -188,10 +193,11 @@ def quantize(params: Params, activations: Activations = "int8") -> Params:
             return leaf
         if getattr(leaf, "ndim", 0) != 2:
             raise UserError(f"Only plain matrices can be quantised, and {path} is not one.")
-        by_digits = activations
+        own_activations = activations
         if name == "down" and activations == "int8":
-            by_digits = "int16"
-        return _quantize_jitted(leaf, by_digits, int(path != "embed"))
+            own_activations = "int16"
+        axis = 0 if path == "embed" else 1
+        return _quantize_jitted(leaf, own_activations, axis)
 
     return map_paths(convert, params)
 
@@ -211,11 +217,11 @@ def round_rows(x: Array) -> tuple[Array, Array]:
 
 def two_digit_rows(x: Array) -> tuple[Array, Array]:
     """x (..., M, D) -> values (..., 2 M, D) int8, scale (..., M, 1) float32: rows as in
-    `round_rows`, then the rest of each number in steps FINE times smaller.
+    `round_rows`, then the rest of each number in steps DIGIT_STEPS times smaller.
     """
     steps, scale = _scale_rows(x)
     first = jnp.round(steps)
-    second = jnp.round((steps - first) * FINE)
+    second = jnp.round((steps - first) * DIGIT_STEPS)
     return jnp.concatenate([first.astype(jnp.int8), second.astype(jnp.int8)], axis=-2), scale
 
 
@@ -224,7 +230,7 @@ def join_digits(products: Array) -> Array:
     the rows' scale.
     """
     first, second = jnp.split(products.astype(jnp.float32), 2, axis=-2)
-    return first + second * (1 / FINE)
+    return first + second * (1 / DIGIT_STEPS)
 
 
 def _scale_rows(x: Array) -> tuple[Array, Array]:
@@ -256,16 +262,23 @@ def _contract(x: Array, values: Array, axis: int, **options: Any) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _multiply_integers(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
-    fine = weight.activations == "int16"
-    rows, row_scale = two_digit_rows(x) if fine else round_rows(x)
-    if weight.contracting_axis == 1 and len(rows) <= FEW and len(weight.values) <= MANY:
+    has_two_digits = weight.activations == "int16"
+    if has_two_digits:
+        rows, row_scale = two_digit_rows(x)
+    else:
+        rows, row_scale = round_rows(x)
+    is_head = len(weight.values) > HEAD_COLUMNS
+    if weight.contracting_axis == 1 and len(rows) <= FEW_ROWS and not is_head:
         # The weight on the left is read as it lies, on the right it would be packed first. Without
         # the barrier XLA would swap them back: held by tests/model/test_int8.py.
         product = _contract(weight.values, rows, 1, preferred_element_type=jnp.int32)
         product = jax.lax.optimization_barrier(product).T
     else:
         product = _contract(rows, weight.values, weight.contracting_axis, preferred_element_type=jnp.int32)
-    product = join_digits(product) if fine else product.astype(jnp.float32)
+    if has_two_digits:
+        product = join_digits(product)
+    else:
+        product = product.astype(jnp.float32)
     return (product * row_scale * weight.scale).astype(dtype)
 
 
@@ -285,8 +298,8 @@ _multiply_integers.defvjp(_integers_forward, _no_gradient)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _multiply_widened(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
-    """Integers up to 127 are exact in bfloat16, so the weight is not rounded a second time: the
-    scale comes after.
+    """Returns x times the integers in x's type, then times the scale. Integers up to 127 are exact in
+    bfloat16, so the weight is not rounded a second time.
 
     Without the barrier a forward pass would first widen the weights of all layers: held by
     tests/laws/test_barriers.py.
@@ -298,22 +311,23 @@ def _multiply_widened(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
 
 
 def _widened_forward(x: Array, weight: Int8, dtype: DTypeLike) -> tuple[Array, tuple[Int8, Array]]:
-    return _multiply_widened(x, weight, dtype), (weight, jnp.zeros((), x.dtype))
+    like_x = jnp.zeros((), x.dtype)  # a residual is an array: this one hands on the type of x
+    return _multiply_widened(x, weight, dtype), (weight, like_x)
 
 
 def widened_backward(dtype: DTypeLike, residuals: tuple[Int8, Array], g: Array) -> tuple[Array, None]:
-    """dx = (g scale) values^T; the weight is frozen.
+    """Returns dx = (g scale) values^T in the type of x, and None: the weight is frozen. `residuals`:
+    the weight, and an array () of x's type.
 
-    Without the barrier the forward pass would hold its wide copy of every weight until here: see
-    tests/laws/test_barriers.py, which holds it.
+    Without the barrier the forward pass would hold its wide copy of every weight until here: held by
+    tests/laws/test_barriers.py.
     """
-    weight, like = residuals
-    scaled = (g.astype(jnp.float32) * weight.scale).astype(like.dtype)
+    weight, like_x = residuals
+    scaled = (g.astype(jnp.float32) * weight.scale).astype(like_x.dtype)
     values, scaled = jax.lax.optimization_barrier((weight.values, scaled))
     values = _gather(dataclasses.replace(weight, values=values))
-    dx = _contract(
-        scaled, values.astype(like.dtype), 1 - weight.contracting_axis, preferred_element_type=like.dtype
-    )
+    widened = values.astype(like_x.dtype)
+    dx = _contract(scaled, widened, 1 - weight.contracting_axis, preferred_element_type=like_x.dtype)
     return dx, None
 
 

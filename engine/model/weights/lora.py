@@ -62,16 +62,20 @@ class LoRA(Weight):
         return as_weight(self.base).kind
 
     def dense(self, dtype: DTypeLike | None = None) -> Array:
-        """Returns base and adapter merged in `dtype` or that of the base."""
+        """Returns base + scale a b as exactly as it can be stored, for export and inference: the pair
+        is multiplied in float32. In `dtype` or that of the base. A step's products use `merged`.
+        """
         base = as_weight(self.base).dense(dtype)
         b = self.b.astype(jnp.float32) * -self.scale
-        # Subtracted, because x - 0 is x to the bit, while -0 + 0 is 0: an adapter whose b is 0
-        # changes nothing.
-        less = jnp.dot(self.a.astype(jnp.float32), b, precision=jax.lax.Precision.HIGHEST)
-        return (base.astype(jnp.float32) - less).astype(dtype or base.dtype)
+        # The product is negative and is subtracted, because x - 0 is x to the bit, while -0 + 0 is 0:
+        # an adapter whose b is 0 changes nothing.
+        minus_ab = jnp.dot(self.a.astype(jnp.float32), b, precision=jax.lax.Precision.HIGHEST)
+        return (base.astype(jnp.float32) - minus_ab).astype(dtype or base.dtype)
 
     def times(self, x: Array, dtype: DTypeLike) -> Array:
-        """The base gets no gradient. Many rows are multiplied by the merged weight: `matmul.project`."""
+        """Returns x times the base, plus x a times scale b. The base gets no gradient. `matmul.project`
+        multiplies many rows by the `merged` weight instead.
+        """
         whole = as_weight(jax.lax.stop_gradient(self.base)).times(x, dtype)
         inner = Plain(self.a).times(x, x.dtype)
         return whole - Plain(self.b * -self.scale).times(inner, dtype)  # subtracted as in `dense`
@@ -87,15 +91,21 @@ class LoRA(Weight):
         return as_weight(self.base).can_be_merged
 
     def merged(self, dtype: DTypeLike) -> Array:
-        """Returns base + scale a b, added up in float32, in `dtype`; the pair is multiplied in `dtype`."""
+        """Returns base + scale a b as a training step needs it, which merges anew each time: unlike in
+        `dense`, the pair is multiplied in `dtype`, the rows' own type, which is faster. The sum is
+        made in float32 and returned in `dtype`.
+        """
         base = as_weight(self.base).dense()
         b = (self.b * -self.scale).astype(dtype)
         # subtracted as in `dense`
-        less = jnp.dot(self.a.astype(dtype), b, preferred_element_type=dtype)
-        return (base.astype(jnp.float32) - less.astype(jnp.float32)).astype(base.dtype).astype(dtype)
+        minus_ab = jnp.dot(self.a.astype(dtype), b, preferred_element_type=dtype)
+        merged = base.astype(jnp.float32) - minus_ab.astype(jnp.float32)
+        return merged.astype(base.dtype).astype(dtype)
 
     def on_mesh(self, path: str) -> "LoRA":
-        """If each product gathered its pair, XLA would exchange slices of it with the merged weights."""
+        """Returns the weight with its pair gathered along `fsdp`. If each product gathered the pair,
+        XLA would exchange slices of it with the merged weights.
+        """
         rows, columns = tensor_axes(path)
         a = jax.lax.with_sharding_constraint(self.a, P(rows, None))
         b = jax.lax.with_sharding_constraint(self.b, P(None, columns))
@@ -156,17 +166,19 @@ def merge_lora(params: Params, dtype: DTypeLike | None = None) -> Params:
         if not isinstance(leaf, LoRA):
             return leaf
         merged = leaf.dense()
+        if dtype is None:
+            return merged
         # Cast at once: over int8 the matrices are float32, together four times the base.
-        return merged if dtype is None else merged.astype(dtype)
+        return merged.astype(dtype)
 
     return map_paths(merge, params)
 
 
 def gather_frozen(params: Params) -> Params:
-    """Gathers LoRA pairs (once) and Int8 bases (once a product) along `fsdp` before XLA widens
-    them; `tensor` cuts them still.
+    """Returns params with LoRA pairs gathered along `fsdp`, and Int8 bases marked so that each
+    product gathers its own: both before XLA widens them. `tensor` still cuts them.
 
-    Without a mesh it returns params.
+    Without a mesh it returns params as they are.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return params
