@@ -22,7 +22,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from engine.errors import UserError
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths
-from engine.model.weights.block_layout import GROUP, KINDS, ROUNDED, pack_blocks, unpack_blocks
+from engine.model.weights.block_layout import GROUP, ROUNDED, pack_blocks, unpack_blocks
 from engine.model.weights.blocks import round_to_blocks, served_kind
 from engine.model.weights.plain import as_weight
 from engine.storage.architectures import (
@@ -154,7 +154,7 @@ def save_gguf(
     """Writes the model to `path`, a temporary file; matrices in `dtype`, gains and biases in
     float32.
 
-    params, report: as in `file_tensors`. Blocks stay. With q4_0 and q4_1 embedding and head have 8
+    params, report: as in `file_tensors`. Blocks of kinds in ROUNDED stay. With q4_0 and q4_1 embedding and head have 8
     bits, as in `serve --weights q4`. A matrix whose rows are no whole number of blocks of 32
     becomes F16. Raises UserError for an architecture without a name in GGUF.
     """
@@ -179,7 +179,7 @@ def save_gguf(
     for leaf in leaves:
         kind = wanted if len(leaf.stored) == 2 else F32
         own = as_weight(values[leaf.path]).kind
-        if own in KINDS:
+        if own in ROUNDED:
             kind = GGMLQuantizationType[own]
         elif kind.name in ROUNDED:
             if leaf.stored[1] % GROUP:

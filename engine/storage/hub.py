@@ -198,10 +198,10 @@ def fetch_gguf(name: str, hub_id: str, wanted: str, cached_only: bool, report: O
             files = _gguf_files(hub_id, cached_only)
             if files is None:
                 raise UserError(f"The hub did not say what {hub_id} holds: name a file, {hub_id}/FILE.gguf.")
-            found = _find_quantisation(files, wanted)
-            if found is None:
+            match = _find_quantisation(files, wanted)
+            if match is None:
                 raise UserError(f"The hub's {hub_id} has no {wanted}. {_say_what_it_holds(hub_id, files)}")
-            file = found
+            file = match
         if PART.search(file):
             raise UserError(
                 f"{file} is one of several files of a model: join them by llama.cpp's "

@@ -20,7 +20,7 @@ from engine.errors import UserError, did_you_mean
 from engine.model.config import JOINED, ModelConfig
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.shapes import leaf_shapes
-from engine.model.weights.block_layout import KINDS, packed_shape, unpack_blocks
+from engine.model.weights.block_layout import ROUNDED, packed_shape, unpack_blocks
 from engine.model.weights.blocks import Blocks
 from engine.model.weights.lora import innermost_base
 from engine.model.weights.plain import as_weight
@@ -136,7 +136,7 @@ class StoredModel(NamedTuple):
     rows: (tensor, start, stop) -> those rows, in any float dtype, q and k in our order of RoPE's
     pairs. context: what the file claims; `cfg` has less where attention is in windows. hub_id:
     empty when unknown. notes: on unknown fields. kinds: of a GGUF file's matrices, by name; packed:
-    the name of one whose kind is in KINDS -> the array of Blocks.
+    the name of one that may stay in blocks -> the array of Blocks.
     """
 
     name: str
@@ -287,15 +287,15 @@ def file_tensors(
 ) -> Iterator[tuple[Leaf, np.ndarray]]:
     """Yields each leaf with its numbers as a file holds them. `report`: numbers yielded and in all.
 
-    params: Arrays, or Int8 and LoRA leaves, which are made dense one at a time; of Blocks a file
-    holds the bytes.
+    params: Arrays, or Int8, LoRA and Blocks leaves, which are made dense one at a time; of Blocks of
+    kinds in ROUNDED a file holds the bytes.
     """
     values = leaf_paths(params)
     total = sum(math.prod(leaf.stored) for leaf in leaves)
     done = 0
     for leaf in leaves:
         weight = as_weight(values[leaf.path])
-        if weight.kind in KINDS:
+        if weight.kind in ROUNDED:
             yield leaf, unpack_blocks(np.asarray(weight.packed), weight.columns)
         else:
             matrix = np.asarray(weight.dense())

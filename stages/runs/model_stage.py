@@ -243,10 +243,8 @@ def _describe_base(opened: OpenedModel, digest_of_base: str) -> dict[str, str]:
     path = Path(source).expanduser()
     if path.exists():
         source = str(path.absolute())
-    elif revision.suffix == ".gguf":  # a file on the hub
-        source = gguf_name(revision)
-    elif "/" in source:  # on the hub, at the commit that was loaded
-        source = f"{opened.model.hub_id}@{revision.name}"
+    elif "/" in source:  # on the hub: a file there, or a repository at the commit that was loaded
+        source = gguf_name(revision) or f"{opened.model.hub_id}@{revision.name}"
     return {"model": source, "digest": digest_of_base, "name": name}
 
 

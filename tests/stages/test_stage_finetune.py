@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -43,6 +44,7 @@ from stages.finetune import run as finetune_run
 from stages.runs import estimate
 from stages.runs.conversation_data import digest_examples, held_out_evaluator, prepare_conversations
 from stages.runs.folder import updating
+from stages.runs.model_stage import _describe_base
 from stages.runs.text_data import EVALUATION_ROWS
 
 WORD = WORDS.split()
@@ -935,3 +937,22 @@ def test_what_answers_share_at_their_ends_is_found():
     assert general_examples.shared_closings([*letters[:12], *unlike]) == set()
     assert general_examples.shared_openings([]) == []
     assert general_examples.shared_closings(["...", ""]) == set()
+
+
+COMMIT = "models--org--tiny/snapshots/0123abc"
+
+
+@pytest.mark.parametrize(
+    ("name", "checkpoint", "base"),
+    [
+        ("smollm2-135m-instruct", "assets/SmolLM2.gguf", "smollm2-135m-instruct"),
+        ("org/tiny", COMMIT, "org/tiny@0123abc"),
+        ("org/tiny", f"{COMMIT}/tiny-Q4_K_M.gguf", "org/tiny/tiny-Q4_K_M.gguf"),
+        ("org/tiny:Q8_0", f"{COMMIT}/sub/tiny.q8_0.gguf", "org/tiny/sub/tiny.q8_0.gguf"),
+    ],
+)
+def test_a_run_names_its_base_so_that_it_is_loaded_again(name, checkpoint, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = SimpleNamespace(name="tiny", checkpoint=tmp_path / checkpoint, hub_id="org/tiny")
+    opened: Any = SimpleNamespace(name=name, model=model, continued_base="")
+    assert _describe_base(opened, "digest") == {"model": base, "digest": "digest", "name": "tiny"}

@@ -24,7 +24,7 @@ from engine.model.weights.lora import to_dense
 from engine.storage import model_loader
 from engine.storage.gguf import regroup_rows, save_gguf
 from engine.storage.model_loader import load_model
-from engine.storage.tensor_layout import describe_kinds
+from engine.storage.tensor_layout import GGUF_NAMES, describe_kinds, file_tensors, layout_of
 from engine.text.tokenizer import train_bpe
 
 KINDS_READ = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
@@ -73,7 +73,14 @@ def test_k_quants_are_read(kind, tmp_path):
     assert np.isfinite(expected).all()
     assert expected.std() > 0
     np.testing.assert_array_equal(down, expected.T)
-    kept = load_model(path, keep_kinds=KINDS).params["blocks"]["0"]["down"]
+    model = load_model(path, keep_kinds=KINDS)
+    kept = model.params["blocks"]["0"]["down"]
+    written = {
+        leaf.path: array
+        for leaf, array in file_tensors([*layout_of(model.cfg, GGUF_NAMES)], model.params, None)
+    }
+    if kind in KINDS:  # which no file is written in
+        np.testing.assert_array_equal(written["blocks/0/down"], expected)
     if kind in KINDS:
         assert kept.kind == kind
         np.testing.assert_array_equal(to_dense(kept), expected.T)
