@@ -1,6 +1,8 @@
 """Blocks of a GGUF file: multiplied as they are, by the kernel near its twin in XLA, each row on its own to the bit."""
 
 import functools
+import sys
+from pathlib import Path
 
 import gguf
 import jax
@@ -13,7 +15,7 @@ from tiny import assert_near, normal
 
 from engine.model.native.library import native_problem
 from engine.model.weights import blocks, stacked_lora
-from engine.model.weights.block_layout import FILE_ORDERS, KINDS, ROUNDED, pack_blocks, unpack_blocks
+from engine.model.weights.block_layout import KINDS, ROUNDED, pack_blocks, unpack_blocks
 from engine.model.weights.blocks import (
     Blocks,
     Rounding,
@@ -26,6 +28,10 @@ from engine.model.weights.blocks import (
 )
 from engine.model.weights.lora import to_dense
 from engine.model.weights.matmul import lookup, norm_and_project, swiglu_and_project
+
+sys.path.append(str(Path(__file__).parents[1] / "storage"))
+
+from gguf_files import random_blocks
 
 # one block and several; whole strips of columns and others; several parts
 WIDTHS = [(32, 5), (64, 16), (160, 70), (576, 701)]
@@ -40,20 +46,11 @@ def shapes_of(kind: str) -> list[tuple[int, int]]:
 KINDS_AND_SHAPES = [(kind, shape) for kind in KINDS for shape in shapes_of(kind)]
 
 
-def random_blocks(seed: int, kind: str, shape: tuple[int, int]) -> np.ndarray:
-    """(out, bytes of a row): any bits, with factors that are finite."""
-    inputs, out = shape
+def blocks_of(seed: int, kind: str, shape: tuple[int, int]) -> np.ndarray:
+    """(out, bytes of a row), with factors of very different sizes."""
     generator = np.random.default_rng(seed)
-    blocks = inputs // KINDS[kind].inputs
-    data = generator.integers(0, 256, (out, blocks, FILE_ORDERS[kind].bytes), np.uint8)
-    scales = 10.0 ** generator.integers(-6, 2, (out, 1, 1))
-    factors = generator.standard_normal((out, blocks, KINDS[kind].factors)) * scales
-    in_bytes = factors.astype(np.float16).view(np.uint8)
-    if kind == "Q6_K":
-        data[..., -in_bytes.shape[2] :] = in_bytes
-    else:
-        data[..., : in_bytes.shape[2]] = in_bytes
-    return data.reshape(out, -1)
+    scales = 10.0 ** generator.integers(-6, 2, (shape[1], 1, 1))
+    return random_blocks(generator, kind, shape, scales)
 
 
 @jax.jit
@@ -70,7 +67,7 @@ def multiply_as_here(x: jax.Array, leaf: Blocks) -> jax.Array:
 
 @functools.cache
 def weight(seed: int, kind: str, shape: tuple[int, int], axis: int = 1) -> Blocks:
-    return Blocks(jnp.asarray(pack_blocks(random_blocks(seed, kind, shape), kind)), shape[1], axis)
+    return Blocks(jnp.asarray(pack_blocks(blocks_of(seed, kind, shape), kind)), shape[1], axis)
 
 
 def rows_of(seed: int, rows: int, width: int, spoil: float) -> np.ndarray:
@@ -97,7 +94,7 @@ def test_both_ways_give_the_products_of_the_files_numbers(kind, place, rows, see
     shape = shapes_of(kind)[place % len(shapes_of(kind))]
     leaf, x = weight(seed % 3, kind, shape), rows_of(seed, rows, shape[0], spoil)
     rounded = np.asarray(round_groups(jnp.asarray(x)), np.float64)
-    dense = gguf.dequantize(random_blocks(seed % 3, kind, shape), gguf.GGMLQuantizationType[kind]).astype(
+    dense = gguf.dequantize(blocks_of(seed % 3, kind, shape), gguf.GGMLQuantizationType[kind]).astype(
         np.float64
     )
     # Minima of a block are added to numbers that may be as large: what is added up in float32 is
@@ -263,7 +260,7 @@ def test_a_tied_head_looks_up_the_rows_that_it_multiplies_by(kind):
     shape = (2 * KINDS[kind].inputs, 53)
     leaf = weight(2, kind, shape, 0)
     rows = jnp.asarray([[0, 52, 16], [15, 17, 0]])
-    matrix = gguf.dequantize(random_blocks(2, kind, shape), gguf.GGMLQuantizationType[kind])
+    matrix = gguf.dequantize(blocks_of(2, kind, shape), gguf.GGMLQuantizationType[kind])
     assert leaf.shape == shape[::-1]
     np.testing.assert_array_equal(to_dense(leaf), matrix)
     np.testing.assert_array_equal(lookup(leaf, rows), matrix[np.asarray(rows)])

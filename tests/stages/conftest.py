@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "text"))
+sys.path += [str(Path(__file__).parents[1] / room) for room in ("text", "storage")]
 
 from tiny import SMALL_MATRICES
 from tiny_runs import tiny, write_text

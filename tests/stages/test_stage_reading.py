@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf_files import k_quants_gguf
 from safetensors.numpy import load_file, save_file
 from tiny_runs import ROOT, WORDS, command, tiny, typed
 
@@ -62,6 +63,39 @@ def test_a_file_is_multiplied_as_it_lies(trained, tmp_path, capsys, talk):
     sha256 = f"SHA-256 {digest(prepare_params(model.cfg, model.params))[:16]}"
     assert sha256 in generated(capsys, file, "--prompt", "the", "--max-tokens", 4, "--verbose")[1]
     assert sha256 in talk(b"the\n", file, "--max-tokens", 4, "--verbose")[2]
+
+
+def test_k_quants_are_the_same_weights_in_every_command(tmp_path, capsys, talk):
+    """Multiplied as they lie where kernels in C compute; each command answers from them."""
+    file = k_quants_gguf(tmp_path / "k.gguf")
+    kinds = r"\((Q\w+, ){2}Q\w+\)"
+    becomes = "are widened to bfloat16"
+    if computes_in_c():
+        becomes = "stay as they are"
+    line = re.compile(rf"file +all 15 matrices {becomes} {kinds}\n")
+    text, notes = generated(
+        capsys, file, "--prompt", "the", "--max-tokens", 9, "--temperature", 0, "--verbose"
+    )
+    assert text.strip()
+    assert line.search(notes)
+    (sha256,) = re.findall("SHA-256 [0-9a-f]{16}(?! before)", notes)
+    code, answer, notes = talk(b"the\n", file, "--max-tokens", 9, "--verbose")
+    assert code == 0
+    assert answer.strip()
+    assert line.search(notes)
+    assert sha256 in notes
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "the", "completion": "12 123"}\n')
+    assert evaluate.main(["--model", str(file), "--data", str(rows), "--weights", "file"]) == 0
+    assert line.search(capsys.readouterr().out)
+    state, ahead = load_state(
+        str(file), EngineConfig(1, 64, weights="file"), start_jax(one_arena=False), Console()
+    )
+    ahead.stop()
+    state.tokenizer.close()
+    if computes_in_c():
+        assert line.search(capsys.readouterr().out)
+        assert state.digest[:16] in sha256
 
 
 def test_every_command_says_what_becomes_of_a_files_kinds(trained, tmp_path, capsys, talk):

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
-from gguf.quants import quantize
+from gguf.quants import dequantize, quantize
 from golden.random_weights import draw
 
+from engine.model.weights.block_layout import FILE_ORDERS, KINDS
 from engine.text.tokenizer import SYMBOLS
 
 SHAPES = {"token_embd.weight": (262, 64), "output_norm.weight": (64,)} | {
@@ -54,6 +55,66 @@ WORDS: dict[str, Any] = {
 
 def weights(shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, np.ndarray]:
     return draw(shapes)
+
+
+def random_blocks(
+    generator: np.random.Generator, kind: str, shape: tuple[int, int], scale: Any = 1.0
+) -> np.ndarray:
+    """Blocks of a matrix (in, out), as a file has them, (out, bytes of a row): any bits, with
+    normally distributed factors of a size, or of one for each row, (out, 1, 1).
+    """
+    inputs, out = shape
+    blocks = inputs // KINDS[kind].inputs
+    data = generator.integers(0, 256, (out, blocks, FILE_ORDERS[kind].bytes), np.uint8)
+    factors = generator.standard_normal((out, blocks, KINDS[kind].factors)) * scale
+    in_bytes = factors.astype(np.float16).view(np.uint8)
+    if kind == "Q6_K":
+        data[..., -in_bytes.shape[2] :] = in_bytes
+    else:
+        data[..., : in_bytes.shape[2]] = in_bytes
+    return data.reshape(out, -1)
+
+
+def k_quants_gguf(path: Path) -> Path:
+    """A model in the mix of Q4_K_M files: Q4_K, Q6_K and Q5_0, which the library cannot write.
+
+    A row of K blocks is a multiple of 256 long.
+    """
+    sizes = {
+        "embedding_length": 256,
+        "feed_forward_length": 256,
+        "attention.head_count": 8,
+        "attention.head_count_kv": 4,
+        "attention.key_length": 32,
+        "attention.value_length": 32,
+        "rope.dimension_count": 32,
+    }
+    kinds = {
+        "attn_q": "Q4_K",
+        "attn_k": "Q5_0",
+        "attn_v": "Q6_K",
+        "attn_output": "Q4_K",
+        "ffn_gate": "Q4_K",
+        "ffn_up": "Q4_K",
+        "ffn_down": "Q6_K",
+    }
+    kind_of = {"token_embd.weight": "Q6_K"}
+    for layer in range(SIZES["block_count"]):
+        for name, kind in kinds.items():
+            kind_of[f"blk.{layer}.{name}.weight"] = kind
+    outs = {"token_embd": SHAPES["token_embd.weight"][0], "attn_k": 128, "attn_v": 128}
+    generator = np.random.default_rng(0)
+    tensors = {}
+    for name, shape in SHAPES.items():
+        kind = kind_of.get(name)
+        if kind:
+            wide = 256, outs.get(name.removesuffix(".weight").rpartition(".")[2], 256)
+            size = dequantize(random_blocks(generator, kind, wide), GGMLQuantizationType[kind]).std()
+            tensors[name] = random_blocks(generator, kind, wide, 0.06 / size)
+        else:
+            assert len(shape) == 1
+            tensors[name] = np.ones(256, np.float32)
+    return tiny_gguf(path, sizes=sizes, tensors=tensors, kinds=kind_of)
 
 
 def tiny_gguf(
