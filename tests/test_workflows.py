@@ -63,4 +63,7 @@ def test_the_night_runs_each_part_and_says_whether_one_failed(asked, code, tmp_p
 
 def test_the_night_names_its_parts():
     done = subprocess.run([ROOT / ".ci" / "night", "promises"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "There is no part promises: sweeps, clients, serving and training.\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "There is no part promises: sweeps, clients, serving and training.\n",
+    )

@@ -41,7 +41,7 @@ from stages.finetune import __main__ as finetune
 from stages.finetune import general_examples
 from stages.finetune import plan as finetune_plan
 from stages.finetune import run as finetune_run
-from stages.runs import estimate
+from stages.runs import estimate, general_questions
 from stages.runs.conversation_data import digest_examples, held_out_evaluator, prepare_conversations
 from stages.runs.folder import updating
 from stages.runs.model_stage import _describe_base
@@ -847,6 +847,30 @@ def test_a_run_without_a_length_reads_its_data_three_times():
     assert finetune_plan.choose_length(0.1) == (1, None, 0)
     assert finetune_plan.choose_length(33) == (99, None, 0)
     assert finetune_plan.choose_length(1000) == (3000, 180.0, 100)
+
+
+@pytest.mark.parametrize(("readings", "is_said"), [(3, False), (7, True)])
+def test_a_plan_says_what_reading_a_small_file_often_does(
+    trained, chats, tmp_path, capsys, readings, is_said
+):
+    steps = readings * len(WORD) // 2  # of two rows each
+    assert finetune.main(args(trained, chats, tmp_path / "run", "--steps", steps, "--dry-run")) == 0
+    printed = capsys.readouterr().out
+    assert (finetune_plan.MANY_READINGS_NOTE in " ".join(printed.split())) is is_said
+
+
+def test_a_run_that_loses_general_answers_warns(trained, chats, text, tmp_path, monkeypatch, capsys):
+    """Here every answer counts as right but the one that is learned."""
+    monkeypatch.setattr(
+        general_questions, "is_right", lambda answer, expected: not answer.strip().startswith("red")
+    )
+    assert finetune.main(args(trained, chats, tmp_path / "run", "--lora", LORA, "--general", text)) == 0
+    printed = capsys.readouterr().out
+    (kept, known) = re.search(r"^kept +(\d+) of (\d+) answers to general questions$", printed, re.M).groups()
+    assert int(kept) < 0.85 * int(known)
+    assert "less than 85%" in printed
+    kept_answers = result(tmp_path / "run")["kept_answers"]
+    assert kept_answers == {"before": int(known), "after": int(kept)}
 
 
 def test_general_answers_are_mixed_in_and_saved_with_the_run(
