@@ -235,6 +235,8 @@ def test_reasoning_among_the_items_changes_nothing(gpt):
             **plain, input=[*HELLO, item], include=["reasoning.encrypted_content"]
         )
         assert (reply.parse().output_text, reply.headers["x-ignored-fields"]) == (answer, "input.reasoning")
+        counted = gpt.responses.input_tokens.with_raw_response.count(model=GPT, input=[*HELLO, item])
+        assert counted.headers["x-ignored-fields"] == "input.reasoning"
     with pytest.raises(openai.BadRequestError, match=r"input\[0\]\.content has no parts"):
         gpt.responses.create(**plain, input=[{"role": "user", "content": []}])
 
@@ -357,9 +359,10 @@ def test_thinking_changes_nothing_and_is_named(claude, thinking):
     ):
         messages: Any = [*HELLO, {"role": "assistant", "content": content}, *HELLO]
         replies.append(claude.messages.with_raw_response.create(**asked, messages=messages, **more))
-        counted = claude.messages.count_tokens(model=CLAUDE, messages=messages, **more)
+        counted = claude.messages.with_raw_response.count_tokens(model=CLAUDE, messages=messages, **more)
         usage = replies[-1].parse().usage
-        assert counted.input_tokens == usage.input_tokens + usage.cache_read_input_tokens
+        assert counted.headers.get("x-ignored-fields") == replies[-1].headers.get("x-ignored-fields")
+        assert counted.parse().input_tokens == usage.input_tokens + usage.cache_read_input_tokens
     assert [reply.headers.get("x-ignored-fields") for reply in replies] == [
         "thinking, messages.thinking",
         None,

@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from engine.inference.request import SamplingParams
-from stages.serve.api.generation import EventWriter, Piece, Usage, run
+from stages.serve.api.generation import EventWriter, Piece, Usage, ignored_header, run
 from stages.serve.api.jobs import ChatPrompt, Job, only_grammar, sampling_of
 from stages.serve.api.requests import (
     UNSUPPORTED,
@@ -27,6 +28,7 @@ from stages.serve.api.requests import (
     TopK,
     TopP,
     join_text,
+    json_reply,
 )
 from stages.serve.errors import ApiError, ErrorDetails
 from stages.serve.state import ServerState
@@ -172,9 +174,8 @@ class CountTokensRequest(AnswerRequest, kw_only=True):
     tool_choice: ToolChoice | None = None
 
     @property
-    def thoughts(self) -> list[str]:
-        """The names of the fields about thoughts that are given."""
-        names = []
+    def ignored(self) -> list[str]:
+        names = super().ignored
         if self.thinking and self.thinking.type != "disabled":
             names.append("thinking")
         if any(turn.has_thoughts for turn in self.messages):
@@ -240,7 +241,7 @@ class MessagesRequest(CountTokensRequest, kw_only=True):
         names = super().ignored
         if self.output_config and self.output_config.effort is not None:
             names.append("output_config.effort")
-        return [*names, *self.thoughts]
+        return names
 
     @property
     def grammars(self) -> list[Grammar]:
@@ -394,10 +395,11 @@ async def create_message(call: ApiCall[MessagesRequest]) -> ASGIApp:
     return await run(call, call.body.job(call.state.sampling), MessageWriter(call))
 
 
-async def count_tokens(call: ApiCall[CountTokensRequest]) -> CountTokensReply:
+async def count_tokens(call: ApiCall[CountTokensRequest]) -> Response:
     """The tokens of a conversation."""
     prompts = await call.body.prompt.encode(call.state)
-    return CountTokensReply(len(prompts.tokens[0]))
+    reply = CountTokensReply(len(prompts.tokens[0]))
+    return json_reply(reply, headers=ignored_header([*call.body.ignored, *prompts.ignored]))
 
 
 class AnthropicModel(msgspec.Struct, kw_only=True):

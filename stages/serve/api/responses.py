@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from engine.errors import InvalidField
 from engine.inference.request import SamplingParams
 from stages.serve.api.completions import token_logprob
-from stages.serve.api.generation import EventWriter, Piece, Usage, run
+from stages.serve.api.generation import EventWriter, Piece, Usage, ignored_header, run
 from stages.serve.api.jobs import ChatPrompt, Job, sampling_of
 from stages.serve.api.requests import (
     ApiCall,
@@ -28,6 +29,7 @@ from stages.serve.api.requests import (
     Temperature,
     TopP,
     join_text,
+    json_reply,
 )
 from stages.serve.errors import ApiError
 from stages.serve.tokenizer_pool import token_text
@@ -386,7 +388,8 @@ class InputTokensReply(msgspec.Struct):
     input_tokens: int
 
 
-async def count_input_tokens(call: ApiCall[ResponseRequest]) -> InputTokensReply:
+async def count_input_tokens(call: ApiCall[ResponseRequest]) -> Response:
     """The tokens of a conversation."""
     prompts = await call.body.prompt.encode(call.state)
-    return InputTokensReply("response.input_tokens", len(prompts.tokens[0]))
+    reply = InputTokensReply("response.input_tokens", len(prompts.tokens[0]))
+    return json_reply(reply, headers=ignored_header([*call.body.ignored, *prompts.ignored]))
