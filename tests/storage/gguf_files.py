@@ -76,9 +76,9 @@ def random_blocks(
 
 
 def k_quants_gguf(path: Path) -> Path:
-    """A model in the mix of Q4_K_M files: Q4_K, Q6_K and Q5_0, which the library cannot write.
+    """A model of random blocks in the kinds that Q4_K_M files mix: Q4_K, Q6_K and Q5_0.
 
-    A row of K blocks is a multiple of 256 long.
+    The library rounds to none of the K kinds. Their blocks hold 256 numbers of a row, hence the width.
     """
     sizes = {
         "embedding_length": 256,
