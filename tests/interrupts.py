@@ -85,3 +85,12 @@ def _status(pid: int) -> tuple[int, str]:
     except OSError:
         return 0, ""
     return int(fields[1]), fields[19]
+
+
+def is_running(pid: int) -> bool:
+    """Tells whether a process is there, and not only its exit code."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from interrupts import is_running
 
 # A server that ignores SIGINT, as whatever a background job starts does; then a call of C, which no
 # handler interrupts.
@@ -73,12 +74,3 @@ def until(happened):
     while not happened():
         assert time.monotonic() < end
         time.sleep(0.05)
-
-
-def is_running(pid):
-    """Whether a process is there, and not only its exit code."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"

@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import NoReturn
 
 from engine.files import discard_unfinished
+from engine.subprocesses import kill_programs
 from stages.cli import lifecycle, start
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -135,6 +136,7 @@ def end_now(number: int, sentence: str) -> NoReturn:
     show_cursor = "\x1b[?25h" if sys.stderr and sys.stderr.isatty() else ""
     start.write_stderr(f"{show_cursor}Stopped {sentence}")
     discard_unfinished()
+    kill_programs()
     lifecycle.end(128 + number, "it was stopped by a signal.")
     os._exit(128 + number)
 

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from tiny import lively_params, tiny_config
 
+from engine.files import DAY
 from engine.inference.config import EngineConfig
 from engine.model.native import library
 from engine.model.native.library import native_problem, read_library
 from engine.model.paths import leaf_paths
 from engine.model.weights.blocks import Blocks
+from engine.subprocesses import run_program
 
 
 @pytest.fixture(scope="module")
@@ -93,19 +95,68 @@ def test_a_compiler_that_fails(fresh, tmp_path):
     assert not [*(tmp_path / "cache" / "native").iterdir()]
 
 
+HANG = "exec /bin/sleep 60"
+STOPPED = r"was stopped at \S+ \S+ because it took longer than \S+ s; it is tried again a day later, or once you delete"
+
+
 def test_compilers_that_hang_are_waited_for_together_and_named_together(fresh, tmp_path):
-    first, second = (make_program(tmp_path / "bin" / name, "exec /bin/sleep 60") for name in ("cc", "clang"))
+    first, second = (make_program(tmp_path / "bin" / name, HANG) for name in ("cc", "clang"))
     (tmp_path / "bin" / "gcc").symlink_to(first)  # the same program, which is tried once
     fresh.setenv("PATH", str(tmp_path / "bin"))
     fresh.setattr(library, "SECONDS", 0.4)
     fresh.setattr(library.importlib.util, "find_spec", lambda name: None)
     begun = time.monotonic()
-    assert re.fullmatch(
-        rf"{first} failed: it took longer than \S+ s; {second} failed: it took longer than \S+ s",
-        native_problem(),
-    )
+    problem = native_problem()
     assert time.monotonic() - begun < 30
-    assert not [*(tmp_path / "cache" / "native").iterdir()]
+    sentence = rf"{STOPPED} {tmp_path}/cache/native/\*\.hung"
+    assert re.fullmatch(rf"{first} {sentence}; {second} {sentence}", problem)
+
+
+@pytest.fixture
+def compiler_calls(fresh):
+    """A list that grows by one for each time a compiler is called."""
+    calls = []
+
+    def run(command, seconds, files=()):
+        if "-o" in command:
+            calls.append(command)
+        return run_program(command, seconds, files)
+
+    fresh.setattr(library, "run_program", run)
+    return calls
+
+
+def test_a_compiler_that_hangs_is_not_called_again_for_a_day(kernel, fresh, tmp_path, compiler_calls):
+    """Unless the note of it is deleted, or the compiler has changed."""
+    (tmp_path / "kernel.so").write_bytes(kernel)
+    compiler = make_program(tmp_path / "cc", HANG)
+    fresh.setenv("CC", f"{compiler}")
+    fresh.setattr(library, "SECONDS", 0.4)
+    fresh.setattr(library.importlib.util, "find_spec", lambda name: None)
+
+    def start() -> str:
+        """Asks for the kernel, as each start does, and returns why there is none."""
+        with pytest.raises(Exception, match="took longer") as problem:
+            read_library("block_matmul")
+        return str(problem.value)
+
+    problem = start()
+    assert re.match(f"{compiler} {STOPPED}", problem)
+    assert start() == problem
+    assert len(compiler_calls) == 1
+    (note,) = (tmp_path / "cache" / "native").iterdir()
+    day_ago = time.time() - DAY - 1
+    os.utime(note, (day_ago, day_ago))
+    start()
+    assert len(compiler_calls) == 2
+    start()
+    assert len(compiler_calls) == 2
+    note.unlink()
+    start()
+    assert len(compiler_calls) == 3
+    fresh.setattr(library, "SECONDS", 240)
+    make_program(compiler, COPY.format(tmp_path / "kernel.so"))
+    assert read_library("block_matmul").data == kernel
 
 
 def test_a_compiler_that_hangs_is_not_waited_for_again_once_another_has_built(kernel, fresh, tmp_path):
@@ -149,15 +200,17 @@ def test_another_processor(fresh):
 
 def test_it_is_built_once_for_each_processor_and_compiler(kernel, fresh, tmp_path):
     assert read_library("block_matmul").data == kernel
-    fresh.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it was built again"))
+    fresh.setattr(library, "run_program", lambda *_: pytest.fail("it was built again"))
     assert read_library("block_matmul").data == kernel
     flags = library.processor()[1]
     fresh.setattr(library, "processor", lambda: ("another", flags + " more"))
-    fresh.setattr(
-        subprocess,
-        "run",
-        lambda command, **_: "-o" in command and Path(command[-1]).write_bytes(kernel + b"more"),
-    )
+
+    def compile_another(command, seconds, files=()):
+        if "-o" in command:
+            Path(command[-1]).write_bytes(kernel + b"more")
+        return subprocess.CompletedProcess(command, 0)
+
+    fresh.setattr(library, "run_program", compile_another)
     assert read_library("block_matmul").data == kernel + b"more"
     assert len([*(tmp_path / "cache" / "native").iterdir()]) == 2
 

@@ -4,7 +4,8 @@ Each file is compiled by the system's C compiler (`$CC`, cc, gcc or clang) or by
 `native`. Its name in the cache is a digest of all that it depends on, the processor's instructions
 among them, so that machines may share a folder. The file ends in the SHA-256 of its name and the
 library: one damaged, misplaced, or that others can write is built anew. A library is kept only if
-it loads and holds the kernel's functions.
+it loads and holds the kernel's functions. Where a compiler hung, a note of it lies in the
+library's place, and for a day the compiler is not asked again.
 """
 
 import contextlib
@@ -30,7 +31,8 @@ import jaxlib
 
 from engine.device import processor
 from engine.errors import UserError
-from engine.files import cache_folder, read_checked, read_limited, write_checked
+from engine.files import DAY, cache_folder, read_checked, read_limited, write_checked
+from engine.subprocesses import run_program
 
 FOLDER = Path(__file__).parent
 # The files in C, and whether products are fused with sums: not where a row's bits must not depend
@@ -53,9 +55,11 @@ INSTRUCTIONS = {"x86_64": {"avx512_vnni", "avx2"}, "aarch64": {"asimddp"}}
 TUNING = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
 MAX_BYTES = 2**22  # that are read of a library; it has some 80 thousand
 # The time that all compilers together may take. One that hangs takes its share of what is left, and
-# the next has its own. The four kernels are 12 s of work and are compiled at once; on two cores
-# with a load of 15 that took 55 s.
+# the next has its own. The four kernels are 13 s of work and are compiled at once. On two cores
+# that took 36 s at a load of 5, 55 s at 15, and 139 s at 12 and `nice -n 10`. A compiler that is
+# only slow must not be taken for one that hangs, for then it is not asked again for a day.
 SECONDS = 240
+HUNG = ".hung"  # the end of the name of a note that a compiler hung
 # Loads the library at `path` and looks for its `functions`: in a process of its own, which a
 # damaged library may crash.
 CHECK = """
@@ -150,11 +154,18 @@ def read_library(kernel: str) -> Library:
     end = time.monotonic() + SECONDS
     problems = []
     for index, compiler in enumerate(compilers):
+        hang = _read_hang(paths[index])
+        if hang:
+            problems.append(hang)
+            continue
         now = time.monotonic()
         share = (end - now) / (len(compilers) - index)
         command = [*compiler, *flags, TUNING[machine], f"-I{jax.ffi.include_dir()}"]
         try:
             data = _compile(kernel, command, sources, now + share)
+        except subprocess.TimeoutExpired:
+            problems.append(_note_hang(paths[index], compiler, share))
+            continue
         except _Unavailable as problem:
             problems.append(str(problem))
             continue
@@ -164,12 +175,36 @@ def read_library(kernel: str) -> Library:
     raise _Unavailable("; ".join(problems))
 
 
+def _note_hang(path: Path, compiler: list[str], seconds: float) -> str:
+    """Writes beside the library's `path` that the compiler hung, and returns the sentence."""
+    hour = time.strftime("%Y-%m-%d %H:%M")
+    sentence = (
+        f"{shlex.join(compiler)} was stopped at {hour} because it took longer than {seconds:.3g} s; "
+        f"it is tried again a day later, or once you delete {path.parent}/*{HUNG}"
+    )
+    with contextlib.suppress(OSError):  # then the next start waits for it again
+        write_checked(path.with_suffix(HUNG), sentence.encode())
+    return sentence
+
+
+def _read_hang(path: Path) -> str:
+    """Returns what `_note_hang` wrote beside the library's `path` less than a day ago; else nothing."""
+    note = path.with_suffix(HUNG)
+    sentence = read_checked(note, MAX_BYTES).decode()
+    if not sentence:
+        return ""
+    age = time.time() - note.stat().st_mtime
+    if 0 <= age < DAY:
+        return sentence
+    return ""
+
+
 def _compile(kernel: str, command: list[str], sources: dict[str, bytes], deadline: float) -> bytes:
     """Compiles the sources and returns the library. They are those whose digest names it: a file
     may have been edited since.
 
-    Raises _Unavailable when the compiler fails, is not done at the `deadline` (of time.monotonic),
-    or writes no library that loads.
+    Raises _Unavailable when the compiler fails or writes no library that loads, and
+    subprocess.TimeoutExpired when it is not done at the `deadline` (of time.monotonic).
     """
     with tempfile.TemporaryDirectory(
         ignore_cleanup_errors=True
@@ -199,22 +234,15 @@ def _run(command: list[str], deadline: float, *files: int) -> str:
     """Runs a program that inherits the open `files`, and returns why it failed; empty when it did not."""
     seconds = max(deadline - time.monotonic(), 0)
     try:
-        subprocess.run(
-            command,
-            check=True,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=seconds,
-            pass_fds=files,
-        )
+        ended = run_program(command, seconds, files)
     except OSError as error:
         return error.strerror or str(error)
-    except subprocess.TimeoutExpired:
-        return f"it took longer than {seconds:.3g} s"
-    except subprocess.CalledProcessError as error:
-        lines = error.stderr.decode(errors="replace").strip().splitlines()
-        return lines[0].rstrip(".") if lines else f"it ended with code {error.returncode}"
-    return ""
+    if not ended.returncode:
+        return ""
+    lines = ended.stderr.decode(errors="replace").strip().splitlines()
+    if lines:
+        return lines[0].rstrip(".")
+    return f"it ended with code {ended.returncode}"
 
 
 def _load_library(kernel: str, data: bytes) -> Library:
