@@ -1,5 +1,8 @@
-"""`vllm-router` before two servers: what comes through it is what each of them answers. At night, where it is installed."""
+"""`vllm-router` before two commands: what comes through it is what each of them answers. At night, where it is installed."""
 
+import concurrent.futures
+import contextlib
+import re
 import socket
 import subprocess
 import sys
@@ -9,13 +12,16 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from tiny_server import TinyServer, until
+from chat_models import save_chat_model
+from started import Started
+from tiny_server import until
 
 pytestmark = [
     pytest.mark.night,
     pytest.mark.skipif(sys.platform != "linux", reason="vllm-router has wheels for Linux alone"),
 ]
 MODEL = "gpt-4o-mini"
+ROOM = 1536  # tokens: a letter of a prompt is about one
 HELLO: Any = [{"role": "user", "content": "Hello there"}]
 TOOL: dict[str, Any] = {
     "type": "function",
@@ -38,11 +44,23 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def servers(server):
-    with TinyServer(context=server.engine.capacity) as other:
-        other.state.names = server.state.names
-        yield [server, other]
-        assert other.state.engine.compiles_after_ready == 0
+def start(tmp_path_factory):
+    """Starts the command on a port; several take one model, saved in a folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_chat_model(folder, context=ROOM)
+    with contextlib.ExitStack() as until_end:
+
+        def begin(port: int) -> Started:
+            flags = ("--name", MODEL, "--port", port)
+            return until_end.enter_context(Started(folder, *flags, program=("-m", "stages.serve")))
+
+        yield begin
+
+
+@pytest.fixture(scope="module")
+def servers(start):
+    """Two commands; a test may put another in the place of one that has ended."""
+    return [start(free_port()), start(free_port())]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +70,8 @@ def router(servers):
     url = f"http://127.0.0.1:{free_port()}"
     words = ["--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--policy", "round_robin"]
     words += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
+    # A server that comes again is asked again soon.
+    words += ["--cb-timeout-duration-secs", "1", "--health-check-interval-secs", "1"]
     words += ["--worker-urls", *(server.url for server in servers)]
 
     def is_up() -> bool:
@@ -100,10 +120,56 @@ def ask_all(url: str) -> dict[str, Any]:
         }
 
 
+def metric(server: Started, name: str) -> float:
+    """Returns the sum of a metric of a server over its labels."""
+    lines = re.findall(rf"^{name}(?:{{.*}})? (\S+)$", server.client.get("/metrics").text, re.M)
+    assert lines, name
+    return sum(map(float, lines))
+
+
+def generated(server: Started) -> float:
+    return metric(server, "vllm:generation_tokens_total")
+
+
 def test_every_kind_of_request_comes_through(router, servers):
     direct = ask_all(servers[0].url)
-    before = [server.engine.steps_decoded for server in servers]
+    before = [generated(server) for server in servers]
     assert ask_all(router) == direct
     assert ask_all(router) == direct
-    assert all(server.engine.steps_decoded > count for server, count in zip(servers, before))
+    for server, count in zip(servers, before):
+        assert generated(server) > count
+        assert metric(server, "thrice_compiles_after_ready_total") == 0
     assert httpx.get(f"{router}/health").status_code == 200
+
+
+def sampled(url: str, seed: int) -> tuple[int, str]:
+    """Returns the status of a sampled completion, and its text."""
+    body = {"model": MODEL, "prompt": "Hello there", "max_tokens": 100, "temperature": 1, "seed": seed}
+    reply = httpx.post(f"{url}/v1/completions", json=body | {"ignore_eos": True}, timeout=300)
+    text = reply.json()["choices"][0]["text"] if reply.status_code == 200 else reply.text
+    return reply.status_code, text
+
+
+def test_requests_are_answered_while_a_server_is_killed_and_comes_again(router, servers, start):
+    """By the other one, with the same texts; and by both again when it is back."""
+    seeds = range(24)
+    expected = [sampled(servers[0].url, seed) for seed in seeds]
+    assert {status for status, _ in expected} == {200}
+    lost = servers[1]
+    before = generated(lost)
+    with concurrent.futures.ThreadPoolExecutor(6) as clients:
+        answers = [clients.submit(sampled, router, seed) for seed in seeds]
+        assert until(lambda: generated(lost) > before)
+        lost.process.kill()
+        assert [answer.result() for answer in answers] == expected
+    assert lost.process.wait(60) != 0
+    servers[1] = start(int(lost.url.rpartition(":")[2]))
+
+    def is_asked_again() -> bool:
+        assert sampled(router, 0) == expected[0]
+        return generated(servers[1]) > 0
+
+    assert until(is_asked_again)
+    assert [sampled(router, seed) for seed in seeds] == expected
+    for server in servers:
+        assert metric(server, "thrice_compiles_after_ready_total") == 0

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from test_serve_bad_input import USUAL
 from tiny import tiny_config
 from tiny_server import CAPACITY, TinyServer, ask, events, good, post_head, refused, say, until
 
@@ -183,6 +184,71 @@ def test_sampling_parameters(client):
     assert text(temperature=1, top_k=-1, seed=-(2**63)) == text(temperature=1, seed=0)
     penalised = good(client.complete(most=30, ignore_eos=True, repetition_penalty=100, logprobs=0))
     assert len(set(penalised["choices"][0]["logprobs"]["tokens"])) >= 29
+
+
+def respond(client, **more: Any) -> Any:
+    return good(client.post("/v1/responses", json={"input": "Hello there", "max_output_tokens": 12} | more))
+
+
+def reply_text(reply: Any) -> str:
+    return reply["output"][0]["content"][0]["text"]
+
+
+def test_a_response_takes_what_routers_and_clients_of_vllm_add_at_its_usual_value(client):
+    """The fields of chats and completions, and vLLM's own of this route."""
+    usual = {name: value for name, value in USUAL.items() if name != "stream_options"}
+    usual.pop("return_tokens_as_token_ids")  # vLLM's route has none
+    own = {
+        "background": False,
+        "truncation": "disabled",
+        "tools": [],
+        "top_logprobs": 0,
+        "ignore_eos": False,
+        "enable_response_messages": False,
+        "previous_input_messages": None,
+        "max_tool_calls": None,
+        "repetition_penalty": None,
+        "seed": None,
+        "structured_outputs": None,
+    }
+    plain = {"input": "Hello there", "max_output_tokens": 5, "temperature": 0}
+    reply = client.post("/v1/responses", json=plain | usual | own)
+    assert reply_text(good(reply)) == reply_text(respond(client, **plain))
+    assert "x-ignored-fields" not in reply.headers
+    counted = client.post("/v1/responses/input_tokens", json={"input": "Hello there"} | usual | own)
+    assert good(counted)["input_tokens"] == good(reply)["usage"]["input_tokens"]
+    for fields, reason in (
+        ({"priority": 3}, "the order in which they came"),
+        ({"skip_special_tokens": False}, "No text shows control tokens"),
+        ({"enable_response_messages": True}, "the answer alone"),
+        ({"store": True}, "remembers nothing"),
+    ):
+        assert reason in refused(client.post("/v1/responses", json=plain | fields))["message"]
+
+
+def test_a_response_is_sampled_as_vllms_fields_say(client):
+    """As the same fields do for a chat."""
+    for fields in (
+        {"temperature": 1, "seed": 4},
+        {"temperature": 1, "seed": 4, "top_k": 3, "ignore_eos": True},
+        {"temperature": 0, "repetition_penalty": 5, "presence_penalty": 1, "min_tokens": 12},
+        {"temperature": 1, "seed": 4, "logit_bias": {"72": 100}},
+        {"temperature": 0, "structured_outputs": {"choice": ["yes", "no"]}},
+        {"temperature": 0, "guided_regex": "[ab]{3}c", "cache_salt": "a"},
+    ):
+        chat = good(client.chat(most=12, **fields))["choices"][0]["message"]["content"]
+        assert reply_text(respond(client, **fields)) == chat, fields
+    text = reply_text(respond(client, temperature=0, ignore_eos=True))
+    stopped = respond(client, temperature=0, ignore_eos=True, stop=[text[3:5]])
+    assert stopped["status"] == "completed"
+    assert reply_text(stopped) == text[: text.index(text[3:5])]
+    kept = respond(client, temperature=0, ignore_eos=True, stop=text[3:5], include_stop_str_in_output=True)
+    assert reply_text(kept) == text[: text.index(text[3:5]) + 2]
+    told = respond(client, presence_penalty=1.5, temperature=0.25, top_p=0.5)
+    assert (told["presence_penalty"], told["temperature"], told["top_p"]) == (1.5, 0.25, 0.5)
+    two = {"text": {"format": {"type": "json_object"}}, "structured_outputs": {"choice": ["yes"]}}
+    reply = client.post("/v1/responses", json={"input": "Hello"} | two)
+    assert "only one grammar" in refused(reply)["message"]
 
 
 def test_what_a_request_leaves_out_is_sampled_as_the_model_recommends(client, tiny_server, monkeypatch):

@@ -74,15 +74,15 @@ class StreamOptions(StrictFields):
     include_obfuscation: Literal[False] | None = None
 
 
-class CompletionFields(UsualFields):
-    """The fields of both kinds of completion. Null means the default.
+class SamplingFields(UsualFields):
+    """How completions are sampled and where they end: OpenAI's fields, and those that vLLM and SGLang add.
+
+    Null means the default.
 
     `include_stop_str_in_output`, SGLang's `no_stop_trim`: the text ends with the stop string.
-    `return_tokens_as_token_ids`: a token with a log-probability is called `token_id:5`.
     `cache_salt`: only requests with the same one share the prefix cache.
     """
 
-    max_tokens: MaxTokens | None = None
     min_tokens: Annotated[int, in_range("min_tokens")] | None = None
     temperature: Temperature = None
     top_p: TopP = None
@@ -95,16 +95,12 @@ class CompletionFields(UsualFields):
         Annotated[dict[BiasedToken, Annotated[float, in_range("logit_bias")]], Meta(max_length=1024)] | None
     ) = None
     seed: Seed = None
-    n: Annotated[int, Meta(ge=1, le=16)] | None = None
     stop: Stops | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOPS)] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     no_stop_trim: bool | None = None
-    return_tokens_as_token_ids: bool | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
-    add_special_tokens: bool | None = None
-    stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: JsonObject = None
     guided_regex: str | None = None
@@ -151,14 +147,12 @@ class CompletionFields(UsualFields):
             seed=self.seed,
         )
 
-    def make_job(self, prompt: ChatPrompt | TextPrompts, sampling: SamplingParams) -> Job:
-        """Returns the job, of what both kinds of completion share. Raises InvalidField."""
-        if self.stream_options is not None and not self.stream:
-            raise InvalidField("stream_options", "stream_options is given without stream being true.")
+    def make_job(self, prompt: ChatPrompt | TextPrompts, sampling: SamplingParams, n: int = 1) -> Job:
+        """Returns the job for `n` completions of each prompt. Raises InvalidField."""
         return Job(
             prompt=prompt,
             sampling=sampling,
-            n=self.n or 1,
+            n=n,
             stops=stop_texts(self.stop),
             keeps_stop=bool(self.include_stop_str_in_output or self.no_stop_trim),
             ignores_eos=bool(self.ignore_eos),
@@ -167,6 +161,24 @@ class CompletionFields(UsualFields):
             streams=bool(self.stream),
             ignored=self.ignored,
         )
+
+
+class CompletionFields(SamplingFields):
+    """The fields of a chat's and a text's completions. Null means the default.
+
+    `return_tokens_as_token_ids`: a token with a log-probability is called `token_id:5`.
+    """
+
+    max_tokens: MaxTokens | None = None
+    n: Annotated[int, Meta(ge=1, le=16)] | None = None
+    return_tokens_as_token_ids: bool | None = None
+    add_special_tokens: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    def check_stream_options(self) -> None:
+        """Raises InvalidField for options of a stream where none is asked for."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidField("stream_options", "stream_options is given without stream being true.")
 
 
 class CompletionRequest(CompletionFields, kw_only=True):
@@ -199,7 +211,9 @@ class CompletionRequest(CompletionFields, kw_only=True):
         texts = prompt_texts("prompt", self.prompt, MAX_PROMPTS)
         prompt = TextPrompts("prompt", texts, special=self.add_special_tokens is not False)
         max_tokens = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
-        job = self.make_job(prompt, self.sampling(defaults, max_tokens or None, self.logprobs))
+        self.check_stream_options()
+        sampling = self.sampling(defaults, max_tokens or None, self.logprobs)
+        job = self.make_job(prompt, sampling, self.n or 1)
         scores = bool(self.echo and self.logprobs is not None)
         return dataclasses.replace(job, n=job.n if max_tokens else 0, scores=scores)
 
@@ -558,7 +572,8 @@ class ChatRequest(CompletionFields, kw_only=True):
             goes_on=self.continue_final_message,
         )
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self.make_job(prompt, self.sampling(defaults, max_tokens, logprobs))
+        self.check_stream_options()
+        return self.make_job(prompt, self.sampling(defaults, max_tokens, logprobs), self.n or 1)
 
 
 class TopLogProb(msgspec.Struct):

@@ -142,6 +142,7 @@ UNSUPPORTED = {
     **dict.fromkeys(
         ("truncation", "context_management"), "Nothing is left out of a conversation here: shorten it"
     ),
+    "enable_response_messages": "The reply has the answer alone: /tokenize tells the tokens of a conversation",
     "fallbacks": "Each request is answered by the model that it names, or by none",
     "search_result": "Send it as a document, with a source of type content",
     **dict.fromkeys(("think", "thinking"), "No thinking is asked of the model here: leave it out"),

@@ -13,27 +13,24 @@ from starlette.types import ASGIApp
 
 from engine.errors import InvalidField
 from engine.inference.request import SamplingParams
-from stages.serve.api.completions import token_logprob
+from stages.serve.api.completions import SamplingFields, token_logprob
 from stages.serve.api.generation import EventWriter, Piece, Usage, ignored_header, run
-from stages.serve.api.jobs import ChatPrompt, Job, sampling_of
+from stages.serve.api.jobs import ChatPrompt, Job
 from stages.serve.api.requests import (
     ApiCall,
     EmptyList,
-    GenerationRequest,
     JsonObject,
     LogProbs,
     MaxTokens,
     MessageList,
     Several,
     StrictFields,
-    Temperature,
-    TopP,
     join_text,
     json_reply,
 )
 from stages.serve.errors import ApiError
 from stages.serve.tokenizer_pool import token_text
-from stages.serve.tools import Function, Turn, answer_grammar, call_turn, make_turn, tool_use
+from stages.serve.tools import Function, Grammar, Turn, answer_grammar, call_turn, make_turn, tool_use
 
 
 class InputText(StrictFields):
@@ -131,18 +128,16 @@ Includable = Literal[
 ]
 
 
-class ResponseRequest(GenerationRequest, kw_only=True):
+class ResponseRequest(SamplingFields, kw_only=True):
     """POST /v1/responses. `input`: a question, or a conversation.
 
     `truncation` auto allows that a conversation is cut which is too long. It is refused all the
-    same.
+    same, as is `enable_response_messages`, by which vLLM adds the messages that the model read and wrote.
     """
 
     input: str | MessageList[InputItem]
     instructions: str | None = None
     max_tokens: MaxTokens | None = msgspec.field(default=None, name="max_output_tokens")
-    temperature: Temperature = None
-    top_p: TopP = None
     text: TextOptions | None = None
     store: Literal[False] | None = None
     previous_response_id: None = None
@@ -156,6 +151,7 @@ class ResponseRequest(GenerationRequest, kw_only=True):
     tool_choice: Literal["none", "auto", "required"] | NamedField | None = None
     parallel_tool_calls: bool | None = None
     metadata: dict[str, str] | None = None
+    enable_response_messages: Literal[False] | None = None
 
     @property
     def ignored(self) -> list[str]:
@@ -189,6 +185,13 @@ class ResponseRequest(GenerationRequest, kw_only=True):
         return (self.text and self.text.format) or TextFormat("text")
 
     @property
+    def grammars(self) -> list[Grammar]:
+        grammars = super().grammars
+        if self.format.type != "text":
+            grammars.append(answer_grammar("text.format.schema", self.format.schema))
+        return grammars
+
+    @property
     def prompt(self) -> ChatPrompt:
         """The conversation. Raises InvalidField."""
         turns: list[Turn] = []
@@ -207,22 +210,8 @@ class ResponseRequest(GenerationRequest, kw_only=True):
 
         Raises InvalidField.
         """
-        grammar = None
-        if self.format.type != "text":
-            grammar = answer_grammar("text.format.schema", self.format.schema)
-        return Job(
-            prompt=self.prompt,
-            sampling=sampling_of(
-                defaults,
-                max_tokens=self.max_tokens,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                logprobs=self.logprobs,
-            ),
-            grammar=grammar,
-            streams=bool(self.stream),
-            ignored=self.ignored,
-        )
+        sampling = self.sampling(defaults, self.max_tokens, self.logprobs)
+        return self.make_job(self.prompt, sampling)
 
 
 class ResponseReply(msgspec.Struct, kw_only=True):
@@ -262,11 +251,13 @@ class ResponseReply(msgspec.Struct, kw_only=True):
 
 
 class ResponseWriter(EventWriter):
-    """Fills one ResponseReply, of which the first and last events of a stream are states."""
+    """Fills one ResponseReply, of which the first and last events of a stream are states.
 
-    def __init__(self, call: ApiCall[ResponseRequest]) -> None:
+    `sampling`: that of the completion, which the reply tells.
+    """
+
+    def __init__(self, call: ApiCall[ResponseRequest], sampling: SamplingParams) -> None:
         body = call.body
-        sampling = call.state.sampling
         self._tokenizer = call.state.tokenizer.tokenizer
         self._reply = ResponseReply(
             id=f"resp_{uuid.uuid4().hex}",
@@ -279,8 +270,8 @@ class ResponseWriter(EventWriter):
             tools=body.tools or [],
             tool_choice=body.tool_choice or "auto",
             parallel_tool_calls=body.parallel_tool_calls is not False,
-            temperature=sampling.temperature if body.temperature is None else body.temperature,
-            top_p=sampling.top_p if body.top_p is None else body.top_p,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
             presence_penalty=sampling.presence_penalty,
             frequency_penalty=sampling.frequency_penalty,
             top_logprobs=body.top_logprobs or 0,
@@ -380,7 +371,8 @@ def _part(text: str) -> dict[str, Any]:
 
 async def create_response(call: ApiCall[ResponseRequest]) -> ASGIApp:
     """Answers a conversation, as events or whole."""
-    return await run(call, call.body.job(call.state.sampling), ResponseWriter(call))
+    job = call.body.job(call.state.sampling)
+    return await run(call, job, ResponseWriter(call, job.sampling))
 
 
 class InputTokensReply(msgspec.Struct):
