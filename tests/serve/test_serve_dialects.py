@@ -440,6 +440,29 @@ def test_models_as_anthropic_describes_them(claude, client, tiny_server):
     assert good(client.get("/v1/models"))["object"] == "list"
 
 
+def test_models_come_in_pages(claude):
+    names = ["tiny", CLAUDE, GEMMA, GPT]
+    for limit in (1, 3, 4):
+        assert [
+            model.id for model in claude.models.list(limit=limit)
+        ] == names  # the client asks for each page
+    page = claude.models.list(limit=2, after_id="tiny")
+    assert [model.id for model in page.data] == [CLAUDE, GEMMA]
+    assert (page.first_id, page.last_id, page.has_more) == (CLAUDE, GEMMA, True)
+    page = claude.models.list(limit=2, before_id=GPT)
+    assert [model.id for model in page.data] == [CLAUDE, GEMMA]
+    assert page.has_more
+    page = claude.models.list(after_id=GPT)
+    assert (page.data, page.first_id, page.last_id, page.has_more) == ([], None, None, False)
+    for wrong, message in (
+        ({"limit": 0}, "limit must be an integer from 1 to 1,000, not '0'"),
+        ({"after_id": "claude-none"}, "after_id names no model here: 'claude-none'"),
+        ({"after_id": "tiny", "before_id": GPT}, "give one of them"),
+    ):
+        with pytest.raises(anthropic.BadRequestError, match=message):
+            claude.models.list(**wrong)
+
+
 def test_ids_of_anthropics_are_told_by_their_beginnings(roomy):
     tool: Any = {"name": "get_weather", "input_schema": WEATHER["parameters"], "eager_input_streaming": True}
     asked: Any = {
@@ -481,6 +504,27 @@ def test_variables_that_the_template_does_not_read_are_named(client, kwargs, nam
 def test_a_variable_that_the_template_reads_is_not_named(client, tiny_server, monkeypatch):
     monkeypatch.setattr(tiny_server.state.tokenizer, "template", "{% if enable_thinking %}<think>{% endif %}")
     assert "x-ignored-fields" not in client.chat(chat_template_kwargs={"enable_thinking": True}).headers
+
+
+def test_ollamas_think_reaches_the_template(client, tiny_server):
+    """False, as `enable_thinking`; without it the template decides."""
+    prompts = []
+    encode = tiny_server.state.tokenizer.encode_chat
+
+    async def noting(turns, answer, variables, tools):
+        prompts.append(variables)
+        return await encode(turns, answer, variables, tools)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_server.state.tokenizer, "encode_chat", noting)
+        for path, prompt in (
+            ("chat", {"messages": [{"role": "user", "content": "Hi"}]}),
+            ("generate", {"prompt": "Hi"}),
+        ):
+            for think in ({"think": False}, {"think": None}, {}):
+                body = {"model": "tiny", "stream": False, "options": {"num_predict": 1}} | prompt | think
+                assert "x-ignored-fields" not in client.post(f"/api/{path}", json=body).headers
+    assert prompts == [{"enable_thinking": False}, {}, {}] * 2
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,10 @@ ABSENT = {
     ),
     "/v1/messages/batches": "There are no batches: send each message by itself, several at once.",
     "/v1/files": "No files are kept: send their text in the messages.",
+    **dict.fromkeys(
+        ("/v1/agents", "/v1/environments", "/v1/sessions"),
+        "No agents run here: an agent of your own sends its messages.",
+    ),
 }
 BODY_ERRORS = (400, 404, 408, 413, 415, 429, 503)
 ABOUT = "The routes of this server. Fields follow OpenAI's API, and vLLM's where OpenAI's has no name."

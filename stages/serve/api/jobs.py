@@ -47,11 +47,16 @@ class ChatPrompt:
     tools: ToolUse = NO_TOOLS
     # What the template reads beside the turns and the tools.
     variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # Whether the model is to think before it answers; None: as its template has it.
+    thinks: bool | None = None
 
     async def encode(self, state: ServerState) -> PromptTokens:
         """Returns the tokens, as the chat template has them. Raises ApiError and InvalidField."""
         pool = state.tokenizer
-        tokens, passages = await pool.encode_chat(self.turns, self.answer, self.variables, self.tools.tools)
+        variables = dict(self.variables)
+        if self.thinks is not None:
+            variables["enable_thinking"] = self.thinks  # as the templates of Qwen3 and others call it
+        tokens, passages = await pool.encode_chat(self.turns, self.answer, variables, self.tools.tools)
         return PromptTokens(
             [tokens],
             state.stop_token_ids | pool.eot_ids,

@@ -154,6 +154,11 @@ class OllamaRequest(OllamaFields):
             names.append("shift")
         return names
 
+    @property
+    def thinks(self) -> bool | None:
+        """False where `think` is false. Without it the chat template decides."""
+        return False if self.think is False else None
+
     def check(self) -> None:
         """Raises InvalidField for fields that do not go together, and for thinking."""
         if self.think:  # in Ollama's words, by which clients know that they are to ask again without it
@@ -254,7 +259,8 @@ class OllamaChatRequest(OllamaRequest, kw_only=True):
         """Returns what the request, with the JSON `content`, asks for. Raises InvalidField."""
         turns = [message.turn for message in self.messages or ()]
         tools = tool_use([tool.function for tool in self.tools or ()])
-        return self.make_job(ChatPrompt("messages", turns, tools=tools), defaults, content)
+        prompt = ChatPrompt("messages", turns, tools=tools, thinks=self.thinks)
+        return self.make_job(prompt, defaults, content)
 
 
 class OllamaGenerateRequest(OllamaRequest, kw_only=True):
@@ -276,7 +282,7 @@ class OllamaGenerateRequest(OllamaRequest, kw_only=True):
         turns = [make_turn("user", text)]
         if self.system:
             turns.insert(0, make_turn("system", self.system))
-        return self.make_job(ChatPrompt("prompt", turns), defaults, content)
+        return self.make_job(ChatPrompt("prompt", turns, thinks=self.thinks), defaults, content)
 
 
 class OllamaReply(msgspec.Struct, kw_only=True):

@@ -90,7 +90,7 @@ class Attestation(msgspec.Struct, kw_only=True):
 async def list_models(call: ApiCall) -> Response:
     """The models that are served; as Anthropic has them for a request with the header anthropic-version."""
     if ANTHROPIC_HEADER in call.http.headers:
-        return json_reply(anthropic_models(call.state))
+        return json_reply(anthropic_models(call.state, call.http.query_params))
     return json_reply(ModelList([model_card(call.state, name) for name in call.state.served_names]))
 
 
