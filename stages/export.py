@@ -26,7 +26,7 @@ from engine.files import atomic_file, atomic_folder
 from engine.format import format_bytes
 from stages.cli import signals
 from stages.cli.command import command_line, leave, run_command
-from stages.cli.console import Console
+from stages.cli.console import Console, ReportProgress
 from stages.cli.flags import (
     DeviceFlag,
     ModelFlag,
@@ -67,6 +67,7 @@ CHECK_TEXTS = (
 TOLERANCE = 1e-3  # of the largest logit: the order of float32 sums
 SAMPLE = 1024
 WINDOW = 256  # tokens of a held-out text that rounding is measured on: in all, and read at once
+EVALUATIONS = 5  # of --check: three of logits, two of bits per byte
 MAX_LOSS = 0.01
 MAX_LOSS_OF_4_BITS = 0.15  # bits per byte
 Comparison = tuple[list[tuple[str, str]], list[str]]  # rows to print, and faults: what differs
@@ -174,12 +175,11 @@ def export(flags: ExportFlags) -> int:
         )
         if not flags.check:
             return 0
-        with console.task("checking", always=True):
-            rows, faults = (
-                compare(model, out, dtype, source)
-                if isinstance(source, Corpus)
-                else compare_adapter(model, out)
-            )
+        with console.task("checking", always=True) as report:
+            if isinstance(source, Corpus):
+                rows, faults = compare(model, out, dtype, source, report)
+            else:
+                rows, faults = compare_adapter(model, out)
         console.print_rows(rows)
         for fault in faults:
             console.print(f"DIFFERS: {fault}", style="red")
@@ -278,9 +278,13 @@ def _write(out: Path, model: "LoadedModel", dtype: str, base_name: str, console:
     return ""
 
 
-def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[Document]") -> Comparison:
+def compare(
+    model: "LoadedModel", out: Path, dtype: str, source: "Corpus[Document]", report: ReportProgress
+) -> Comparison:
     """Compares the export with `model`, rounded alike, and measures on the beginning of a text what
     rounding costs.
+
+    `report`: evaluations done and in all.
     """
     import jax
     import jax.numpy as jnp
@@ -333,12 +337,17 @@ def compare(model: "LoadedModel", out: Path, dtype: str, source: "Corpus[Documen
     sample = "\n".join("".join(characters(text, 0, 8 * SAMPLE)) for text in texts)[: 8 * SAMPLE]
     tokens = model.tokenizer.encode(sample)[: SAMPLE + 1]
     expected = logits(map_paths(rounded, model.params))
+    report(1, EVALUATIONS)
     written = logits(export.params)
+    report(2, EVALUATIONS)
     difference = float(np.abs(expected - written).max() / max(1e-30, np.abs(expected).max()))
     unrounded = map_paths(lambda _, leaf: to_dense(leaf), model.params)
     agreement = float((logits(unrounded).argmax(-1) == written.argmax(-1)).mean())
+    report(3, EVALUATIONS)
     before = bits_per_byte(unrounded)
+    report(4, EVALUATIONS)
     after = bits_per_byte(export.params)
+    report(5, EVALUATIONS)
     rows += [
         (
             "logits",

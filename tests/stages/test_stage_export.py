@@ -208,14 +208,17 @@ def test_an_export_that_was_damaged_is_seen(trained, tmp_path):
     text = "the king and queen of a far land\n" * 9
     model, source = load_model(str(trained)), Corpus("a text", lambda: iter([lambda: iter([text])]))
     out = exported(trained, tmp_path / "folder")
-    assert compare(model, out, "float32", source)[1] == []
+    reports: list[tuple[int, int]] = []
+    report = lambda *counts: reports.append(counts)
+    assert compare(model, out, "float32", source, report)[1] == []
+    assert reports == [(done, 5) for done in range(1, 6)]
     data = bytearray((out / "model.safetensors").read_bytes())
     data[-3000:] = bytes(3000)
     (out / "model.safetensors").write_bytes(data)
-    assert "the logits" in compare(model, out, "float32", source)[1]
+    assert "the logits" in compare(model, out, "float32", source, report)[1]
     generation = json.loads((out / "generation_config.json").read_text())
     (out / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [299, 5]}))
-    assert compare(model, out, "float32", source)[1] == ["the EOS ids"]
+    assert compare(model, out, "float32", source, report)[1] == ["the EOS ids"]
 
 
 def test_an_adapter_is_merged_or_written_alone(trained, tmp_path, monkeypatch, capsys, failing):
