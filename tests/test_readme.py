@@ -45,7 +45,15 @@ SHORT = {
 }
 # Commands of minutes, those that need what a test does not install, and those that are another one
 # here.
-LONG = {"bench", "bench.commands", "bench.documents", "bench.lives", "bench.peers", "bench.serving"}
+LONG = {
+    "bench",
+    "bench.commands",
+    "bench.documents",
+    "bench.lives",
+    "bench.peers",
+    "bench.serving",
+    "bench.tones",
+}
 ALIKE = {
     "stages.serve",
     "stages.serve --model smollm2-135m-instruct",
