@@ -25,6 +25,8 @@ def test_waits():
 IGNORES_SIGINT = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
 PATIENCE = 300  # seconds: without the handler it would be fifteen minutes
 
+PROMISED = 10  # seconds from the signal to the end of all that was started
+
 
 @pytest.mark.parametrize(
     ("workers", "wait"),
@@ -60,9 +62,11 @@ def test_a_run_in_the_background_ends_with_all_it_started(workers, wait, tmp_pat
             until(lambda: (tmp_path / "waiting").exists() or run.poll() is not None)
             started += [int(number) for number in (tmp_path / "waiting").read_text().split()]
             run.send_signal(signal.SIGINT)
+            signalled = time.monotonic()
             printed = run.communicate(timeout=PATIENCE)[0].decode()
             assert run.returncode == pytest.ExitCode.INTERRUPTED, printed
             until(lambda: not any(is_running(pid) for pid in started))
+            assert time.monotonic() - signalled < PROMISED
         finally:
             run.kill()
             for pid in filter(is_running, started):

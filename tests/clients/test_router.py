@@ -14,7 +14,7 @@ import openai
 import pytest
 from chat_models import save_chat_model
 from started import Started
-from tiny_server import until
+from tiny_server import PATIENCE, until
 
 pytestmark = [
     pytest.mark.night,
@@ -76,7 +76,7 @@ def router(servers):
 
     def is_up() -> bool:
         try:
-            return httpx.get(f"{url}/health").status_code == 200
+            return httpx.get(f"{url}/health", timeout=PATIENCE).status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -139,7 +139,7 @@ def test_every_kind_of_request_comes_through(router, servers):
     for server, count in zip(servers, before):
         assert generated(server) > count
         assert metric(server, "thrice_compiles_after_ready_total") == 0
-    assert httpx.get(f"{router}/health").status_code == 200
+    assert httpx.get(f"{router}/health", timeout=PATIENCE).status_code == 200
 
 
 def sampled(url: str, seed: int) -> tuple[int, str]:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from browser import Visit
 from line import Line
-from tiny_server import TinyServer, ask, good, refused
+from tiny_server import PATIENCE, TinyServer, ask, good, refused
 
 from stages.serve.api.app import ROUTES
 from stages.serve.flags import _root_path
@@ -112,7 +112,7 @@ def test_a_route_has_one_meaning_with_and_without_the_prefix(tiny_server):
         assert refused(client.get(f"{ROOT}/v1/models", headers=evil), 403)["code"] == "bad_origin"
         cross_site = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
         assert client.get(f"{ROOT}/", headers=cross_site).status_code == 200  # a link to the page
-    assert "servers" not in good(httpx.get(f"{tiny_server.url}/openapi.json"))
+    assert "servers" not in good(httpx.get(f"{tiny_server.url}/openapi.json", timeout=PATIENCE))
 
 
 def test_a_root_path_is_a_path():

@@ -21,7 +21,7 @@ import pytest
 from chat_models import save_chat_model
 from started import HOLDS, Started
 from tiny import tiny_config
-from tiny_server import ask, until
+from tiny_server import PATIENCE, ask, until
 
 from engine.counting import hardware
 from engine.device import start_jax
@@ -142,7 +142,7 @@ def test_a_damaged_kernel_is_built_again_and_one_cut_while_in_use_harms_nothing(
 def test_a_second_signal_ends_it_at_once(folder, hold):
     with Started(folder, env={"THRICE_API_KEY": "one,two", "HOLD": str(hold)}, key="two") as server:
         assert "2 API keys" in server.output
-        assert httpx.get(f"{server.url}/v1/models").status_code == 401
+        assert httpx.get(f"{server.url}/v1/models", timeout=PATIENCE).status_code == 401
 
         replies = []
 

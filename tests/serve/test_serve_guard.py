@@ -2,7 +2,7 @@
 
 import httpx
 import pytest
-from tiny_server import TinyServer, ask, good, read_all, refused
+from tiny_server import PATIENCE, TinyServer, ask, good, read_all, refused
 
 from stages.serve.api import guard
 from stages.serve.api.app import ROUTES
@@ -49,7 +49,9 @@ def test_each_key_opens_all(locked, key):
         ("x-api-key", key),
     ):
         for method, path in every_route():
-            reply = httpx.request(method, locked.url + path, headers={name.encode(): value.encode()})
+            reply = httpx.request(
+                method, locked.url + path, headers={name.encode(): value.encode()}, timeout=PATIENCE
+            )
             empty = (
                 400 if path.startswith("/api/") else 415
             )  # without a body, whose type only Ollama's routes take for granted
@@ -61,11 +63,14 @@ def test_each_key_opens_all(locked, key):
 
 
 def test_the_page_live_and_health_need_no_key(locked):
-    assert "<html" in httpx.get(f"{locked.url}/").text
-    assert httpx.get(f"{locked.url}/live").json() == {"status": "ok"}
-    assert httpx.get(f"{locked.url}/health").json()["status"] == "warming"
+    assert "<html" in httpx.get(f"{locked.url}/", timeout=PATIENCE).text
+    assert httpx.get(f"{locked.url}/live", timeout=PATIENCE).json() == {"status": "ok"}
+    assert httpx.get(f"{locked.url}/health", timeout=PATIENCE).json()["status"] == "warming"
     for path in OPEN:
-        assert httpx.get(locked.url + path, headers={"Host": "evil.example"}).status_code == 403
+        assert (
+            httpx.get(locked.url + path, headers={"Host": "evil.example"}, timeout=PATIENCE).status_code
+            == 403
+        )
 
 
 def test_a_wrong_key_is_asked_for_again_after_all_were_compared_whole(locked, monkeypatch):
@@ -74,8 +79,10 @@ def test_a_wrong_key_is_asked_for_again_after_all_were_compared_whole(locked, mo
     real = guard.hmac.compare_digest
     monkeypatch.setattr(guard.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
     for key in (*KEYS, "wrong"):
-        httpx.get(locked.url + "/v1/models", headers={b"authorization": f"Bearer {key}".encode()})
-    httpx.get(locked.url + "/v1/models", headers={"x-api-key": "wrong"})
+        httpx.get(
+            locked.url + "/v1/models", headers={b"authorization": f"Bearer {key}".encode()}, timeout=PATIENCE
+        )
+    httpx.get(locked.url + "/v1/models", headers={"x-api-key": "wrong"}, timeout=PATIENCE)
     assert [len(side) for pair in compared for side in pair] == [32] * 16
     headers = {"host": "localhost", "authorization": "Bearer wrong"}
     status, reply = send(locked, "GET", "/v1/models", headers)
@@ -107,9 +114,11 @@ def test_pages_of_a_listed_origin(listed):
     assert {*asked.headers["access-control-allow-methods"].split(", ")} >= {"GET", "POST", "DELETE"}
     key, url = {"Authorization": f"Bearer {KEYS[0]}"}, f"{listed.url}/v1/completions"
     replies = [
-        httpx.post(url, headers={"Origin": APP, **key, "Sec-Fetch-Site": "cross-site"}, json=ask()),
-        httpx.post(url, headers={"Origin": APP}, json=ask()),
-        httpx.get(f"{url}/no", headers={"Origin": APP, **key}),
+        httpx.post(
+            url, headers={"Origin": APP, **key, "Sec-Fetch-Site": "cross-site"}, json=ask(), timeout=PATIENCE
+        ),
+        httpx.post(url, headers={"Origin": APP}, json=ask(), timeout=PATIENCE),
+        httpx.get(f"{url}/no", headers={"Origin": APP, **key}, timeout=PATIENCE),
         asked,
     ]
     assert [reply.status_code for reply in replies] == [200, 401, 404, 200]
@@ -121,14 +130,14 @@ def test_pages_of_a_listed_origin(listed):
     for origin in ("https://evil.example", "http://app.example", f"{APP}.evil.example", "null"):
         refusals = (
             httpx.options(url, headers={"Origin": origin} | preflight),
-            httpx.post(url, headers={"Origin": origin} | key),
+            httpx.post(url, headers={"Origin": origin} | key, timeout=PATIENCE),
         )
         for reply in refusals:
             assert refused(reply, 403)["code"] == "bad_origin"
             assert "access-control-allow-origin" not in reply.headers
     elsewhere = httpx.options(url, headers={"Origin": APP, "Host": "evil.example"} | preflight)
     assert refused(elsewhere, 403)["code"] == "bad_host"
-    own = httpx.get(f"{listed.url}/v1/models", headers={"Origin": listed.url, **key})
+    own = httpx.get(f"{listed.url}/v1/models", headers={"Origin": listed.url, **key}, timeout=PATIENCE)
     assert (own.status_code, own.headers.get("access-control-allow-origin")) == (200, None)
 
 
@@ -174,7 +183,14 @@ def test_own_hosts(tiny_server):
 
 
 def test_its_own_page_may_use_it(tiny_server):
-    good(httpx.post(f"{tiny_server.url}/v1/completions", headers={"Origin": tiny_server.url}, json=ask()))
+    good(
+        httpx.post(
+            f"{tiny_server.url}/v1/completions",
+            headers={"Origin": tiny_server.url},
+            json=ask(),
+            timeout=PATIENCE,
+        )
+    )
     for path, site, mode in (
         ("/", "cross-site", "navigate"),  # a link to the page
         ("/", "same-site", "navigate"),
@@ -193,12 +209,12 @@ def test_its_own_page_may_use_it(tiny_server):
 
 
 def test_every_reply_has_security_headers(tiny_server):
-    page = httpx.get(tiny_server.url)
+    page = httpx.get(tiny_server.url, timeout=PATIENCE)
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert "<script" in page.text
     for path in ("/", "/nowhere", "/v1/models"):
-        headers = httpx.get(tiny_server.url + path).headers
+        headers = httpx.get(tiny_server.url + path, timeout=PATIENCE).headers
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["x-request-id"].startswith("req_")
         assert headers["x-frame-options"] == "DENY"

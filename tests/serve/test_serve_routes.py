@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from test_serve_bad_input import USUAL
 from tiny import tiny_config
-from tiny_server import CAPACITY, TinyServer, ask, events, good, post_head, refused, say, until
+from tiny_server import CAPACITY, PATIENCE, TinyServer, ask, events, good, post_head, refused, say, until
 
 from engine.inference.request import LogProb, SamplingParams
 from engine.text.chat_tokenizer import ChatTokenizer
@@ -410,7 +410,7 @@ def test_the_access_log_has_a_line_for_each_request_and_no_text(form, capfd):
             client.chat(stream=True),
             client.get("/nowhere"),
             client.post_bytes("/v1/completions", b"Hello there"),
-            httpx.get(server.url + "/?a=there"),
+            httpx.get(server.url + "/?a=there", timeout=PATIENCE),
             client.complete(["Hello there", "how"], 0, echo=True, logprobs=0, n=2),
             client.complete(["Hello there", "how"], 2, echo=True, logprobs=0, n=2),
         ]

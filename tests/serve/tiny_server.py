@@ -14,6 +14,7 @@ import httpx
 from chat_models import chat_tokenizer
 from tiny import lively_params, tiny_config
 
+PATIENCE = 300.0  # seconds that a test waits for a server, on a busy machine too
 SLOTS, QUEUE, CAPACITY = 3, 4, 150
 
 
@@ -76,7 +77,7 @@ class TinyServer:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        assert self._started.wait(300)
+        assert self._started.wait(PATIENCE)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -91,10 +92,10 @@ class TinyServer:
         return self.engine.running, self.state.engine.waiting, self.state.admission.reserved
 
     def client(self, **options: Any) -> "Client":
-        return Client(**{"base_url": self.url, "timeout": 300, "verify": False, **options})
+        return Client(**{"base_url": self.url, "timeout": PATIENCE, "verify": False, **options})
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), 300)
+        return socket.create_connection(("127.0.0.1", self.port), PATIENCE)
 
     def raw(self, *lines: str, body: bytes = b"") -> tuple[int, bytes]:
         """The status and all of the reply to a request written by hand."""
@@ -209,7 +210,7 @@ def read_all(connection: socket.socket) -> bytes:
     return content
 
 
-def until(true: Callable[[], Any], seconds: float = 300.0) -> bool:
+def until(true: Callable[[], Any], seconds: float = PATIENCE) -> bool:
     """Waits until it is true, and says whether it came to be. The limit is for what never comes,
     not for what is slow.
     """
