@@ -84,7 +84,8 @@ PROMISES = {  # what is tried at length
     "S6": "No request compiles, breaks or blocks anything.",
     "S7": "Tokenizing is linear: a megabyte in a second.",
     "S8": "SIGTERM lets running requests finish.",
-    "S9": "/health replies 503 once the engine hangs, and not while it takes long.",
+    "S9": "/health replies 503 once the engine hangs, and not while it takes long; "
+    "the first run of a program may take 60 s.",
     "S10": "OpenAI's own client works, and so does every request that our OpenAPI allows.",
     "S11": "A short prompt beside long ones has its first token soon.",
     "S12": "A large request is not starved by small ones.",
