@@ -5,6 +5,8 @@ import functools
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,44 @@ def runs(arrays, tmp_path_factory) -> dict[str, Path]:
 
 def dense(loaded: LoadedModel) -> Arrays:
     return {path: np.asarray(to_dense(leaf)) for path, leaf in leaf_paths(loaded.params).items()}
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def transpose_gate(arrays: Arrays) -> None:
+    arrays["blocks/0/gate"] = arrays["blocks/0/gate"].T.copy()
+
+
+def drop_gate(arrays: Arrays) -> None:
+    del arrays["blocks/0/gate"]
+
+
+def widen_vocabulary(arrays: Arrays) -> None:
+    """Of the embedding in blocks, to 400,000 tokens."""
+    packed = arrays["packed/embed"]
+    arrays["packed/embed"] = np.resize(packed, (400_000 * packed.shape[0] // CFG.vocab, *packed.shape[1:]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "sentence"),
+    [
+        ("plain", transpose_gate, r"blocks/0/gate should be .* \[32, 64\], and is float32 \[64, 32\]"),
+        ("plain", drop_gate, "it has no blocks/0/gate"),
+        ("packed", widen_vocabulary, "packed/embed should be"),
+    ],
+)
+def test_the_command_refuses_weights_that_are_not_its_configs(kind, change, sentence, runs, arrays, tmp_path):
+    """In one sentence, with its own exit code: it does not crash, and writes no token."""
+    folder = shutil.copytree(runs[kind], tmp_path / "run")
+    hostile = dict(arrays[kind])
+    change(hostile)
+    write_step(folder, hostile)
+    words = [sys.executable, "-m", "stages.generate", "--model", folder, "--prompt", "a", "--max-tokens", "3"]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (ended.returncode, ended.stdout) == (2, ""), ended.stderr
+    assert re.search(sentence, " ".join(ended.stderr.split())), ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_runs_of_every_kind_load_as_they_were_saved(runs, arrays):
