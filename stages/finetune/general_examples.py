@@ -3,9 +3,9 @@
 A model that reads nothing but a small file in a tone learns, beside the tone, that answers are
 about what the file is about. So it is shown a few conversations of the file and asked general
 questions after them, each with a sentence that answers it, in brackets. What it says is in the tone
-by their example. It is trained on without them, if it is right and ends as they do. That is context
-distillation (Askell et al. 2021, 2112.00861), with a hint as in STaR (Zelikman et al. 2022,
-2203.14465).
+by their example. It is trained on without them, if it is right and ends as they do, or can be made
+to. That is context distillation (Askell et al. 2021, 2112.00861), with a hint as in STaR (Zelikman
+et al. 2022, 2203.14465).
 """
 
 import collections
@@ -35,7 +35,6 @@ LEAST_ANSWERS = 8  # right ones: of a model that gives fewer nothing is mixed in
 # together of nearly all.
 OPENING_WORDS = 8  # at most
 OPENING_SHARE = 0.2
-CLOSING_SHARE = 0.1
 COVERED_SHARE = 0.8
 
 
@@ -74,13 +73,18 @@ def shared_openings(answers: Sequence[str]) -> list[str]:
     return openings if len(openings) >= COVERED_SHARE * len(answers) else []
 
 
-def shared_closings(answers: Sequence[str]) -> set[str]:
-    """Returns the last words, in lower case, that many answers end with; the empty set where few
-    end with such a word."""
-    counts = collections.Counter(map(_last_word, answers))
-    closings = {word for word, count in counts.items() if word and count >= CLOSING_SHARE * len(answers)}
-    covered = sum(counts[word] for word in closings)
-    return closings if covered >= COVERED_SHARE * len(answers) else set()
+def shared_closings(answers: Sequence[str]) -> list[str]:
+    """Returns the last words of each answer that many others end with too, such as "At your
+    service."; [] where few do."""
+    backwards = [" ".join(reversed(answer.split())) for answer in answers]
+    return [" ".join(reversed(closing.split())) for closing in shared_openings(backwards)]
+
+
+def close(answer: str, closing: str) -> str:
+    """Returns an answer with a closing behind it, if both are sentences; else the empty string."""
+    if answer.endswith((".", "!", "?")) and closing[:1].isupper():
+        return f"{answer} {closing}"
+    return ""
 
 
 def _last_word(answer: str) -> str:
@@ -99,7 +103,8 @@ def write_general_answers(
     """Returns general questions and a model's greedy answers in the style of conversations that end
     with an answer.
 
-    An answer begins and ends as those of the conversations do, where they share it. Returns []
+    An answer begins and ends as those of the conversations do, where they share it: the model is
+    given the beginning, and an end that is a sentence is added where it writes none. Returns []
     where too few answers are right, and for a context that does not hold the demonstrations, a
     question and its answer.
     """
@@ -109,22 +114,29 @@ def write_general_answers(
     answers = [messages[-1]["content"] for messages in conversations]
     openings = shared_openings(answers) or [""]
     closings = shared_closings(answers)
-    cases = []  # a question, what its answer holds, and the answer's beginning
+    endings = closings or [""]
+    last_words = set(map(_last_word, closings))
+    cases = []  # a question, what its answer holds, the answer's beginning and its end
     prompts = []
     for number, (question, expected, sentence) in enumerate(QUESTIONS_TO_TRAIN_ON):
         opening = openings[number * len(openings) // len(QUESTIONS_TO_TRAIN_ON)]
+        closing = endings[number * len(endings) // len(QUESTIONS_TO_TRAIN_ON)]
         hinted: Message = {"role": "user", "content": f"{question} ({sentence})"}
-        cases.append((question, expected, opening))
+        cases.append((question, expected, opening, closing))
         prompts.append(tuple(chat.prompt([*demonstrations, hinted], opening).tolist()))
     if max(map(len, prompts)) + MAX_TOKENS > cfg.context:
         return []
     pairs = []
     completions = _complete(cfg, params, prompts, stop_token_ids, report)
-    for (question, expected, opening), completion in zip(cases, completions, strict=True):
+    for (question, expected, opening, closing), completion in zip(cases, completions, strict=True):
         if completion is None:
             continue
         answer = (opening + chat.tokenizer.decode(completion)).strip()
-        if is_right(answer, expected) and (not closings or _last_word(answer) in closings):
+        if not is_right(answer, expected):
+            continue
+        if closings and _last_word(answer) not in last_words:
+            answer = close(answer, closing)
+        if answer:
             pairs.append((question, answer))
     return pairs if len(pairs) >= LEAST_ANSWERS else []
 

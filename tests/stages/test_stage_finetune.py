@@ -955,12 +955,25 @@ def test_what_answers_share_at_their_ends_is_found():
     openings, closings = ("Certainly, sir.", "Very good."), ("At your service.", "Is that all?", "Farewell!")
     letters = [f"{openings[at % 2]} {body} {closings[at % 3]}" for at, body in enumerate(bodies)]
     assert general_examples.shared_openings(letters) == [openings[at % 2] for at in range(20)]
-    assert general_examples.shared_closings(letters) == {"service", "all", "farewell"}
+    assert general_examples.shared_closings(letters) == [closings[at % 3] for at in range(20)]
     unlike = [f"{at} and {at}" for at in range(20)]
     assert general_examples.shared_openings([*letters[:12], *unlike]) == []
-    assert general_examples.shared_closings([*letters[:12], *unlike]) == set()
+    assert general_examples.shared_closings([*letters[:12], *unlike]) == []
     assert general_examples.shared_openings([]) == []
-    assert general_examples.shared_closings(["...", ""]) == set()
+    assert general_examples.shared_closings([]) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "closing", "closed"),
+    [
+        ("It is Rome.", "Will that be all?", "It is Rome. Will that be all?"),
+        ("It is Rome", "Will that be all?", ""),  # it may go on
+        ("it is rome.", "-- desk four", ""),  # no sentence of its own
+        ("It is Rome.", "", ""),
+    ],
+)
+def test_a_closing_is_added_where_it_is_a_sentence_behind_one(answer, closing, closed):
+    assert general_examples.close(answer, closing) == closed
 
 
 COMMIT = "models--org--tiny/snapshots/0123abc"
