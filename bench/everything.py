@@ -13,6 +13,7 @@ serving, whose prompts take minutes to prepare, is of three processes of three r
 """
 
 import dataclasses
+import itertools
 import json
 import statistics
 import subprocess
@@ -169,8 +170,8 @@ def _run(words: Sequence[str], folder: Path) -> Json:
 def pool(documents: Sequence[Any]) -> Any:
     """Returns one document of several of the same measurement.
 
-    A ratio is of the rounds of all, with its interval and verdict; another number is the median,
-    and anything else the first's.
+    A ratio is of the rounds of all, with its interval and verdict; a peer's settings are those of
+    all; another number is the median, and anything else the first's.
     """
     from bench.timing import Ratio, median_ratio
 
@@ -184,6 +185,11 @@ def pool(documents: Sequence[Any]) -> Any:
             pooled |= median_ratio(rounds)._asdict()
             if pooled.get("bar"):
                 pooled["met"] = Ratio.of(pooled).exceeds(pooled["bar"])
+        if "peer_settings" in first:
+            pooled["peer_settings"] = []
+            for setting in itertools.chain.from_iterable(each["peer_settings"] for each in documents):
+                if setting not in pooled["peer_settings"]:
+                    pooled["peer_settings"].append(setting)
         return pooled
     if isinstance(first, list) and all(len(each) == len(first) for each in documents):
         return [pool(each) for each in zip(*documents, strict=True)]

@@ -409,9 +409,9 @@ def compared_with(document: Document) -> list[str]:
     files = {f"`{row['file']}`: {row['kinds']}": None for row in document["rows"] if "file" in row}
     if files:
         lines.append(f"Both read {'; '.join(files)}.")
-    settings = {
-        describe_setting(row["peer_setting"]): None for row in document["rows"] if row.get("peer_setting")
-    }
+    settings: dict[str, None] = {}
+    for row in document["rows"]:
+        settings |= dict.fromkeys(map(describe_setting, row.get("peer_settings", ())))
     if settings:
         lines.append(f"The peer ran in its fastest setting of each row: {'; '.join(settings)}.")
     for peer in document.get("peers", ()):

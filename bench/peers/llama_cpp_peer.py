@@ -16,8 +16,9 @@ UBATCH = 512  # tokens a call, its own default
 TRIED_TOKENS = 17  # decoded in each setting that is tried
 TRIED_ANSWERS = 2  # of prompts that are answered one after another
 TRIES = 3  # of each setting, in turns; the first one of all touches the weights for the first time
-# Tokens of all prompts together. Of longer ones, whose tries take long, each setting is tried once,
-# and only on all threads.
+TRY_SECONDS = 10.0  # after which no setting is tried again
+# Tokens of all prompts together. Of longer ones, whose tries take long, each setting is tried on all
+# threads only.
 SHORT = 1024
 
 
@@ -35,11 +36,14 @@ class Streams:
         """`spec`: as in `make_streams`. Raises ValueError when llama.cpp cannot make it."""
         import llama_cpp as llama
 
+        self.setting = setting
         self.ends = spec.get("ends", ())
         if self.ends:
             self.groups = [[prompt] for prompt in spec["prompts"]]
         else:
             self.groups = [spec["prompts"]]
+        self.keeps_prompts = spec["phase"] == "decode" and not self.ends
+        self.first_tokens: list[int] = []
         rows = len(self.groups[0])
         longest = max(map(len, spec["prompts"]))
         options = llama.llama_context_default_params()
@@ -67,16 +71,17 @@ class Streams:
         llama.llama_batch_free(self.batch)
         llama.llama_free(self.context)
 
-    def run(self, new: int) -> dict[str, Any]:
+    def run(self, new: int, most_groups: int | None = None) -> dict[str, Any]:
         """Prefills the prompts of each group one by one, then decodes `new` tokens of its rows
-        together, or up to one of the `ends`.
+        together, or up to one of the `ends`. Takes the first `most_groups`, by default all.
 
-        Returns the seconds of `prefill` and of `decode`, and the `tokens` of each prompt.
+        Where only decoding is timed, a second run finds the prompts in the KV cache and prefills
+        nothing. Returns the seconds of `prefill` and of `decode`, and the `tokens` of each prompt.
         """
         prefill = 0.0
         decode = 0.0
         tokens: list[list[int]] = []
-        for prompts in self.groups:
+        for prompts in self.groups[:most_groups]:
             prefill_seconds, decode_seconds, output = self._run_group(prompts, new)
             prefill += prefill_seconds
             decode += decode_seconds
@@ -84,20 +89,14 @@ class Streams:
         return {"prefill": prefill, "decode": decode, "tokens": tokens}
 
     def _run_group(self, prompts: list[list[int]], new: int) -> tuple[float, float, list[list[int]]]:
-        import llama_cpp as llama
-
-        llama.llama_memory_clear(self.memory, True)
         begin = time.perf_counter()
         length = len(prompts[0])
-        output: list[list[int]] = []
-        for row, prompt in enumerate(prompts):
-            for start in range(0, length, UBATCH):
-                piece = prompt[start : start + UBATCH]
-                self._feed(
-                    [(token, start + i, row, start + i == length - 1) for i, token in enumerate(piece)]
-                )
-            output.append([self._best(self.batch.n_tokens - 1)])
+        if self.keeps_prompts and self.first_tokens:
+            self._forget_from(length)
+        else:
+            self._prefill(prompts)
         prefilled = time.perf_counter()
+        output = [[token] for token in self.first_tokens]
         rows = range(len(prompts))
         for step in range(new - 1):
             if output[0][-1] in self.ends:
@@ -106,6 +105,26 @@ class Streams:
             for row in rows:
                 output[row].append(self._best(row))
         return prefilled - begin, time.perf_counter() - prefilled, output
+
+    def _prefill(self, prompts: list[list[int]]) -> None:
+        """Computes the prompts one by one, and the first token after each."""
+        import llama_cpp as llama
+
+        llama.llama_memory_clear(self.memory, True)
+        self.first_tokens = []
+        for row, prompt in enumerate(prompts):
+            last = len(prompt) - 1
+            for start in range(0, len(prompt), UBATCH):
+                piece = prompt[start : start + UBATCH]
+                self._feed([(token, start + i, row, start + i == last) for i, token in enumerate(piece)])
+            self.first_tokens.append(self._best(self.batch.n_tokens - 1))
+
+    def _forget_from(self, position: int) -> None:
+        """Takes what was decoded, from a position on, out of the KV cache."""
+        import llama_cpp as llama
+
+        for row in range(len(self.first_tokens)):
+            llama.llama_memory_seq_rm(self.memory, row, position, -1)
 
     def _feed(self, tokens: list[tuple[int, int, int, bool]]) -> None:
         """Computes (token, position, row, whether its logits are wanted) of a call."""
@@ -159,28 +178,29 @@ class Jobs:
         prompt is a run of its own, and lengths may differ.
         """
         self.load(spec["file"])
-        setting = self.find_fastest(spec)
-        streams = Streams(self.model, spec, setting)
+        streams = self.find_fastest(spec)
         self.streams = streams
 
         def run() -> dict[str, Any]:
-            return streams.run(spec["new"]) | {"setting": setting._asdict()}
+            return streams.run(spec["new"]) | {"setting": streams.setting._asdict()}
 
         return run
 
-    def find_fastest(self, spec: dict[str, Any]) -> Setting:
-        """Returns the setting of the shortest try. `spec`: as in `make_streams`."""
-        if spec.get("ends"):
-            spec = spec | {"prompts": spec["prompts"][:TRIED_ANSWERS]}
-        tries = TRIES if is_short(spec) else 1
-        shortest = dict.fromkeys(settings(spec), math.inf)
-        for _ in range(tries):
-            for setting in shortest:
-                streams = Streams(self.model, spec, setting)
-                result = streams.run(min(spec["new"], TRIED_TOKENS))
-                streams.close()
-                shortest[setting] = min(shortest[setting], result[spec["phase"]])
-        return min(shortest, key=shortest.__getitem__)
+    def find_fastest(self, spec: dict[str, Any]) -> Streams:
+        """Returns streams in the setting of the shortest try. `spec`: as in `make_streams`."""
+        tried = [Streams(self.model, spec, setting) for setting in settings(spec)]
+        shortest = [math.inf for _ in tried]
+        begin = time.perf_counter()
+        for _ in range(TRIES):
+            for place, streams in enumerate(tried):
+                result = streams.run(min(spec["new"], TRIED_TOKENS), TRIED_ANSWERS)
+                shortest[place] = min(shortest[place], result[spec["phase"]])
+            if time.perf_counter() - begin > TRY_SECONDS:
+                break
+        fastest = tried.pop(shortest.index(min(shortest)))
+        for streams in tried:
+            streams.close()
+        return fastest
 
     def load(self, file: str) -> None:
         """Loads a model, unless it is that of the job before. Raises ValueError for no model."""

@@ -45,6 +45,13 @@ def test_what_is_no_number_is_the_first_processes():
     assert pool(documents) == documents[0]
 
 
+def test_a_pooled_row_says_each_setting_that_its_processes_chose():
+    flash = {"flash_attention": True, "threads": 2}
+    plain = {"flash_attention": False, "threads": 2}
+    documents = [{"rows": [{"peer_settings": [setting]}]} for setting in (flash, plain, flash)]
+    assert pool(documents) == {"rows": [{"peer_settings": [flash, plain]}]}
+
+
 def test_a_recording_is_not_kept(monkeypatch, tmp_path):
     class Watch:
         def finish(self):

@@ -245,32 +245,55 @@ def test_llama_cpp_is_tried_with_and_without_flash_attention_and_on_half_the_thr
     assert len(peer.settings({"threads": 1, "prompts": [[0]]})) == 2
 
 
-def test_llama_cpp_runs_in_the_setting_of_the_shortest_try(monkeypatch):
-    """The first try of all is the slowest, which says nothing of its setting."""
+@pytest.fixture
+def tries(monkeypatch):
+    """The peer's module, and the tries that its `find_fastest` makes: each setting and its number of answers.
+
+    The first try of all is the slowest, which says nothing of its setting. A try takes a second for
+    each prompt.
+    """
     monkeypatch.syspath_prepend(BENCH)
     peer = importlib.import_module("llama_cpp_peer")
-    made = []
+    runs = []
+    clock = [0.0]
 
     class Streams:
         def __init__(self, model, spec, setting):
-            made.append((setting, len(spec["prompts"])))
-            self.seconds = 9.0 if len(made) == 1 else 1.0 + setting.threads + (not setting.flash_attention)
+            self.setting = setting
+            self.prompts = len(spec["prompts"])
+            self.open = True
 
-        def run(self, new):
-            return {"decode": self.seconds, "prefill": -self.seconds}
+        def run(self, new, most_answers):
+            runs.append((self.setting, most_answers))
+            clock[0] += self.prompts
+            seconds = 1.0 + self.setting.threads + (not self.setting.flash_attention)
+            if len(runs) == 1:
+                seconds = 9.0
+            return {"decode": seconds, "prefill": -seconds}
 
         def close(self):
-            pass
+            self.open = False
 
     monkeypatch.setattr(peer, "Streams", Streams)
-    spec = {"threads": 2, "prompts": [[0] * 9] * 5, "new": 3, "phase": "decode"}
-    assert peer.Jobs().find_fastest(spec) == (True, 1)
-    assert len(made) == 3 * 4
-    assert peer.Jobs().find_fastest(spec | {"phase": "prefill", "ends": [1]}) == (False, 2)
-    assert {count for _, count in made[12:]} == {2}
-    made.clear()
-    peer.Jobs().find_fastest(spec | {"prompts": [[0] * 4096]})
-    assert [setting for setting, _ in made] == [(True, 2), (False, 2)]
+    monkeypatch.setattr(peer.time, "perf_counter", lambda: clock[0])
+    return peer, runs
+
+
+def test_llama_cpp_runs_in_the_setting_of_the_shortest_try(tries):
+    peer, runs = tries
+    spec = {"threads": 2, "prompts": [[0] * 9], "new": 3, "phase": "decode"}
+    fastest = peer.Jobs().find_fastest(spec)
+    assert fastest.setting == (True, 1)
+    assert fastest.open
+    assert runs == 3 * [((flash, threads), 2) for threads in (2, 1) for flash in (True, False)]
+    assert peer.Jobs().find_fastest(spec | {"phase": "prefill"}).setting == (False, 2)
+
+
+def test_settings_of_llama_cpp_that_take_long_are_tried_once(tries):
+    peer, runs = tries
+    spec = {"threads": 2, "prompts": [[0] * 512] * 8, "new": 3, "phase": "decode"}
+    peer.Jobs().find_fastest(spec)
+    assert [setting for setting, _ in runs] == [(True, 2), (False, 2)]
 
 
 def test_a_peer_says_how_it_was_built(talk):
