@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from engine.errors import UserError
 from engine.files import cache_folder, remove, trust_problem, warn_of_cache, write_problem
+from engine.format import quantity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,15 +100,14 @@ def start_jax(
             f"There is no {choice.upper()} that JAX can use here, only {backend.upper()}.{_advice(choice)}"
         )
     if backend != "cpu":
-        return Device(
-            backend,
-            device_name(),
-            len(jax.local_devices()),
-            "asked for" if choice != "auto" else "chosen by JAX",
-        )
-    count = cores()
-    reason = f"{count} core{'s' * (count != 1)}; " + ("asked for" if choice == "cpu" else _reason_for_cpu())
-    return Device(backend, device_name(), 1, reason)
+        reason = "asked for"
+        if choice == "auto":
+            reason = "chosen by JAX"
+        return Device(backend, device_name(), len(jax.local_devices()), reason)
+    reason = "asked for"
+    if choice == "auto":
+        reason = _reason_for_cpu()
+    return Device(backend, device_name(), 1, f"{quantity(cores(), 'core')}; {reason}")
 
 
 @functools.cache
@@ -275,8 +275,10 @@ def keep_freed_memory(one_arena: bool = True) -> bool:
     mallopt = _glibc("mallopt")
     if mallopt is None:
         return False
-    arenas = [mallopt(_M_ARENA_MAX, 1)] if one_arena else []
-    return all([*arenas, mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1)])
+    done = [mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1)]
+    if one_arena:
+        done.append(mallopt(_M_ARENA_MAX, 1))
+    return all(done)
 
 
 def make_room(size: int) -> None:

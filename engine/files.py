@@ -55,15 +55,19 @@ def cache_folder(name: str, room: int = 2**20) -> Path:
     with contextlib.suppress(OSError):
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
     untrusted = trust_problem(root) or trust_problem(folder)
-    problem = "" if untrusted else write_problem(folder, room)
-    if untrusted or problem:
+    problem = ""
+    if untrusted:
+        problem = f"is not used ({untrusted})"
+    else:
+        unwritable = write_problem(folder, room)
+        if unwritable:
+            problem = f"cannot be written ({unwritable})"
+    if problem:
         if os.environ.get("THRICE_CACHE"):
             variable = "THRICE_CACHE"
         else:
             variable = "THRICE_CACHE or XDG_CACHE_HOME"
-        warn_of_cache(
-            variable, root, f"is not used ({untrusted})" if untrusted else f"cannot be written ({problem})"
-        )
+        warn_of_cache(variable, root, problem)
         root = _temporary_cache(root, room, links=not untrusted)
         os.environ["THRICE_CACHE"] = str(root)
         with contextlib.suppress(OSError):

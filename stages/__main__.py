@@ -19,7 +19,8 @@ def stages() -> dict[str, str]:
         path.parent.name: path for path in here.glob("*/__main__.py")
     }
     order = ("train", "finetune", "reinforce", "evaluate", "generate", "chat", "serve", "export", "by_hand")
-    names = sorted(files, key=lambda name: (order.index(name) if name in order else len(order), name))
+    names = [name for name in order if name in files]
+    names += sorted(files.keys() - {*order})
     docs = {
         name: ast.get_docstring(ast.parse(files[name].read_text(encoding="utf-8"))) or "" for name in names
     }

@@ -86,7 +86,7 @@ def chat(flags: ChatFlags) -> int:
     from engine.inference.decode import prepare_params
     from engine.model.ops import computes_in_c, kernels_note
     from engine.model.weights.block_layout import KINDS
-    from engine.storage.digest import digest
+    from engine.storage.digest import describe_digests, digest
     from engine.storage.model_loader import load_model, with_adapters
     from engine.storage.tensor_layout import describe_kinds
     from engine.text.chat_tokenizer import ChatTokenizer
@@ -97,7 +97,9 @@ def chat(flags: ChatFlags) -> int:
     terminal = sys.stdin.isatty()
     chatty = terminal or flags.verbose
     template = read_template(flags.template)
-    documents = Documents(flags.documents) if flags.documents else None
+    documents = None
+    if flags.documents:
+        documents = Documents(flags.documents)
     keep_kinds: Collection[str] = ()
     if computes_in_c() and not flags.adapter:
         keep_kinds = KINDS
@@ -150,15 +152,16 @@ def chat(flags: ChatFlags) -> int:
     if not is_whole:
         return MISTAKE
     if chatty:
-        after = digest(params)
-        state = "unchanged" if before == after else "CHANGED"
-        notes.print(f"weights {state}: SHA-256 {after[:16]} before and after")
+        notes.print(describe_digests(before, digest(params)))
     return 0
 
 
 def _talk(session: "ChatSession", notes: Console, terminal: bool, chatty: bool) -> bool:
     """Replies to lines until they end, or a turn from a pipe fails. Returns whether none did."""
-    lines = _typed_lines(notes) if terminal else _piped_lines()
+    if terminal:
+        lines = _typed_lines(notes)
+    else:
+        lines = _piped_lines()
     for line in lines:
         if line.strip() == "/quit":
             break

@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -132,7 +132,9 @@ def evaluate(flags: EvaluateFlags) -> None:
             if data is None:
                 check_text_name(flags.data, [*SHIPPED])
         with processes.process_0_first(), console.task("loading"), host_memory(mesh is not None):
-            keep_kinds = KINDS if flags.weights in ("file", "q4") else ()
+            keep_kinds: Collection[str] = ()
+            if flags.weights in ("file", "q4"):
+                keep_kinds = KINDS
             model = load_model(
                 flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh), keep_kinds=keep_kinds
             )
@@ -168,10 +170,9 @@ def evaluate(flags: EvaluateFlags) -> None:
                 raise UserError("--metric compares with the answers of conversations; a text has none.")
             rows = evaluate_text(model, flags.data, record, flags.context, flags.stride, flags.batch, console)
         after = digest_in_memory(model.params)
-        same = "unchanged" if before == after else "CHANGED"
-        console.print_rows([*rows, ("weights", f"{same}, SHA-256 {after[:16]} before and after")])
         if before != after:
             raise RuntimeError(f"Evaluation changed the weights: their SHA-256 was {before} and is {after}.")
+        console.print_rows([*rows, ("weights", f"unchanged, SHA-256 {after[:16]} before and after")])
 
 
 def _read_conversations(data: str) -> "Conversations | None":

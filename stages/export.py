@@ -134,12 +134,19 @@ def export(flags: ExportFlags) -> int:
         console.print_notes(*model.notes)
         sampling, _ = choose_sampling(model.sampling, {}, {}, console, penalties=True)
         model = dataclasses.replace(model, sampling=sampling)
-        stored = str(to_dense(model.params["embed"]).dtype) if model.run else model.cfg.dtype
+        stored: str = model.cfg.dtype
+        record: dict[str, Any] = {}
+        if model.run:
+            stored = str(to_dense(model.params["embed"]).dtype)
+            record = run_folder.read_json(model.run / "run.json")
         if flags.adapter:
             dtype = "float32"
+        elif flags.dtype:
+            dtype = flags.dtype
+        elif to_gguf:
+            dtype = "float16"
         else:
-            dtype = flags.dtype or ("float16" if to_gguf else stored)
-        record = run_folder.read_json(model.run / "run.json") if model.run else {}
+            dtype = stored
         rows = [("device", str(device)), ("model", str(model))]
         base_name = ""
         source: Source | None = None
@@ -159,20 +166,21 @@ def export(flags: ExportFlags) -> int:
 
             params = map_paths(to_written, model.params)
             model = dataclasses.replace(model, params=params)
-            text = record.get("text", {}).get("data")
             if flags.check:
-                source = evaluation_source(text if text in TEXTS else "python", console)
-            else:
-                source = None
+                text = record.get("text", {}).get("data")
+                if text not in TEXTS:
+                    text = "python"
+                source = evaluation_source(text, console)
         console.print_rows(
             [*rows, ("file", describe_kinds(model.kinds, model.params)), ("writes", f"{out}, {dtype}")]
         )
         note = _write(out, model, dtype, base_name, console)
         console.print_notes(note)
-        files = [out] if to_gguf else out.iterdir()
-        console.print_rows(
-            [("written", f"{out}, {format_bytes(sum(file.stat().st_size for file in files))}")]
-        )
+        files = [out]
+        if out.is_dir():
+            files = [*out.iterdir()]
+        size = sum(file.stat().st_size for file in files)
+        console.print_rows([("written", f"{out}, {format_bytes(size)}")])
         if not flags.check:
             return 0
         with console.task("checking", always=True) as report:
@@ -223,9 +231,13 @@ def _check_free(out: Path, to_gguf: bool, overwrite: bool) -> None:
     """
     if not out.exists():
         return
-    if out.is_dir() == to_gguf:
-        raise UserError(f"{out} is a {'folder' if to_gguf else 'file'}; give another --out.")
-    names = {out.name} if to_gguf else {entry.name for entry in out.iterdir()}
+    if to_gguf and out.is_dir():
+        raise UserError(f"{out} is a folder; give another --out.")
+    if not to_gguf and not out.is_dir():
+        raise UserError(f"{out} is a file; give another --out.")
+    names = {out.name}
+    if not to_gguf:
+        names = {entry.name for entry in out.iterdir()}
     strangers = sorted(names - EXPORT_FILES)
     if not to_gguf and strangers:
         raise UserError(f"{out} holds {strangers[0]}, which no export wrote; give another --out.")
@@ -325,7 +337,9 @@ def compare(
     faults += _tokenizer_faults(model.tokenizer, export.tokenizer)
     faults += ["the EOS ids"] * (model.eos_ids != export.eos_ids)
     faults += ["the BOS ids"] * (model.tokenizer.bos_ids != export.tokenizer.bos_ids)
-    template = "kept" if export.tokenizer.config.get("chat_template") else "absent"
+    template = "absent"
+    if export.tokenizer.config.get("chat_template"):
+        template = "kept"
     rows = [
         ("tokens", f"{len(CHECK_TEXTS)} texts, of every script and with control tokens in them"),
         ("EOS ids", f"{', '.join(map(str, export.eos_ids))} and template {template}"),
@@ -361,8 +375,11 @@ def compare(
             f"the most probable token stays in {agreement:.1%} of places",
         ),
     ]
-    faults = ["the logits"] if difference > TOLERANCE else []
-    most = MAX_LOSS_OF_4_BITS if dtype in BLOCKS[1:] else MAX_LOSS
+    if difference > TOLERANCE:
+        faults.append("the logits")
+    most = MAX_LOSS
+    if dtype in BLOCKS[1:]:
+        most = MAX_LOSS_OF_4_BITS
     if not after - before <= most:
         faults.append(
             f"the loss in bits per byte: {after - before:.4f}, and {most} is the most that rounding may cost"

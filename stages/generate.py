@@ -81,7 +81,7 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     from engine.mesh import layout
     from engine.model.ops import computes_in_c, kernels_note
     from engine.model.weights.block_layout import KINDS
-    from engine.storage.digest import digest
+    from engine.storage.digest import describe_digests, digest
     from engine.storage.model_loader import load_model
     from engine.storage.tensor_layout import describe_kinds
     from engine.text.detokenizer import CompletionText
@@ -106,9 +106,10 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     sampling = SamplingParams(
         flags.sampling.max_tokens, seed=flags.sampling.seed, stop_token_ids=model.eos_ids, **fields
     )
-    before = digest(params) if flags.verbose else ""
+    before = ""
     settings = [("file", describe_kinds(model.kinds, params)), ("sampling", source)]
-    if before:
+    if flags.verbose:
+        before = digest(params)
         settings += [
             ("device", f"{device}{kernels_note()}"),
             ("model", str(model)),
@@ -158,9 +159,7 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
         f"{speed}{compiles.count} recompiles{cut}"
     )
     if before:
-        after = digest(params)
-        state = "unchanged" if before == after else "CHANGED"
-        notes.print(f"weights {state}: SHA-256 {after[:16]} before and after")
+        notes.print(describe_digests(before, digest(params)))
 
 
 class ContinuationPrinter:

@@ -147,17 +147,15 @@ def _fit(table: tuple[Any, ...]) -> tuple[Numbers, Any]:
     What drifts is the year of a run, and the 8-bit products of a benchmark.
     """
     chips = sorted({chip(row.hardware) for row in table})
-    features = [
-        [
-            1,
-            0 < row.devices <= 8,
-            math.log10(row.params / 1e10),
-            row.recompute,
-            row.precision != "bfloat16" if hasattr(row, "precision") else _drift(row.year),
-            *(chip(row.hardware) == each for each in chips),
-        ]
-        for row in table
-    ]
+    features = []
+    for row in table:
+        if hasattr(row, "precision"):
+            drift = row.precision != "bfloat16"
+        else:
+            drift = _drift(row.year)
+        size = math.log10(row.params / 1e10)
+        chosen = [chip(row.hardware) == each for each in chips]
+        features.append([1, 0 < row.devices <= 8, size, row.recompute, drift, *chosen])
     x = np.array(features, float)
     y = np.log([utilisation(row) for row in table])
     inverse = np.linalg.inv(x.T @ x + np.diag([0.0, *[SLOPE_PENALTY] * 4, *[CHIP_PENALTY] * len(chips)]))

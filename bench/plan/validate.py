@@ -128,7 +128,10 @@ def validation() -> dict[str, Any]:
         "time of LoRA over that of full fine-tuning": [*adapter_errors()],
         "peak memory of LoRA and QLoRA": [*memory_errors()],
     }
-    single = [each for name, part in parts.items() if "makers" not in name for each in part]
+    single = []
+    for name, part in parts.items():
+        if "makers" not in name:
+            single += part
     unclean = [replay(run, clean_runs()) for run in rows("training_runs") if run.unclean]
     return {
         "table": {name: figures(part) for name, part in parts.items()},

@@ -91,11 +91,13 @@ async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
             document["rows"].append(await asyncio.to_thread(compare, engine, rounds))
         document["scored"] = await measure.scored_per_second(server, rounds)
         progress("saturated with a mix of requests, and latency at shares of that load")
-        peak, tokens = await measure.saturated_throughput(server, slots, slots * (4 if quick else 8))
+        requests, seconds = slots * 8, 40.0
+        if quick:
+            requests, seconds = slots * 4, 12.0
+        peak, tokens = await measure.saturated_throughput(server, slots, requests)
         document["saturated"] = {"requests_per_second": peak, "tokens_per_second": tokens}
         document["under_load"] = [
-            await measure.latency_under_load(server, load, peak, 12.0 if quick else 40.0)
-            for load in (0.5, 0.8)
+            await measure.latency_under_load(server, load, peak, seconds) for load in (0.5, 0.8)
         ]
         document["resident_bytes"] = server.resident_bytes()
     return document

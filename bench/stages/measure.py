@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -97,7 +98,7 @@ def stage_table(
     Progress goes to stderr. Raises UserError for what does not fit or is not there.
     """
     begin = clock()
-    model = find_model(preset_name, model_name, lambda cfg: check_memory(cfg, batch, context))
+    model = find_model(preset_name, model_name, functools.partial(check_memory, batch=batch, context=context))
     progress("measuring this machine's ceilings, which utilisation is a share of ...")
     ceilings = measure_ceilings()
     cfg = model.cfg
@@ -216,11 +217,13 @@ def check_memory(cfg: ModelConfig, batch: int, context: int) -> None:
     fit the memory.
     """
     limit = device_memory_bytes()
-    presets = sorted(PRESETS.items(), key=lambda item: -count_params(item[1]).total)
-    fitting = (
-        f"--preset {name} fits" for name, other in presets if table_bytes(other, batch, context) <= limit
-    )
-    remedy = next(fitting, "give a smaller --batch or --context")
+    remedy = "give a smaller --batch or --context"
+    largest = 0
+    for name, other in PRESETS.items():
+        weights = count_params(other).total
+        if weights > largest and table_bytes(other, batch, context) <= limit:
+            largest = weights
+            remedy = f"--preset {name} fits"
     require_memory(table_bytes(cfg, batch, context), "The stage table would need", f"{remedy}.", limit=limit)
 
 
@@ -256,7 +259,8 @@ def _rows(
         makers[name] = functools.partial(
             decode_row, cfg, served, slots, tokens.shape[1], name=name, weights=weights
         )
-    makers["by hand"] = functools.partial(by_hand_rows, cfg, params, jax.tree.map(lambda x: x[:1], batch))
+    first_row = jax.tree.map(operator.itemgetter(slice(1)), batch)
+    makers["by hand"] = functools.partial(by_hand_rows, cfg, params, first_row)
     for done, (name, make) in enumerate(makers.items(), 1):
         progress(f"compiling {done} of {len(makers)}: {name}", replace=True)
         rows = make()

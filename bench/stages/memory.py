@@ -10,6 +10,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
+import operator
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -168,7 +169,7 @@ def find_buffers(compiled: jax.stages.Compiled) -> tuple[list[Buffer], int]:
     buffers: set[Buffer] = set()
     for results in program.results.values():
         buffers.update(buffer for buffer in results.values() if buffer.start >= 0)
-    ordered = sorted(buffers, key=lambda buffer: (buffer.place, buffer.start))
+    ordered = sorted(buffers, key=operator.attrgetter("place", "start"))
     for buffer, after in itertools.pairwise(ordered):
         if buffer.place == after.place:
             buffer.end = min(buffer.end, after.start - 1)

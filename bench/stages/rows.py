@@ -6,6 +6,7 @@ run forward alone.
 
 import dataclasses
 import functools
+import operator
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -193,9 +194,7 @@ def training_row(
     objective: Objective = NEXT_TOKEN
     if kind.preference:
         objective = preference_objective("dpo", 0.1)
-        chosen = jax.tree.map(lambda x: x[0::2], batch)
-        rejected = jax.tree.map(lambda x: x[1::2], batch)
-        pairs = Preferences(chosen, rejected)
+        pairs = Preferences(every_second_row(batch, 0), every_second_row(batch, 1))
         data = pairs._replace(reference=pair_logprobs(cfg, frozen, pairs))
     step = TrainingStep(cfg, tx, new_state(tx, trainable), frozen, data, objective=objective)
     program = functools.partial(train_step, cfg, tx, objective=objective)
@@ -227,6 +226,10 @@ def training_row(
         dtype=cfg.dtype,
         **cost | {"walker": walker},
     )
+
+
+def every_second_row(batch: Batch, first: int) -> Batch:
+    return jax.tree.map(operator.itemgetter(slice(first, None, 2)), batch)
 
 
 def evaluation_row(cfg: ModelConfig, params: Any, batch: Batch) -> Row:

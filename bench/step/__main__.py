@@ -114,7 +114,8 @@ def show_experiments() -> Json:
     with EXPERIMENTS.open(encoding="utf-8", newline="") as file:
         experiments = list(csv.DictReader(file))
     print_table("The default run", list(experiments[0]), (list(row.values()) for row in experiments), left=2)
-    print("Compare runs of 180 s; two seeds differ by up to 0.06. Today's recipe: stages/train/run.py.")
+    print("Compare runs of 180 s: two seeds differ by up to 0.06.")
+    print("Today's recipe is in stages/train/run.py.")
     return {"experiments": experiments}
 
 

@@ -11,7 +11,7 @@ return their arguments, or call what they are given, and count 1 device.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -105,7 +105,11 @@ def make_sharded_cache(make: Callable[[], Any]) -> Any:
     """Returns `make()`, a KV cache; on a mesh each device makes its own part."""
     if current_mesh() is None:
         return make()
-    return jax.jit(lambda: pin_cache(make()))()
+
+    def make_pinned() -> Any:
+        return pin_cache(make())
+
+    return jax.jit(make_pinned)()
 
 
 def own_device() -> jax.Device:
@@ -200,8 +204,12 @@ def pin_cache(tree: Any) -> Any:
     return pin(tree, cache_specs)
 
 
+def _no_axes(tree: Any, sizes: Mapping[str, int]) -> P:
+    return P()
+
+
 def replicate(tree: Any) -> Any:
-    return pin(tree, lambda _, sizes: P())
+    return pin(tree, _no_axes)
 
 
 def _size(*axes: str) -> int:

@@ -36,6 +36,13 @@ def digest(params: Any, scales: bool = True) -> str:
     return hasher.hexdigest()
 
 
+def describe_digests(before: str, after: str) -> str:
+    """Returns in words whether two digests of weights, in hex, are the same."""
+    if before == after:
+        return f"weights unchanged: SHA-256 {after[:16]} before and after"
+    return f"weights CHANGED: SHA-256 {before[:16]} before and {after[:16]} after"
+
+
 def _with_scales(params: Any) -> Any:
     return jax.tree.map(_with_scale, params, is_leaf=_is_lora)
 

@@ -138,7 +138,10 @@ def descend_by_path(cfg: OptimizerConfig) -> optax.GradientTransformation:
     def scale(path: str, update: Any) -> Any:
         return optax.tree.scale(-cfg.learning_rate * factors.get(path, 1.0), update)
 
-    return optax.stateless(lambda updates, _: map_paths(scale, updates))
+    def descend(updates: Any, _: Any) -> Any:
+        return map_paths(scale, updates)
+
+    return optax.stateless(descend)
 
 
 @functools.cache
@@ -205,7 +208,7 @@ def orthogonalize() -> optax.GradientTransformationExtraArgs:
         updates: Any, state: Any, params: Any = None, *, dtype: DTypeLike = "float32", **_: Any
     ) -> tuple[Any, Any]:
         # Traced once for all matrices of one shape.
-        traced_once = jax.jit(lambda matrix: orthogonal(matrix, dtype), inline=True)
+        traced_once = jax.jit(functools.partial(orthogonal, dtype=dtype), inline=True)
         return layout.map_whole_matrices(traced_once, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

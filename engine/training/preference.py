@@ -94,9 +94,11 @@ def answer_logprobs(
     cfg: ModelConfig, params: Params, pairs: Preferences, head_trains: bool
 ) -> AnswerLogProbs:
     """Returns both answers' log-probabilities, in one forward pass over all 2 B rows."""
-    both = jax.tree.map(
-        lambda a, b: layout.join([a, b], layout.row_groups(len(a))), pairs.answer, pairs.other
-    )
+
+    def join(answer: Array, other: Array) -> Array:
+        return layout.join([answer, other], layout.row_groups(len(answer)))
+
+    both = jax.tree.map(join, pairs.answer, pairs.other)
     summed = -target_losses(cfg, params, both, head_trains).sum(-1)
     mean = summed / jnp.maximum(jnp.count_nonzero(both.mask, axis=-1), 1)
     return AnswerLogProbs(*layout.stack_rows(summed, 2), *layout.stack_rows(mean, 2))

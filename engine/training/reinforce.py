@@ -85,7 +85,11 @@ def grpo(clip: float = 0.2, kl_weight: float = 0.0) -> Objective:
         mask = rollouts.batch.mask
         return (jnp.where(mask, loss, 0.0).sum(1) / jnp.maximum(mask.sum(1), 1)).sum()
 
-    return Objective(summed, lambda rollouts: jnp.asarray(rollouts.batch.mask.shape[0]))
+    return Objective(summed, _count_rows)
+
+
+def _count_rows(rollouts: PolicyBatch) -> Array:
+    return jnp.asarray(rollouts.batch.mask.shape[0])
 
 
 Reward = Callable[[str, Any], float]  # (completion, right answer or None) -> 0 to 1
@@ -148,7 +152,11 @@ def regex_reward(pattern: str) -> Reward:
         expression = re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise UserError(f"{pattern!r} is not a regular expression: {error}.") from error
-    return lambda completion, _: float(expression.search(completion[:LONGEST]) is not None)
+
+    def reward(completion: str, right: Any) -> float:
+        return float(expression.search(completion[:LONGEST]) is not None)
+
+    return reward
 
 
 def sum_reward(completion: str, right: int | None) -> float:

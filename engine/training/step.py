@@ -1,6 +1,7 @@
 """One step of training: forward, backward, update. A pure function of state, batch and progress."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from engine.model.loss import summed_loss
 from engine.model.paths import merge
 from engine.model.transformer import Params
 from engine.model.weights.lora import gather_frozen
+from engine.text.batch import Batch
 
 
 class TrainState(NamedTuple):
@@ -41,7 +43,11 @@ class Objective:
     count: Callable[[Any], Array]
 
 
-NEXT_TOKEN = Objective(summed_loss, lambda batch: jnp.count_nonzero(batch.mask))
+def _count_targets(batch: Batch) -> Array:
+    return jnp.count_nonzero(batch.mask)
+
+
+NEXT_TOKEN = Objective(summed_loss, _count_targets)
 
 
 # Compiler options for a step that trains a LoRA: else XLA would widen an int8 base, or merge the
@@ -140,10 +146,9 @@ def train_step(
         updates = jax.lax.optimization_barrier(updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
         trainable = optax.apply_updates(state.trainable, updates)
+        choose = functools.partial(jnp.where, finite)
         trainable, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (trainable, opt_state),
-            (state.trainable, state.opt_state),
+            choose, (trainable, opt_state), (state.trainable, state.opt_state)
         )
         trainable, opt_state = layout.pin((trainable, opt_state))
     refused = (~finite).astype(jnp.int32)

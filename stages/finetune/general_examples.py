@@ -163,7 +163,13 @@ def _complete(
             if event.finish_reason:
                 reasons[event.id] = event.finish_reason
         report(len(reasons), len(prompts))
-    return [completion if reasons[id] == "stop" else None for id, completion in tokens.items()]
+    completions: list[list[int] | None] = []
+    for id, completion in tokens.items():
+        if reasons[id] == "stop":
+            completions.append(completion)
+        else:
+            completions.append(None)
+    return completions
 
 
 def general_examples(chat: ChatTokenizer, answers: Sequence[tuple[str, str]], seq: int) -> list[Example]:

@@ -1,6 +1,7 @@
 """Reinforcement learning: inference samples completions, a rule rewards them, training updates weights."""
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Sequence
@@ -56,9 +57,7 @@ def run(flags: ReinforceFlags, device: Device) -> int:
         folder=folder,
         dry_run=flags.dry_run,
     )
-    return execute(
-        options, lambda console: plan_reinforcement(flags, options, console), prepare_reinforcement
-    )
+    return execute(options, functools.partial(plan_reinforcement, flags, options), prepare_reinforcement)
 
 
 def prepare_reinforcement(planned: ReinforcePlan, console: Console) -> "PreparedReinforcement":

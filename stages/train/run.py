@@ -95,7 +95,7 @@ def run(flags: TrainFlags, device: Device) -> int:
         dry_run=flags.dry_run,
         mesh=flags.mesh.shape(),
     )
-    return execute(options, lambda console: plan_training(flags, options, console), prepare_training)
+    return execute(options, functools.partial(plan_training, flags, options), prepare_training)
 
 
 def chosen_recipe(
@@ -293,8 +293,11 @@ def prepare_training(planned: TrainingPlan, console: Console) -> "PreparedTraini
     needs = f"Training {plan.name} needs at least"
     require_room(plan, least, needs, "choose a smaller preset.", " for weights, gradients and optimizer")
     optimizer = make_optimizer(plan.recipe.optimizer)
-    # One object, for JAX traces it only once.
-    begin = jax.jit(lambda: init_state(optimizer, init_params(plan.cfg, jax.random.key(plan.seed))))
+
+    @jax.jit
+    def begin() -> TrainState:
+        return init_state(optimizer, init_params(plan.cfg, jax.random.key(plan.seed)))
+
     return PreparedTraining(
         plan=plan,
         metadata=planned.metadata,

@@ -14,9 +14,9 @@ PARTS = re.compile(r'<link rel="stylesheet" href="([./\w]+\.css)">|<script src="
 INDENT = re.compile(r"^[ \t]*(?://.*\n)?|  //.*$", re.MULTILINE)
 
 
-def whole_page(path: Path, found: Callable[[str, str], None] = lambda tag, text: None) -> str:
-    """Returns an HTML file with the styles and scripts inside that it names. Calls `found` with the
-    tag and text of each.
+def whole_page(path: Path, on_part: Callable[[str, str], None] | None = None) -> str:
+    """Returns an HTML file with the styles and scripts inside that it names. Calls `on_part` with
+    the tag and text of each.
 
     All but libraries comes without indentation and comments.
     """
@@ -29,7 +29,8 @@ def whole_page(path: Path, found: Callable[[str, str], None] = lambda tag, text:
         text = "\n" + (path.parent / name).read_text("utf-8")
         if "vendor/" not in name:
             text = INDENT.sub("", text)
-        found(tag, text)
+        if on_part:
+            on_part(tag, text)
         return f"<{tag}>{text}</{tag}>"
 
     return PARTS.sub(inside, INDENT.sub("", path.read_text("utf-8")))

@@ -319,7 +319,9 @@ def _life(stage: str, paths: Collection[str], trained: Collection[str]) -> str:
         return "train"
     if any(path.endswith("/a") for path in paths):
         return "lora"
-    return "all" if {*trained} == {*paths} else "frozen"
+    if {*trained} == {*paths}:
+        return "all"
+    return "frozen"
 
 
 def _together[T](trained: dict[str, T], still: dict[str, T]) -> dict[str, T]:
@@ -344,7 +346,9 @@ def _grid(shape: tuple[int, ...], patch: int) -> tuple[int, int]:
 
 def _describe(path: str, shape: tuple[int, ...], patch: int) -> dict[str, Any]:
     rows, columns = _grid(shape, patch)
-    layer = int(path.split("/")[1]) if path.startswith("blocks/") else None
+    layer = None
+    if path.startswith("blocks/"):
+        layer = int(path.split("/")[1])
     return {"path": path, "shape": shape, "layer": layer, "rows": rows, "columns": columns}
 
 
