@@ -20,6 +20,15 @@ class Sender(NamedTuple):
     group: tuple[str, str, int]
 
 
+class Place(NamedTuple):
+    """The place of a request that was let in."""
+
+    # The lowest is served first.
+    priority: int
+    # How many requests had places when it came, itself counted.
+    company: int
+
+
 class Refusal(NamedTuple):
     """What a refused request was told, and whether it heeds it."""
 
@@ -42,6 +51,7 @@ class Admission:
     """
 
     def __init__(self, slots: int, queue: int) -> None:
+        self.slots = slots
         self.limit = slots + queue
         self.held_places = (queue + 1) // 2
         self.reserved = 0
@@ -108,35 +118,33 @@ class Admission:
         seconds = round(self._seconds * (ahead + 1 - free))
         return min(60, max(rounds, seconds))
 
-    def reserve(self, sender: Sender, now: float, tries: int | None = None) -> int:
-        """Takes a place, until `release`. Returns its priority: the lowest is served first.
-
-        Raises ApiError as `check`.
-        """
+    def reserve(self, sender: Sender, now: float, tries: int | None = None) -> Place:
+        """Takes a place, until `release`. Raises ApiError as `check`."""
         own = self.check(sender, now, tries)
         self.refusals.pop(own, None)
         self.reserved += 1
-        return next(self._priorities)
+        return Place(next(self._priorities), self.reserved)
 
     def release(self) -> None:
         self.reserved -= 1
 
     @contextlib.contextmanager
-    def place(self, sender: Sender, now: float, tries: int | None = None) -> Iterator[int]:
-        """Holds a place within the block, and yields its priority. Raises ApiError as `check`."""
-        priority = self.reserve(sender, now, tries)
+    def place(self, sender: Sender, now: float, tries: int | None = None) -> Iterator[Place]:
+        """Holds a place within the block. Raises ApiError as `check`."""
+        place = self.reserve(sender, now, tries)
         try:
-            yield priority
+            yield place
         finally:
             self.release()
 
-    def record(self, seconds: float) -> None:
+    def record(self, place: Place, seconds: float) -> None:
         """Records the time from a request's arrival to its end, from which Retry-After is estimated.
 
-        Divided by the requests under way it is the mean time between two ends (Little 1961, L =
-        lambda W).
+        Requests end in about the order in which they came, so in that time as many end as had
+        places at its arrival; of fewer than there are slots, others could have ended beside them.
         """
-        self._seconds = 0.9 * self._seconds + 0.1 * seconds / self.reserved
+        between_ends = seconds / max(self.slots, place.company)
+        self._seconds = 0.9 * self._seconds + 0.1 * between_ends
 
     def add_bytes(self, count: int) -> None:
         """Adds received bytes to `body_bytes`, until `remove_bytes`.

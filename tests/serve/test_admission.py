@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.serve.admission import MAX_REFUSALS, Admission, Sender
+from stages.serve.admission import MAX_REFUSALS, Admission, Place, Sender
 from stages.serve.errors import ApiError
 
 
@@ -65,7 +65,7 @@ class Simulation:
             again: dict[str, Any] = {"size": size, "obedient": obedient, "port": port}
             try:
                 counted = tries if self.ports == "counted" else None
-                priority = self.admission.reserve(Sender(port, ("127.0.0.1", "", size)), now, counted)
+                place = self.admission.reserve(Sender(port, ("127.0.0.1", "", size)), now, counted)
             except ApiError as error:
                 assert self.admission.reserved >= self.slots  # no slot is empty for who is in line
                 count = passed + overtaken
@@ -78,7 +78,7 @@ class Simulation:
                 )
                 return
             self.admitted.append((now, begun, size, obedient))
-            heapq.heappush(self.waiting, (priority, now, size))
+            heapq.heappush(self.waiting, (place, now, size))
             self.at(now, self.serve)
             self.at(now + self.seconds * 3, self.client(**again))
 
@@ -86,12 +86,12 @@ class Simulation:
 
     def serve(self, now: float) -> None:
         while self.waiting and self.running < self.slots:
-            _, arrived, size = heapq.heappop(self.waiting)
+            place, arrived, size = heapq.heappop(self.waiting)
             self.running += 1
 
-            def end(later: float, arrived: float = arrived) -> None:
+            def end(later: float, place: Place = place, arrived: float = arrived) -> None:
                 self.running -= 1
-                self.admission.record(later - arrived)
+                self.admission.record(place, later - arrived)
                 self.admission.release()
                 self.serve(later)
 
@@ -148,12 +148,23 @@ def sender(port: int, size: int = 1) -> Sender:
 def test_each_in_the_line_is_told_when_a_place_will_be_free_for_it():
     """In time for the requests ahead of it, and no more than `held` in a second."""
     admission = Admission(2, 4)
-    for port in range(6):
-        admission.reserve(sender(port), 0)
+    places = [admission.reserve(sender(port), 0) for port in range(6)]
     assert [refusal(admission, sender(port, port), 0) for port in (10, 11, 12, 13, 14)] == [1, 1, 2, 2, 3]
     for _ in range(60):
-        admission.record(18.0)  # seconds: one of six ends every three
+        admission.record(places[-1], 18.0)  # seconds: one of six ends every three
     assert [refusal(admission, sender(port, port), 0) for port in (20, 21)] == [18, 21]
+
+
+def test_after_a_burst_the_wait_is_that_of_the_queue():
+    """40 requests come at once, and one ends each half second. Each of the last was alone at its end,
+    which says nothing of how long the next will take."""
+    admission = Admission(8, 32)
+    for number, place in enumerate([admission.reserve(sender(port), 0) for port in range(40)], 1):
+        admission.record(place, 0.5 * number)
+        admission.release()
+    for port in range(40):
+        admission.reserve(sender(port), 20)
+    assert [refusal(admission, sender(port, port), 20) for port in (50, 51, 52, 53)] == [1, 1, 1, 2]
 
 
 def test_refusals_are_forgotten_and_bounded():

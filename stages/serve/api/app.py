@@ -283,8 +283,8 @@ class Api:
             message = f"prompts times n are {choices:,} completions; {limit}."
             raise InvalidField("n", message)
         admission = self._state.admission
-        with admission.place(_sender(call, choices), time.monotonic(), _tries(call)) as priority:
-            call.priority = priority
+        with admission.place(_sender(call, choices), time.monotonic(), _tries(call)) as place:
+            call.place = place
             yield
 
 

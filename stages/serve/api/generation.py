@@ -115,7 +115,7 @@ class Generation:
         ignored: Sequence[str] = (),
     ) -> None:
         self._state = call.state
-        self._priority = call.priority
+        self._place = call.place
         self._arrived = call.http.state.arrived
         self._choices = choices
         self._reply = reply
@@ -205,10 +205,10 @@ class Generation:
     def _wait(self) -> str:
         """Returns what the request waits for: a slot, its prompt, or the next token."""
         engine = self._state.engine.engine
-        position = engine.queue_position(self._priority)
+        position = engine.queue_position(self._place.priority)
         if position:
             return f"place {position} in the queue"
-        done, tokens = engine.prefill_progress(self._priority)
+        done, tokens = engine.prefill_progress(self._place.priority)
         if not tokens:
             return "waiting"
         progress = f"reading {done} of {tokens} tokens"
@@ -241,7 +241,9 @@ class Generation:
         try:
             for choice in self._choices:  # before anything is awaited: an adapter may be removed meanwhile
                 listener = functools.partial(self._take, choice)
-                self._unfinished[choice] = self._state.engine.submit(choice.request, self._priority, listener)
+                self._unfinished[choice] = self._state.engine.submit(
+                    choice.request, self._place.priority, listener
+                )
             yield
         finally:
             watching.cancel()
@@ -358,7 +360,7 @@ class Generation:
         decoding = now - choice.first_token
         self._state.metrics.count_completion(len(choice.request.prompt), generated, seconds, decoding)
         if not self._unfinished:
-            self._state.admission.record(seconds)
+            self._state.admission.record(self._place, seconds)
 
 
 def join_pieces(parts: Sequence[Piece]) -> Piece:

@@ -19,6 +19,7 @@ from starlette.responses import Response
 
 from engine.errors import InvalidField
 from engine.inference.request import RANGES
+from stages.serve.admission import Place
 from stages.serve.errors import ApiError, ClientGone
 from stages.serve.state import ServedModel, ServerState
 
@@ -313,13 +314,13 @@ for _name, _hint in get_type_hints(UsualFields, include_extras=True).items():
 class ApiCall[Body]:
     """One request on its way: the server's state, the HTTP request, its body, and the model that it names.
 
-    `priority`: that of its reserved place. `content`: the bytes of its body, which count while its
-    text becomes tokens.
+    `place`: that which it reserved. `content`: the bytes of its body, which count while its text
+    becomes tokens.
     """
 
     body: Body
     model: ServedModel
-    priority: int
+    place: Place
 
     def __init__(self, state: ServerState, http: Request) -> None:
         self.state = state
