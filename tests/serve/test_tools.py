@@ -14,19 +14,11 @@ from hypothesis import strategies as st
 from tiny_server import events, good, refused, say
 
 from engine.text.chat_tokenizer import ChatTokenizer
-from stages.serve import tools
+from stages.serve.api import jobs
 from stages.serve.api import ollama as ollama_route
-from stages.serve.tools import (
-    HERMES,
-    CallParser,
-    Function,
-    ToolFormat,
-    ToolUse,
-    describe_tools,
-    join_calls,
-    tool_format,
-    tool_use,
-)
+from stages.serve.call_parser import CallParser
+from stages.serve.tool_format import HERMES, ToolFormat, describe_tools, tool_format
+from stages.serve.tools import Function, ToolUse, join_calls, tool_use
 
 PARAMETERS = {
     "type": "object",
@@ -569,7 +561,7 @@ def test_ollamas_client_calls_tools(client, monkeypatch):
 def test_a_call_that_the_model_chose_to_make_is_no_text_where_it_is_cut(client, monkeypatch, answer):
     """A model without sense is led to write it by another grammar."""
     text = answer % HERMES.call("get_weather", '{"city": "Rome", "days": 1}')
-    monkeypatch.setattr(tools, "tool_grammar", lambda *_: f"start: {json.dumps(text)}")
+    monkeypatch.setattr(jobs, "tool_grammar", lambda *_: f"start: {json.dumps(text)}")
     for size in range(1, 200, 3):
         fields = {"tools": TOOLS, "stream": size % 2 == 0}
         reply = client.chat("Go", size, **fields)
@@ -585,7 +577,7 @@ def test_a_bare_call_is_a_call_where_text_was_allowed(client, monkeypatch, choic
     """As Qwen2.5-Coder writes it. An answer that was to be JSON is none."""
     arguments = '{\n    "city": "Rome"\n  }'
     bare = '```json\n{\n  "name": "get_weather",\n  "arguments": ' + arguments + "\n}\n```"
-    monkeypatch.setattr(tools, "tool_grammar", lambda *_: f"start: {json.dumps(bare)}")
+    monkeypatch.setattr(jobs, "tool_grammar", lambda *_: f"start: {json.dumps(bare)}")
     fields = {"tools": TOOLS, "tool_choice": choice}
     (whole,) = good(client.chat("Go", ROOM, **fields))["choices"]
     assert (whole["message"]["content"], whole["finish_reason"]) == (None, "tool_calls")

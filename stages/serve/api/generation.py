@@ -21,8 +21,9 @@ from engine.text.detokenizer import CompletionText
 from engine.text.documents import Passage
 from stages.serve.api.jobs import Job, compile_grammar, make_requests
 from stages.serve.api.requests import ApiCall, json_reply
+from stages.serve.call_parser import CallParser
 from stages.serve.errors import ApiError, ClientGone, api_error
-from stages.serve.tools import CallParser, ToolCall, join_calls
+from stages.serve.tools import ToolCall, join_calls
 
 MAX_COMPLETIONS = 128  # prompts times n: later requests wait for them all
 KEEP_ALIVE_SECONDS = 10.0  # of silence before a comment is sent: proxies close idle connections

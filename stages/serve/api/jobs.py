@@ -5,6 +5,7 @@ import functools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 from engine.errors import InvalidField
@@ -14,6 +15,7 @@ from engine.text.documents import Passage
 from stages.serve.api.requests import ApiCall
 from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import context_overflow
+from stages.serve.tool_grammar import tool_grammar
 from stages.serve.tools import NO_TOOLS, Grammar, ToolUse, Turn
 
 MAX_NAMED_VARIABLES = 16  # of a chat template, in a header
@@ -151,15 +153,13 @@ async def compile_grammar(state: ServerState, job: Job) -> Constraint | None:
     Raises InvalidField.
     """
     pool = state.tokenizer
-    grammar = job.grammar
     tools = job.prompt.tools
-    if tools.tools:
-        if grammar:  # whose field an error shall name, and not `tools`
-            await pool.compile(grammar)
-        grammar = tools.grammar(pool.tool_format, grammar)
-    if grammar is None:
-        return None
-    return await pool.compile(grammar)
+    own = None
+    if job.grammar:  # beside tools too: an error shall name its field, and not `tools`
+        own = await pool.compile(job.grammar)
+    if not tools.tools:
+        return own
+    return await pool.compile(Grammar("tools", partial(tool_grammar, tools, pool.tool_format, job.grammar)))
 
 
 def make_requests(
