@@ -1,4 +1,7 @@
-"""API errors: an HTTP status and OpenAI's error object, which names the field."""
+"""API errors: an HTTP status, and a body that the clients of OpenAI, Anthropic or Ollama read.
+
+OpenAI's and Anthropic's read one object, which names the field; Ollama's read a sentence.
+"""
 
 import sys
 import traceback
@@ -54,11 +57,17 @@ class SentenceReply(msgspec.Struct):
     error: str
 
 
-def error_type(path: str) -> type[ErrorReply | SentenceReply]:
+def reply_class(path: str) -> type[ErrorReply | SentenceReply]:
+    """Returns the class of the body of an error: Ollama's routes are below /api."""
     return SentenceReply if path.startswith("/api/") else ErrorReply
 
 
 class ApiError(Exception):
+    """An error that a client reads: its status, its sentence, and the field that it is about (`param`).
+
+    `code`: its name for programs. `body`: in OpenAI's form. `headers`: of the reply.
+    """
+
     def __init__(
         self,
         status: int,
@@ -80,7 +89,7 @@ class ApiError(Exception):
     def reply(self, path: str) -> Response:
         """Returns the reply to a request for that path."""
         body = self.body
-        if error_type(path) is SentenceReply:
+        if reply_class(path) is SentenceReply:
             body = msgspec.json.encode(SentenceReply(self.error.message))
         return Response(body, self.status, self.headers, media_type="application/json")
 
@@ -90,6 +99,7 @@ class ClientGone(Exception):
 
 
 def error_reply(error: Exception, path: str) -> Response:
+    """Returns the reply to a request for that path, which ended with an error."""
     if isinstance(error, ClientGone):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     return api_error(error).reply(path)

@@ -25,7 +25,7 @@ from stages.serve.api.requests import (
     content_length,
     json_reply,
 )
-from stages.serve.errors import ApiError, ClientGone, error_type
+from stages.serve.errors import ApiError, ClientGone, reply_class
 from stages.serve.page import page as make_page
 from stages.serve.state import ServerState
 
@@ -336,7 +336,7 @@ def openapi_document(vocab: int, version: str, root_path: str = "") -> bytes:
     """
     types: list[Any] = []
     for route in ROUTES:
-        types += [route.body, route.reply, error_type(route.path)]
+        types += [route.body, route.reply, reply_class(route.path)]
     types = [*dict.fromkeys(filter(None, types)), completions.ChatChunk]
     _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     for component in components.values():
@@ -402,7 +402,7 @@ def _replies(route: Route) -> dict[str, Any]:
         codes.append(500)
     replies: dict[str, Any] = {"200": {"description": "Success.", "content": success}}
     for code in (*codes, 401, 403):
-        content = json_body(error_type(route.path))
+        content = json_body(reply_class(route.path))
         if route.path == "/health" and code == 503:
             content = success
         replies[str(code)] = {"description": STATUSES[code], "content": content}
