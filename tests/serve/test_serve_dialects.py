@@ -12,7 +12,7 @@ import pytest
 from tiny_server import events, good, refused, say
 
 from stages.serve.api.app import ROUTES
-from stages.serve.api.jobs import template_variables
+from stages.serve.api.template_variables import template_variables
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 CLAUDE, GEMMA, GPT = "claude-opus-5", "gemma3", "gpt-5"

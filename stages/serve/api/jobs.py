@@ -1,10 +1,8 @@
 """Job: what a request for completions asks for, in no dialect's words; the engine's requests it becomes."""
 
 import dataclasses
-import functools
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,12 +11,12 @@ from engine.inference.constraints import Constraint, ForcedTokens
 from engine.inference.request import SEEDS, Request, SamplingParams, check_request
 from engine.text.documents import Passage
 from stages.serve.api.requests import ApiCall
+from stages.serve.api.template_variables import unread_variables
 from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import context_overflow
 from stages.serve.tool_grammar import tool_grammar
 from stages.serve.tools import NO_TOOLS, Grammar, ToolUse, Turn
 
-MAX_NAMED_VARIABLES = 16  # of a chat template, in a header
 AS_MANY_AS_FIT = 2**31 - 1  # tokens of a completion
 
 
@@ -91,9 +89,14 @@ class TextPrompts:
                 name += f"[{number}]"
             if not each:
                 raise InvalidField(self.field, f"{name} has no tokens; give at least one.")
-            if max(each) >= vocab:
-                raise InvalidField(self.field, f"{name} holds an id outside the vocabulary of {vocab:,}.")
+            check_ids(self.field, each, vocab, name)
         return PromptTokens(tokens, state.stop_token_ids)
+
+
+def check_ids(field: str, ids: Sequence[int], vocab: int, name: str = "") -> None:
+    """Raises InvalidField for an id above the vocabulary. `name`: of the ids, where a field holds more."""
+    if max(ids, default=-1) >= vocab:
+        raise InvalidField(field, f"{name or field} holds an id outside the vocabulary of {vocab:,}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,8 +104,8 @@ class Job:
     """What a request for completions asks for."""
 
     prompt: ChatPrompt | TextPrompts
-    # Of a completion of the first prompt; the others have the seeds after its own. At most
-    # `max_tokens` are generated, and as many as fit.
+    # Of a completion of the first prompt; the others have the seeds after its own. As many tokens
+    # are generated as fit, and at most `max_tokens`.
     sampling: SamplingParams
     # Completions of each prompt; 0 where only the prompts' scores are asked for.
     n: int = 1
@@ -112,7 +115,7 @@ class Job:
     keeps_stop: bool = False
     # Whether a completion goes on after the tokens by which the model ends a text.
     ignores_eos: bool = False
-    # To which every completion keeps.
+    # Of every completion.
     grammar: Grammar | None = None
     # Whether the log-probabilities of each prompt's tokens but its first come before its
     # completions.
@@ -131,10 +134,10 @@ def sampling_of(defaults: SamplingParams, **fields: Any) -> SamplingParams:
     Without `max_tokens` a completion goes on as long as it fits, without `seed` it has a random
     one. Raises InvalidField.
     """
-    given = {name: value for name, value in fields.items() if value is not None}
-    most = given.pop("max_tokens", AS_MANY_AS_FIT)
-    seed = given.pop("seed", int.from_bytes(os.urandom(4)))
-    return dataclasses.replace(defaults, max_tokens=most, seed=seed % SEEDS, **given)
+    values = {name: value for name, value in fields.items() if value is not None}
+    max_tokens = values.pop("max_tokens", AS_MANY_AS_FIT)
+    seed = values.pop("seed", int.from_bytes(os.urandom(4)))
+    return dataclasses.replace(defaults, max_tokens=max_tokens, seed=seed % SEEDS, **values)
 
 
 def only_grammar(grammars: Sequence[Grammar]) -> Grammar | None:
@@ -180,11 +183,18 @@ def make_requests(
         if room < 0 or (room == 0 and job.n):
             raise context_overflow(len(prompt), capacity, field)
         if job.scores and len(prompt) > 1:
-            requests.append(make_scored(call, field, prompt[:1], prompt[1:], field, job.sampling.logprobs))
+            requests.append(
+                make_scored(
+                    call, prompt[:1], prompt[1:], prompt_field=field, field=field, top=job.sampling.logprobs
+                )
+            )
         if job.n:
-            most = min(job.sampling.max_tokens, room)
-            seed = (job.sampling.seed + number * job.n) % SEEDS
-            sampling = dataclasses.replace(job.sampling, max_tokens=most, seed=seed, stop_token_ids=ends)
+            sampling = dataclasses.replace(
+                job.sampling,
+                max_tokens=min(job.sampling.max_tokens, room),
+                seed=(job.sampling.seed + number * job.n) % SEEDS,
+                stop_token_ids=ends,
+            )
             first = make_request(call, field, prompt, sampling, constraint, cache_salt=job.cache_salt)
             requests.append(first)
             for row in sampling.per_row(job.n)[1:]:  # each with its own seed
@@ -221,51 +231,23 @@ def make_request(
 
 def make_scored(
     call: ApiCall,
-    prompt_field: str,
     prompt: Sequence[int],
     tokens: Sequence[int],
+    *,
+    prompt_field: str,
     field: str,
     top: int | None = 0,
 ) -> Request:
     """Returns the request for the log-probabilities of `tokens`, in a field of the body, after a prompt.
 
-    Raises ApiError and InvalidField.
+    `top`: how many probable tokens come beside each. Raises ApiError and InvalidField.
     """
     count = len(prompt) + len(tokens)
     capacity = call.state.engine.capacity
     vocab = call.state.engine.cfg.vocab
     if count > capacity:
         raise context_overflow(count, capacity, field, "prompt and answer have")
-    if max(tokens) >= vocab:  # a mask has no bit for it
-        raise InvalidField(field, f"{field} holds an id outside the vocabulary of {vocab:,}.")
+    check_ids(field, tokens, vocab)  # a mask has no bit for those above
     # As those of a completion's own tokens are, in the same program.
     sampling = SamplingParams(max_tokens=len(tokens), temperature=0.0, logprobs=top)
     return make_request(call, prompt_field, prompt, sampling, ForcedTokens(tokens))
-
-
-def unread_variables(source: str, names: Iterable[str]) -> list[str]:
-    """Returns the variables that a chat template does not read, as fields of a body.
-
-    It is one field if a header cannot name them.
-    """
-    unread = [name for name in names if name not in template_variables(source)]
-    if len(unread) > MAX_NAMED_VARIABLES or not all(
-        re.fullmatch(r"\w{1,64}", name, re.ASCII) for name in unread
-    ):
-        return ["chat_template_kwargs"]
-    return [f"chat_template_kwargs.{name}" for name in unread]
-
-
-@functools.cache
-def template_variables(source: str) -> frozenset[str]:
-    """Returns the names that a chat template may read from a request, in its expressions and statements.
-
-    Those that fields of the conversation fill, such as `messages`, are left out.
-    """
-    code = " ".join(re.findall(r"\{[{%](.*?)[%}]\}", source, re.DOTALL))
-    without_texts = re.sub(r"'[^']*'|\"[^\"]*\"", " ", code)
-    return frozenset(re.findall(r"(?<![.\w])\w+", without_texts)) - {
-        "messages",
-        "tools",
-        "add_generation_prompt",
-    }

@@ -15,7 +15,7 @@ from engine.inference.request import Request, SamplingParams
 from engine.text.detokenizer import CompletionText
 from stages.serve.api.completions import Messages, ReplyUsage, Tools, chat_prompt, reply_usage
 from stages.serve.api.generation import MAX_COMPLETIONS, Choice, Generation, Piece, Usage
-from stages.serve.api.jobs import ChatPrompt, TextPrompts, make_request, make_scored
+from stages.serve.api.jobs import ChatPrompt, TextPrompts, check_ids, make_request, make_scored
 from stages.serve.api.requests import (
     MAX_IDS,
     AnswerRequest,
@@ -86,7 +86,9 @@ async def score(call: ApiCall[ScoreRequest]) -> ASGIApp:
     candidates = await _candidate_tokens(call)
     requests = []
     for tokens in candidates:
-        requests.append(make_scored(call, context.field, prompts.tokens[0], tokens, "candidates"))
+        requests.append(
+            make_scored(call, prompts.tokens[0], tokens, prompt_field=context.field, field="candidates")
+        )
     # Not the call in the reply, which would keep it and its bytes until all is collected.
     name = call.model.name
     fingerprint = call.model.fingerprint
@@ -301,7 +303,5 @@ async def tokenize(call: ApiCall[TokenizeRequest]) -> TokenizeReply:
 async def detokenize(call: ApiCall[DetokenizeRequest]) -> DetokenizeReply:
     """The text of tokens."""
     tokens = call.body.tokens
-    vocab = call.state.engine.cfg.vocab
-    if tokens and max(tokens) >= vocab:
-        raise InvalidField("tokens", f"tokens holds an id outside the vocabulary of {vocab:,}.")
+    check_ids("tokens", tokens, call.state.engine.cfg.vocab)
     return DetokenizeReply(await call.state.tokenizer.decode(tokens))
