@@ -9,6 +9,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from law_table import LAWS
 from tiny import lively_params, tiny_config
 
 hypothesis.settings.register_profile("thrice", deadline=None, max_examples=20, print_blob=True)
@@ -67,6 +68,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     alone with one at the end.
     """
     items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
+    for item in items:
+        for mark in item.iter_markers("law"):
+            unknown = set(mark.args) - LAWS.keys()
+            if unknown:
+                raise pytest.UsageError(f"{item.nodeid}: tests/law_table.py has no law {min(unknown)!r}.")
 
 
 def pytest_collection_finish() -> None:

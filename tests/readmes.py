@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, whatever
 sys.path.append(str(Path(__file__).parent / "promises"))
 
 from figures import Figure
+from law_table import LAWS, marked_tests
 from results import RESULTS, TRIES, Document, machines, read_documents, shown_machine
 
 from bench.plan import plans, validate
@@ -37,7 +38,7 @@ from engine.format import money, percent, si, times
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "bench" / "pictures"
 PICTURED = "bench.json"
-ROOMS = ("engine", "stages", "stages/serve", "bench", "bench/plan", "tests/promises")
+ROOMS = ("engine", "stages", "stages/serve", "bench", "bench/plan", "tests", "tests/promises")
 READMES = [ROOT / "README.md", *(ROOT / room / "README.md" for room in ROOMS), RESULTS / "README.md"]
 TREE = re.compile(r"```tree\n.*?```\n", re.DOTALL)
 BLOCK = re.compile(r"(<!-- (\S+) of (\S+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
@@ -562,6 +563,18 @@ def validated(_: Document) -> list[str]:
     return table("predicted|rows|median error|inside the interval", validate.cells(validate.validation()))
 
 
+def laws(_: Document) -> list[str]:
+    """Returns the laws, and for each the tests that hold it by day, and those at night."""
+    cells = []
+    for law, sentence in LAWS.items():
+        by_time: dict[bool, list[str]] = {False: [], True: []}
+        for test in marked_tests():
+            if test.law == law:
+                by_time[test.runs_at_night].append(f"[{test.name}]({test.path.as_posix()})")
+        cells.append((f"**{law}**", sentence, "<br>".join(by_time[False]), "<br>".join(by_time[True])))
+    return table("|the law|by day|at night", cells, range(4))
+
+
 def serves(document: Document) -> list[str]:
     """Returns the promises of serving."""
     return _promises(document, "SX")
@@ -619,6 +632,7 @@ BLOCKS: dict[str, Callable[[Document], list[str]]] = {
         tries,
         rewarded,
         validated,
+        laws,
         serves,
         trains,
     )

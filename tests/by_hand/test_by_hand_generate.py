@@ -38,6 +38,7 @@ def test_end_and_context_stop_it():
     assert len(list(generate(QWEN3, weights(QWEN3), [1] * 147, max_tokens=8))) == QWEN3.context - 147
 
 
+@pytest.mark.law("forward only")
 def test_forward_alone_is_all_it_uses(monkeypatch):
     monkeypatch.delattr(module, "forward_with_residuals")
     monkeypatch.delattr(module, "backward")

@@ -53,11 +53,13 @@ def assert_saves_nothing(function: Callable, options: dict) -> None:
     assert peaks[1] <= peaks[0] + NOISE
 
 
+@pytest.mark.law("forward only")
 @OPTIONS
 def test_forward_alone_saves_nothing(options):
     assert_saves_nothing(model.forward, options)
 
 
+@pytest.mark.law("forward only")
 @OPTIONS
 def test_forward_alone_allocates_for_no_backward(options):
     """The peak holds one block's scores, once, and their operands: less than a block's residuals."""

@@ -36,6 +36,7 @@ def all_by_hand(cfg, params, batch: Batch):
     return logits, *by_hand.loss_and_gradient(cfg, params, tokens, targets, mask, positions, segments)
 
 
+@pytest.mark.law("gradients")
 @BY_NAME
 @settings(max_examples=6)
 @given(seed=SEEDS)

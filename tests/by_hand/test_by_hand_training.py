@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wide import QWEN2, QWEN3, assert_trees_close, batch_of, float64_engine, in_float64, weights
@@ -95,6 +96,7 @@ def ten_steps_by_jax(cfg, params, progress):
     return losses, jax.device_get(state.trainable)
 
 
+@pytest.mark.law("gradients")
 def test_ten_steps():
     losses, params = ten_steps_by_hand(QWEN3, weights(QWEN3))
     with float64_engine():

@@ -37,6 +37,7 @@ def configs(draw):
 # ---- identities
 
 
+@pytest.mark.law("factor of three")
 @settings(max_examples=40)
 @given(configs(), st.integers(1, 50), st.sampled_from(["causal", "full"]))
 def test_forward_is_a_third_of_training(cfg, tokens, attention):

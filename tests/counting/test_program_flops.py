@@ -85,6 +85,7 @@ def assert_agreement(cfg, rows, tokens, ways, microbatches=1, **options):
 FEW, MANY = 2, 10  # sequences of 7: fewer rows than any matrix has columns, and more than most have
 
 
+@pytest.mark.law("factor of three")
 @pytest.mark.parametrize(
     ("rows", "backend"),
     [

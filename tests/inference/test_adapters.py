@@ -90,6 +90,7 @@ choices = st.lists(
 )
 
 
+@pytest.mark.law("batch invariance")
 @pytest.mark.parametrize("dtype", [AS_SERVED, IN_INT8, pytest.param("float32", marks=pytest.mark.night)])
 @settings(max_examples=12, deadline=None)
 @given(choices, st.permutations(range(1, COUNT + 1)), st.booleans(), st.sampled_from([0, 10**6]))

@@ -39,6 +39,7 @@ def constrained(grammar=GRAMMARS[0], max_tokens=50, seed=0, **fields):
     return request_of(text(seed, 9), max_tokens, seed=seed, constraint=constraint_of(grammar), **fields)
 
 
+@pytest.mark.law("constrained decoding")
 def test_an_answer_is_valid_or_was_cut_off():
     """Beside one another; `test_engine_company` holds that each is what it is alone, and plain
     neighbours too.

@@ -34,6 +34,7 @@ def cached(cache) -> list[np.ndarray]:
     return [np.array(layer) for layer in (*cache.k, *cache.v)]
 
 
+@pytest.mark.law("cache equivalence")
 def test_a_prompt_in_pieces_is_the_prompt_at_once_and_a_row_without_tokens_stays(cfg, params):
     prompts, lengths = texts(10, 5, 7), np.array([10, 5, 7], np.int32)
     expected, cache = prefill(cfg, params, padded(prompts, 10), lengths, make_cache(cfg, ROWS, 20))

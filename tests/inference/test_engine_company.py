@@ -136,6 +136,7 @@ class TestCompanyByXla(CompanyAsServed.TestCase):
     """The same without the kernel in C."""
 
 
+@pytest.mark.law("batch invariance")
 def test_the_defaults_of_a_server_are_those_of_the_machine_as_served():
     from engine.inference.config import default_weights
     from stages.serve.flags import ServeFlags

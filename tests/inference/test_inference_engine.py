@@ -98,6 +98,7 @@ def test_rows_that_check_drafts_read_what_their_sequence_reads(dtype, monkeypatc
     check_drafts_of_a_growing_text(dtype, monkeypatch)
 
 
+@pytest.mark.law("isolation")
 @pytest.mark.parametrize("dtype", ["float32", pytest.param(AS_SERVED, marks=pytest.mark.night)])
 def test_copies_in_new_slots_hold_all_that_a_call_may_see(dtype, monkeypatch):
     """The same where rows cannot share a slot."""
@@ -161,6 +162,7 @@ def test_candidates_to_one_prompt_are_decoded_together():
     assert complete(engine, candidates) == expected
 
 
+@pytest.mark.law("cache equivalence")
 @pytest.mark.parametrize(
     "dtype", [pytest.param(dtype, marks=[pytest.mark.night] * (dtype != "float32")) for dtype in DTYPES]
 )
@@ -204,6 +206,7 @@ BY_DAY = [("float32", 0.0, SLOTS), ("float32", 0.3, SLOTS), ("float32", 0.3, 1),
 AT_NIGHT = sorted({(dtype, *case[1:]) for dtype in DTYPES for case in BY_DAY} - {*BY_DAY})
 
 
+@pytest.mark.law("speculation")
 @pytest.mark.parametrize(
     ("dtype", "temperature", "slots"),
     [*BY_DAY, *(pytest.param(*case, marks=pytest.mark.night) for case in AT_NIGHT)],
@@ -243,6 +246,7 @@ def test_drafts_change_when_tokens_come_and_not_which(dtype, temperature, slots,
     dispatches_with_drafts(lambda n, token: 0 if n % 2 else token)
 
 
+@pytest.mark.law("no compiles")
 def test_nothing_is_compiled_after_warm(count_compiles):
     """With one row for drafts, not three; weights on a device that is not named, and on one that
     is.

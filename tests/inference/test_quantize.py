@@ -38,6 +38,7 @@ def test_all_that_is_multiplied_by_is_int8_and_nothing_else(tied):
     assert digest(params) == before
 
 
+@pytest.mark.law("quantisation")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["int8", "full"])
 def test_logits_stay_near(tied, kind):

@@ -100,6 +100,7 @@ def test_tokens_come_as_often_as_the_softmax_says(temperature):
     assert off(by_seed, np.full(V, 1 / V)) > 1000, "the bound can be broken"
 
 
+@pytest.mark.law("determinism")
 def test_another_seed_or_position_is_another_sample():
     logits, row, same = np.zeros((1, V), np.float32), sampling_of(1, seed=0), np.zeros(COUNT)
     assert len({*samples(logits, row, same, seed=sampling_of(COUNT, seed=0).seed).tolist()}) > V // 2

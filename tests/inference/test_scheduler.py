@@ -1,5 +1,6 @@
 """Scheduler: in plain Python, without a model: who is prefilled and decoded first. Its slots: test_simulation.py."""
 
+import pytest
 from tiny import request_of
 
 from engine.inference.constraints import ForcedTokens
@@ -66,6 +67,7 @@ def test_a_long_prompt_holds_nobody_up():
         assert not model.output(long[-1])
 
 
+@pytest.mark.law("fairness")
 def test_short_prompts_do_not_keep_a_long_one_waiting_for_ever():
     model = Model()
     long = model.submit(3 * CHUNK + 1, 3)

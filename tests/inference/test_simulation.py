@@ -93,6 +93,7 @@ def simulate_all(run, seeds):
         run(seed)
 
 
+@pytest.mark.law("batch invariance")
 @pytest.mark.parametrize("run", [simulate, simulate_server])
 @pytest.mark.parametrize("block", range(5))
 def test_each_request_gets_what_it_gets_alone(run, block):

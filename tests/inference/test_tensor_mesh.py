@@ -155,6 +155,7 @@ def outcome(tmp_path_factory):
     return done.stdout
 
 
+@pytest.mark.law("sharding equivalence")
 def test_a_mesh_computes_what_one_device_does(outcome):
     for name, (facts, share) in json.loads(outcome.splitlines()[-1]).items():
         assert [fact for fact, holds in facts.items() if not holds] == [], name

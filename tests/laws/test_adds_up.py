@@ -112,6 +112,7 @@ NIGHT |= {
 assert {*CASES} >= NIGHT
 
 
+@pytest.mark.law("lowering")
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[pytest.mark.night] * (case in NIGHT)) for case in sorted(CASES)]
 )

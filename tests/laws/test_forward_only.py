@@ -23,6 +23,7 @@ def served_model(weights: str):
     return cfg, prepare_params(cfg, quantize(params) if weights == "int8" else params)
 
 
+@pytest.mark.law("forward only", "immutable weights")
 @pytest.mark.parametrize(("weights", "rows"), [("float32", 1), ("bfloat16", 3), ("int8", 1), ("int8", 3)])
 def test_completing_prompts_changes_no_weight_and_remembers_none(weights, rows):
     """As commands and rollouts do: a lone prompt, which repeats itself, and several."""
@@ -38,6 +39,7 @@ def test_completing_prompts_changes_no_weight_and_remembers_none(weights, rows):
     assert digest(params) == before
 
 
+@pytest.mark.law("immutable weights", "isolation")
 def test_serving_many_changes_no_weight_and_remembers_no_request():
     """All that an engine can do, twice over: prefix-cache hits, draft tokens, penalties,
     cancelling.

@@ -41,6 +41,7 @@ SETUPS = {
 }
 
 
+@pytest.mark.law("frozen")
 @pytest.mark.parametrize(
     "setup",
     [
@@ -80,6 +81,7 @@ def test_frozen_parameters_are_the_same_to_the_bit_after_a_thousand_steps(setup)
     assert set(merged) == set(leaf_paths(lively_params(CFG)))
 
 
+@pytest.mark.law("factor of three")
 def test_freezing_spares_the_matmul_flops():
     """By the walker, which reads the program: all, the upper half, the head alone, the lower half."""
     params, batch = lively_params(CFG), text_batch(0, 2, 7)

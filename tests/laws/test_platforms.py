@@ -61,6 +61,7 @@ DAILY = [name for name in PROGRAMS if " step, " not in name or name in (*BY_DAY,
 
 
 # Programs for ROCm are traced as for CUDA; by day three of them are lowered below.
+@pytest.mark.law("immutable weights", "lowering")
 @pytest.mark.parametrize(
     ("platform", "names"),
     [
@@ -90,6 +91,7 @@ def donates_weights(function, arguments) -> bool:
     return any(info.donated for info in jax.tree.leaves(function.trace(*arguments).args_info[0][0]))
 
 
+@pytest.mark.law("donation")
 def test_the_check_sees_what_is_given_away():
     params = {"a": jax.ShapeDtypeStruct((2, 3), jnp.float32), "b": jax.ShapeDtypeStruct((5,), jnp.float32)}
     updating = jax.jit(lambda params: jax.tree.map(lambda leaf: leaf + 1, params), donate_argnums=0)

@@ -230,6 +230,7 @@ def test_attention_to_a_cache(module, dtype, K):
     assert_near(ours(q[:, -1:], k.swapaxes(1, 2), v.swapaxes(1, 2)), expected, TOLERANCE[dtype])
 
 
+@pytest.mark.law("gradients")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("base", ["plain", "int8"])
 def test_the_step_of_a_model_and_of_an_adapter_at_its_start(base, tied, monkeypatch):

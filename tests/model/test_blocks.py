@@ -82,6 +82,7 @@ def rows_of(seed: int, rows: int, width: int, spoil: float) -> np.ndarray:
     return x.astype(np.float32)
 
 
+@pytest.mark.law("quantisation")
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=25)
 @given(
@@ -171,6 +172,7 @@ def test_a_norm_or_swiglu_before_a_product_is_computed_by_both_ways(name, kind_a
         assert (np.abs(ours - before @ dense) <= bound)[is_finite].all(), way
 
 
+@pytest.mark.law("batch invariance")
 @pytest.mark.parametrize("name", ["product", *BEFORE])
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=10)
@@ -203,6 +205,7 @@ def bits() -> bytes:
     return b"".join(np.asarray(product).tobytes() for product in products)
 
 
+@pytest.mark.law("quantisation")
 @pytest.mark.parametrize("kind", ROUNDED)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_weight_is_rounded_to_the_nearest_of_its_blocks(kind, axis):

@@ -74,6 +74,7 @@ def test_near_what_the_layers_give(dtype, shape, texts, seed):
         assert error(array, true) <= max(DTYPES[dtype] * largest, 2 * error(other, true))
 
 
+@pytest.mark.law("causality")
 @pytest.mark.parametrize("texts", TEXTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_depends_on_itself_alone(dtype, texts):

@@ -103,6 +103,7 @@ def test_near_what_xla_gives_and_the_same_is_written(dtype, shape, seed):
         np.testing.assert_array_equal(np.asarray(array), np.asarray(other))
 
 
+@pytest.mark.law("batch invariance")
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=25)
 @given(SIZES, ANY_SEED, st.sampled_from([np.nan, np.inf, 1e30]))
@@ -147,6 +148,7 @@ def test_rows_that_share_a_slot_have_the_bits_of_rows_with_copies_of_it(dtype):
     assert np.asarray(shared)[:3].tobytes() == np.asarray(copies)[:3].tobytes()
 
 
+@pytest.mark.law("isolation")
 @pytest.mark.parametrize("spoilt", ["q", "k", "v", "a key", "a value"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_no_number_spoils_its_own_row(dtype, spoilt):

@@ -39,6 +39,7 @@ weights = st.integers(0, 2**32 - 1).flatmap(
 )
 
 
+@pytest.mark.law("quantisation")
 @given(weights, st.sampled_from([0, 1]))
 def test_no_weight_is_off_by_more_than_half_a_step_of_its_column(weight, axis):
     weight[:, 3] = 0
@@ -88,6 +89,7 @@ def test_few_rows_read_a_transposed_weight_as_it_lies():
     assert f"s32[{F},3]" in next(line for line in compiled.as_text().splitlines() if " dot(" in line)
 
 
+@pytest.mark.law("batch invariance")
 @pytest.mark.parametrize("kind", ["int8", "full"])
 @pytest.mark.parametrize("rows", [2, 7])
 def test_a_row_is_the_same_to_the_bit_whatever_lies_beside_it(kind, rows):

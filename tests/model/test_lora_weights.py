@@ -31,6 +31,7 @@ def explicit(leaf: LoRA, base: jax.Array) -> jax.Array:
     return base + leaf.scale * leaf.a @ leaf.b
 
 
+@pytest.mark.law("adapter identity")
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("rows", [(1, 1), FEW, MANY])
 def test_at_first_it_changes_no_bit(dtype, rows):

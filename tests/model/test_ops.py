@@ -33,6 +33,7 @@ def test_a_program_is_traced_for_jaxs_default_device():
     assert traced == ["cpu", "tpu", "gpu"]
 
 
+@pytest.mark.law("layout equivalence")
 @pytest.mark.parametrize("name", ["qwen3", "llama3", "qwen2"])
 def test_other_platforms_compute_what_a_cpu_computes(name, monkeypatch):
     """The logits, the loss and its gradient by every leaf, in float32: to a share of the largest

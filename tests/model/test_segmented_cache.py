@@ -139,6 +139,7 @@ def check_attention(attention, dtype: str, segments: KVSegments, q, k, v, starts
         np.testing.assert_allclose(out[row], expected, rtol=0, atol=NEAR[dtype])
 
 
+@pytest.mark.law("cache equivalence")
 @EVERY_DTYPE
 def test_a_step_and_a_chunk_see_what_plain_attention_sees_at_every_length_in_every_slot(attention, dtype):
     """Rows stand at different lengths: all from 1 to the capacity, the ones around every edge among
@@ -168,6 +169,7 @@ def test_int8_keys_and_values_are_near_the_ones_that_came(attention, dtype):
     assert error < {"float32": 1e-6, "bfloat16": 6e-3, "int8": 1e-2}[dtype]
 
 
+@pytest.mark.law("batch invariance")
 @EVERY_DTYPE
 def test_a_row_is_the_same_to_the_bit_however_far_the_others_are(attention, dtype):
     """Alone among rows that are not in use, and beside rows that reach further, whose slots hold
@@ -196,6 +198,7 @@ def test_a_row_is_the_same_to_the_bit_however_far_the_others_are(attention, dtyp
         assert len(results) == 1, length
 
 
+@pytest.mark.law("isolation")
 @EVERY_DTYPE
 def test_what_a_row_may_not_see_does_not_matter(attention, dtype):
     """Behind its own position other numbers, in its own slot: the same bits. (Cleared slots hold no

@@ -49,6 +49,7 @@ def test_bfloat16_is_the_same_model_less_precisely(cfg):
 SEGMENTS = np.array([[0, 0, 0, 1, 1, 1, 1], [2, 2, 5, 5, 5, 6, 6]], np.int32)
 
 
+@pytest.mark.law("causality")
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one text a row", "packed"])
 def test_a_token_knows_what_came_before_it_and_nothing_else(cfg, params, segments, reads):
     """d logits[b, t] / d embedding[b', t'] is exactly 0 unless b' = b, t' <= t and both stand in
@@ -72,6 +73,7 @@ def test_a_token_knows_what_came_before_it_and_nothing_else(cfg, params, segment
         assert (felt[b, t, b_, t_] > 0) == may, (b, t, b_, t_)
 
 
+@pytest.mark.law("causality")
 def test_texts_packed_into_a_row_are_read_as_if_alone(cfg, params):
     tokens = tokens_of(0, B, T)
     positions = np.array([[0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 1, 2, 0, 1]], np.int32)
@@ -99,6 +101,7 @@ def assert_cached_is_uncached(reads, cfg, tolerance: float) -> None:
     assert_near(np.concatenate(actual, 1), expected, tolerance)
 
 
+@pytest.mark.law("cache equivalence")
 @pytest.mark.parametrize("cfg", FAMILY.values(), ids=FAMILY)
 def test_cached_is_uncached_at_every_position(cfg):
     assert_cached_is_uncached(run, cfg, 1e-5)
@@ -112,6 +115,7 @@ def test_cached_is_uncached_on_other_devices(elsewhere):
     assert_cached_is_uncached(jax.jit(lambda *arguments: forward(*arguments), static_argnums=0), QWEN3, 1e-5)
 
 
+@pytest.mark.law("layout equivalence")
 def test_no_layout_changes_what_is_computed(cfg, params):
     """Unrolled or scanned, saved or recomputed: one value and one gradient. And each is really
     another program.
@@ -157,6 +161,7 @@ def test_a_fresh_model_knows_nothing():
     assert abs(float(jax.nn.logsumexp(logits, -1).mean()) - np.log(QWEN2.vocab)) < 0.1
 
 
+@pytest.mark.law("determinism")
 def test_a_key_gives_one_model_and_another_key_another():
     first, same, other = (init(QWEN3, jax.random.key(seed)) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, same)

@@ -155,6 +155,7 @@ def make_request(rng: random.Random, size: int, kind: str) -> tuple[str, dict[st
     return "/v1/completions", completion_request(text, 12, **fields)
 
 
+@pytest.mark.law("fairness")
 @servers("S12", "crowded")
 async def test_large_requests_are_not_starved_by_small_ones(crowded, quick, is_real, rng, expect):
     """All come again as Retry-After says."""
@@ -184,6 +185,7 @@ async def test_large_requests_are_not_starved_by_small_ones(crowded, quick, is_r
     )
 
 
+@pytest.mark.law("fairness")
 @servers("S16", "crowded")
 async def test_who_waits_as_told_is_not_passed_over_twice(crowded, quick, is_real, rng, expect):
     """Small ones ask at once, again and again; large ones come as Retry-After says."""

@@ -85,6 +85,7 @@ async def repeat_under_load(
     return max(map(len, texts)), sum(len(outputs) - 1 for outputs in bits), unanswered
 
 
+@pytest.mark.law("batch invariance")
 @pytest.mark.promises(
     name="S1"
 )  # by day: tests/serve/test_serve_load.py and tests/inference/test_engine_company.py
@@ -126,6 +127,7 @@ async def expect_same_bits(
     )
 
 
+@pytest.mark.law("isolation")
 @pytest.mark.promises(name="S2")
 async def test_no_completion_holds_anothers_secret(client, slots, quick, rng, expect):
     count = 64 if quick else 600
@@ -255,6 +257,7 @@ async def _still_held(client: Client, timeout: float = 5.0) -> int:
     return count
 
 
+@pytest.mark.law("backpressure")
 @pytest.mark.promises(name="S5")
 async def test_overload_is_refused(server, slots, quick, rng, expect):
     """Ten times what the server can do, arriving whether it answers or not, in turns with as much

@@ -153,6 +153,7 @@ def _damage(body: dict[str, Any], rng: random.Random) -> None:
         body["max_tokens"] = 2
 
 
+@pytest.mark.law("immutable weights", "no compiles")
 @servers("S6")
 async def test_nothing_disturbs_the_server(client, slots, quick, rng, expect):
     """Each request has an answer, and each refusal OpenAI's form; no program is compiled, and

@@ -22,6 +22,7 @@ def failures(seeds: range) -> list[str]:
     return found
 
 
+@pytest.mark.law("batch invariance")
 @pytest.mark.promises(name="S17")
 @pytest.mark.parametrize("part", range(PARTS))
 def test_any_schedule(part, quick, expect):

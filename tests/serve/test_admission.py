@@ -104,6 +104,7 @@ class Simulation:
             assert 0 <= self.admission.reserved <= self.admission.limit
 
 
+@pytest.mark.law("fairness")
 @settings(max_examples=20)
 @given(
     slots=st.integers(1, 4),

@@ -478,6 +478,7 @@ def test_a_body_that_is_too_large(client, tiny_server):
         assert b" 413 " in connection.recv(1000)
 
 
+@pytest.mark.law("backpressure")
 def test_bodies_of_all_requests_together_are_bounded(client, tiny_server, monkeypatch):
     """By received bytes, not by Content-Length; however a request ends, its bytes are subtracted
     again.
@@ -512,6 +513,7 @@ def test_bodies_of_all_requests_together_are_bounded(client, tiny_server, monkey
     assert until(lambda: admission.body_bytes == 0)
 
 
+@pytest.mark.law("isolation")
 @pytest.mark.parametrize(
     ("path", "body"),
     [

@@ -73,6 +73,7 @@ def hold(tmp_path):
     return tmp_path / "hold"
 
 
+@pytest.mark.law("immutable weights")
 def test_a_signal_lets_what_is_under_way_end(folder, hold):
     with Started(folder, "--name", "sea", "--root-path", "/llm/", env={"HOLD": str(hold)}) as server:
         assert f"weights   {INT8}" in server.output

@@ -34,6 +34,7 @@ def held(tiny_server, monkeypatch):
     free.set()
 
 
+@pytest.mark.law("backpressure")
 def test_one_request_too_many_gets_a_429_at_once(client, tiny_server, held):
     """While the engine does nothing: no refusal waits for it. Then as many are answered as there
     are places.
@@ -128,6 +129,7 @@ def test_a_stream_tells_how_much_of_its_prompt_is_read(client, tiny_server, monk
     assert "data: [DONE]" in lines
 
 
+@pytest.mark.law("fairness")
 def test_sixty_clients_are_served_in_the_order_in_which_they_came(tiny_server, held, monkeypatch):
     """Requests of 1 to 8 answers on three slots: none is refused or overtaken, and each answer has
     its own bits. The first request's text becomes tokens last.

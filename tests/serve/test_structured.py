@@ -126,10 +126,12 @@ def try_schemas(server, client, examples: int) -> None:
     assert attested["digest"] == attested["digest_at_load"]
 
 
+@pytest.mark.law("constrained decoding")
 def test_dozens_of_random_schemas(tiny_server, client):
     try_schemas(tiny_server, client, 12)
 
 
+@pytest.mark.law("constrained decoding")
 @pytest.mark.night
 @pytest.mark.timeout(3600)
 def test_2000_random_schemas(tiny_server, client):

@@ -82,6 +82,7 @@ NAMED = {"type": "function", "function": {"name": "get_weather"}}
 ROOM = 150  # tokens: more than the letters of the longest call
 
 
+@pytest.mark.law("constrained decoding")
 @pytest.mark.parametrize("choice", ["required", NAMED, "auto"])
 @pytest.mark.parametrize("parallel", [True, False])
 def test_a_call_satisfies_its_schema_streamed_or_not(client, choice, parallel):

@@ -218,6 +218,7 @@ def test_evaluation_refuses_a_held_out_set_that_is_another(adapted, chats, tmp_p
     assert "chats.jsonl or the way it is split has changed" in error
 
 
+@pytest.mark.law("resume")
 def test_a_stopped_run_goes_on_to_the_same_bits(adapted, trained, chats, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "stopped"
     options = args(trained, chats, folder, "--lora", LORA, "--save-every", 2, "--keep", 99)
@@ -245,6 +246,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(adapted, trained, chats, tmp_pat
     assert "another choice of trainable parameters" in capsys.readouterr().err
 
 
+@pytest.mark.law("frozen")
 def test_what_is_frozen_stays_to_the_bit(trained, chats, tmp_path, capsys, monkeypatch):
     """And the rules are printed with what they match; the model's sampling stays recommended."""
     folder, sampling = tmp_path / "partly", {"temperature": 0.2}

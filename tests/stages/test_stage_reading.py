@@ -268,6 +268,7 @@ def test_only_whole_characters_are_written(capsys):
     assert length == 4
 
 
+@pytest.mark.law("immutable weights")
 def test_evaluation_agrees_with_the_run_and_changes_nothing(trained, capsys):
     assert evaluate.main(["--model", str(trained)]) == 0
     output = capsys.readouterr().out

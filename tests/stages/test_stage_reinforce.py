@@ -59,6 +59,7 @@ def test_the_run_of_the_model_is_not_overwritten(trained, tmp_path, failing):
     assert (run / "checkpoints" / "20").is_dir()
 
 
+@pytest.mark.law("resume")
 def test_a_stopped_run_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch, capsys):
     unbroken, parts = tmp_path / "whole", tmp_path / "parts"
     assert reinforce.main([*args(trained, unbroken), "--dry-run"]) == 0

@@ -70,6 +70,7 @@ def validation_rows(folder: Path) -> list[tuple[int, float]]:
     return [(line["step"], line[key]) for line in metrics(folder) if key in line]
 
 
+@pytest.mark.law("resume")
 def test_a_run_that_is_killed_and_stopped_goes_on_to_the_same_bits(text, tmp_path, monkeypatch, capsys):
     """Of weights, optimizer, rows of validation and the best; the checkpoints are those of the
     uninterrupted run too.

@@ -54,6 +54,7 @@ def saved(folder: Path, params: Any = None) -> Path:
     return save_adapter(folder / "mine", CFG, params or adapters(), base=BASE, base_name="tiny")
 
 
+@pytest.mark.law("round trip")
 def test_it_comes_back_to_the_bit(tmp_path):
     folder = saved(tmp_path)
     for base in (own_base, None):

@@ -78,6 +78,7 @@ def save_model(folder: Path, step: int, **options: Any) -> Path:
 # Bit for bit
 
 
+@pytest.mark.law("round trip")
 def test_everything_comes_back_bit_for_bit_and_anyone_can_read_it(tmp_path):
     path = save_model(tmp_path, 7)
     loaded = load(tmp_path, *MODEL)

@@ -81,6 +81,7 @@ def check(run: Path, newest: int) -> tuple[int, ...]:
     return found
 
 
+@pytest.mark.law("resume")
 @pytest.mark.parametrize("newest", [2, 3])
 def test_an_end_at_any_change_leaves_whole_checkpoints_only(tmp_path, saves, newest):
     codes = saves(newest)

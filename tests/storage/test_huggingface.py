@@ -232,6 +232,7 @@ print(found, *sorted(event for event in dict(seen) if event.startswith((*STARTS,
 """
 
 
+@pytest.mark.law("hostile files")
 def test_loading_runs_nothing_opens_no_connection_and_writes_no_file(folder, tmp_path):
     file = tiny_gguf(tmp_path / "x.gguf")
     result = subprocess.run(
@@ -263,6 +264,7 @@ def as_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
     return old | {"rope_theta": theta, "rope_scaling": scaling, "torch_dtype": "float32"}
 
 
+@pytest.mark.law("round trip")
 @pytest.mark.parametrize("family", GOLDEN)
 def test_logits_equal_those_of_transformers(family, tmp_path):
     golden = GOLDEN[family]

@@ -172,6 +172,7 @@ def test_a_run_that_ends_while_it_is_loaded_is_not_damaged(tmp_path, monkeypatch
     assert bool(run_folder.verify(tmp_path)) == (written == "missing")
 
 
+@pytest.mark.law("hostile files")
 def test_no_damage_escapes():
     """Loaded under a limit on memory; `python tests/storage/hostile.py SEED COUNT` tries as many as
     wanted.

@@ -31,6 +31,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.law("round trip")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("form", "dtype"), FORMS)
 def test_what_is_written_comes_back(form, dtype, family, tmp_path):

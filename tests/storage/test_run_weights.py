@@ -205,6 +205,7 @@ def change(arrays: Arrays, data: st.DataObject) -> tuple[str, Arrays]:
     return way, others | {path: longer if way == "longer" else array.take(range(array.shape[axis] - 1), axis)}
 
 
+@pytest.mark.law("hostile files")
 @pytest.mark.parametrize("kind", ["plain", "packed", "adapter"])
 @settings(max_examples=30, deadline=None)
 @given(st.data())

@@ -100,6 +100,7 @@ MALFORMED = [
 ]
 
 
+@pytest.mark.law("hostile files")
 @pytest.mark.parametrize(("data", "words"), MALFORMED, ids=[words for _, words in MALFORMED])
 def test_what_cannot_be_so_is_refused_in_a_line(data, words, tmp_path):
     path = tmp_path / "x.safetensors"

@@ -16,6 +16,7 @@ KNOWN = [
 ]
 
 
+@pytest.mark.law("determinism")
 @pytest.mark.parametrize(("count", "batch", "seed", "step", "expected"), KNOWN)
 def test_the_order_does_not_change_between_versions(count, batch, seed, step, expected):
     assert [item for _, item in EpochOrder(count, batch, seed).at(step)] == expected
@@ -30,6 +31,7 @@ def test_epochs_are_told_apart():
     assert items[0] != items[1]
 
 
+@pytest.mark.law("determinism")
 @given(shares=st.sampled_from([1, 2, 3, 6]), step=st.integers(0, 50), seed=st.integers(0, 99))
 def test_the_rows_of_all_processes_are_the_batch(shares, step, seed):
     """The data order does not depend on the number of processes: each one's own rows, side by side,

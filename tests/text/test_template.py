@@ -63,6 +63,7 @@ NEST = "{% set ns = namespace(x=['a']) %}{% for i in range(60) %}{% set ns.x = [
 LOOPS = "{% for i in range(99999) %}{% for i in range(99999) %}{% for i in range(9999) %}{% endfor %}{% endfor %}{% endfor %}"
 
 
+@pytest.mark.law("hostile files")
 @pytest.mark.parametrize(
     "source",
     [
@@ -91,6 +92,7 @@ def test_no_template_stalls_or_fills_the_memory(source):
     assert sum(os.times()[2:4]) - begin < 2
 
 
+@pytest.mark.law("hostile files")
 @pytest.mark.parametrize(
     "source",
     [

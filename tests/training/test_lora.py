@@ -63,6 +63,7 @@ def test_adapters_hold_what_was_asked_for(params):
         init_lora(CFG, KEY, LoraConfig(12, targets=("v",)))
 
 
+@pytest.mark.law("adapter identity")
 @pytest.mark.parametrize("kind", ["array", "full"])
 def test_folding_gives_the_same_logits_and_leaves_the_base_alone(params, kind):
     base = params if kind == "array" else quantize(params, "full") | {"head": params["head"]}
@@ -129,6 +130,7 @@ def gradients_of_whole_matrices(params, adapters, base) -> list:
     return [shape for shape, length in products(jaxpr) if length == 9 * T and shape in both]
 
 
+@pytest.mark.law("factor of three")
 def test_no_product_is_spent_on_the_gradient_of_a_frozen_matrix(params):
     adapters = init_lora(CFG, KEY, LoraConfig(3, targets=("q", "v", "down")))
     assert gradients_of_whole_matrices(params, adapters, params) == []

@@ -85,6 +85,7 @@ def test_a_row_with_a_weight_has_its_loss_and_gradient_times_the_weight(cfg, par
     close(loss_and_gradient(cfg, params, {}, batch_of(MASK * weights))[0], expected[0] / MASK.sum())
 
 
+@pytest.mark.law("layout equivalence")
 @pytest.mark.parametrize(("tied", "chunk"), [(False, 7), (True, 41), (False, 64)])
 def test_in_chunks_is_the_whole_with_gradients(tied, chunk, monkeypatch):
     cfg = tiny_config(tied=tied)

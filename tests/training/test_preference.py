@@ -41,6 +41,7 @@ def by_the_formula(cfg, params, side: Batch) -> jax.Array:
     return jnp.where(side.mask, picked, 0).sum(-1)
 
 
+@pytest.mark.law("adapter identity")
 def test_at_the_reference_the_loss_is_ln_2():
     """Also in bfloat16, which rounds both alike; of a LoRA test_stage_finetune.py finds it."""
     cfg = tiny_config(dtype="bfloat16")
@@ -69,6 +70,7 @@ def simpo(chosen, rejected, sizes, _):
     return -jnp.log(sigmoid(0.7 * chosen / sizes[0] - 0.7 * rejected / sizes[1] - 0.35))
 
 
+@pytest.mark.law("gradients")
 @pytest.mark.parametrize("paper", [dpo, orpo, simpo], ids=lambda paper: paper.__name__)
 def test_loss_and_gradient_are_the_papers(cfg, params, paper):
     pairs = pairs_of(0)._replace(reference=np.array([[0.3, 0], [-2, 0], [0, -1], [1.5, -2.5]], np.float32))

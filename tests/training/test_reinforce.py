@@ -87,6 +87,7 @@ def test_without_an_advantage_there_is_no_gradient(cfg, params):
     assert all(leaf.any() for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.law("gradients")
 def test_loss_and_gradient_are_the_papers(cfg, params):
     """With old probabilities on both sides of the clip, and a reference to be pulled towards."""
     batch = random_batch(0)

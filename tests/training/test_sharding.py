@@ -78,11 +78,13 @@ def trained(request):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.law("sharding equivalence")
 @MESHED
 def test_losses_and_weights_are_those_of_one_device(trained, case, mesh):
     check_as_one_device(trained, f"{case} {mesh}", case, math.inf)
 
 
+@pytest.mark.law("sharding equivalence")
 @pytest.mark.parametrize(("name", "alone", "times"), VARIANTS)
 def test_variants_are_those_of_one_device(trained, name, alone, times):
     """On all three axes, and on two: microbatches, a scan, remat, pieces of the loss, a tied head,

@@ -75,6 +75,7 @@ def test_the_trainable_paths_say_whether_the_head_trains(tied):
     assert told == [True, False]
 
 
+@pytest.mark.law("layout equivalence")
 @pytest.mark.parametrize(("packed", "microbatches", "remat"), [(True, 4, "none"), (False, 2, "block")])
 def test_accumulation_and_a_second_forward_pass_change_no_number(cfg, params, packed, microbatches, remat):
     """Also when the parts count different numbers of targets: the mean is of the whole."""
@@ -85,6 +86,7 @@ def test_accumulation_and_a_second_forward_pass_change_no_number(cfg, params, pa
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), parts, one_batch)
 
 
+@pytest.mark.law("donation")
 def test_the_state_is_donated_and_nothing_else(cfg, params):
     trainable, frozen = partition(params, "head")
     tx = make_optimizer(ADAMW)
@@ -153,6 +155,7 @@ def poisoned(cfg, params):
     return run, init_state(tx, copied(trainable))
 
 
+@pytest.mark.law("finite steps")
 @pytest.mark.parametrize(
     "at", ["loss NaN", "loss Inf", "gradient NaN", "gradient huge", "update NaN", "update Inf"]
 )

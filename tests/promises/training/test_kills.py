@@ -91,6 +91,7 @@ def test_each_change_on_disk_is_refused(make_run, reference, side_by_side, quick
     conclude(expect, runs, different, f"refusals {happened}", late)
 
 
+@pytest.mark.law("resume")
 @pytest.mark.promises(name="T1")
 def test_kills_at_random_moments(make_run, reference, side_by_side, quick, expect):
     """SIGKILL, and again; saves take half of the time of these runs."""
@@ -128,6 +129,7 @@ def end(process: int, seconds: float) -> None:
         os.kill(process, signal.SIGKILL)
 
 
+@pytest.mark.law("resume")
 @pytest.mark.promises(name="T3")
 def test_kills_at_random_steps(make_run, make_tuning, side_by_side, quick, expect):
     """SIGKILL at random steps of 200, in pretraining with Muon and in fine-tuning with LoRA."""
@@ -157,6 +159,7 @@ def test_kills_at_random_steps(make_run, make_tuning, side_by_side, quick, expec
     conclude(expect, runs, different, f"{times} SIGKILLs each of {', '.join(kinds)}")
 
 
+@pytest.mark.law("determinism")
 @pytest.mark.promises(name="T7")
 def test_two_processes(make_run, text, side_by_side, expect):
     """100 steps in processes of their own, two at a time, by Muon and AdamW. By default the clock

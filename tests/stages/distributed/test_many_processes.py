@@ -122,6 +122,7 @@ run.PreparedTuning.report = lambda *arguments: (report(*arguments), note())[0]
 """
 
 
+@pytest.mark.law("sharding equivalence")
 def test_processes_fine_tune_a_model_as_one_does(start, trained, tmp_path):
     """The scores before and after, and the adapter, are those of one process; process 0 prints
     them, and writes it and the events for TensorBoard.
