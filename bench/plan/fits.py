@@ -1,4 +1,4 @@
-"""What published runs say of a device: the share of its peak that training gets, and a roofline of serving.
+"""Fits to published runs the share of a device's peak that training gets, and a roofline of serving.
 
 The share is a ridge regression of its logarithm on chip, one node or several, parameters, whether
 activations are computed again, and the year. What a source states as its MFU is never read: shares
@@ -8,70 +8,40 @@ were chosen among three pairs by those same residuals. Of serving three numbers 
 published rates: what compute and bandwidth yield, and the start of a layer's kernels.
 """
 
-import csv
-import dataclasses
 import functools
 import itertools
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bench.plan.hardware import HERE, accelerators, numbers, read_calibration
+from bench.plan.published_rows import (
+    ServingRun,
+    TrainingBenchmark,
+    TrainingRun,
+    clean_runs,
+    serving_runs,
+    training_benchmarks,
+)
 from engine.counting.accelerators import Accelerator
 from engine.planning.formulas import Numbers, efficiency, serving
 
-_TEXT = {"name", "group", "hardware", "precision", "method", "unclean", "source", "note"}
 LEVEL = 0.85  # of the left-out runs that an interval holds
 SLOPE_PENALTY = 0.3
 CHIP_PENALTY = 0.5  # the fewer runs a chip has, the nearer it stays to all
+FEATURES = ("base", "node", "size", "repeated", "drift")  # of every row; `features` says what they are
+ONE_NODE = 8  # devices, at most
 SLOTS = 512  # requests at once, at most: what engines take by default
 # What is tried: shares of the peak and of the bandwidth, and seconds to start a layer's kernels.
 _TRIED = list(
     itertools.product(np.arange(0.40, 0.86, 0.05), np.arange(0.6, 0.96, 0.05), np.arange(0, 1.3e-4, 1e-5))
 )
 USES = ("compute_use", "bandwidth_use", "layer_seconds")
+LEAST_SPREAD = 0.05  # of this machine, whose few steps may agree by chance
 
-
-@functools.cache
-def rows(name: str) -> tuple[Any, ...]:
-    """Returns the rows of a file, with an attribute for each column; a number that is not there is
-    0.
-    """
-    with (Path(__file__).parent / "published" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
-        columns, *table = csv.reader(file)
-    row: Any = dataclasses.make_dataclass("Row", columns, eq=False)  # equal to itself alone
-
-    def read(column: str, text: str) -> str | float:
-        if column in _TEXT:
-            return text
-        return float(text or 0)
-
-    return tuple(row(*map(read, columns, texts)) for texts in table)
-
-
-@functools.cache
-def clean_runs() -> tuple[Any, ...]:
-    """Returns the training runs that state their device-hours and count."""
-    return tuple(run for run in rows("training_runs") if run.device_hours and not run.unclean)
-
-
-def utilisation(row: Any) -> float:
-    """Returns a benchmark's share of peak, or a run's over all device-hours, with 6 N and causal
-    attention for each token.
-    """
-    if hasattr(row, "utilisation"):
-        return row.utilisation
-    flops = row.tokens * 6 * (row.params + row.layers * row.width * row.context)
-    return flops / (row.device_hours * 3600e12 * accelerators()[row.hardware].bf16_tflops)
-
-
-def chip(hardware: str) -> str:
-    """Returns the name of the accelerator whose chip this one has, with another memory."""
-    return {"a100-40gb": "a100", "h200": "h100"}.get(hardware, hardware)
+TrainingTable = tuple[TrainingRun, ...] | tuple[TrainingBenchmark, ...]
 
 
 class Efficiency(NamedTuple):
@@ -86,50 +56,90 @@ class Efficiency(NamedTuple):
     spread: float
     origin: str
 
-    def of(self, row: Any) -> float:
-        return efficiency(self, row.params, row.devices or math.inf, row.recompute)
+    def share_for(self, run: TrainingRun) -> float:
+        """Returns the share of the peak that a run of this size gets on the device."""
+        return efficiency(self, run.params, run.devices or math.inf, run.recompute)
 
 
-def predict_efficiency(hardware: str, runs: Sequence[Any] | None = None, year: float = 0) -> Efficiency:
-    """Returns a device's efficiency: from runs on its chip, else from benchmarks on it, less what
-    runs fall short of those, else from the runs on all other chips. `runs`: by default all clean
-    ones. `year`: by default that of the newest on the chip, for what software has gained on newer
-    ones may not hold on it.
-    """
-    runs = tuple(runs or clean_runs())
-    own = chip(hardware)
-    weights, left_out = _fit(runs)
-
-    def count(table: Sequence[Any]) -> int:
-        return sum(chip(row.hardware) == own for row in table)
-
-    base = weights["base"] + weights.get(own, 0.0)
-    newest = max(
-        (run.year for run in runs if chip(run.hardware) == own), default=max(run.year for run in runs)
+def make_efficiency(base: float, weights: Numbers, spread: float, origin: str) -> Efficiency:
+    return Efficiency(
+        base=base,
+        node=weights["node"],
+        size=weights["size"],
+        repeated=weights["repeated"],
+        spread=spread,
+        origin=origin,
     )
-    base += weights["drift"] * _drift(year or newest)
-    spread = spread_of(left_out)
-    origin = f"{len(runs)} published runs, {count(runs)} of them on {own}"
-    if own not in weights and count(rows("training_benchmarks")):
-        weights, _ = _fit(rows("training_benchmarks"))
-        steady = _efficiency(weights["base"], weights, 0, "")
-        known = [run for run in runs if chip(run.hardware) in weights]
-        below = np.array(
-            [math.log(utilisation(run) / steady.of(run)) - weights[chip(run.hardware)] for run in known]
-        )
-        base = weights["base"] + weights[own] + float(np.median(below))
-        spread = spread_of(below - np.median(below))
-        measured = count(rows("training_benchmarks"))
-        benchmarks = "benchmark" if measured == 1 else "benchmarks"
-        origin = f"{measured} published {benchmarks} on {own}, and how far below such whole runs stay on other chips"
-    elif own not in weights:
-        spread = math.hypot(spread, max(abs(weights[chip(run.hardware)]) for run in runs))
-        origin = f"{len(runs)} published runs on other chips, for none on {own} was found"
-    return _efficiency(base, weights, spread, origin)
 
 
-def _efficiency(base: float, weights: Numbers, spread: float, origin: str) -> Efficiency:
-    return Efficiency(base, weights["node"], weights["size"], weights["repeated"], spread, origin)
+def chip(hardware: str) -> str:
+    """Returns the name of the accelerator whose chip this one has, with another memory."""
+    return {"a100-40gb": "a100", "h200": "h100"}.get(hardware, hardware)
+
+
+def predict_efficiency(
+    hardware: str, runs: Sequence[TrainingRun] | None = None, year: float = 0
+) -> Efficiency:
+    """Returns a device's efficiency by the best evidence there is: runs on its chip, else benchmarks
+    on it, else the runs on all other chips. `runs`: by default all clean ones. `year`: the year whose
+    software is assumed; by default the newest run's on this chip.
+    """
+    evidence = tuple(runs or clean_runs())
+    own = chip(hardware)
+    if count_on_chip(evidence, own):
+        return from_runs_on_chip(own, evidence, year)
+    if count_on_chip(training_benchmarks(), own):
+        return from_benchmarks_on_chip(own, evidence)
+    return from_other_chips(own, evidence, year)
+
+
+def count_on_chip(table: TrainingTable, own: str) -> int:
+    return sum(chip(row.hardware) == own for row in table)
+
+
+def from_runs_on_chip(own: str, runs: tuple[TrainingRun, ...], year: float) -> Efficiency:
+    """Returns the efficiency of a chip that some of the runs are on. `year`: 0 for that of the newest
+    of these, for what software has gained on newer chips may not hold on this one.
+    """
+    weights, left_out = ridge_regression(runs)
+    newest = max(run.year for run in runs if chip(run.hardware) == own)
+    base = weights["base"] + weights[own]
+    base += weights["drift"] * drift_of_year(year or newest)
+    origin = f"{len(runs)} published runs, {count_on_chip(runs, own)} of them on {own}"
+    return make_efficiency(base, weights, spread_of(left_out), origin)
+
+
+def from_benchmarks_on_chip(own: str, runs: tuple[TrainingRun, ...]) -> Efficiency:
+    """Returns the efficiency of a chip that benchmarks alone are on: theirs, less what whole runs fall
+    short of benchmarks on chips that have both.
+    """
+    weights, _ = ridge_regression(training_benchmarks())
+    steady = make_efficiency(weights["base"], weights, spread=0, origin="")
+    shortfalls = []  # logarithms, below 0 where a run is slower
+    for run in runs:
+        if chip(run.hardware) in weights:
+            ratio = run.utilisation / steady.share_for(run)
+            shortfalls.append(math.log(ratio) - weights[chip(run.hardware)])
+    shortfall = np.median(shortfalls)
+    base = weights["base"] + weights[own] + float(shortfall)
+    spread = spread_of(np.array(shortfalls) - shortfall)
+    count = count_on_chip(training_benchmarks(), own)
+    benchmarks = "benchmark" if count == 1 else "benchmarks"
+    origin = f"{count} published {benchmarks} on {own}, and how far below such whole runs stay on other chips"
+    return make_efficiency(base, weights, spread, origin)
+
+
+def from_other_chips(own: str, runs: tuple[TrainingRun, ...], year: float) -> Efficiency:
+    """Returns the efficiency of a chip on which nothing was published: that of a mean chip, as far off
+    as the furthest of the others besides. `year`: 0 for that of the newest run.
+    """
+    weights, left_out = ridge_regression(runs)
+    newest = max(run.year for run in runs)
+    base = weights["base"] + weights["drift"] * drift_of_year(year or newest)
+    furthest = max(abs(weights[chip(run.hardware)]) for run in runs)
+    spread = math.hypot(spread_of(left_out), furthest)
+    origin = f"{len(runs)} published runs on other chips, for none on {own} was found"
+    return make_efficiency(base, weights, spread, origin)
 
 
 def spread_of(residuals: Any) -> float:
@@ -137,31 +147,46 @@ def spread_of(residuals: Any) -> float:
     return float(np.quantile(np.abs(residuals), min(1.0, LEVEL * (1 + 1 / len(residuals)))))
 
 
-def _drift(year: float) -> float:
+def drift_of_year(year: float) -> float:
     return (year - 2023) / 3
 
 
+def features(row: TrainingRun | TrainingBenchmark, chips: Sequence[str]) -> list[float]:
+    """Returns the numbers by which the regression tells rows apart: FEATURES, and one for each chip."""
+    base = 1
+    on_one_node = 0 < row.devices <= ONE_NODE
+    size = math.log10(row.params / 1e10)
+    if isinstance(row, TrainingRun):
+        drift = drift_of_year(row.year)
+    else:
+        drift = row.precision != "bfloat16"  # the share is of the 8-bit peak
+    is_on_chip = [chip(row.hardware) == each for each in chips]
+    return [base, on_one_node, size, row.recompute, drift, *is_on_chip]
+
+
+class Regression(NamedTuple):
+    """`weights`: of each of FEATURES and of each chip. `left_out`: by row, the error of its logarithm
+    when it is left out.
+    """
+
+    weights: Numbers
+    left_out: np.ndarray
+
+
 @functools.lru_cache(maxsize=256)
-def _fit(table: tuple[Any, ...]) -> tuple[Numbers, Any]:
-    """Returns the weight of each feature and chip, and what each row is off when it is left out.
-    What drifts is the year of a run, and the 8-bit products of a benchmark.
+def ridge_regression(table: TrainingTable) -> Regression:
+    """Fits the logarithm of the share of the peak. Errors of rows left out follow from one fit: each
+    residual is divided by 1 less the row's leverage.
     """
     chips = sorted({chip(row.hardware) for row in table})
-    features = []
-    for row in table:
-        if hasattr(row, "precision"):
-            drift = row.precision != "bfloat16"
-        else:
-            drift = _drift(row.year)
-        size = math.log10(row.params / 1e10)
-        chosen = [chip(row.hardware) == each for each in chips]
-        features.append([1, 0 < row.devices <= 8, size, row.recompute, drift, *chosen])
-    x = np.array(features, float)
-    y = np.log([utilisation(row) for row in table])
-    inverse = np.linalg.inv(x.T @ x + np.diag([0.0, *[SLOPE_PENALTY] * 4, *[CHIP_PENALTY] * len(chips)]))
+    x = np.array([features(row, chips) for row in table], float)
+    y = np.log([row.utilisation for row in table])
+    penalties = [0.0, *[SLOPE_PENALTY] * (len(FEATURES) - 1), *[CHIP_PENALTY] * len(chips)]
+    inverse = np.linalg.inv(x.T @ x + np.diag(penalties))
     weights = inverse @ (x.T @ y)
-    left_out = (y - x @ weights) / (1 - np.einsum("ij,jk,ik->i", x, inverse, x))
-    return dict(zip(("base", "node", "size", "repeated", "drift", *chips), weights.tolist())), left_out
+    leverages = np.einsum("ij,jk,ik->i", x, inverse, x)
+    left_out = (y - x @ weights) / (1 - leverages)
+    return Regression(dict(zip((*FEATURES, *chips), weights.tolist())), left_out)
 
 
 def efficiency_of(name: str) -> Efficiency:
@@ -169,14 +194,18 @@ def efficiency_of(name: str) -> Efficiency:
     if name != HERE:
         return predict_efficiency(name)
     low, middle, high = read_calibration()["shares"]
-    spread = max(math.log(high / middle), math.log(middle / low), 0.05)
     return Efficiency(
-        math.log(middle), 0, 0, 0, spread, "training steps measured on this machine, slowest to fastest"
+        base=math.log(middle),
+        node=0,
+        size=0,
+        repeated=0,
+        spread=max(math.log(high / middle), math.log(middle / low), LEAST_SPREAD),
+        origin="training steps measured on this machine, slowest to fastest",
     )
 
 
-class Fit(NamedTuple):
-    """The three numbers, and the spread of a rate's logarithm each way."""
+class ServingFit(NamedTuple):
+    """The three numbers of USES, and the spread of a rate's logarithm each way."""
 
     uses: Numbers
     spread: float
@@ -184,37 +213,43 @@ class Fit(NamedTuple):
 
 
 @functools.cache
-def _errors() -> Any:
-    """(settings that are tried, published rates): logarithms of predicted over measured."""
+def log_errors_of_tried() -> Any:
+    """Returns (settings that are tried, published rates): logarithms of predicted over measured."""
     uses = dict(zip(USES, np.array(_TRIED).T))
-    return np.array(
-        [np.log(predicted_rate(row, uses) / row.tokens_per_second) for row in rows("serving_runs")]
-    ).T
+    return np.array([np.log(predicted_rate(row, uses) / row.tokens_per_second) for row in serving_runs()]).T
 
 
-def predicted_rate(row: Any, uses: dict[str, Any]) -> Any:
+def predicted_rate(row: ServingRun, uses: dict[str, Any]) -> Any:
     """Returns the tokens a second that the formula gives for a published rate's setting; an array
     where `uses` are arrays.
     """
-    d = numbers(accelerators()[row.hardware], **uses)
-    m = SimpleNamespace(**vars(row), query_width=row.width)
-    slots = row.batch or SLOTS
-    cached = row.batch == 1  # a lone stream was timed without its prompt
-    return serving(m, d, row.weight_bits, row.kv_bits, row.devices, slots, row.prompt, row.answer, cached)[
-        "tokens"
-    ]
+    device = numbers(accelerators()[row.hardware], **uses)
+    estimates = serving(
+        row,
+        device,
+        row.weight_bits,
+        row.kv_bits,
+        row.devices,
+        slots=row.batch or SLOTS,
+        prompt=row.prompt,
+        answer=row.answer,
+        cached=row.batch == 1,  # a lone stream was timed without its prompt
+    )
+    return estimates["tokens"]
 
 
-def fit_serving(without: int | None = None) -> Fit:
-    """Fits to the published rates but one: the setting of least mean error."""
-    if without is None:
-        errors = _errors()
-    else:
-        errors = np.delete(_errors(), without, axis=1)
+def fit_serving(without: int | None = None) -> ServingFit:
+    """Fits to the published rates, without one where its index is given: the setting of least mean
+    error.
+    """
+    errors = log_errors_of_tried()
+    if without is not None:
+        errors = np.delete(errors, without, axis=1)
     best = int(np.abs(errors).mean(axis=1).argmin())
     origin = f"{errors.shape[1]} published rates of TensorRT-LLM and gpt-fast on A100, H100 and H200"
-    return Fit(dict(zip(USES, map(float, _TRIED[best]))), spread_of(errors[best]), origin)
+    return ServingFit(dict(zip(USES, map(float, _TRIED[best]))), spread_of(errors[best]), origin)
 
 
 def device_numbers(device: Accelerator) -> Any:
+    """Returns what the formulas take of a device, with what published runs say of it."""
     return numbers(device, **efficiency_of(device.name)._asdict(), **fit_serving().uses)

@@ -6,9 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from bench.cli import print_table
-from bench.plan.fits import clean_runs, fit_serving, predict_efficiency, predicted_rate, rows, utilisation
+from bench.plan.fits import fit_serving, predict_efficiency, predicted_rate
 from bench.plan.model import config_of_size, job
 from bench.plan.plans import ADAPTER_BOUND, MEMORY
+from bench.plan.published_rows import (
+    FineTune,
+    TrainingRun,
+    clean_runs,
+    finetunes,
+    serving_runs,
+    training_runs,
+)
 from engine.planning.formulas import SHARE, UPDATE_BYTES, bytes_a_device
 
 FLOPS_BOUND = 0.03
@@ -25,15 +33,15 @@ class Replay(NamedTuple):
     why: str
 
 
-def replay(run: Any, others: Sequence[Any]) -> Replay:
-    fit = predict_efficiency(run.hardware, others, run.year)
-    ratio = utilisation(run) / fit.of(run)
-    return Replay(
-        run.name, ratio - 1, abs(math.log(ratio)) <= fit.spread, run.unclean or run.note or "no reason found"
-    )
+def replay(run: TrainingRun, others: Sequence[TrainingRun]) -> Replay:
+    """Predicts a run from others."""
+    efficiency = predict_efficiency(run.hardware, others, run.year)
+    ratio = run.utilisation / efficiency.share_for(run)
+    is_inside = abs(math.log(ratio)) <= efficiency.spread
+    return Replay(run.name, ratio - 1, is_inside, run.unclean or run.note or "no reason found")
 
 
-def left_out(together: Callable[[Any, Any], bool]) -> list[Replay]:
+def left_out(together: Callable[[TrainingRun, TrainingRun], bool]) -> list[Replay]:
     """Predicts each clean run from all clean runs that are not left out `together` with it."""
     return [
         replay(run, [other for other in clean_runs() if not together(run, other)]) for run in clean_runs()
@@ -42,7 +50,7 @@ def left_out(together: Callable[[Any, Any], bool]) -> list[Replay]:
 
 def flops_errors() -> Iterator[Replay]:
     """Counts the FLOPs of each run that reports them, as its source says that it counts."""
-    for run in rows("training_runs"):
+    for run in training_runs():
         if run.reported_flops and run.flops_per_param:
             counted = (
                 run.flops_per_param * (run.params - run.lookup)
@@ -54,8 +62,8 @@ def flops_errors() -> Iterator[Replay]:
 
 def serving_errors() -> Iterator[Replay]:
     """Predicts each published rate of serving without it."""
-    for place, row in enumerate(rows("serving_runs")):
-        fit = fit_serving(without=place)
+    for index, row in enumerate(serving_runs()):
+        fit = fit_serving(without=index)
         ratio = predicted_rate(row, fit.uses) / row.tokens_per_second
         tokens = f"{row.prompt:g} + {row.answer:g} tokens"
         name = f"{row.name} in {row.weight_bits:g} bits, {row.devices:g} x {row.hardware}, {tokens}"
@@ -66,40 +74,39 @@ def adapter_errors() -> Iterator[Replay]:
     """Predicts the time of a token with LoRA or QLoRA over that of full fine-tuning, where both
     were measured.
     """
-    table = rows("finetunes")
-    full = {row.name: row for row in table if row.method == "full"}
-    for row in table:
-        other = full[row.name]
-        if other is not row:
-            error = (
-                _token_seconds(row) / _token_seconds(other) * row.tokens_per_second / other.tokens_per_second
-                - 1
-            )
-            yield Replay(
-                f"time of {row.method} for {row.name}", error, abs(error) <= ADAPTER_BOUND, other.note
-            )
+    full_tuning = {row.name: row for row in finetunes() if row.method == "full"}
+    for row in finetunes():
+        full = full_tuning[row.name]
+        if row is full:
+            continue
+        predicted = _token_seconds(row) / _token_seconds(full)
+        error = predicted * row.tokens_per_second / full.tokens_per_second - 1
+        name = f"time of {row.method} for {row.name}"
+        yield Replay(name, error, abs(error) <= ADAPTER_BOUND, full.note)
 
 
 def memory_errors() -> Iterator[Replay]:
     """Predicts the published peaks of LoRA and QLoRA, but those of a batch that is not stated."""
-    for row in rows("finetunes"):
+    for row in finetunes():
         if row.peak_gb and row.method != "full" and "not stated" not in row.note:
             m = job(config_of_size(row.params), row.method, int(row.step_tokens))
             true = 1e9 * row.peak_gb
-            plain, least = (bytes_a_device(m, 1, recompute) for recompute in (0, 1))
+            plain = bytes_a_device(m, devices=1, recompute=0)
+            least = bytes_a_device(m, devices=1, recompute=1)
             if plain < SHARE * 1e9 * row.memory_gb:
                 predicted = plain
             else:
                 predicted = least
-            inside = MEMORY[0] * least <= true <= MEMORY[1] * predicted
-            yield Replay(f"memory of {row.method} for {row.name}", predicted / true - 1, inside, row.note)
+            is_inside = MEMORY[0] * least <= true <= MEMORY[1] * predicted
+            yield Replay(f"memory of {row.method} for {row.name}", predicted / true - 1, is_inside, row.note)
 
 
-def _token_seconds(row: Any) -> float:
+def _token_seconds(row: FineTune) -> float:
+    """Returns the seconds of a token at 45% of the peak, and of its part of the optimizer's update."""
     m = job(config_of_size(row.params), row.method, int(row.context), row.step_tokens)
-    return m.flops / (0.45e12 * row.tflops) + m.trained * UPDATE_BYTES / m.step_tokens / (
-        1e9 * row.memory_gbs
-    )
+    products = m.flops / (0.45e12 * row.tflops)
+    update = m.trained * UPDATE_BYTES / m.step_tokens / (1e9 * row.memory_gbs)
+    return products + update
 
 
 def figures(replays: Sequence[Replay]) -> dict[str, float]:
@@ -132,7 +139,7 @@ def validation() -> dict[str, Any]:
     for name, part in parts.items():
         if "makers" not in name:
             single += part
-    unclean = [replay(run, clean_runs()) for run in rows("training_runs") if run.unclean]
+    unclean = [replay(run, clean_runs()) for run in training_runs() if run.unclean]
     return {
         "table": {name: figures(part) for name, part in parts.items()},
         "outside their interval": [each._asdict() for each in single if not each.inside],

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from bench.cli import run_bench
 from bench.plan.__main__ import PlanFlags, answer, plan, write_pages
-from bench.plan.fits import clean_runs, device_numbers, predict_efficiency, rows
+from bench.plan.fits import device_numbers, predict_efficiency
 from bench.plan.hardware import accelerators, find_hardware
 from bench.plan.model import job
 from bench.plan.page import to_javascript
 from bench.plan.plans import LAW
+from bench.plan.published_rows import clean_runs, finetunes, serving_runs, training_benchmarks, training_runs
 from bench.plan.validate import (
     FLOPS_BOUND,
     figures,
@@ -74,10 +75,10 @@ def test_a_prediction_reads_nothing_of_the_run_itself():
 
 
 def test_every_row_has_a_source_and_known_hardware():
-    for name in ("training_runs", "training_benchmarks", "serving_runs", "finetunes"):
-        for row in rows(name):
+    for table in (training_runs, training_benchmarks, serving_runs, finetunes):
+        for row in table():
             assert row.source
-            assert name == "finetunes" or row.hardware in accelerators()
+            assert table is finetunes or row.hardware in accelerators()
 
 
 def test_flops_are_the_engines_own():
