@@ -45,9 +45,8 @@ def project(x: ndarray, weight: ndarray) -> ndarray:
 def project_backward(dy: ndarray, x: ndarray, weight: ndarray) -> tuple[ndarray, ndarray]:
     """dy (..., out) -> dx (..., in), dweight (in, out).
 
-    x[m, d] enters y[m, f] times weight[d, f], for every f:     dx[m, d]      = sum over f of dy[m,
-    f] weight[d, f] weight[d, f] enters y[m, f] times x[m, d], for every row m: dweight[d, f] = sum
-    over m of x[m, d] dy[m, f]
+        dx[m, d]      = sum over f of dy[m, f] weight[d, f]    x[m, d] enters each y[m, f]
+        dweight[d, f] = sum over m of x[m, d] dy[m, f]         weight[d, f] enters y[m, f] of every row m
 
     Two products, each as large as the forward one: here is the factor of three. A frozen weight
     needs no dweight: that saves one product, and x need not be kept.
