@@ -18,7 +18,7 @@ import operator
 import re
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, whatever is installed
@@ -33,7 +33,7 @@ from bench.plan.__main__ import PlanFlags, answer
 from bench.serving.__main__ import latencies, speeds
 from bench.stages.report import write_pictures
 from bench.timing import Ratio
-from engine.format import money, percent, si, times
+from engine.format import money, percent, quantity, si, times
 
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "bench" / "pictures"
@@ -189,20 +189,43 @@ def conditions(document: Document, rounds: int | None = None) -> list[str]:
     kind = next(
         (words for flag, words in INSTRUCTIONS.items() if flag in machine["instructions"].split()), ""
     )
-    medians = f", medians of {rounds} interleaved rounds or more" if rounds else ""
-    medians += ", with `--quick`" * document["flags"].get("quick", False)
-    lines = [
-        f"{machine['cores']} cores of an {machine['processor']}{kind}, {document['date'][:10]}{medians}."
-    ]
-    reached = machine.get("reached_before") or document.get("ceilings")
-    if reached:
-        lines.append(
-            f"Its products reach {reached['bf16_gflops']:,.0f} GFLOP/s in bfloat16, and it reads "
-            f"{reached['read_gbs']:.0f} GB/s."
-        )
+    medians = ""
+    if rounds:
+        medians = f", medians of {rounds} interleaved rounds or more"
+    processes = document.get("processes", 1)
+    if processes > 1:
+        medians += f", of {processes} processes"
+    if document["flags"].get("quick", False):
+        medians += ", with `--quick`"
+    model = ""
+    numbers = machine.get("model_numbers")
+    if numbers:
+        model = f" (family {numbers['cpu family']}, model {numbers['model']})"
+    name = f"{machine['cores']} cores of an {machine['processor']}{model}{kind}"
+    lines = [f"{name}, {document['date'][:10]}{medians}."]
+    moments = [machine.get("reached_before"), machine.get("reached_after")]
+    lines += describe_ceilings([moment for moment in moments if moment])
+    others = machine.get("taken_by_others")
+    if others is not None:
+        lines.append(f"Others took {percent(others)} of the cores' time.")
     if load > machine["cores"] / 4:
         lines.append(f"Others used {min(load, machine['cores']):.1f} of them: trust the ratios alone.")
     return ["", *lines]
+
+
+def describe_ceilings(moments: Sequence[Document]) -> list[str]:
+    """Returns what a machine reached at several moments, in sentences; none for no moment."""
+    if not moments:
+        return []
+    rates = {
+        rate: " and ".join(f"{moment[rate]:,.0f}" for moment in moments)
+        for rate in ("bf16_gflops", "f32_gflops", "int8_gflops", "read_gbs")
+    }
+    return [
+        f"Before and after, its products reached {rates['bf16_gflops']} GFLOP/s in bfloat16, "
+        f"{rates['f32_gflops']} in float32, {rates['int8_gflops']} in int8.",
+        f"It read {rates['read_gbs']} GB/s.",
+    ]
 
 
 INSTRUCTIONS = {
@@ -282,7 +305,7 @@ def claims(document: Document) -> list[str]:
     return [
         f"- **{each['claim']}** {sentence(each['verdict'])}. {sentence(each['value'])}"
         for each in document["claims"]
-    ]
+    ] + conditions(document)
 
 
 def verdicts(document: Document) -> list[str]:
@@ -323,7 +346,7 @@ def printed(document: Document) -> list[str]:
     sample = [
         line for line in lines[lines.index("what it writes") + 1 :] if line.startswith("| ") and line != "|"
     ][:SAMPLED]
-    return ["```", "$ stages.train", "...", shown[0], *sample, *shown[1:], "```"]
+    return ["```", "$ stages.train", "...", shown[0], *sample, *shown[1:], "```", *conditions(document)]
 
 
 def tuned(document: Document) -> list[str]:
@@ -336,7 +359,7 @@ def tuned(document: Document) -> list[str]:
             next(re.split(r" of what| \(", line)[0] for line in lines if line.startswith(word))
             for word in words
         )
-    return ["```", *shown, "```"]
+    return ["```", *shown, "```", *conditions(document)]
 
 
 def answered(document: Document) -> list[str]:
@@ -386,9 +409,12 @@ def peers(document: Document) -> list[str]:
     """Returns our speed beside each peer's."""
     cells = []
     names = sorted({row.get("peer", "peer") for row in document["rows"]})
+    formats = {row.get("format") for row in document["rows"]}
     for row in document["rows"]:
         bar = held(Ratio.of(row).exceeds(row["bar"]), f"{row['bar']:g}") if row["bar"] else ""
         name = row["name"].replace("_", " ")
+        if len(formats) > 1:
+            name += f", {row['format']}"
         if len(names) > 1:
             name += f", {row['peer']}"
         if "over_plain" in row:
@@ -404,11 +430,13 @@ def peers(document: Document) -> list[str]:
     ]
 
 
-def compared_with(document: Document) -> list[str]:
-    """Returns the files that both sides read, and the versions of each, where a document says them."""
+def compared_with(document: Document, names_files: bool = True) -> list[str]:
+    """Returns the files that both sides read, unless a table names them, and the versions of each,
+    where a document says them.
+    """
     lines = []
     files = {f"`{row['file']}`: {row['kinds']}": None for row in document["rows"] if "file" in row}
-    if files:
+    if files and names_files:
         lines.append(f"Both read {'; '.join(files)}.")
     settings: dict[str, None] = {}
     for row in document["rows"]:
@@ -418,6 +446,8 @@ def compared_with(document: Document) -> list[str]:
     for peer in document.get("peers", ()):
         theirs = ", ".join(f"{name} {version}" for name, version in peer["versions"].items())
         lines.append(f"The peer is {theirs}; Thrice runs on jax {document['versions']['jax']}.")
+        if peer["build"] and "\n" not in peer["build"]:  # torch's has forty lines
+            lines.append(f"It is built with `{' '.join(peer['build'].split())}`.")
     return lines
 
 
@@ -442,7 +472,7 @@ def sizes(_: Document) -> list[str]:
         for (name, kind), rows in by_file.items():
             ratios = [ratio(rows[each]) for each in SIZE_ROWS]
             tokens = [f"{rows[each]['tokens_per_second']:,.0f}" for each in SIZE_ROWS]
-            cells.append([name, kind, *ratios, " / ".join(tokens)])
+            cells.append([name, f"{kind}: {rows[SIZE_ROWS[0]]['kinds']}", *ratios, " / ".join(tokens)])
         if lines:
             lines.append("")
         lines += table(
@@ -450,7 +480,7 @@ def sizes(_: Document) -> list[str]:
         )
         lines += [
             *conditions(document, min(row["rounds"] for row in document["rows"])),
-            *compared_with(document),
+            *compared_with(document, names_files=False),
         ]
     return lines or ["No machine has this yet."]
 
@@ -470,7 +500,11 @@ def compared(_: Document) -> list[str]:
         ratios = []
         for rows in groups:
             measured = [row for row in rows if row["ratio"] is not None]
-            ratios.append(ratio(min(measured, key=_over_peer)) if measured else "")
+            if measured:
+                slowest = min(measured, key=_over_peer)
+                ratios.append(ratio(slowest) + f", {slowest['format']}" * ("format" in slowest))
+            else:
+                ratios.append("")
         cells.append((f"[{folder.name}]({folder.name})", *ratios))
     return table("|training, bfloat16|training, float32|prefill 512|1 stream|8 streams", cells)
 
@@ -499,16 +533,26 @@ def serving(document: Document) -> list[str]:
 
 
 def chat(document: Document) -> list[str]:
-    """Returns the speed of a single stream beside llama.cpp's, in a sentence."""
+    """Returns the speed of a single stream of chat beside llama.cpp's, in a sentence."""
     (row,) = (row for row in document["rows"] if row["name"] == CHAT)
-    sentence = (
-        f"A chat with SmolLM2-135M, from the same Q4_1 file, has {ratio(row)} of llama.cpp's tokens a second"
-    )
-    by_size = read_documents(shown()).get("peers-sizes.json")
-    if by_size:
-        ratios = [row["ratio"] for row in by_size["rows"] if row["name"] == "decode_1"]
-        sentence += f", and one stream of three sizes in four formats {min(ratios):.2f} to {max(ratios):.2f}"
-    return [f"{sentence}."]
+    return [
+        f"A chat with SmolLM2-135M, from the same {row['format']} file, has {ratio(row)} times llama.cpp's "
+        "tokens a second: ours with speculation, llama.cpp's without."
+    ]
+
+
+def one_stream(document: Document) -> list[str]:
+    """Returns the least and the most of the ratios of one stream over models and formats."""
+    rows = [row for row in document["rows"] if row["name"] == "decode_1"]
+    models = {row["model"] for row in rows}
+    random = {row["model"] for row in rows if row["random"]}
+    formats = {row["format"] for row in rows}
+    ratios = [row["ratio"] for row in rows]
+    return [
+        f"One stream without speculation has {min(ratios):.2f} to {max(ratios):.2f} times, over "
+        f"{quantity(len(models), 'model')}, {len(random)} of them with random weights, in "
+        f"{quantity(len(formats), 'format')}."
+    ]
 
 
 def plan(_: Document) -> list[str]:
@@ -628,6 +672,7 @@ BLOCKS: dict[str, Callable[[Document], list[str]]] = {
         sizes,
         serving,
         chat,
+        one_stream,
         plan,
         tries,
         rewarded,

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from readmes import ROOT, shown
-from results import RESULTS, TRIES, differences, machines, read_documents, shown_machine
+from results import RESULTS, SPREAD, TRIES, differences, machines, read_documents, shown_machine
 
 # Documents of before this day say neither model numbers nor what their machine reached, and were
 # measured one by one.
@@ -26,7 +26,7 @@ def sitting(*names, date="2026-12-03T10:00:00Z"):
                 "instructions": "avx2",
                 "cores": 2,
                 "reached_before": rates,
-                "reached_after": {rate: 0.8 * value for rate, value in rates.items()},
+                "reached_after": {rate: 0.6 * value for rate, value in rates.items()},
             },
             "commit": "c" * 40,
             "date": date,
@@ -67,7 +67,7 @@ def test_a_machine_whose_rates_cannot_be_measured_apart_has_no_differences():
         *(
             (("machine", "reached_before", rate), factor * value, f"{rate}: ")
             for rate, value in RATES.items()
-            for factor in (0.8, 1.2)
+            for factor in (0.6, 1.6)
         ),
     ],
 )
@@ -79,6 +79,19 @@ def test_a_document_of_another_sitting_is_named(keys, value, words):
     inside[keys[-1]] = value
     lines = differences(documents)
     assert any(line.startswith(words) and "step.json" in line for line in lines), lines
+
+
+def test_products_lie_nearer_than_the_rate_of_reading():
+    documents = copy.deepcopy(GOOD)
+    for name in SPREAD:
+        documents["step.json"]["machine"]["reached_before"][name] *= 1.2
+    assert {line.partition(":")[0] for line in differences(documents)} == SPREAD.keys() - {"read_gbs"}
+
+
+def test_a_document_that_others_disturbed_is_named():
+    documents = copy.deepcopy(GOOD)
+    documents["step.json"]["machine"]["taken_by_others"] = 0.2
+    assert differences(documents) == ["others: they took 20% of the cores' time in step.json"]
 
 
 def test_a_document_without_ceilings_is_named():
