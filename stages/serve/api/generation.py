@@ -94,6 +94,16 @@ class Choice:
         constraint = self.request.constraint
         return constraint.tokens if isinstance(constraint, ForcedTokens) else ()
 
+    def push(self, tokens: Sequence[int], *, last: bool) -> str:
+        """Returns what new tokens, the `last` or not, add to the text."""
+        text = self.completion.push(tokens, last=last)
+        if self.keeps_stop and self.completion.stopped is not None:
+            text += self.completion.stopped
+        if self.strips_space and text:
+            text = text.removeprefix(" ")
+            self.strips_space = False
+        return text
+
 
 class Generation:
     """The completions of one call in the engine, and the response: an ASGI application, called once.
@@ -129,14 +139,20 @@ class Generation:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"]["generation"] = self  # for the log
-        if self._writer is None:
-            async with self._submitted(receive):
-                pieces = await self._collect()
-                response = json_reply(self._reply(pieces, self.usage), headers=self._headers)
-            await response(scope, receive, send)
-            return
+        if self._writer:
+            await self._send_stream(self._writer, receive, send)
+        else:
+            await self._send_whole(scope, receive, send)
+
+    async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._submitted(receive):
+            pieces = await self._collect()
+            response = json_reply(self._reply(pieces, self.usage), headers=self._headers)
+        await response(scope, receive, send)
+
+    async def _send_stream(self, writer: "Writer", receive: Receive, send: Send) -> None:
         headers = {
-            "content-type": self._writer.media,
+            "content-type": writer.media,
             "cache-control": "no-cache",
             "x-accel-buffering": "no",
             **self._headers,
@@ -144,9 +160,9 @@ class Generation:
         with contextlib.suppress(ClientGone, OSError):  # nobody reads it
             async with self._submitted(receive):
                 await send({"type": "http.response.start", "status": 200, "headers": Headers(headers).raw})
-                async for event in self._stream(self._writer):
+                async for event in self._stream(writer):
                     await send({"type": "http.response.body", "body": event, "more_body": True})
-                await send({"type": "http.response.body", "body": self._writer.last, "more_body": False})
+                await send({"type": "http.response.body", "body": writer.last, "more_body": False})
 
     async def _stream(self, writer: "Writer") -> AsyncIterator[bytes]:
         """Yields the events of a stream but for the last; comments among them say what it waits for."""
@@ -180,30 +196,30 @@ class Generation:
 
         Raises ClientGone when the client has left, ApiError when the engine has failed.
         """
-        wait = "waiting"
-        last = time.monotonic()
-        seconds = WAIT_SECONDS if self._writer else None
+        status = "waiting"
+        last_sign = time.monotonic()
+        timeout = WAIT_SECONDS if self._writer else None
         while self._unfinished:
             try:
-                item = await asyncio.wait_for(self._events.get(), seconds)
+                item = await asyncio.wait_for(self._events.get(), timeout)
             except TimeoutError:
-                before = wait
-                wait = self._wait()
-                if wait != before or time.monotonic() - last >= KEEP_ALIVE_SECONDS:
-                    last = time.monotonic()
-                    yield wait
+                status_before = status
+                status = self._wait_status()
+                if status != status_before or time.monotonic() - last_sign >= KEEP_ALIVE_SECONDS:
+                    last_sign = time.monotonic()
+                    yield status
                 continue
             if item is None:
                 raise ClientGone
-            wait = "waiting"
-            last = time.monotonic()
+            status = "waiting"
+            last_sign = time.monotonic()
             if self._writer:
-                seconds = KEEP_ALIVE_SECONDS
+                timeout = KEEP_ALIVE_SECONDS
             choice, event = item
             if choice in self._unfinished:
                 yield self._piece(choice, event)
 
-    def _wait(self) -> str:
+    def _wait_status(self) -> str:
         """Returns what the request waits for: a slot, its prompt, or the next token."""
         engine = self._state.engine.engine
         position = engine.queue_position(self._place.priority)
@@ -255,17 +271,22 @@ class Generation:
                 self._state.metrics.count_end(choice.end)
 
     def _take(self, choice: Choice, event: Event) -> None:
+        """Listens to the engine for a choice, on the event loop."""
         self._events.put_nowait((choice, event))
 
     @property
     def usage(self) -> Usage:
+        """The tokens and seconds until now.
+
+        Scored tokens are none of a completion's. They count as the prompt's where there are no
+        completions; else they are the prompt itself, which the completions have.
+        """
         completions = [choice for choice in self._choices if not choice.scored_tokens]
         prompts = (completions or self._choices)[:: self._repeats]
-        first = min(
-            (choice.first_token for choice in self._choices if choice.first_token), default=self._arrived
-        )
+        first_tokens = [choice.first_token for choice in self._choices if choice.first_token]
+        first = min(first_tokens, default=self._arrived)
         prompt_tokens = sum(len(choice.request.prompt) for choice in prompts)
-        if not completions:  # else the scored tokens are of their prompts
+        if not completions:
             prompt_tokens += sum(len(choice.scored_tokens) for choice in self._choices)
         return Usage(
             prompt=prompt_tokens,
@@ -277,6 +298,7 @@ class Generation:
         )
 
     def log_fields(self) -> dict[str, int | float | str | None]:
+        """Returns what a line of the server's log says of it."""
         usage = self.usage
         return {
             "prompt_tokens": usage.prompt,
@@ -293,12 +315,11 @@ class Generation:
         """
         now = time.monotonic()
         completion = choice.completion
-        before = completion.tokens
-        text = completion.push(event.tokens, last=event.finish_reason is not None)
-        if choice.keeps_stop and completion.stopped is not None:
-            text += completion.stopped
+        tokens_before = completion.tokens
+        text = choice.push(event.tokens, last=event.finish_reason is not None)
+        new_tokens = completion.tokens - tokens_before
         if not choice.scored_tokens:
-            self._state.metrics.generated.inc(completion.tokens - before)
+            self._state.metrics.generated.inc(new_tokens)
         self._count_first(choice, event, now)
         if event.finish_reason == "error" or event.finish_reason == "grammar":
             choice.end = "error"
@@ -309,17 +330,21 @@ class Generation:
             reason = "stop"
         if reason:
             self._finish(choice, event, reason, now)
-        if choice.strips_space and text:
-            text = text.removeprefix(" ")
-            choice.strips_space = False
         calls: Sequence[ToolCall] = ()
         if choice.parser:
             is_cut = reason == "length" or completion.stopped is not None
             text, calls = choice.parser.push(text, bool(reason), is_cut)
             if reason == "stop" and choice.parser.has_whole_calls:
                 reason = "tool_calls"
-        logprobs = event.logprobs[: completion.tokens - before]
-        return Piece(choice.index, text, logprobs, reason, completion.stopped, calls, event.embedding)
+        return Piece(
+            choice=choice.index,
+            text=text,
+            logprobs=event.logprobs[:new_tokens],
+            finish_reason=reason,
+            stop=completion.stopped,
+            calls=calls,
+            embedding=event.embedding,
+        )
 
     def _count_first(self, choice: Choice, event: Event, now: float) -> None:
         """Counts the prompt with the first event, and the time to the first token."""
@@ -337,6 +362,7 @@ class Generation:
             metrics.count_prompt(tokens, looked_up, choice.cached)
 
     def _error(self, event: Event) -> ApiError:
+        """Returns the error for an event that ends a completion by one."""
         if event.finish_reason == "grammar":
             return ApiError(
                 400, "The grammar became too complex to be followed any further: give a simpler one."
@@ -440,7 +466,9 @@ async def run(call: ApiCall, job: Job, writer: Writer) -> Generation:
     for index, request in enumerate(make_requests(call, job, prompts, constraint)):
         is_scored = isinstance(request.constraint, ForcedTokens)
         completion = CompletionText(pool.tokenizer.stream(), () if is_scored else job.stops)
-        choice = Choice(index, request, completion, prompts.strips_space, job.keeps_stop)
+        choice = Choice(
+            index, request, completion, strips_space=prompts.strips_space, keeps_stop=job.keeps_stop
+        )
         if tools.tools:
             choice.parser = CallParser(pool.tool_format, tools, is_free=job.grammar is None)
         choices.append(choice)
