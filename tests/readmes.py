@@ -634,13 +634,19 @@ def _promises(document: Document, kinds: str) -> list[str]:
     promise.
     """
     rows = [row for row in document["rows"] if row["promise"][0] in kinds]
-    cells = []
+    trials: dict[tuple[str, ...], int] = {}  # how often the same came of the same
     for row in rows:
         figures = "; ".join(str(Figure(**figure)) for figure in row["figures"])
         over = row["over"] + ", with --quick" * row["quick"]
         if figures:
             on = row["date"] + "*" * (row["commit"] is None)
-            cells.append((row["promise"], figures + ": **not kept**" * (not row["kept"]), over, on))
+            trial = (row["promise"], figures + ": **not kept**" * (not row["kept"]), over, on)
+            trials[trial] = trials.get(trial, 0) + 1
+    cells = []
+    for (name, figures, over, on), count in trials.items():
+        if count > 1:
+            over = f"{count} times {over}"
+        cells.append((name, figures, over, on))
     for name, others in itertools.groupby(
         (row for row in rows if not row["figures"]), operator.itemgetter("promise")
     ):

@@ -35,6 +35,13 @@ class Figure(NamedTuple):
         return f"{self.name} {self.value:,.4g}{self.unit} ({relation} {self.bar:,.4g})"
 
 
+def none_of(name: str, examples: Sequence[object]) -> Figure:
+    """Returns the count of what must not be, held to none; the name shows the first of them."""
+    if examples:
+        name += f", such as {examples[0]}"
+    return Figure(name, len(examples), "≤", 0)
+
+
 at_most = lambda name, value, bar, unit="": Figure(name, value, "≤", bar, unit)
 at_least = lambda name, value, bar, unit="": Figure(name, value, "≥", bar, unit)
 # bar in milliseconds
