@@ -12,13 +12,13 @@ from engine.errors import UserError
 from engine.format import quantity
 from engine.mesh import processes
 from engine.model.paths import merge
+from engine.model.transformer import Params
 from engine.storage import checkpoint
 from engine.storage.model_loader import model_name
 from engine.storage.run_folder import read_json
 from engine.text.batch import EpochOrder
 from engine.text.chat_tokenizer import Example
 from engine.text.examples import PackedBatches
-from engine.text.template import Message
 from engine.training.preference import Preferences, preference_batch
 from engine.training.step import TrainState
 from stages.cli.console import Console
@@ -32,7 +32,7 @@ from stages.runs.conversation_data import held_out_evaluator, reference_logprobs
 from stages.runs.folder import default_folder
 from stages.runs.general_questions import tells_enough
 from stages.runs.mesh import fits_one_device, on_one_device
-from stages.runs.model_stage import PreparedModel, Rows, load_weights
+from stages.runs.model_stage import PreparedModel, Rows
 from stages.runs.options import RunOptions
 from stages.runs.run import execute
 from stages.runs.stage import Finished, LoopState, RunReport, compile_step
@@ -57,37 +57,21 @@ def run(flags: FinetuneFlags, device: Device) -> int:
 
 
 def prepare_tuning(planned: TuningPlan, console: Console) -> "PreparedTuning":
-    weights = load_weights(planned.opened, planned.plan, console)
-    prepared = PreparedTuning(
-        plan=planned.plan,
-        metadata={**weights.metadata, **planned.metadata},
-        advice="--learning-rate, or warm up longer with --warmup",
-        tokenizer=planned.opened.tokenizer,
-        stop_token_ids=planned.opened.stop_token_ids,
-        sampling=planned.opened.model.sampling,
-        trainable=weights.trainable,
-        frozen=weights.frozen,
-        frozen_as_loaded=weights.frozen_as_loaded,
-        objective=planned.objective,
-        opened=planned.opened,
-        params=weights.params,
-        tuning=planned,
-    )
+    advice = "--learning-rate, or warm up longer with --warmup"
+    prepared = PreparedTuning.load(planned, console, advice)
     if planned.mixes_general:
         return mix_general_answers(prepared, console)
     return prepared
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PreparedTuning(PreparedModel):
+class PreparedTuning(PreparedModel[TuningPlan]):
     """What a fine-tuning begins with."""
 
-    tuning: TuningPlan
     mixed_in: int | None = None  # general questions; None where none was to be
 
     def rows(self, console: Console) -> Rows:
-        numbers = sum(leaf.size for leaf in jax.tree.leaves(self.trainable))
-        return tuning_rows(self.tuning, self._describe_mix(), numbers)
+        return tuning_rows(self.planned, self._describe_mix(), self.count_trained_numbers())
 
     def _describe_mix(self) -> str:
         if self.mixed_in is None:
@@ -98,51 +82,60 @@ class PreparedTuning(PreparedModel):
         return f"{count}, answered in the tone of the data before training (not with --no-mix)"
 
     def print_example(self, console: Console) -> None:
-        print_first_example(self.tuning, console)
+        print_first_example(self.planned, console)
 
     def prompt(self) -> tuple[str, list[int]]:
-        question = self.tuning.dataset.questions[0]
+        question = self.planned.dataset.questions[0]
         return question[-1]["content"], self.opened.chat.prompt(question).tolist()
 
     def begin_steps(
         self, state: TrainState, loop_state: LoopState, compiling: Any, console: Console
     ) -> BatchSteps:
-        # Programs that measured are read from the cache when they run again; the step needs their
-        # memory.
+        # Measuring compiled programs that the compilation cache also holds: forget them, since the
+        # step needs their memory.
         _clear_programs()
         batches = self._batches(console)
         with console.task("compiling", always=True):
             program = compile_step(self.plan, state, self.frozen, batches.at(0), self.objective)
         _clear_programs()
         evaluator = self._evaluator(QUICK_EXAMPLES)
-        buffer_bytes = temporary_bytes(program)
-        peak_flops = self.tuning.peak_flops
         return BatchSteps(
-            self.plan, program, buffer_bytes, self.frozen, batches, evaluator, loop_state.step, peak_flops
+            plan=self.plan,
+            program=program,
+            buffer_bytes=temporary_bytes(program),
+            frozen=self.frozen,
+            batches=batches,
+            evaluator=evaluator,
+            first_step=loop_state.step,
+            peak_flops=self.planned.peak_flops,
         )
 
     def _batches(self, console: Console) -> MeshBatches:
-        packed = self.tuning.packed
+        packed = self.planned.packed
         if packed:
             return MeshBatches(packed.order, packed.at)
-        pairs = self.tuning.dataset.train
-        plan = self.plan
-        seq = plan.recipe.context
-        rows = self.tuning.rows_a_step
-        order = EpochOrder(len(pairs), rows, plan.seed)
-        with console.task(
-            "computing reference log-probabilities", always=self.tuning.has_reference
-        ) as report:
-            logprobs = reference_logprobs(plan.cfg, self._reference(), pairs, seq, rows, report)
+        return self._preference_batches(console)
 
-        def read(step: int, part: slice) -> Preferences:
-            items = [index for _, index in order.at(step, part)]
+    def _preference_batches(self, console: Console) -> MeshBatches:
+        pairs = self.planned.dataset.train
+        seq = self.plan.recipe.context
+        rows_a_step = self.planned.rows_a_step
+        order = EpochOrder(len(pairs), rows_a_step, self.plan.seed)
+        with console.task(
+            "computing reference log-probabilities", always=self.planned.has_reference
+        ) as report_progress:
+            logprobs = reference_logprobs(
+                self.plan.cfg, self._reference(), pairs, seq, rows_a_step, report_progress
+            )
+
+        def read(step: int, rows: slice) -> Preferences:
+            items = [index for _, index in order.at(step, rows)]
             return preference_batch(pairs, items, seq, logprobs)
 
         return MeshBatches(order, read)
 
     def _evaluator(self, limit: int | None = None) -> Evaluator:
-        examples = self.tuning.dataset.held_out[:limit]
+        examples = self.planned.dataset.held_out[:limit]
         seq = self.plan.recipe.context
         return held_out_evaluator(
             self.plan.cfg, self.frozen, self._reference(), examples, self.objective, seq
@@ -150,86 +143,97 @@ class PreparedTuning(PreparedModel):
 
     def _reference(self) -> Any:
         """Returns the params before training where the loss compares with them, else None."""
-        if self.tuning.has_reference:
+        if self.planned.has_reference:
             return self.initial_params()
         return None
 
-    def measure(self, trainable: Any, console: Console, before: Measured | None = None) -> Measured:
+    def measure(self, trainable: Any, console: Console) -> Measured:
+        """Measures the model before training."""
+        return self._measure(trainable, console, before=None)
+
+    def _measure(self, trainable: Any, console: Console, before: Measured | None) -> Measured:
         """Measures the model. `before`: what was measured before training, when this is after it."""
         return_freed_memory()
-        cfg = self.plan.cfg
-        tuning = self.tuning
         evaluator = self._evaluator()
-        with console.task("evaluating", always=True) as report:
-            held_out = evaluator.evaluate(trainable, report)
+        with console.task("evaluating", always=True) as report_progress:
+            held_out = evaluator.evaluate(trainable, report_progress)
         assert held_out is not None
         params = merge(trainable, self.frozen)
-        general = None
-        if tuning.general != "none":
-            general = general_bits_per_byte(
-                cfg, params, self.tokenizer, tuning.general, self.plan.recipe.context, console
-            )
+        general = self._measure_general(params, console)
         _clear_programs()  # as large as a small model, and not run again soon
+        scores = Scores(held_out, general, answers=())
         fits_device = before.fits_device if before else fits_one_device(params)
-        if not fits_device:
-            return Measured(Scores(held_out, general, ()), evaluator.unit, fits_device)
-        asks_general = tuning.general != "none" and (
-            before is None or tells_enough(before.scores.known or ())
+        if fits_device:
+            knows_enough = before is None or tells_enough(before.scores.known or ())
+            asks_general = self.planned.general != "none" and knows_enough
+            scores = self._answer(scores, params, asks_general, console)
+        return Measured(scores, evaluator.unit, fits_device)
+
+    def _measure_general(self, params: Params, console: Console) -> float | None:
+        """Returns the bits per byte of the general text, None where there is none."""
+        text = self.planned.general
+        if text == "none":
+            return None
+        return general_bits_per_byte(
+            self.plan.cfg, params, self.tokenizer, text, self.plan.recipe.context, console
         )
-        questions: Sequence[Sequence[Message]] = ()
-        if processes.is_first():
-            questions = tuning.dataset.questions
-        references = tuning.dataset.references[:QUICK_EXAMPLES]
+
+    def _answer(self, scores: Scores, params: Params, asks_general: bool, console: Console) -> Scores:
+        """Returns the scores with answers to held-out questions, their metrics, and the general
+        questions that are answered right; in processes other than 0 without these."""
+        cfg = self.plan.cfg
+        dataset = self.planned.dataset
         chat = self.opened.chat
         stops = self.stop_token_ids
-        metrics: dict[str, float] = {}
-        known = None
-        with console.task("answering held-out questions") as report, on_one_device(params) as whole:
-            answers = ask(cfg, whole, chat, questions, stops, report)
-            if processes.is_first():
-                metrics = tuning.answer_metrics.score(cfg, whole, chat, references, stops, report)
-            if asks_general and processes.is_first():
-                known = known_questions(cfg, whole, chat, stops, report)
-        return Measured(Scores(held_out, general, answers, metrics, known), evaluator.unit, fits_device)
+        with console.task("answering held-out questions") as report_progress, on_one_device(params) as whole:
+            if not processes.is_first():
+                return scores
+            answers = ask(cfg, whole, chat, dataset.questions, stops, report_progress)
+            references = dataset.references[:QUICK_EXAMPLES]
+            metrics = self.planned.answer_metrics.score(cfg, whole, chat, references, stops, report_progress)
+            known = None
+            if asks_general:
+                known = known_questions(cfg, whole, chat, stops, report_progress)
+        return dataclasses.replace(scores, answers=answers, metrics=metrics, known=known)
 
     def report(self, finished: Finished, console: Console) -> RunReport:
         step = finished.loop_state.step
         best_step = finished.loop_state.best_step
         trainable = finished.state.trainable
-        if not self.tuning.keep_last and best_step is not None and best_step != step:
+        if not self.planned.keep_last and best_step is not None and best_step != step:
             step = best_step
             trainable = self.load_trained(step)
         try:
-            after = self.measure(trainable, console, finished.before)
+            after = self._measure(trainable, console, finished.before)
         except UserError as error:
             folder = self.opened.folder
             raise UserError(
                 f"{error} The trained model is in {folder}, and the same command measures it."
             ) from error
-        path = self.check_frozen(step)
-        return tuning_report(self.tuning, finished, after, step, path)
+        self.opened.chat.close()
+        self.check_frozen()
+        return tuning_report(self.planned, finished, after, step, self.checkpoint(step))
 
 
 def mix_general_answers(prepared: PreparedTuning, console: Console) -> PreparedTuning:
     """Returns it with general questions among its examples, which the model answers in the tone of
     the data."""
-    tuning = prepared.tuning
+    planned = prepared.planned
     chat = prepared.opened.chat
-    answers = saved_general_answers(prepared.opened.folder, tuning.overwrites)
+    answers = saved_general_answers(prepared.opened.folder, planned.overwrites)
     if answers is None:
-        conversations = tuning.dataset.train_references
-        with console.task("answering general questions to mix in") as report:
+        conversations = planned.dataset.train_references
+        with console.task("answering general questions to mix in") as report_progress:
             params = prepared.initial_params()
             answers = write_general_answers(
-                prepared.plan.cfg, params, chat, conversations, prepared.stop_token_ids, report
+                prepared.plan.cfg, params, chat, conversations, prepared.stop_token_ids, report_progress
             )
         _clear_programs()
     examples = general_examples(chat, answers, prepared.plan.recipe.context)
-    tuning = with_length(dataclasses.replace(tuning, packed=pack_more(tuning.packed, examples)))
+    packed = pack_more(planned.packed, examples)
+    mixed = prepared.with_plan(with_length(dataclasses.replace(planned, packed=packed)))
     more = {"general_answers": answers, "mixed_in": len(examples) or None}
-    return dataclasses.replace(
-        prepared, plan=tuning.plan, metadata=prepared.metadata | more, tuning=tuning, mixed_in=len(examples)
-    )
+    return dataclasses.replace(mixed, metadata=prepared.metadata | more, mixed_in=len(examples))
 
 
 def pack_more(packed: PackedBatches | None, examples: Sequence[Example]) -> PackedBatches:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.stages import Compiled
 
@@ -33,7 +32,7 @@ from stages.reinforce.rollouts import Prompt, Rollout, prompt_tokens, rollout_ba
 from stages.runs.answers import compare
 from stages.runs.batch_steps import temporary_bytes
 from stages.runs.folder import clear_run, default_folder
-from stages.runs.model_stage import PreparedModel, Rows, load_weights
+from stages.runs.model_stage import PreparedModel, Rows
 from stages.runs.options import RunOptions
 from stages.runs.run import execute
 from stages.runs.stage import Finished, LoopState, RunReport, StepResult, compile_step
@@ -61,22 +60,7 @@ def run(flags: ReinforceFlags, device: Device) -> int:
 
 
 def prepare_reinforcement(planned: ReinforcePlan, console: Console) -> "PreparedReinforcement":
-    weights = load_weights(planned.opened, planned.plan, console)
-    return PreparedReinforcement(
-        plan=planned.plan,
-        metadata={**weights.metadata, **planned.metadata},
-        advice="--learning-rate",
-        tokenizer=planned.opened.tokenizer,
-        stop_token_ids=planned.opened.stop_token_ids,
-        sampling=planned.opened.model.sampling,
-        trainable=weights.trainable,
-        frozen=weights.frozen,
-        frozen_as_loaded=weights.frozen_as_loaded,
-        objective=planned.objective,
-        opened=planned.opened,
-        params=weights.params,
-        reinforce=planned,
-    )
+    return PreparedReinforcement.load(planned, console, advice="--learning-rate")
 
 
 class Sampled(NamedTuple):
@@ -87,17 +71,14 @@ class Sampled(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PreparedReinforcement(PreparedModel):
+class PreparedReinforcement(PreparedModel[ReinforcePlan]):
     """What a reinforcement learning begins with."""
 
-    reinforce: ReinforcePlan
-
     def rows(self, console: Console) -> Rows:
-        numbers = sum(leaf.size for leaf in jax.tree.leaves(self.trainable))
-        return reinforce_rows(self.reinforce, numbers)
+        return reinforce_rows(self.planned, self.count_trained_numbers())
 
     def prompt(self) -> tuple[str, list[int]]:
-        prompt = self.reinforce.prompts.held_out[0]
+        prompt = self.planned.prompts.held_out[0]
         return prompt.text, prompt_tokens(self.opened.chat, prompt)
 
     def begin_steps(
@@ -107,7 +88,7 @@ class PreparedReinforcement(PreparedModel):
         batch = example_rows([None] * plan.recipe.batch, plan.recipe.context)
         empty = np.zeros(batch.tokens.shape, np.float32)
         advantage = np.zeros(plan.recipe.batch, np.float32)
-        like = PolicyBatch(batch, advantage, empty if self.reinforce.round.updates > 1 else None, empty)
+        like = PolicyBatch(batch, advantage, empty if self.planned.round.updates > 1 else None, empty)
         with console.task("compiling training", always=True):
             program = compile_step(plan, state, self.frozen, like, self.objective)
         return Rounds(self, program, state.trainable)
@@ -118,7 +99,7 @@ class PreparedReinforcement(PreparedModel):
         plan = self.plan
         rows = plan.recipe.batch
         parts = -(-EVALUATED // rows)
-        prompts = [*itertools.islice(itertools.cycle(self.reinforce.prompts.held_out), parts * rows)]
+        prompts = [*itertools.islice(itertools.cycle(self.planned.prompts.held_out), parts * rows)]
         with console.task("evaluating on held-out prompts", always=True) as report:
             params = prepare_params(plan.cfg, merge(trainable, self.frozen))
             rollout = self.sample(params, prompts, first_seed(plan.seed, -parts, rows), report)
@@ -133,7 +114,7 @@ class PreparedReinforcement(PreparedModel):
 
         Raises UserError as `complete` and Rewards.
         """
-        config = self.reinforce.round
+        config = self.planned.round
         chat = self.opened.chat
         tokens = [prompt_tokens(chat, prompt) for prompt in prompts]
         sampling = SamplingParams(
@@ -155,7 +136,7 @@ class PreparedReinforcement(PreparedModel):
             completions.append([*end.tokens, *stop])
         questions = [prompt.text for prompt in prompts]
         answers = [prompt.answer for prompt in prompts]
-        rewards = self.reinforce.rewards(questions, texts, answers)
+        rewards = self.planned.rewards(questions, texts, answers)
         batch = rollout_batch(tokens, completions, self.plan.recipe.context)
         sizes = [chat.tokenizer.count_bytes(completion) for completion in completions]
         return Rollout(batch, texts, sizes, rewards, seconds)
@@ -178,8 +159,10 @@ class PreparedReinforcement(PreparedModel):
             if is_untrained:
                 clear_run(self.opened.folder)
             raise UserError(_nothing_to_learn(alike))
-        path = self.check_frozen(finished.loop_state.step)
-        return reinforce_report(self.reinforce, finished.loop_state, before, after, path)
+        self.opened.chat.close()
+        self.check_frozen()
+        path = self.checkpoint(finished.loop_state.step)
+        return reinforce_report(self.planned, finished.loop_state, before, after, path)
 
 
 class Round(NamedTuple):
@@ -212,12 +195,10 @@ class Rounds:
     def __init__(self, prepared: PreparedReinforcement, program: Compiled, trainable: Any) -> None:
         self.prepared = prepared
         self.plan = prepared.plan
-        self.config = prepared.reinforce.round
+        self.config = prepared.planned.round
         self.program = program
         self.buffer_bytes = temporary_bytes(program)
-        self.order = EpochOrder(
-            len(prepared.reinforce.prompts.train), self.config.prompts, prepared.plan.seed
-        )
+        self.order = EpochOrder(len(prepared.planned.prompts.train), self.config.prompts, prepared.plan.seed)
         self.params: Any = None  # the weights that sample
         self.digest = ""
         self._prepare_inference(trainable)
@@ -271,7 +252,7 @@ class Rounds:
         return StepResult(updated.state, updated.refused, told, batch, totals | {"alike": alike}, reward)
 
     def _sample_round(self, number: int) -> Rollout:
-        train = self.prepared.reinforce.prompts.train
+        train = self.prepared.planned.prompts.train
         prompts = []
         for _, index in self.order.at(number):
             prompts += [train[index]] * self.config.group

@@ -1,7 +1,7 @@
 """What fine-tuning and reinforcement learning share: opens a model, splits its parameters, saves some.
 
-opened = open_model(...)                         configuration and tokenizer; no weight is read
-weights = load_weights(opened, plan, console)    trainable and frozen parameters
+opened = open_model(...)                                   configuration and tokenizer; no weight is read
+prepared = PreparedModel.load(planned, console, advice)    trainable and frozen parameters
 """
 
 import copy
@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +37,11 @@ from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.tokenizer import Tokenizer
 from engine.training.freeze import select_trainable
 from engine.training.optimizer import make_optimizer
-from engine.training.step import TrainState, init_state
+from engine.training.step import Objective, TrainState, init_state
 from stages.cli.console import Console
 from stages.runs.flags import TrainableFlags
 from stages.runs.plan import RunPlan
-from stages.runs.stage import Prepared
+from stages.runs.stage import Plan, Prepared
 
 Rows = list[tuple[str, str]]  # of a banner
 
@@ -161,11 +161,8 @@ class SplitWeights(NamedTuple):
 
     trainable: Any
     frozen: Any
-    frozen_as_loaded: (
-        # what a checkpoint holds beside what trains; None for an adapter, of which nothing else is
-        # saved
-        Any
-    )
+    # What a checkpoint holds beside what trains; None for an adapter, of which nothing else is saved.
+    frozen_as_loaded: Any
     params: Any  # as loaded; None where they were freed
     # the model's entries of run.json, with the digest of all parameters as loaded
     metadata: dict[str, Any]
@@ -248,12 +245,58 @@ def _describe_base(opened: OpenedModel, digest_of_base: str) -> dict[str, str]:
     return {"model": source, "digest": digest_of_base, "name": name}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PreparedModel(Prepared):
-    """A Prepared run that trains an opened model."""
+class ModelPlan(Plan, Protocol):
+    """The plan of a stage that trains an opened model."""
 
-    opened: OpenedModel
+    @property
+    def opened(self) -> OpenedModel: ...
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The stage's own entries of run.json, but for those of `load_weights`."""
+
+    @property
+    def objective(self) -> Objective: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreparedModel[P: ModelPlan](Prepared):
+    """A Prepared run that trains the opened model of the stage's plan. `plan` is that of `planned`."""
+
+    planned: P
     params: Any  # as loaded, None where they were freed
+
+    @classmethod
+    def load(cls, planned: P, console: Console, advice: str) -> Self:
+        """Reads the weights of the plan's model. `advice`: see Prepared."""
+        opened = planned.opened
+        weights = load_weights(opened, planned.plan, console)
+        return cls(
+            plan=planned.plan,
+            metadata={**weights.metadata, **planned.metadata},
+            advice=advice,
+            tokenizer=opened.tokenizer,
+            stop_token_ids=opened.stop_token_ids,
+            sampling=opened.model.sampling,
+            trainable=weights.trainable,
+            frozen=weights.frozen,
+            frozen_as_loaded=weights.frozen_as_loaded,
+            objective=planned.objective,
+            planned=planned,
+            params=weights.params,
+        )
+
+    @property
+    def opened(self) -> OpenedModel:
+        return self.planned.opened
+
+    def with_plan(self, planned: P) -> Self:
+        """Returns it with another plan of the same model."""
+        return dataclasses.replace(self, planned=planned, plan=planned.plan)
+
+    def count_trained_numbers(self) -> int:
+        """Returns how many numbers train; weights in blocks have fewer of them than parameters."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.trainable))
 
     def placed(self) -> Self:
         if not self.opened.on_mesh:
@@ -296,8 +339,13 @@ class PreparedModel(Prepared):
             name = name.partition("@")[0]
         return saved_run_adapter(self.opened.lora, base=base["digest"], base_name=name)
 
+    def checkpoint(self, step: int) -> Path:
+        """Returns the folder in which the trained parameters of a step are."""
+        return self.opened.folder / "checkpoints" / str(step)
+
     def load_trained(self, step: int) -> Any:
-        checkpoint = self.opened.folder / "checkpoints" / str(step)
+        """Returns the trainable parameters of a checkpoint."""
+        checkpoint = self.checkpoint(step)
         if self.opened.lora:
             intact, _ = find_intact(checkpoint)
             return place(read_leaves(intact, self.plan.cfg))
@@ -305,18 +353,14 @@ class PreparedModel(Prepared):
         check = functools.partial(check_arrays, self.plan.cfg, trained_blocks=trained_blocks)
         return place(self.from_saved(load_params(checkpoint, check).params))
 
-    def check_frozen(self, step: int) -> Path:
-        """Checks that an adapter's base has not changed. Returns the checkpoint of a step, in which
-        the trained parameters are.
-
-        Raises RuntimeError when its digest is another; a base in int8 is gone by now and not
-        checked. Ends the chat's template.
-        """
-        self.opened.chat.close()
+    def check_frozen(self) -> None:
+        """Raises RuntimeError when the digest of an adapter's base has changed; a base in int8 is
+        gone by now and not checked."""
+        if not self.opened.lora or self.params is None:
+            return
         base = self.metadata["base"]
-        if self.opened.lora and self.params is not None and base["digest"] != base_digest(self.params):
+        if base["digest"] != base_digest(self.params):
             raise RuntimeError(f"Frozen weights changed: their SHA-256 was {base['digest']}.")
-        return self.opened.folder / "checkpoints" / str(step)
 
 
 def choose_trainable(
