@@ -127,7 +127,7 @@ def write_general_answers(
     if max(map(len, prompts)) + MAX_TOKENS > cfg.context:
         return []
     pairs = []
-    completions = _complete(cfg, params, prompts, stop_token_ids, report)
+    completions = _complete_with_shared_prefix(cfg, params, prompts, stop_token_ids, report)
     for (question, expected, opening, closing), completion in zip(cases, completions, strict=True):
         if completion is None:
             continue
@@ -141,7 +141,7 @@ def write_general_answers(
     return pairs if len(pairs) >= LEAST_ANSWERS else []
 
 
-def _complete(
+def _complete_with_shared_prefix(
     cfg: ModelConfig,
     params: Params,
     prompts: Sequence[tuple[int, ...]],
