@@ -13,7 +13,7 @@ from browser import Visit
 from line import Line
 from tiny_server import PATIENCE, TinyServer, ask, good, refused
 
-from stages.serve.api.app import ROUTES
+from stages.serve.api.routes import ROUTES
 from stages.serve.flags import _root_path
 
 ROOT, KEY = "/llm", "secret"

@@ -13,7 +13,7 @@ from tiny_server import CAPACITY, ask, events, good, post_head, read_all, refuse
 
 from stages.serve import server
 from stages.serve.api import requests
-from stages.serve.api.app import ROUTES
+from stages.serve.api.routes import ROUTES
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
 DEEP = b"[" * 100_000

@@ -11,7 +11,7 @@ import pydantic
 import pytest
 from tiny_server import events, good, refused, say
 
-from stages.serve.api.app import ROUTES
+from stages.serve.api.routes import ROUTES
 from stages.serve.api.template_variables import template_variables
 
 HELLO = [{"role": "user", "content": "Hello there"}]

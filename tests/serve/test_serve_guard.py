@@ -5,7 +5,7 @@ import pytest
 from tiny_server import PATIENCE, TinyServer, ask, good, read_all, refused
 
 from stages.serve.api import guard
-from stages.serve.api.app import ROUTES
+from stages.serve.api.routes import ROUTES
 
 KEYS = ("sk-first", "second-kéy-…")
 OPEN = ("/", "/live", "/health")
