@@ -151,7 +151,7 @@ def locate(
     if name in MODELS:
         return Location("gguf", fetch(name, report)["model"])
     path = Path(os.path.expanduser(name))
-    is_below_runs = path.parts[:1] == (str(run_folder.ROOT),)  # nothing there is fetched
+    is_below_runs = path.parts[:1] == (str(run_folder.RUNS),)  # nothing there is fetched
 
     def check_config(folder: Path) -> None:
         on_config(_reader(folder).read_config(folder))

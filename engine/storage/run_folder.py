@@ -16,7 +16,7 @@ from engine.format import quantity
 from engine.model.config import ModelConfig
 from engine.untrusted import read_json_object
 
-ROOT = Path("runs")
+RUNS = Path("runs")
 MAX_JSON_BYTES = 16 * 2**20
 TOY_STEPS = 100
 UNFINISHED = "not finished"
@@ -30,31 +30,37 @@ def newest_run() -> tuple[Path, tuple[str, ...]]:
     run has finished.
     """
     passed: dict[Path, str] = {}
-    runs = [file.parent for file in ROOT.glob("*/run.json")]
+    runs = [file.parent for file in RUNS.glob("*/run.json")]
     for run in sorted(runs, key=lambda run: (run / "run.json").stat().st_mtime, reverse=True):
         reason = _reason_against(run)
-        if reason:
-            passed[run] = reason
-            continue
-        names = [f"{newer} ({reason})" for newer, reason in passed.items()]
-        more = f" and {len(names) - 2} more" * (len(names) > 2)
-        if names:
-            why = f"; passed over {', '.join(names[:2])}{more}: name one to use it"
-        else:
-            why = ", the newest run"
-        return run, (f"using {run}{why}",)
+        if not reason:
+            return run, (f"using {run}{_passed_note(passed)}",)
+        passed[run] = reason
     for run, reason in passed.items():
         if reason != UNFINISHED:
             return run, (f"using {run} ({reason}), as no other run is finished",)
     if passed:
         first = next(iter(passed))
         raise UserError(
-            f"No run in {ROOT}/ is finished. Finish {first}, or name it as the model to take it as it is."
+            f"No run in {RUNS}/ is finished. Finish {first}, or name it as the model to take it as it is."
         )
     raise UserError(
-        f"There is no trained model in {ROOT}/: "
+        f"There is no trained model in {RUNS}/: "
         "run `python -m stages.train` first, or name a model by its folder."
     )
+
+
+def _passed_note(passed: dict[Path, str]) -> str:
+    """Returns what follows a used run's name in its note: the first two of the newer runs that were
+    passed over, each with the reason, and how many more there are.
+    """
+    if not passed:
+        return ", the newest run"
+    names = [f"{run} ({reason})" for run, reason in passed.items()]
+    more = ""
+    if len(names) > 2:
+        more = f" and {len(names) - 2} more"
+    return f"; passed over {', '.join(names[:2])}{more}: name one to use it"
 
 
 def _reason_against(run: Path) -> str:

@@ -20,7 +20,7 @@ from engine.files import atomic_file, folder_lock, make_folder, open_regular, re
 from engine.mesh import processes
 from engine.model.paths import leaf_paths
 from engine.storage import checkpoint
-from engine.storage.run_folder import ROOT, read_json
+from engine.storage.run_folder import RUNS, read_json
 
 RUN_FILES = (
     manifest.NAME,
@@ -36,7 +36,7 @@ RUN_FILES = (
 
 def default_folder(model: str, data: str) -> Path:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(data).stem).strip("-.") or "text"
-    return ROOT / f"{model}-{name}"
+    return RUNS / f"{model}-{name}"
 
 
 def holds_run(folder: Path) -> bool:
