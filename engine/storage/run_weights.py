@@ -30,7 +30,7 @@ TRAINED_BLOCKS = "trained_blocks"
 PACKED = "packed/"  # before the path of a weight in blocks
 FLOAT32 = ("float32",)
 # bfloat16 where a model was loaded in it and the matrix stayed frozen
-OF_MATRICES = ("float32", "bfloat16")
+MATRIX_DTYPES = ("float32", "bfloat16")
 
 
 class ExpectedArray(NamedTuple):
@@ -52,6 +52,9 @@ def expected_arrays(
     # A config may claim any number of layers, which would take for ever to list. With one layer
     # more than there are arrays one array is missing already.
     cfg = dataclasses.replace(cfg, layers=min(cfg.layers, len(arrays) + 1))
+    trained: Collection[str] = arrays
+    if trained_blocks is not None:
+        trained = trained_blocks
     expected = {}
     for path, shape in leaf_shapes(cfg).items():
         packed = arrays.get(PACKED + path)
@@ -60,11 +63,11 @@ def expected_arrays(
             continue
         columns, inputs = shape if path == "embed" else shape[::-1]
         if packed is None or inputs % GROUP:
-            expected[path] = ExpectedArray(shape, OF_MATRICES)
+            expected[path] = ExpectedArray(shape, MATRIX_DTYPES)
             continue
         kind = _kind_in_run(packed.shape)
         expected[PACKED + path] = ExpectedArray(packed_shape(columns, inputs, kind), ("uint8",))
-        if path in (arrays if trained_blocks is None else trained_blocks):
+        if path in trained:
             expected[path] = ExpectedArray(factors_shape(columns, inputs, kind), FLOAT32)
     return expected
 
