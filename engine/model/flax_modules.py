@@ -3,7 +3,7 @@
 No other file imports flax.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,14 +19,27 @@ from engine.model.cache.segmented import SegmentedLayer
 from engine.model.config import ModelConfig
 from engine.model.weights.matmul import lookup, norm_and_project, project, swiglu_and_project
 
-# A tied embedding is also the head, whose logits start at this, lower for a small vocabulary. A tied
-# 4 x 256 reaches 2.31 bits per byte after 500 steps of 1,024 tokens with the first SwiGLU random, 2.32
-# with all so, and with none 2.39 (an embedding of 1 / D) or 2.47 (a small last gain).
+# A tied embedding is also the head. This is the standard deviation of its first logits, lower for a
+# small vocabulary. A tied 4 x 256 reaches 2.31 bits per byte after 500 steps of 1,024 tokens with the
+# first SwiGLU random, 2.32 with all so, and with none 2.39 (an embedding of 1 / D) or 2.47 (a small
+# last gain).
 TIED_STD = 0.3
+# The most that standard deviation may be, times the square root of the vocabulary: it lowers it below
+# 744 tokens, so that the first loss is within 1% of ln V for every key. 256 tokens at TIED_STD start
+# further from ln 256 for every fourth key, and are 0.04 bits per byte ahead later.
+TIED_STD_PER_ROOT_VOCAB = 0.011
 # An untied embedding starts as large as what blocks add.
 EMBED_STD = 0.5
 Rotary = tuple[Array, Array]
 Cached = tuple[Array, Array, Array]  # one layer's k and v (B, K, S, H), and each row's length (B,)
+
+
+def embedding_std(cfg: ModelConfig) -> float:
+    """Returns the standard deviation of the embedding's first numbers."""
+    if not cfg.tied:
+        return EMBED_STD
+    std_of_logits = min(TIED_STD, TIED_STD_PER_ROOT_VOCAB * cfg.vocab**0.5)
+    return std_of_logits * cfg.width**-0.5
 
 
 def write_rows(cached: Array, new: Array, start: Array) -> Array:
@@ -71,25 +84,24 @@ class Block(nn.Module):
         with jax.named_scope("attention"):
             queries = cfg.heads * cfg.head_dim
             keys = cfg.kv_heads * cfg.head_dim
-            q, k, v = self.norm_and_project(x, "attn_norm", "qkv", {"q": queries, "k": keys, "v": keys})
-            mixed, cached = self.attention(q, k, v, rotary, segments, cached)
-            x = x + project(
-                mixed, self.weight("out", cfg.heads * cfg.head_dim, cfg.width, scale=0.0), jnp.float32
-            )
+            q, k, v = self.project_normed(x, "attn_norm", "qkv", {"q": queries, "k": keys, "v": keys})
+            mixed, cached = self.attend(q, k, v, rotary, segments, cached)
+            out = self.weight("out", queries, cfg.width, scale=0.0)
+            x = x + project(mixed, out, jnp.float32)
             x = layout.shard_rows(x)
         with jax.named_scope("mlp"):
-            gate, up = self.norm_and_project(x, "mlp_norm", "gate_up", {"gate": cfg.ff, "up": cfg.ff})
-            x = x + swiglu_and_project(
-                gate, up, self.weight("down", cfg.ff, cfg.width, scale=self.mlp_scale), dtype
-            )
+            gate, up = self.project_normed(x, "mlp_norm", "gate_up", {"gate": cfg.ff, "up": cfg.ff})
+            down = self.weight("down", cfg.ff, cfg.width, scale=self.mlp_scale)
+            x = x + swiglu_and_project(gate, up, down, dtype)
             x = layout.shard_rows(x)
         return x, cached
 
-    def norm_and_project(self, x: Array, norm: str, joined: str, columns: dict[str, int]) -> Sequence[Array]:
+    def project_normed(self, x: Array, norm: str, joined: str, columns: dict[str, int]) -> Sequence[Array]:
         """x (B, T, D) -> its product, once normalised, with each weight: (B, T, columns), in the
-        compute dtype.
+        compute dtype. `columns` names the weights, and says how many columns each has.
 
-        Where `join_projections` has joined the weights for inference, it is cut out of one product.
+        Where `join_projections` has joined the weights for inference under the name `joined`, it is
+        cut out of one product.
         """
         cfg = self.cfg
         dtype = jnp.dtype(cfg.dtype)
@@ -97,12 +109,12 @@ class Block(nn.Module):
         if self.has_variable("params", joined):
             weight = self.weight(joined, cfg.width, sum(columns.values()))
             (whole,) = norm_and_project(x, gain, [weight], cfg.eps, dtype)
-            return jnp.split(whole, np.cumsum([*columns.values()])[:-1].tolist(), axis=-1)
-        return norm_and_project(
-            x, gain, [self.weight(name, cfg.width, n) for name, n in columns.items()], cfg.eps, dtype
-        )
+            cuts = np.cumsum([*columns.values()])[:-1].tolist()
+            return jnp.split(whole, cuts, axis=-1)
+        weights = [self.weight(name, cfg.width, count) for name, count in columns.items()]
+        return norm_and_project(x, gain, weights, cfg.eps, dtype)
 
-    def attention(
+    def attend(
         self, q: Array, k: Array, v: Array, rotary: Rotary, segments: Array | None, cached: Cached | None
     ):
         """q (B, T, N * H), k and v (B, T, K * H) -> (B, T, N * H), and the layer's cache with this
@@ -110,16 +122,18 @@ class Block(nn.Module):
         """
         cfg = self.cfg
         dtype = jnp.dtype(cfg.dtype)
-        q, k, v = (self.heads(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+        q = self.split_heads("q", q)
+        k = self.split_heads("k", k)
+        v = self.split_heads("v", v)
         q = backward.rope(q, *rotary, cfg.head_dim**-0.5, dtype)  # with the scores' factor
         k = backward.rope(k, *rotary, 1.0, dtype)
         if isinstance(cached, SegmentedLayer):
             return cached.attend(q, k, v)
         if cached is not None:
-            return self.cached_attention(q, k, v, cached)
+            return self.attend_cached(q, k, v, cached)
         return causal_attention(q, k, v, segments), None
 
-    def cached_attention(self, q: Array, k: Array, v: Array, cached: Cached):
+    def attend_cached(self, q: Array, k: Array, v: Array, cached: Cached):
         """Writes this call's keys and values after each row's length, then attends to all of the row."""
         keys, values, length = cached
         keys = write_rows(keys, k.transpose(0, 2, 1, 3), length)
@@ -131,7 +145,7 @@ class Block(nn.Module):
         seen = mask[:, -1, None, :, None]
         return attention(q, keys, jnp.where(seen, values, 0), mask), (keys, values, length)
 
-    def heads(self, name: str, x: Array) -> Array:
+    def split_heads(self, name: str, x: Array) -> Array:
         """x (B, T, N * H) -> (B, T, N, H), of queries, keys or values, with a bias and normalised
         where the model has that.
         """
@@ -156,52 +170,83 @@ class Block(nn.Module):
 
 
 class BlockStack(nn.Module):
-    """All L blocks in turn, named '0' to 'L - 1'."""
+    """x (B, T, D) -> (B, T, D) after all L blocks in turn, and the cache with this call's keys and
+    values. Parameters are named by their block, '0' to 'L - 1'.
+
+    The blocks are submodules only while parameters are made. Afterwards they are not: a pure function
+    can be jitted once and inlined L times.
+    """
 
     cfg: ModelConfig
 
     @nn.compact
     def __call__(self, x: Array, rotary: Rotary, segments: Array | None, cache: Any):
         cfg = self.cfg
-        if cache is not None:
-            # Unrolled: a scan over a stacked cache copies it whole at every step. One block is
-            # traced and inlined L times; calls that are left to XLA would make the program slower.
-            @jax.jit(inline=True)
-            def block(params: Any, x: Array, cached: Any) -> Any:
-                return Block(cfg, parent=None).apply({"params": params}, x, rotary, segments, cached)
-
-            written = []
-            for i in range(cfg.layers):
-                x, cached = block(self.variables["params"][str(i)], x, cache.layer(i))
-                written.append(cached)
-            return x, cache.with_layers(written)
-
-        def run(params, x):
-            return Block(cfg, parent=None).apply({"params": params}, x, rotary, segments, None)[0]
-
         if self.is_initializing():
             for i in range(cfg.layers):
-                x, _ = Block(cfg, mlp_scale=float(cfg.tied and i == 0), name=str(i))(
-                    x, rotary, segments, None
-                )
+                mlp_scale = float(cfg.tied and i == 0)
+                x, _ = Block(cfg, mlp_scale=mlp_scale, name=str(i))(x, rotary, segments, None)
             return x, None
-        if cfg.remat == "block":
-            run = jax.checkpoint(run)
-        # traced once, and inlined L times: the same program in two thirds of the time
-        run = jax.jit(run, inline=True)
-        params = [self.variables["params"][str(i)] for i in range(cfg.layers)]
-        if cfg.scan:
+        params = self.variables["params"]
+        if cache is None:
+            return run_uncached(cfg, params, x, rotary, segments), None
+        return run_cached(cfg, params, x, rotary, segments, cache)
 
-            def stack(*leaves: Array) -> Array:
-                return jnp.stack(leaves)
 
-            def run_next(x: Array, block: Any) -> tuple[Array, None]:
-                return run(block, x), None
+def run_uncached(
+    cfg: ModelConfig, params: Mapping[str, Any], x: Array, rotary: Rotary, segments: Array | None
+) -> Array:
+    """x (B, T, D) -> (B, T, D) after all blocks, whose parameters are params["0"], params["1"], and so on."""
 
-            return jax.lax.scan(run_next, x, jax.tree.map(stack, *params))[0], None
-        for block in params:
-            x = run(block, x)
-        return x, None
+    def run_block(block_params: Any, x: Array) -> Array:
+        return Block(cfg, parent=None).apply({"params": block_params}, x, rotary, segments, None)[0]
+
+    if cfg.remat == "block":
+        run_block = jax.checkpoint(run_block)
+    # traced once, and inlined L times: the same program in two thirds of the time
+    run_block = jax.jit(run_block, inline=True)
+    params_by_block = [params[str(i)] for i in range(cfg.layers)]
+    if cfg.scan:
+        return scan_blocks(run_block, params_by_block, x)
+    for block_params in params_by_block:
+        x = run_block(block_params, x)
+    return x
+
+
+def scan_blocks(run_block: Callable[[Any, Array], Array], params_by_block: list[Any], x: Array) -> Array:
+    """Returns x after all blocks, by one compiled loop over their stacked parameters."""
+
+    def stack(*leaves: Array) -> Array:
+        return jnp.stack(leaves)
+
+    def run_next(x: Array, block_params: Any) -> tuple[Array, None]:
+        return run_block(block_params, x), None
+
+    x, _ = jax.lax.scan(run_next, x, jax.tree.map(stack, *params_by_block))
+    return x
+
+
+def run_cached(
+    cfg: ModelConfig,
+    params: Mapping[str, Any],
+    x: Array,
+    rotary: Rotary,
+    segments: Array | None,
+    cache: Any,
+) -> tuple[Array, Any]:
+    """Returns x as `run_uncached`, and the cache with this call's keys and values."""
+
+    # Unrolled: a scan over a stacked cache copies it whole at every step. One block is traced and
+    # inlined L times; calls that are left to XLA would make the program slower.
+    @jax.jit(inline=True)
+    def run_block(block_params: Any, x: Array, layer: Any) -> Any:
+        return Block(cfg, parent=None).apply({"params": block_params}, x, rotary, segments, layer)
+
+    layers_written = []
+    for i in range(cfg.layers):
+        x, layer = run_block(params[str(i)], x, cache.layer(i))
+        layers_written.append(layer)
+    return x, cache.with_layers(layers_written)
 
 
 class Transformer(nn.Module):
@@ -212,10 +257,8 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, tokens, positions, segments=None, cache=None):
         cfg = self.cfg
-        # 256 tokens at TIED_STD start more than 1% from ln 256 for every fourth key, and are 0.04
-        # bits per byte ahead later.
-        std = min(TIED_STD, 0.011 * cfg.vocab**0.5) * cfg.width**-0.5 if cfg.tied else EMBED_STD
-        embed = matrix(self, "embed", nn.initializers.normal(std), (cfg.vocab, cfg.width))
+        init = nn.initializers.normal(embedding_std(cfg))
+        embed = matrix(self, "embed", init, (cfg.vocab, cfg.width))
         with jax.named_scope("embed"):
             x = layout.look_up(lookup, embed, tokens)
         x, cache = BlockStack(cfg, name="blocks")(x, layers.rope_tables(cfg, positions), segments, cache)
