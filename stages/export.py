@@ -18,9 +18,9 @@ import dataclasses
 import functools
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from engine.device import start_jax
+from engine.device import Device, start_jax
 from engine.errors import UserError
 from engine.files import atomic_file, atomic_folder
 from engine.format import format_bytes
@@ -31,20 +31,23 @@ from stages.cli.flags import (
     DeviceFlag,
     ModelFlag,
     VerboseFlag,
-    choose_sampling,
     default,
     one_of,
     parser,
     path,
 )
+from stages.cli.sampling import usable_recommendations
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from engine.model.config import ModelConfig
     from engine.storage.model_loader import LoadedModel
     from engine.text.corpus import Corpus, Document
     from engine.text.tokenizer import Tokenizer
-    from stages.runs.text_data import Source
 
-BLOCKS = ("q8_0", "q4_0", "q4_1")
+BLOCKS_OF_4_BITS = ("q4_0", "q4_1")
+BLOCKS = ("q8_0", *BLOCKS_OF_4_BITS)
 DTYPES = ("float32", "bfloat16", "float16", *BLOCKS)
 EXPORT_FILES = {
     "config.json",
@@ -65,12 +68,22 @@ CHECK_TEXTS = (
     "don't I'LL we've",
 )
 TOLERANCE = 1e-3  # of the largest logit: the order of float32 sums
-SAMPLE = 1024
-WINDOW = 256  # tokens of a held-out text that rounding is measured on: in all, and read at once
+SAMPLE = 1024  # tokens of a held-out text that rounding is measured on
+SAMPLE_CHARACTERS = 8 * SAMPLE  # of that text, which are encoded as those tokens
+SAMPLE_DOCUMENTS = 8  # of that text, at most
+WINDOW = 256  # tokens that are read at once for bits per byte
+ROWS = 2  # sequences that are read together
+LOGITS_WINDOW = 64  # tokens of a sequence whose logits are compared
 EVALUATIONS = 5  # of --check: three of logits, two of bits per byte
-MAX_LOSS = 0.01
-MAX_LOSS_OF_4_BITS = 0.15  # bits per byte
-Comparison = tuple[list[tuple[str, str]], list[str]]  # rows to print, and faults: what differs
+MAX_LOSS = 0.01  # bits per byte that rounding may cost
+MAX_LOSS_OF_4_BITS = 0.15
+
+
+class Comparison(NamedTuple):
+    """An export, read again, beside its model."""
+
+    rows: list[tuple[str, str]]  # to print
+    faults: list[str]  # what differs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,21 +108,18 @@ class ExportFlags:
 def export(flags: ExportFlags) -> int:
     """Returns 1 when the export, read again with --check, differs from the model, else 0."""
     signals.set_phase("before the model was written.")
-    device = start_jax(flags.device)
-    # These import JAX, here and below, which must be started first.
-    import jax.numpy as jnp
+    device = start_jax(flags.device)  # before JAX is imported, as the functions below do
+    check_flags(flags)
+    with Console() as console:
+        if flags.adapter:
+            faults = export_adapter(flags, device, console)
+        else:
+            faults = export_model(flags, device, console)
+    return int(bool(faults))
 
-    from engine.model.paths import map_paths
-    from engine.model.weights.block_layout import KINDS
-    from engine.model.weights.blocks import Blocks
-    from engine.model.weights.lora import to_dense
-    from engine.storage import run_folder
-    from engine.storage.model_loader import load_model
-    from engine.storage.tensor_layout import describe_kinds
-    from engine.text.corpus import Corpus
-    from stages.runs.text_data import TEXTS, evaluation_source
 
-    out = flags.out
+def check_flags(flags: ExportFlags) -> None:
+    """Raises UserError for flags that do not go together, and for an --out that is not free."""
     to_gguf = flags.out.suffix == ".gguf"
     if flags.adapter and (to_gguf or flags.dtype):
         raise UserError(
@@ -122,83 +132,168 @@ def export(flags: ExportFlags) -> int:
         )
     if flags.base_name and not flags.adapter:
         raise UserError("--base-name names the base of an adapter: it goes with --adapter.")
-    _check_free(out, to_gguf, flags.overwrite)
-    with Console() as console:
-        with console.task("loading") as report:
-            model = load_model(flags.model, dtype="float32", report=report, keep_kinds=KINDS)
-        if out.resolve() in (path.resolve() for path in model.bases):
-            adapted = model.run or model.checkpoint
-            raise UserError(
-                f"{out} is the base that {adapted} adapts, which would be replaced. Give another --out."
-            )
-        console.print_notes(*model.notes)
-        sampling, _ = choose_sampling(model.sampling, {}, {}, console, penalties=True)
-        model = dataclasses.replace(model, sampling=sampling)
-        stored: str = model.cfg.dtype
-        record: dict[str, Any] = {}
-        if model.run:
-            stored = str(to_dense(model.params["embed"]).dtype)
-            record = run_folder.read_json(model.run / "run.json")
-        if flags.adapter:
-            dtype = "float32"
-        elif flags.dtype:
-            dtype = flags.dtype
-        elif to_gguf:
-            dtype = "float16"
-        else:
-            dtype = stored
-        rows = [("device", str(device)), ("model", str(model))]
-        base_name = ""
-        source: Source | None = None
-        if flags.adapter:
-            base = record.get("base", {}).get("model") or str([model.name, *model.bases][-1])
-            base_name = _base_name(model, base, flags.base_name)
-            rows.append(("base", base_name))
-        else:
-            keeps_blocks = model.run and flags.dtype in BLOCKS[1:]  # which trained so
+    _check_free(flags.out, to_gguf, flags.overwrite)
 
-            def to_written(_: str, leaf: Any) -> Any:
-                if keeps_blocks and isinstance(leaf, Blocks):
-                    return leaf
-                # Adapters are merged in float32: their small numbers are rounded once, as they are
-                # written.
-                return to_dense(leaf, jnp.float32)
 
-            params = map_paths(to_written, model.params)
-            model = dataclasses.replace(model, params=params)
-            if flags.check:
-                text = record.get("text", {}).get("data")
-                if text not in TEXTS:
-                    text = "python"
-                source = evaluation_source(text, console)
-        console.print_rows(
-            [*rows, ("file", describe_kinds(model.kinds, model.params)), ("writes", f"{out}, {dtype}")]
+def export_adapter(flags: ExportFlags, device: Device, console: Console) -> list[str]:
+    """Writes the adapters of a model alone, and with --check compares them. Returns what differs."""
+    model = _load(flags, console)
+    base_name = _base_name(model, flags.base_name)
+    console.print_rows(
+        [
+            ("device", str(device)),
+            ("model", str(model)),
+            ("base", base_name),
+            *_rows_of_files(flags.out, model, "float32"),
+        ]
+    )
+    _write_adapter(flags.out, model, base_name, console)
+    _print_size(flags.out, console)
+    if not flags.check:
+        return []
+    with console.task("checking", always=True):
+        comparison = compare_adapter(model, flags.out)
+    _print_comparison(comparison, console)
+    return comparison.faults
+
+
+def export_model(flags: ExportFlags, device: Device, console: Console) -> list[str]:
+    """Writes a model with its adapters merged in, and with --check compares it. Returns what differs."""
+    model = _load(flags, console)
+    dtype = _dtype_to_write(flags, model)
+    trained_in_blocks = model.run is not None and flags.dtype in BLOCKS_OF_4_BITS
+    # The model as it was loaded is let go, so that its weights are in memory once.
+    model = dataclasses.replace(model, params=_params_to_write(model.params, keep_blocks=trained_in_blocks))
+    source = None
+    if flags.check:
+        source = _check_source(model, console)
+    console.print_rows(
+        [("device", str(device)), ("model", str(model)), *_rows_of_files(flags.out, model, dtype)]
+    )
+    if flags.out.suffix == ".gguf":
+        console.print_notes(_write_gguf(flags.out, model, dtype, console))
+    else:
+        _write_folder(flags.out, model, dtype, console)
+    _print_size(flags.out, console)
+    if source is None:  # without --check
+        return []
+    with console.task("checking", always=True) as report:
+        comparison = compare(model, flags.out, dtype, source, report)
+    _print_comparison(comparison, console)
+    if not comparison.faults:
+        console.print(f"next: {command_line('generate', '--model', flags.out)}")
+    return comparison.faults
+
+
+def _load(flags: ExportFlags, console: Console) -> "LoadedModel":
+    """Loads the model in float32, with those of its recommended sampling fields that can be used.
+
+    Raises UserError when --out is a model below its adapters.
+    """
+    from engine.model.weights.block_layout import KINDS
+    from engine.storage.model_loader import load_model
+
+    out = flags.out
+    with console.task("loading") as report:
+        model = load_model(flags.model, dtype="float32", report=report, keep_kinds=KINDS)
+    if out.resolve() in (base.resolve() for base in model.bases):
+        adapted = model.run or model.checkpoint
+        raise UserError(
+            f"{out} is the base that {adapted} adapts, which would be replaced. Give another --out."
         )
-        note = _write(out, model, dtype, base_name, console)
-        console.print_notes(note)
-        files = [out]
-        if out.is_dir():
-            files = [*out.iterdir()]
-        size = sum(file.stat().st_size for file in files)
-        console.print_rows([("written", f"{out}, {format_bytes(size)}")])
-        if not flags.check:
-            return 0
-        with console.task("checking", always=True) as report:
-            if isinstance(source, Corpus):
-                rows, faults = compare(model, out, dtype, source, report)
-            else:
-                rows, faults = compare_adapter(model, out)
-        console.print_rows(rows)
-        for fault in faults:
-            console.print(f"DIFFERS: {fault}", style="red")
-        if not faults and not flags.adapter:
-            console.print(f"next: {command_line('generate', '--model', out)}")
-    return int(bool(faults))
+    console.print_notes(*model.notes)
+    sampling = usable_recommendations(model.sampling, console, penalties=True)
+    return dataclasses.replace(model, sampling=sampling)
 
 
-def _base_name(model: "LoadedModel", base: str, base_name: str | None) -> str:
-    """Returns the name by which PEFT finds `base`. Raises UserError when it is not known, or
-    `base_name` cannot be one.
+def _run_record(model: "LoadedModel") -> dict[str, Any]:
+    """Returns the run.json of a model that was trained here, else nothing."""
+    from engine.storage import run_folder
+
+    if not model.run:
+        return {}
+    return run_folder.read_json(model.run / "run.json")
+
+
+def _dtype_to_write(flags: ExportFlags, model: "LoadedModel") -> str:
+    """Returns --dtype, else float16 for a .gguf, else the type the weights are stored in."""
+    from engine.model.weights.lora import to_dense
+
+    if flags.dtype:
+        return flags.dtype
+    if flags.out.suffix == ".gguf":
+        return "float16"
+    if model.run:
+        return str(to_dense(model.params["embed"]).dtype)
+    return model.cfg.dtype
+
+
+def _params_to_write(params: Any, keep_blocks: bool) -> Any:
+    """Returns params with the adapters merged in and every leaf dense in float32, but for Blocks
+    with `keep_blocks`.
+    """
+    import jax.numpy as jnp
+
+    from engine.model.paths import map_paths
+    from engine.model.weights.blocks import Blocks
+    from engine.model.weights.lora import to_dense
+
+    def to_written(_: str, leaf: Any) -> Any:
+        if keep_blocks and isinstance(leaf, Blocks):
+            return leaf
+        # Adapters are merged in float32: their small numbers are rounded once, as they are written.
+        return to_dense(leaf, jnp.float32)
+
+    return map_paths(to_written, params)
+
+
+def _check_source(model: "LoadedModel", console: Console) -> "Corpus[Document]":
+    """Returns the held-out part of the named text that the model was trained on, else of python."""
+    from engine.text.corpus import Corpus
+    from stages.runs.text_data import TEXTS, evaluation_source
+
+    text = _run_record(model).get("text", {}).get("data")
+    if text not in TEXTS:
+        text = "python"
+    source = evaluation_source(text, console)
+    assert isinstance(source, Corpus)  # as every named text is
+    return source
+
+
+def _rows_of_files(out: Path, model: "LoadedModel", dtype: str) -> list[tuple[str, str]]:
+    """Returns the banner's rows of the file that was read and the one that is written."""
+    from engine.storage.tensor_layout import describe_kinds
+
+    return [("file", describe_kinds(model.kinds, model.params)), ("writes", f"{out}, {dtype}")]
+
+
+def _print_size(out: Path, console: Console) -> None:
+    files = [out]
+    if out.is_dir():
+        files = [*out.iterdir()]
+    size = sum(file.stat().st_size for file in files)
+    console.print_rows([("written", f"{out}, {format_bytes(size)}")])
+
+
+def _print_comparison(comparison: Comparison, console: Console) -> None:
+    console.print_rows(comparison.rows)
+    for fault in comparison.faults:
+        console.print(f"DIFFERS: {fault}", style="red")
+
+
+def _base_of(model: "LoadedModel") -> str:
+    """Returns the name or the folder of the model below the adapters."""
+    trained_on = _run_record(model).get("base", {}).get("model")
+    if trained_on:
+        return str(trained_on)
+    if model.bases:
+        return str(model.bases[-1])
+    return model.name
+
+
+def _base_name(model: "LoadedModel", base_name: str | None) -> str:
+    """Returns the name by which PEFT finds the base of a model's adapters: --base-name, or what is
+    known of it. Raises UserError when nothing is, or `base_name` cannot be one.
     """
     from engine.storage.adapter import adapter_leaves
     from engine.storage.hub import is_hub_id
@@ -211,6 +306,7 @@ def _base_name(model: "LoadedModel", base: str, base_name: str | None) -> str:
     adapter_leaves(model.params)  # says so if there are none
     if base_name is None and model.hub_id:
         return model.hub_id
+    base = _base_of(model)
     folder = Path(base_name or base).expanduser()
     if (folder / "config.json").is_file() and not (folder / "run.json").exists():
         return str(folder.resolve())
@@ -245,49 +341,58 @@ def _check_free(out: Path, to_gguf: bool, overwrite: bool) -> None:
         raise UserError(f"{out} is there already; give another --out, or --overwrite.")
 
 
-def _write(out: Path, model: "LoadedModel", dtype: str, base_name: str, console: Console) -> str:
-    """Writes the model, or with a `base_name` its adapter; returns a note to print, if any.
+def _write_gguf(out: Path, model: "LoadedModel", dtype: str, console: Console) -> str:
+    """Writes a model as a .gguf file; returns a note to print, if any.
 
     Raises UserError, and leaves nothing, when it could not be loaded again.
     """
-    from engine.storage.adapter import save_adapter, without_adapters
-    from engine.storage.digest import digest
     from engine.storage.gguf import FALLBACK_PRE_TOKENIZER, sampling_metadata, save_gguf, tokenizer_metadata
+    from engine.storage.model_loader import check_loads
+
+    cfg = model.cfg
+    metadata = tokenizer_metadata(model.tokenizer, model.eos_ids, cfg.vocab)
+    metadata |= sampling_metadata(model.sampling)
+    with atomic_file(out) as file:
+        building = Path(file.name)
+        with console.task("writing", always=True) as report:
+            save_gguf(building, cfg, model.params, metadata, name=model.name, dtype=dtype, report=report)
+        with console.task("reading it again", always=True) as report:
+            check_loads(building, out, report)
+    if "tokenizer.huggingface.json" not in metadata:
+        return ""
+    return (
+        "llama.cpp has no name for how this tokenizer splits a text "
+        f"and is told {FALLBACK_PRE_TOKENIZER}: numbers and long words may become other tokens there. "
+        "Thrice reads the tokenizer.json that is in the file too."
+    )
+
+
+def _write_folder(out: Path, model: "LoadedModel", dtype: str, console: Console) -> None:
+    """Writes a model as a Hugging Face folder.
+
+    Raises UserError, and leaves nothing, when it could not be loaded again.
+    """
     from engine.storage.huggingface import save_folder
     from engine.storage.model_loader import check_loads
     from engine.text.tokenizer import ModelTokenizer
 
-    cfg = model.cfg
-    params = model.params
-    tokenizer = model.tokenizer
-    if out.suffix == ".gguf":
-        metadata = tokenizer_metadata(tokenizer, model.eos_ids, cfg.vocab) | sampling_metadata(model.sampling)
-        with atomic_file(out) as file:
-            with console.task("writing", always=True) as report:
-                save_gguf(Path(file.name), cfg, params, metadata, name=model.name, dtype=dtype, report=report)
-            with console.task("reading it again", always=True) as report:
-                check_loads(Path(file.name), out, report)
-        if "tokenizer.huggingface.json" not in metadata:
-            return ""
-        return (
-            "llama.cpp has no name for how this tokenizer splits a text "
-            f"and is told {FALLBACK_PRE_TOKENIZER}: numbers and long words may become other tokens there. "
-            "Thrice reads the tokenizer.json that is in the file too."
-        )
+    tokenizer = ModelTokenizer(model.tokenizer, model.eos_ids, dict(model.sampling))
     with atomic_folder(out) as building:
-        if base_name:
-            with console.task("writing", always=True):
-                save_adapter(
-                    building, cfg, params, base=digest(without_adapters(params)), base_name=base_name
-                )
-                tokenizer.save(building)
-            return ""
-        written = ModelTokenizer(tokenizer, model.eos_ids, dict(model.sampling))
         with console.task("writing", always=True) as report:
-            save_folder(building, cfg, params, written, dtype=dtype, report=report)
+            save_folder(building, model.cfg, model.params, tokenizer, dtype=dtype, report=report)
         with console.task("reading it again", always=True) as report:
             check_loads(building, out, report)
-    return ""
+
+
+def _write_adapter(out: Path, model: "LoadedModel", base_name: str, console: Console) -> None:
+    """Writes a model's adapters and its tokenizer as a PEFT folder."""
+    from engine.storage.adapter import save_adapter, without_adapters
+    from engine.storage.digest import digest
+
+    with atomic_folder(out) as building, console.task("writing", always=True):
+        base_digest = digest(without_adapters(model.params))
+        save_adapter(building, model.cfg, model.params, base=base_digest, base_name=base_name)
+        model.tokenizer.save(building)
 
 
 def compare(
@@ -298,71 +403,34 @@ def compare(
 
     `report`: evaluations done and in all.
     """
-    import jax
-    import jax.numpy as jnp
     import numpy as np
 
     from engine.model.paths import map_paths
-    from engine.model.transformer import forward
-    from engine.model.weights.block_layout import GROUP
-    from engine.model.weights.blocks import dense_blocks, round_to_blocks, served_kind
     from engine.model.weights.lora import to_dense
     from engine.storage.model_loader import load_model
-    from engine.text.corpus import characters
-    from stages.runs import text_data
 
-    def rounded(path: str, leaf: Any) -> Any:
-        plain = to_dense(leaf)
-        # Blocks are written as they are
-        if plain is not leaf or (plain.ndim < 2 and out.suffix == ".gguf"):
-            return plain
-        axis = int(path != "embed")
-        if dtype in BLOCKS and plain.shape[1 - axis] % GROUP == 0:
-            return dense_blocks(round_to_blocks(plain, served_kind(path, dtype.upper()), axis))
-        return plain.astype("float16" if dtype in BLOCKS else dtype).astype(jnp.float32)
-
-    def logits(params: Any) -> np.ndarray:
-        """Returns logits (2, T, V) in float32."""
-        sequences = np.resize(tokens, (2, min(64, cfg.context))).astype(np.int32)
-        positions = np.broadcast_to(np.arange(sequences.shape[1], dtype=np.int32), sequences.shape)
-        return np.asarray(jax.jit(forward, static_argnums=0)(cfg, params, sequences, positions)[0])
-
-    def bits_per_byte(params: Any) -> float:
-        seq = min(WINDOW, cfg.context, len(tokens) - 1)
-        nats = text_data.score_text(cfg, params, tokens, seq, seq, 2)
-        return text_data.bits_per_byte(nats, model.tokenizer.count_bytes(tokens[1:]))
-
-    export = load_model(str(out), dtype="float32")
-    faults = [f"{name} of the architecture" for name in model.cfg.architecture_differences(export.cfg)]
-    faults += _tokenizer_faults(model.tokenizer, export.tokenizer)
-    faults += ["the EOS ids"] * (model.eos_ids != export.eos_ids)
-    faults += ["the BOS ids"] * (model.tokenizer.bos_ids != export.tokenizer.bos_ids)
-    template = "absent"
-    if export.tokenizer.config.get("chat_template"):
-        template = "kept"
-    rows = [
-        ("tokens", f"{len(CHECK_TEXTS)} texts, of every script and with control tokens in them"),
-        ("EOS ids", f"{', '.join(map(str, export.eos_ids))} and template {template}"),
-    ]
-    if faults:
-        return rows, faults
+    copy = load_model(str(out), dtype="float32")
+    comparison = _compare_settings(model, copy)
+    if comparison.faults:
+        return comparison
     cfg = dataclasses.replace(model.cfg, dtype="float32")
-    texts = itertools.islice(source, 8)
-    sample = "\n".join("".join(characters(text, 0, 8 * SAMPLE)) for text in texts)[: 8 * SAMPLE]
-    tokens = model.tokenizer.encode(sample)[: SAMPLE + 1]
-    expected = logits(map_paths(rounded, model.params))
+    tokens = _sample(source, model.tokenizer)
+    rounded = round_as_written(model.params, dtype, in_gguf=out.suffix == ".gguf")
+    expected = logits_of_text(cfg, rounded, tokens)
+    del rounded  # before the next evaluation takes memory
     report(1, EVALUATIONS)
-    written = logits(export.params)
+    actual = logits_of_text(cfg, copy.params, tokens)
     report(2, EVALUATIONS)
-    difference = float(np.abs(expected - written).max() / max(1e-30, np.abs(expected).max()))
+    difference = float(np.abs(expected - actual).max() / max(1e-30, np.abs(expected).max()))
     unrounded = map_paths(lambda _, leaf: to_dense(leaf), model.params)
-    agreement = float((logits(unrounded).argmax(-1) == written.argmax(-1)).mean())
+    agreement = float((logits_of_text(cfg, unrounded, tokens).argmax(-1) == actual.argmax(-1)).mean())
     report(3, EVALUATIONS)
-    before = bits_per_byte(unrounded)
+    before = bits_per_byte_of(cfg, unrounded, tokens, model.tokenizer)
     report(4, EVALUATIONS)
-    after = bits_per_byte(export.params)
+    after = bits_per_byte_of(cfg, copy.params, tokens, model.tokenizer)
     report(5, EVALUATIONS)
-    rows += [
+    rows = [
+        *comparison.rows,
         (
             "logits",
             f"differ by at most {difference:.1e} of the largest from the model's, "
@@ -375,16 +443,94 @@ def compare(
             f"the most probable token stays in {agreement:.1%} of places",
         ),
     ]
+    faults = []
     if difference > TOLERANCE:
         faults.append("the logits")
     most = MAX_LOSS
-    if dtype in BLOCKS[1:]:
+    if dtype in BLOCKS_OF_4_BITS:
         most = MAX_LOSS_OF_4_BITS
-    if not after - before <= most:
+    if not after - before <= most:  # also when it is not a number
         faults.append(
             f"the loss in bits per byte: {after - before:.4f}, and {most} is the most that rounding may cost"
         )
-    return rows, faults
+    return Comparison(rows, faults)
+
+
+def _compare_settings(model: "LoadedModel", copy: "LoadedModel") -> Comparison:
+    """Compares architecture, tokenizer and the ids that begin and end a text."""
+    faults = [f"{name} of the architecture" for name in model.cfg.architecture_differences(copy.cfg)]
+    faults += _tokenizer_faults(model.tokenizer, copy.tokenizer)
+    if model.eos_ids != copy.eos_ids:
+        faults.append("the EOS ids")
+    if model.tokenizer.bos_ids != copy.tokenizer.bos_ids:
+        faults.append("the BOS ids")
+    template = "absent"
+    if copy.tokenizer.config.get("chat_template"):
+        template = "kept"
+    rows = [
+        ("tokens", f"{len(CHECK_TEXTS)} texts, of every script and with control tokens in them"),
+        ("EOS ids", f"{', '.join(map(str, copy.eos_ids))} and template {template}"),
+    ]
+    return Comparison(rows, faults)
+
+
+def _sample(source: "Corpus[Document]", tokenizer: "Tokenizer") -> "np.ndarray":
+    """Returns the first tokens (N,) int32 of a text, at most SAMPLE + 1."""
+    from engine.text.corpus import characters
+
+    documents = itertools.islice(source, SAMPLE_DOCUMENTS)
+    beginnings = ["".join(characters(document, 0, SAMPLE_CHARACTERS)) for document in documents]
+    text = "\n".join(beginnings)[:SAMPLE_CHARACTERS]
+    return tokenizer.encode(text)[: SAMPLE + 1]
+
+
+def round_as_written(params: Any, dtype: str, in_gguf: bool) -> Any:
+    """Returns params as an export in `dtype` holds them, dense in float32."""
+    import jax.numpy as jnp
+
+    from engine.model.paths import map_paths
+    from engine.model.weights.block_layout import GROUP
+    from engine.model.weights.blocks import dense_blocks, round_to_blocks, served_kind
+    from engine.model.weights.lora import to_dense
+
+    plain_dtype = dtype
+    if dtype in BLOCKS:
+        plain_dtype = "float16"
+
+    def rounded(path: str, leaf: Any) -> Any:
+        plain = to_dense(leaf)
+        if plain is not leaf:  # blocks, which are written as they are
+            return plain
+        if plain.ndim < 2 and in_gguf:
+            return plain
+        axis = int(path != "embed")
+        if dtype in BLOCKS and plain.shape[1 - axis] % GROUP == 0:
+            return dense_blocks(round_to_blocks(plain, served_kind(path, dtype.upper()), axis))
+        return plain.astype(plain_dtype).astype(jnp.float32)
+
+    return map_paths(rounded, params)
+
+
+def logits_of_text(cfg: "ModelConfig", params: Any, tokens: "np.ndarray") -> "np.ndarray":
+    """Returns the logits (ROWS, T, V) in float32 of the beginning of `tokens` (N,)."""
+    import jax
+    import numpy as np
+
+    from engine.model.transformer import forward
+
+    sequences = np.resize(tokens, (ROWS, min(LOGITS_WINDOW, cfg.context))).astype(np.int32)
+    positions = np.broadcast_to(np.arange(sequences.shape[1], dtype=np.int32), sequences.shape)
+    logits, _ = jax.jit(forward, static_argnums=0)(cfg, params, sequences, positions)
+    return np.asarray(logits)
+
+
+def bits_per_byte_of(cfg: "ModelConfig", params: Any, tokens: "np.ndarray", tokenizer: "Tokenizer") -> float:
+    """Returns the loss on tokens (N,), in bits per byte of their text; the first is not predicted."""
+    from stages.runs import text_data
+
+    seq = min(WINDOW, cfg.context, len(tokens) - 1)
+    nats = text_data.score_text(cfg, params, tokens, seq, seq, ROWS)
+    return text_data.bits_per_byte(nats, tokenizer.count_bytes(tokens[1:]))
 
 
 def compare_adapter(model: "LoadedModel", out: Path) -> Comparison:
@@ -405,16 +551,17 @@ def compare_adapter(model: "LoadedModel", out: Path) -> Comparison:
         ("adapters", f"of {len(theirs)} matrices, to the bit"),
         ("tokens", f"{len(CHECK_TEXTS)} texts, and the chat template"),
     ]
-    return rows, faults
+    return Comparison(rows, faults)
 
 
 def _tokenizer_faults(ours: "Tokenizer", theirs: "Tokenizer") -> list[str]:
+    """Returns what two tokenizers make differently."""
     faults = [
         f"the tokens of {text!r}" for text in CHECK_TEXTS if [*ours.encode(text)] != [*theirs.encode(text)]
     ]
-    return faults + ["the chat template"] * (
-        ours.config.get("chat_template") != theirs.config.get("chat_template")
-    )
+    if ours.config.get("chat_template") != theirs.config.get("chat_template"):
+        faults.append("the chat template")
+    return faults
 
 
 main = functools.partial(run_command, "export", __doc__, ExportFlags, export)
