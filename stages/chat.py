@@ -43,11 +43,11 @@ from stages.cli.flags import (
     DocumentsFlag,
     ModelFlag,
     TemplateFlag,
-    choose_sampling,
     default,
     parser,
     path,
 )
+from stages.cli.sampling import choose_sampling
 
 if TYPE_CHECKING:
     from engine.inference.engine import Engine

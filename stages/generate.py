@@ -30,11 +30,11 @@ from stages.cli.flags import (
     DeviceFlag,
     MeshFlag,
     ModelFlag,
-    choose_sampling,
     default,
     integer,
     parser,
 )
+from stages.cli.sampling import choose_sampling
 
 if TYPE_CHECKING:
     from engine.text.detokenizer import CompletionText

@@ -3,23 +3,23 @@
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from engine.errors import InvalidField, Range, UserError, did_you_mean
+from engine.errors import Range, UserError, did_you_mean
 from engine.inference.request import RANGES
-from engine.mesh import processes
+from engine.mesh.processes import in_cluster, process_count
 from engine.mesh.shape import MeshShape, parse_mesh
 from stages.cli import lifecycle
-from stages.cli.console import Console
 
 # A name that can be a segment of a URL. Clients fold `.` and `..` away, so what has such a name
 # could not be asked for.
 PLAIN_NAME = r"(?!\.{1,2}$)[A-Za-z0-9_.:-]+"
+AUTO = 0  # of --processes: as many as the cluster started
 UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -31,7 +31,7 @@ def seconds(text: str) -> float:
             f"wanted a duration such as 90s, 3m or 1h30m (a plain number is seconds), got {text!r}"
         )
     pairs = re.findall(r"(\d+(?:\.\d+)?)(ms|s|min|m|h|d|)", parts[0])
-    total = sum(float(number) * UNITS[unit] for number, unit in pairs)
+    total = sum(float(amount) * UNITS[unit] for amount, unit in pairs)
     if total <= 0:
         raise ValueError(f"wanted a duration above 0, got {text!r}")
     return total
@@ -122,6 +122,10 @@ def default(meaning: str, help: str | None = None, metavar: str | None = None) -
 
 
 def one_of(*names: str) -> Any:
+    """Returns the annotation for a flag that takes one of `names`; its error lists them, and the
+    name that a wrong one misspells.
+    """
+
     def parse(text: str) -> str:
         if text not in names:
             raise ValueError(f"wanted one of {', '.join(names)}, got {text!r}.{did_you_mean(text, names)}")
@@ -180,7 +184,7 @@ def parse_address(text: str) -> str:
 
 def _count_of_processes(text: str) -> int:
     if text == "auto":
-        return 0
+        return AUTO
     return integer(1)(text)
 
 
@@ -206,18 +210,21 @@ class MeshFlags:
     """The time in which all processes must have started."""
 
     def check_together(self) -> None:
-        joining = (self.process is not None, self.coordinator is not None)
-        if self.processes in (None, 1) and any(joining):
-            raise UserError(
-                "--process and --coordinator are for several processes: "
-                "give --processes N, or leave them out."
-            )
-        if (self.processes or 1) > 1 and not all(joining):
+        if self.processes is None or self.processes == 1:
+            if self.process is not None or self.coordinator is not None:
+                raise UserError(
+                    "--process and --coordinator are for several processes: "
+                    "give --processes N, or leave them out."
+                )
+            return
+        if self.processes == AUTO:
+            return
+        if self.process is None or self.coordinator is None:
             raise UserError(
                 f"Each of {self.processes} processes wants --process I and --coordinator HOST:PORT, "
                 "or all of them --processes auto."
             )
-        if self.processes and (self.process or 0) >= self.processes:
+        if self.process >= self.processes:
             raise UserError(
                 f"--process {self.process} is one of 0 to {self.processes - 1} "
                 f"when there are {self.processes}."
@@ -229,15 +236,22 @@ class MeshFlags:
         """
         if self.mesh:
             return parse_mesh(self.mesh)
-        if processes.process_count() == 1:
+        if process_count() == 1:
             return None
         import jax
 
         return MeshShape(fsdp=jax.device_count())
 
     def connect(self) -> None:
-        if self.processes != 1 and (self.processes is not None or processes.in_cluster()):
-            lifecycle.join(self.coordinator, self.processes or None, self.process, self.join_within)
+        """Joins the processes of the run, where there are several."""
+        if self.processes == 1:
+            return
+        if self.processes is None and not in_cluster():
+            return
+        count = self.processes
+        if count == AUTO:
+            count = None
+        lifecycle.join(self.coordinator, count, self.process, self.join_within)
 
 
 def _sampling(name: str, metavar: str) -> Any:
@@ -276,43 +290,3 @@ class CompletionFlags(SamplingFlags):
     """Tokens of a completion at most."""
     seed: Annotated[int, _sampling("seed", "N")] = 0
     """The same seed samples the same text."""
-
-
-def choose_sampling(
-    recommended: Mapping[str, Any],
-    flags: Mapping[str, float | None],
-    default: Mapping[str, float],
-    console: Console,
-    *,
-    penalties: bool = False,
-) -> tuple[dict[str, Any], str]:
-    """Returns fields of SamplingParams, each by a flag that is not None, else the model, else
-    default, and a line that says so.
-
-    Prints what it ignores: what the model recommends out of range, and a penalty without
-    `penalties`.
-    """
-    usable: dict[str, Any] = {}
-    for name, value in recommended.items():
-        try:
-            RANGES[name].check(name, value)
-            if name == "repetition_penalty" and value != 1 and not penalties:
-                raise InvalidField(name, f"{name} is {value:g}, and only `stages.serve` computes it.")
-            # transformers spells "all" as -1.
-            usable[name] = 0 if (name, value) == ("top_k", -1) else value
-        except InvalidField as error:
-            console.print(
-                f"Of the sampling that comes with the model one value is ignored: {error}", style="yellow"
-            )
-    fields: dict[str, Any] = {}
-    parts = []
-    for source, values in (
-        ("by a flag", flags),
-        ("as the model recommends", usable),
-        ("by default", default),
-    ):
-        new = {name: value for name, value in values.items() if value is not None and name not in fields}
-        fields |= new
-        if new:
-            parts.append(f"{', '.join(f'{name} {value:g}' for name, value in new.items())} {source}")
-    return fields, "; ".join(parts)

@@ -34,7 +34,8 @@ from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.documents import Documents
 from engine.text.template import read_template
 from stages.cli.console import Console
-from stages.cli.flags import PLAIN_NAME, choose_sampling
+from stages.cli.flags import PLAIN_NAME
+from stages.cli.sampling import choose_sampling
 from stages.serve.adapters import read
 from stages.serve.state import ServerState
 
