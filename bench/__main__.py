@@ -23,7 +23,9 @@ from typing import Annotated
 import tyro
 
 from bench import compare
-from bench.cli import LOG_CHARTS, Json, run_bench, write_page
+from bench.cli import run_bench
+from bench.machine import Json
+from bench.pages import LOG_CHARTS, write_page
 from engine.device import start_jax
 from engine.errors import UserError
 

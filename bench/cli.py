@@ -16,29 +16,27 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import tyro
 
-from bench.machine import Json, Watch, describe_machine
+from bench.machine import Json, Watch, busy_cores, describe_machine
 from engine.device import cores, device_name
 from engine.errors import UserError
 from engine.files import write_problem, write_text
 
 ROOT = Path(__file__).parent.parent
-# of pages that have some
-LOG_CHARTS = [ROOT / "bench" / "stages" / "page" / f"log_charts.{kind}" for kind in ("css", "js")]
 REPORT_SECONDS = 5.0  # between two lines on a process's progress, on a terminal
 PIPED_REPORT_SECONDS = 30.0  # elsewhere, where a line does not replace the one before
-PIPED_WIDTH = 160  # of a pipe: the widest table fits
 # What measurements write in this checkout, as git excludes it.
 WRITTEN = (":(exclude)bench/results", ":(exclude)bench/pictures", ":(exclude,glob)**/README.md")
 # keys of a document: whether a bar is met, None where that is undecided
 VERDICTS = ("met", "ready_met", "holds")
 UNTIMED = ("bench compare", "bench.plan", "bench.everything")
+QUIET = 1 / 4  # of the cores, which others may use before a measurement says so
 # What README's figures are held to; printed by each measurement with a bar.
 BARS_HOLD = (
     "The bars hold on two quiet cores with AVX-512. On another processor a bar that is not met says little."
@@ -65,16 +63,18 @@ def run_bench[Flags](
     args: Sequence[str] | None = None,
     write_pages: Callable[[Path, Json], Path | None] | None = None,
 ) -> int:
-    """Parses flags and calls `measure`, which prints tables; returns 0, or 2 after a UserError or
-    OSError.
+    """Runs a measurement's command line and returns its exit code.
 
-    The document that `measure` returns goes with its `circumstances` into the folder of --out, as a
-    file named by the end of `name`, and by what of it is measured (`--of`) where that is not the
-    default; with --json it is printed as a line on stdout, and all else on stderr. The first line
-    says when others use this machine. A bar that is certainly missed (False under one of VERDICTS)
-    returns 1. An error is a sentence on stderr; Ctrl-C returns 130, a closed pipe 141. `args`: None
-    for the command line's. `name` follows `python -m`. `write_pages` takes the file in the folder
-    of --out and what it holds, and returns the page.
+    - `name` follows `python -m`; `args` are None for the command line's.
+    - `measure` takes the flags, prints tables, and returns a document, to which `circumstances` are
+      added.
+    - With --out the document goes into that folder, into the file of `_document_name`.
+    - With --json it is printed as a line on stdout, and all else on stderr.
+    - `write_pages` takes the file in the folder of --out and what it holds, and returns the page.
+    - The first line says when others use this machine.
+    - The code is 0, or 1 when a bar is certainly missed (False under one of VERDICTS).
+    - UserError and OSError return 2, with a sentence on stderr.
+    - Ctrl-C returns 130, a closed pipe 141.
     """
     try:
         options = tyro.cli(
@@ -86,36 +86,15 @@ def run_bench[Flags](
         )
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
         with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
-            problem = write_problem(options.out) if options.out else None
-            if problem:
-                raise UserError(f"--out {options.out} cannot be written: {problem}. Choose another folder.")
-            beside = circumstances([*name.split(), *(sys.argv[1:] if args is None else args)], options)
-            watch = None
-            if name not in UNTIMED and not getattr(options, "list", False):
-                beside["load"] = busy_cores()
-                if beside["load"] > cores() / 4:
-                    print(
-                        f"others use {beside['load']:.1f} of {cores()} cores: trust ratios alone", flush=True
-                    )
-                if options.out:
-                    watch = Watch()
-            result = measure(options)
-            if "jax" in sys.modules:
-                beside["machine"]["device"] = device_name()
-            if watch:
-                beside["machine"] |= watch.finish()
-            beside["machine"] |= result.pop("machine", {})
-            document = json.dumps(beside | result, default=str)
+            words = sys.argv[1:] if args is None else args
+            document = _measure_document(name, options, words, measure)
+            text = json.dumps(document, default=str)
         if options.out:
             source = options.out / f"{_document_name(name, options)}.json"
-            write_text(source, f"{document}\n")
-            if write_pages:
-                page = write_pages(source, result)
-                if page:
-                    print(f"the page: {page}", file=sys.stderr)
+            _write_document(source, text, document, write_pages)
         if options.json:
-            print(document, flush=True)
-        return int(_has_missed(result))
+            print(text, flush=True)
+        return int(_has_missed(document))
     except SystemExit as leaving:  # tyro has printed why
         return int(leaving.code or 0)
     except KeyboardInterrupt:
@@ -129,6 +108,46 @@ def run_bench[Flags](
         return 2
 
 
+def _measure_document[Flags](
+    name: str, options: Any, words: Sequence[str], measure: Callable[[Flags], Json]
+) -> Json:
+    """Returns the document of a measurement with its circumstances, which `words` of the command line
+    are among. Raises UserError where --out cannot be written, before anything is measured.
+    """
+    problem = write_problem(options.out) if options.out else None
+    if problem:
+        raise UserError(f"--out {options.out} cannot be written: {problem}. Choose another folder.")
+    about = circumstances([*name.split(), *words], options)
+    watch = None
+    if name not in UNTIMED and not getattr(options, "list", False):
+        others = busy_cores()
+        about["load"] = others  # at this moment, in place of the last minute's mean
+        if others > QUIET * cores():
+            print(f"others use {others:.1f} of {cores()} cores: trust ratios alone", flush=True)
+        if options.out:
+            watch = Watch()
+    result = measure(options)
+    machine = about["machine"]
+    if "jax" in sys.modules:
+        machine["device"] = device_name()
+    if watch:
+        machine.update(watch.finish())
+    machine.update(result.pop("machine", {}))
+    return about | result
+
+
+def _write_document(
+    source: Path, text: str, document: Json, write_pages: Callable[[Path, Json], Path | None] | None
+) -> None:
+    """Writes the text of a document, then its page, which is named on stderr."""
+    write_text(source, f"{text}\n")
+    if write_pages is None:
+        return
+    page = write_pages(source, document)
+    if page:
+        print(f"the page: {page}", file=sys.stderr)
+
+
 def _has_missed(value: Any) -> bool:
     """Whether a bar in a document is missed: False under one of VERDICTS. None, undecided, is no
     miss.
@@ -136,6 +155,11 @@ def _has_missed(value: Any) -> bool:
     if isinstance(value, dict):
         return any(value.get(key) is False for key in VERDICTS) or any(map(_has_missed, value.values()))
     return isinstance(value, list | tuple) and any(map(_has_missed, value))
+
+
+def _stem(name: str) -> str:
+    """Returns `step` for `bench.step`, `compare` for `bench compare`."""
+    return name.replace(" ", ".").rpartition(".")[2]
 
 
 def _document_name(name: str, options: Any) -> str:
@@ -147,16 +171,7 @@ def _document_name(name: str, options: Any) -> str:
         parts = [of]
     else:
         parts = [*(of or ())]
-    return "-".join([name.replace(" ", ".").rpartition(".")[2], *parts])
-
-
-def write_page(source: Path, page: str, *parts: Path) -> Path:
-    """Writes a page of the site beside a document: that of the lives, or one of these parts.
-    Returns its path.
-    """
-    path = source.with_name(page)
-    run_module(["stages.runs.watch", str(source), str(path), *map(str, parts)])
-    return path
+    return "-".join([_stem(name), *parts])
 
 
 def run_module(command: Sequence[str], report: Callable[[], None] = lambda: None) -> str:
@@ -233,55 +248,41 @@ def commit_of_sources() -> str | None:
     return None
 
 
-def busy_cores() -> float:
-    """Returns how many cores others use now, on this machine or, where it is a virtual one, beside
-    it.
-
-    Looks for half a second where there is /proc/stat; else it is the mean of the last minute.
-    """
-    path = Path("/proc/stat")
-    ticks = []
-    for wait in (0.5, 0.0) if path.exists() else ():
-        user, nice, system, idle, iowait, irq, softirq, steal = map(int, path.read_text().split()[1:9])
-        ticks.append((user + nice + system + irq + softirq + steal, idle + iowait))
-        time.sleep(wait)
-    if len(ticks) < 2:
-        return os.getloadavg()[0]
-    before, after = ticks
-    total = sum(after) - sum(before)
-    if total <= 0:
-        return os.getloadavg()[0]
-    return (after[0] - before[0]) / total * (os.cpu_count() or 1)
-
-
 def _with_common(flags: type[Any], name: str) -> type[Any]:
     """Returns the flags with --json and --out, and with a help that says INT for `int | None` and
     `off` for False.
     """
-    off = tyro.conf.arg(help_behavior_hint="(default: off)")
     hints = get_type_hints(flags, include_extras=True)
-    for field, kind in get_type_hints(flags).items():
-        if kind is bool or type(None) in get_args(kind):
-            if kind is bool:
-                plain = off
-            else:
-                plain = tyro.conf.arg(metavar=get_args(kind)[0].__name__.upper(), help_behavior_hint="")
-            flags.__annotations__[field] = Annotated[kind, plain, *getattr(hints[field], "__metadata__", ())]
-    about = tyro.conf.arg(help="Print one line of JSON on standard output, and nothing else there.")
-    more: list[tuple[str, Any, Any]] = [("json", Annotated[bool, off, about], False)]
+    kinds = get_type_hints(flags)
+    fields: list[tuple[str, Any, Any]] = []
+    for field in dataclasses.fields(flags):
+        kind = kinds[field.name]
+        shown = _plain_help(kind)
+        if shown is not None:
+            own = getattr(hints[field.name], "__metadata__", ())
+            annotation = Annotated[kind, shown, *own]
+            fields.append((field.name, annotation, dataclasses.field(default=field.default)))
+    about_json = tyro.conf.arg(help="Print one line of JSON on standard output, and nothing else there.")
+    fields.append(("json", Annotated[bool, _plain_help(bool), about_json], False))
     if "out" not in hints:
-        stem = name.replace(" ", ".").rpartition(".")[2]
-        file = (
-            f"A folder for {stem}.json" + f", or {stem}-OF.json where --of is another" * ("of" in hints) + "."
-        )
-        more.append(
-            (
-                "out",
-                Annotated[Path | None, tyro.conf.arg(metavar="PATH", help=file, help_behavior_hint="")],
-                None,
-            )
-        )
-    return dataclasses.make_dataclass(flags.__name__, more, bases=(flags,), frozen=True)
+        stem = _stem(name)
+        if "of" in hints:
+            help = f"A folder for {stem}.json, or {stem}-OF.json where --of is another."
+        else:
+            help = f"A folder for {stem}.json."
+        about_out = tyro.conf.arg(metavar="PATH", help=help, help_behavior_hint="")
+        fields.append(("out", Annotated[Path | None, about_out], None))
+    return dataclasses.make_dataclass(flags.__name__, fields, bases=(flags,), frozen=True)
+
+
+def _plain_help(kind: Any) -> Any:
+    """Returns how the help shows a flag of this type, in place of tyro's way; None to leave that."""
+    if kind is bool:
+        return tyro.conf.arg(help_behavior_hint="(default: off)")
+    alternatives = get_args(kind)
+    if type(None) in alternatives:
+        return tyro.conf.arg(metavar=alternatives[0].__name__.upper(), help_behavior_hint="")
+    return None
 
 
 def parse_shape(flag: str, text: str) -> Shape:
@@ -300,44 +301,3 @@ def check_rounds(rounds: int) -> None:
     """Raises UserError for no round. With fewer than six a ratio has no interval, which it says."""
     if rounds < 1:
         raise UserError(f"--rounds must be at least 1, not {rounds}.")
-
-
-def progress(text: str, replace: bool = False) -> None:
-    """Prints a line of progress on stderr; on a terminal, the next line replaces one with
-    `replace`.
-    """
-    terminal = sys.stderr.isatty()
-    print(
-        "\x1b[2K" * terminal + text, end="\r" if replace and terminal else "\n", file=sys.stderr, flush=True
-    )
-
-
-def console() -> Any:
-    """Returns a rich console on stdout; off a terminal, a plain one that is wide enough for the
-    tables.
-    """
-    from rich.console import Console
-
-    terminal = sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-    return Console(highlight=False, width=None if terminal else PIPED_WIDTH, force_terminal=terminal)
-
-
-def print_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:
-    """Prints a table whose first `left` columns are aligned left, the others right. What is too
-    wide is folded, never cut.
-    """
-    from rich import box
-    from rich.table import Table
-
-    grid = Table(
-        title=title,
-        box=box.SIMPLE_HEAD if any(heads) else None,
-        title_justify="left",
-        pad_edge=False,
-        title_style="bold",
-    )
-    for place, head in enumerate(heads):
-        grid.add_column(head, justify="left" if place < left else "right", overflow="fold")
-    for row in rows:
-        grid.add_row(*row)
-    console().print(grid)

@@ -22,7 +22,9 @@ import time
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from bench.cli import BARS_HOLD, Json, print_table, run_bench, run_module
+from bench.cli import BARS_HOLD, run_bench, run_module
+from bench.machine import Json
+from bench.terminal import print_table
 from engine.errors import UserError
 
 

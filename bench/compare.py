@@ -16,7 +16,8 @@ from typing import Any
 
 import tyro
 
-from bench.cli import Json, print_table
+from bench.machine import Json
+from bench.terminal import print_table
 from engine.errors import UserError
 from engine.format import join_words
 

@@ -20,7 +20,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from bench.cli import Json, check_rounds, print_table, progress, run_bench, run_module
+from bench.cli import check_rounds, run_bench, run_module
+from bench.machine import Json
+from bench.terminal import print_table, progress
 from bench.timing import Ratio
 from engine.device import start_jax
 from engine.errors import UserError

@@ -24,8 +24,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from bench.cli import ROOT, Json, circumstances, progress, run_bench
-from bench.machine import Watch
+from bench.cli import ROOT, circumstances, run_bench
+from bench.machine import Json, Watch
+from bench.terminal import progress
 from engine.errors import UserError
 from engine.files import write_text
 

@@ -7,6 +7,7 @@ generation and its microcode, and the rates that it reached.
 
 import dataclasses
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ FAMILIES = ("AVX2", "AVX-512", "AMX")  # of processors, which have bars of their
 INSTRUCTIONS = "avx2 avx512f avx512_vnni avx512_bf16 amx_int8 amx_bf16 asimddp i8mm bf16"
 # as /proc/cpuinfo calls them
 MODEL_NUMBERS = ("vendor_id", "cpu family", "model", "stepping", "microcode")
+LOOK_SECONDS = 0.5  # for which others are watched before a measurement
 
 
 def family() -> str:
@@ -83,6 +85,22 @@ def share_of_others(start: CoreTime | None, end: CoreTime | None) -> float | Non
         return None
     share = (end.others - start.others) / (end.total - start.total)
     return min(1.0, max(0.0, share))  # a tick more or less on either side
+
+
+def busy_cores() -> float:
+    """Returns how many of this process's cores others use now, on this machine or, where it is a
+    virtual one, beside it.
+
+    Looks for LOOK_SECONDS where the system counts cores' time; else it is the machine's mean of the
+    last minute.
+    """
+    start = core_time()
+    if start is not None:
+        time.sleep(LOOK_SECONDS)
+    share = share_of_others(start, core_time())
+    if share is None:
+        return os.getloadavg()[0]
+    return share * cores()
 
 
 def _measure_rates() -> Json | None:

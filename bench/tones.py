@@ -17,7 +17,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.cli import Json, print_table, progress, run_bench, run_module
+from bench.cli import run_bench, run_module
+from bench.machine import Json
+from bench.terminal import print_table, progress
 from engine.device import start_jax
 from engine.errors import UserError
 from engine.text.conversations import SHIPPED

@@ -19,7 +19,10 @@ from typing import Annotated
 
 import tyro
 
-from bench.cli import Json, print_table, progress, run_bench, write_page
+from bench.cli import run_bench
+from bench.machine import Json
+from bench.pages import write_page
+from bench.terminal import print_table, progress
 from engine.device import start_jax
 from engine.errors import UserError
 from engine.format import si, times

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.cli import Json, progress, run_module
+from bench.cli import run_module
+from bench.machine import Json
 from bench.models import BenchModel, answer, next_token_batch, tokens_for
 from bench.stages.checks import SLOTS
 from bench.stages.memory import memory_over_time
 from bench.stages.rows import ADAPTER, Row, decode_row, evaluation_row, training_kinds, training_row
+from bench.terminal import progress
 from bench.timing import MIN_ROUNDS, measure, ratio
 from engine.counting.hardware import clock
 from engine.errors import UserError

@@ -19,8 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from bench.cli import Json, check_rounds, parse_shape, run_bench
-from bench.machine import family
+from bench.cli import check_rounds, parse_shape, run_bench
+from bench.machine import Json, family
 from bench.peers.process import start_peer
 from engine.device import cores, device_name, start_jax
 from engine.errors import UserError

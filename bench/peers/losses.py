@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.cli import Json, progress
+from bench.machine import Json
 from bench.models import PROGRESS, random_model
 from bench.peers.process import Peer, PeerError
+from bench.terminal import progress
 from engine.errors import UserError
 from engine.model.config import ModelConfig
 from engine.storage import huggingface

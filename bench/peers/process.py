@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.cli import Json
+from bench.machine import Json
 from engine.errors import UserError
 
 HERE = Path(__file__).resolve().parent

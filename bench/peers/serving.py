@@ -16,9 +16,9 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.cli import Json, progress
-from bench.machine import bar
+from bench.machine import Json, bar
 from bench.peers.process import Peer, PeerError
+from bench.terminal import progress
 from bench.timing import Ratio, held_to, measure, ratio
 from engine.counting.hardware import clock
 from engine.device import cores

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from bench.cli import Json, progress
+from bench.machine import Json
 from bench.models import BenchModel, load
 from bench.peers.process import Peer, PeerError
 from bench.peers.serving import MISTRAL, measure_streams
+from bench.terminal import progress
 from engine.device import cores
 from engine.errors import UserError
 from engine.files import atomic_file, cache_folder

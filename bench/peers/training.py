@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.cli import Json, Shape, progress
-from bench.machine import bar
+from bench.cli import Shape
+from bench.machine import Json, bar
 from bench.models import PROGRESS, make_step, make_step_inputs
 from bench.peers.process import Peer, PeerError, print_absent
+from bench.terminal import progress
 from bench.timing import describe_noise, held_to, measure, ratio
 from engine.counting.flops import train_flops
 from engine.device import cores

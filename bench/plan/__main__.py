@@ -20,7 +20,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bench.cli import Json, run_bench
+from bench.cli import run_bench
+from bench.machine import Json
 from engine.errors import UserError
 
 NumberText = Annotated[str | None, tyro.conf.arg(metavar="NUMBER", help_behavior_hint="")]

@@ -8,7 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from bench.cli import Json, Shape, progress
+from bench.cli import Shape
+from bench.machine import Json
+from bench.terminal import progress
 from engine.counting.accelerators import Accelerator, read_accelerators
 from engine.errors import UserError, did_you_mean
 from engine.files import cache_folder, read_limited, write_cached_json

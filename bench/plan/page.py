@@ -11,7 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bench.cli import LOG_CHARTS, Json, write_page
+from bench.machine import Json
+from bench.pages import LOG_CHARTS, write_page
 from bench.plan.fits import SLOTS, fit_serving
 from bench.plan.model import METHODS, job
 from bench.plan.plans import ADAPTER_BOUND, LAW, MEMORY, POWER, PRECISIONS

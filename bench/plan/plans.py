@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from bench.cli import print_table
 from bench.plan.fits import SLOTS, fit_serving
 from bench.plan.hardware import HERE
 from bench.plan.model import config_of_size, job
 from bench.plan.published_rows import clean_runs
+from bench.terminal import print_table
 from engine.errors import UserError
 from engine.format import duration, format_bytes, in_words, money, si, significant
 from engine.planning.formulas import (

@@ -5,7 +5,6 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from bench.cli import print_table
 from bench.plan.fits import fit_serving, predict_efficiency, predicted_rate
 from bench.plan.model import config_of_size, job
 from bench.plan.plans import ADAPTER_BOUND, MEMORY
@@ -17,6 +16,7 @@ from bench.plan.published_rows import (
     serving_runs,
     training_runs,
 )
+from bench.terminal import print_table
 from engine.planning.formulas import SHARE, UPDATE_BYTES, bytes_a_device
 
 FLOPS_BOUND = 0.03

@@ -13,7 +13,9 @@ import dataclasses
 import signal
 import sys
 
-from bench.cli import BARS_HOLD, Json, print_table, progress, run_bench
+from bench.cli import BARS_HOLD, run_bench
+from bench.machine import Json
+from bench.terminal import print_table, progress
 from engine.device import device_name, start_jax
 from engine.format import percent, si
 

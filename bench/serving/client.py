@@ -17,7 +17,7 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any
 
-from bench.cli import Json
+from bench.machine import Json
 from engine.counting.hardware import clock
 
 HOST = "127.0.0.1"

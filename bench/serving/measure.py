@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bench.cli import Json
+from bench.machine import Json
 from bench.models import answer, load
 from bench.serving.client import (
     Client,

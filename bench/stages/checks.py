@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.cli import Json, print_table, progress
+from bench.machine import Json
 from bench.models import random_model
+from bench.terminal import print_table, progress
 from engine.device import device_name
 from engine.inference.config import EngineConfig
 from engine.inference.decode import prefill, prepare_params

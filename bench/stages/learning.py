@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bench.cli import Json
+from bench.machine import Json
 from bench.models import new_state
 from bench.timing import Timing, ratio
 from engine.model.config import PRESETS, ModelConfig

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.cli import progress
 from bench.models import find_model, next_token_batch, tokens_for
 from bench.stages.checks import logits_error, model_state, serve_beside_others
 from bench.stages.claims import COMPLETION, PROMPT, Evidence, claims, request_timing
@@ -30,6 +29,7 @@ from bench.stages.rows import (
     training_row,
     uncached_decode,
 )
+from bench.terminal import progress
 from bench.timing import MIN_ROUNDS, Timing, describe_noise, measure, ratio
 from engine.counting.hardware import (
     RATES,

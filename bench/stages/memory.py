@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from bench.cli import Json
+from bench.machine import Json
 from engine.counting.xla import xla_peak
 from engine.errors import UserError
 

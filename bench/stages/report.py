@@ -5,7 +5,8 @@ from typing import Any
 
 import jinja2
 
-from bench.cli import Json, console, print_table
+from bench.machine import Json
+from bench.terminal import console, print_table
 from engine import format
 from engine.files import write_text
 from engine.format import money, percent, si, times

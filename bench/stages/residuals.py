@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.cli import Json
+from bench.machine import Json
 from engine.by_hand import block, layers
 from engine.by_hand.model import to_numpy
 from engine.model.config import LoraConfig, ModelConfig

@@ -15,7 +15,9 @@ import dataclasses
 import sys
 from typing import Literal
 
-from bench.cli import ROOT, Json, check_rounds, parse_shape, print_table, run_bench
+from bench.cli import ROOT, check_rounds, parse_shape, run_bench
+from bench.machine import Json
+from bench.terminal import print_table
 from engine.device import start_jax
 from engine.errors import UserError
 

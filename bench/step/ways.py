@@ -14,8 +14,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bench.cli import Json, print_table, progress
+from bench.machine import Json
 from bench.models import BenchModel, StepInputs, TrainingStep, new_state, next_token_batch, tokens_for
+from bench.terminal import print_table, progress
 from bench.timing import Timing, describe_noise, measure, ratio
 from engine.counting.flops import train_flops
 from engine.counting.hardware import clock, square_product

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import cli
+from bench import terminal
 from bench.__main__ import PARTS
-from bench.cli import write_page
 from bench.models import random_model, tokens_for
+from bench.pages import write_page
 from bench.stages.report import print_stages, write_pictures
 from bench.stages.residuals import block_residuals
 from engine.errors import UserError
@@ -25,7 +25,7 @@ NASTY = "<b onclick='x'>\"&amp;</title></script></svg>"
 
 @pytest.mark.parametrize("width", [80, 160])
 def test_a_narrow_terminal_cuts_no_figure(width, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "PIPED_WIDTH", width)
+    monkeypatch.setattr(terminal, "PIPED_WIDTH", width)
     print_stages(json.loads(TABLE))
     output = capsys.readouterr().out
     assert "…" not in output
