@@ -15,9 +15,10 @@ from engine.counting.params import count_params
 from engine.errors import InvalidField
 from engine.inference.request import SamplingParams
 from engine.model.weights.convert import weight_types
-from stages.serve.api.completions import TokenLogProb, Tools, token_logprob
+from stages.serve.api.chat import Tools
 from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Reason, Usage, Writer, ignored_header, run
 from stages.serve.api.jobs import ChatPrompt, Job, TextPrompts, sampling_of
+from stages.serve.api.logprobs import TokenLogProb, token_logprob
 from stages.serve.api.requests import (
     AnswerRequest,
     ApiCall,

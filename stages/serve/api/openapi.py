@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from stages.serve.api import completions
+from stages.serve.api.chat import ChatChunk
 from stages.serve.api.requests import MAX_PROMPTS, TOKEN_ID
 from stages.serve.api.routes import ROUTES, Route
 from stages.serve.errors import reply_class
@@ -62,7 +62,7 @@ def _schemas(vocab: int) -> dict[str, Any]:
     types: list[Any] = []
     for route in ROUTES:
         types += [route.body, route.reply, reply_class(route.path)]
-    types = [*dict.fromkeys(filter(None, types)), completions.ChatChunk]
+    types = [*dict.fromkeys(filter(None, types)), ChatChunk]
     _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     for component in components.values():
         if component.get("additionalProperties") is False:  # of a body, where an unknown field may be null

@@ -13,9 +13,9 @@ from starlette.types import ASGIApp
 
 from engine.errors import InvalidField
 from engine.inference.request import SamplingParams
-from stages.serve.api.completions import SamplingFields, token_logprob
 from stages.serve.api.generation import EventWriter, Piece, Usage, ignored_header, run
 from stages.serve.api.jobs import ChatPrompt, Job
+from stages.serve.api.logprobs import token_logprob
 from stages.serve.api.requests import (
     ApiCall,
     EmptyList,
@@ -28,6 +28,7 @@ from stages.serve.api.requests import (
     join_text,
     json_reply,
 )
+from stages.serve.api.sampling_fields import SamplingFields
 from stages.serve.errors import ApiError
 from stages.serve.tokenizer_pool import token_text
 from stages.serve.tools import Function, Grammar, Turn, answer_grammar, call_turn, make_turn, tool_use

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from starlette.types import ASGIApp
 
-from stages.serve.api import anthropic, completions, ollama, responses, status, texts
+from stages.serve.api import anthropic, chat, completions, ollama, responses, status, texts
 from stages.serve.api.requests import ApiCall, ModelRequest
 
 EVENT_STREAM = "text/event-stream"  # `data:` lines of JSON, OpenAI's last one `[DONE]`
@@ -41,9 +41,9 @@ ROUTES = [
     Route(
         "POST",
         "/v1/chat/completions",
-        completions.create_chat_completion,
-        body=completions.ChatRequest,
-        reply=completions.ChatReply,
+        chat.create_chat_completion,
+        body=chat.ChatRequest,
+        reply=chat.ChatReply,
         reserves=True,
         stream=EVENT_STREAM,
     ),

@@ -9,13 +9,27 @@ from starlette.responses import Response
 
 from stages.cli.flags import PLAIN_NAME
 from stages.serve.api.anthropic import anthropic_model, anthropic_models
-from stages.serve.api.completions import DefaultSampling
 from stages.serve.api.requests import ApiCall, ModelRequest, json_reply
 from stages.serve.engine_thread import Wait
 from stages.serve.errors import ApiError
 from stages.serve.state import ServerState, Status
 
 ANTHROPIC_HEADER = "anthropic-version"  # in each request of Anthropic's clients
+
+
+class DefaultSampling(msgspec.Struct):
+    """The sampling of a request that leaves these fields out.
+
+    They have the same name and meaning in SamplingParams.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
 
 
 class ModelCard(msgspec.Struct, kw_only=True):

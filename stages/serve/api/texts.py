@@ -13,7 +13,8 @@ from starlette.types import ASGIApp
 from engine.errors import InvalidField
 from engine.inference.request import Request, SamplingParams
 from engine.text.detokenizer import CompletionText
-from stages.serve.api.completions import Messages, ReplyUsage, Tools, chat_prompt, reply_usage
+from stages.serve.api.chat import Messages, Tools, chat_prompt
+from stages.serve.api.choices import ReplyUsage, reply_usage
 from stages.serve.api.generation import MAX_COMPLETIONS, Choice, Generation, Piece, Usage
 from stages.serve.api.jobs import ChatPrompt, TextPrompts, check_ids, make_request, make_scored
 from stages.serve.api.requests import (
