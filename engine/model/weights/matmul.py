@@ -17,7 +17,9 @@ from engine.model.weights.plain import as_weight
 def project(x: Array, weight: Any, dtype: DTypeLike) -> Array:
     """x (..., in), weight (in, out) -> (..., out) in `dtype`, multiplied in x's dtype, summed in float32."""
     if isinstance(weight, LoRA) and is_merged(weight, x):
-        return project_each(x, [weight], dtype)[0]
+        rows = x.reshape(-1, x.shape[-1])
+        (product,) = multiply_merged(rows, (weight,), dtype)
+        return product.reshape(*x.shape[:-1], -1)
     return as_weight(weight).times(x, dtype)
 
 
@@ -32,12 +34,13 @@ def norm_and_project(
     """
     if all(as_weight(weight).fuses(x) for weight in weights):
         return tuple(weight.times_fused(x, dtype, gain, eps) for weight in weights)
-    plain = [weight for weight in weights if isinstance(weight, Array) and weight.dtype != dtype]
-    if len(plain) == len(weights) and _are_smaller(plain, x):
-        return project_each(
-            backward.rms_norm(x, None, eps, dtype), [weight * gain[:, None] for weight in plain], dtype
-        )
-    return project_each(backward.rms_norm(x, gain, eps, dtype), weights, dtype)
+    all_converted = all(isinstance(weight, Array) and weight.dtype != dtype for weight in weights)
+    if all_converted and weights_are_smaller_than(x, weights):
+        normed = backward.rms_norm(x, None, eps, dtype)
+        with_gain = [weight * gain[:, None] for weight in weights]
+        return project_each(normed, with_gain, dtype)
+    normed = backward.rms_norm(x, gain, eps, dtype)
+    return project_each(normed, weights, dtype)
 
 
 def swiglu_and_project(gate: Array, up: Array, weight: Any, dtype: DTypeLike) -> Array:
@@ -49,9 +52,11 @@ def swiglu_and_project(gate: Array, up: Array, weight: Any, dtype: DTypeLike) ->
     return project(layout.shard_columns(backward.swiglu(gate, up, dtype)), weight, jnp.float32)
 
 
-def _are_smaller(weights: Sequence[Any], x: Array) -> bool:
-    """Whether a device multiplies more numbers of x than of all the weights."""
-    return x.size // layout.row_shards() > sum(weight.size for weight in weights) // layout.column_shards()
+def weights_are_smaller_than(x: Array, weights: Sequence[Array]) -> bool:
+    """Returns whether a device multiplies fewer numbers of all the weights together than of x."""
+    numbers_of_x = x.size // layout.row_shards()
+    numbers_of_weights = sum(weight.size for weight in weights) // layout.column_shards()
+    return numbers_of_weights < numbers_of_x
 
 
 def project_each(x: Array, weights: Sequence[Any], dtype: DTypeLike) -> tuple[Array, ...]:
@@ -59,19 +64,25 @@ def project_each(x: Array, weights: Sequence[Any], dtype: DTypeLike) -> tuple[Ar
     their dx add up in float32.
     """
     rows = x
+    # Rows have adapters of their own on all weights of a block or on none: the first speaks for all.
     if not as_weight(weights[0]).rows_differ:
         rows = x.reshape(-1, x.shape[-1])
-    if all(isinstance(weight, Array) for weight in weights):
-        together = _are_smaller(weights, x)
-    else:
-        together = any(isinstance(weight, LoRA) for weight in weights) and all(
-            is_merged(weight, x) for weight in weights
-        )
-    if together:
-        parts = multiply_merged(rows, tuple(weights), dtype)
+    if _are_multiplied_together(weights, x):
+        products = multiply_merged(rows, tuple(weights), dtype)
     else:  # all read the same rows, which a scan's backward pass then keeps once
-        parts = tuple(project(rows, weight, dtype) for weight in weights)
-    return tuple(part.reshape(*x.shape[:-1], -1) for part in parts)
+        products = tuple(project(rows, weight, dtype) for weight in weights)
+    return tuple(product.reshape(*x.shape[:-1], -1) for product in products)
+
+
+def _are_multiplied_together(weights: Sequence[Any], x: Array) -> bool:
+    """Returns whether one `multiply_merged` takes all the weights: plain ones that are smaller than
+    x, or adapters and others that may each be merged.
+    """
+    if all(isinstance(weight, Array) for weight in weights):
+        return weights_are_smaller_than(x, weights)
+    if not any(isinstance(weight, LoRA) for weight in weights):
+        return False
+    return all(is_merged(weight, x) for weight in weights)
 
 
 def lookup(embed: Any, tokens: Array) -> Array:
