@@ -1,6 +1,7 @@
 """Answers to questions: a few before and after training, with a note on each fault, and many, for metrics."""
 
 import dataclasses
+import functools
 import itertools
 import re
 import textwrap
@@ -23,23 +24,24 @@ MAX_TOKENS = 120  # of an answer
 MAX_REPEATED = 0.2
 METRIC_SECONDS = 60.0  # that a function of the user's own has for all answers
 ANSWERED_TOGETHER = 8
+SPARE_TOKENS = 16  # that an answer may have beyond the longest reference
 WIDTH = 96  # characters of a printed line
 
 
 @dataclasses.dataclass(frozen=True)
 class JudgedAnswer:
-    """An answer to a question."""
+    """An answer to a question, with what is to be seen of it without a reference."""
 
     question: str
     text: str
     tokens: int
-    stops: bool  # whether it ends by itself
+    ends_by_itself: bool  # before MAX_TOKENS
     repeats: bool  # whether it repeats itself
 
     @property
     def faults(self) -> str:
         faults = []
-        if not self.stops:
+        if not self.ends_by_itself:
             faults.append(f"does not stop within {self.tokens} tokens")
         if self.repeats:
             faults.append("repeats itself")
@@ -58,13 +60,17 @@ def ask(
     fills the model's context."""
     completions = _complete(cfg, params, chat, questions, MAX_TOKENS, stop_token_ids, report)
     answers = []
-    for question, end in zip(questions, completions):
-        if end:
-            text = chat.tokenizer.decode(end.tokens).strip()
-            stops = end.finish_reason == "stop"
-            answers.append(
-                JudgedAnswer(question[-1]["content"], text, len(end.tokens), stops, repeats_itself(text))
+    for question, completion in zip(questions, completions):
+        if completion:
+            text = chat.tokenizer.decode(completion.tokens).strip()
+            answer = JudgedAnswer(
+                question=question[-1]["content"],
+                text=text,
+                tokens=len(completion.tokens),
+                ends_by_itself=completion.finish_reason == "stop",
+                repeats=repeats_itself(text),
             )
+            answers.append(answer)
     return tuple(answers)
 
 
@@ -82,9 +88,11 @@ def known_questions(
         cfg, params, chat, conversations, general_questions.MAX_TOKENS, stop_token_ids, report
     )
     known = []
-    for (question, expected), end in zip(questions, completions, strict=True):
-        if end and general_questions.is_right(chat.tokenizer.decode(end.tokens), expected):
-            known.append(question)
+    for (question, expected), completion in zip(questions, completions, strict=True):
+        if completion:
+            text = chat.tokenizer.decode(completion.tokens)
+            if general_questions.is_right(text, expected):
+                known.append(question)
     return tuple(known)
 
 
@@ -100,32 +108,31 @@ def _complete(
     """Completes conversations greedily, ANSWERED_TOGETHER at once; None where one fills the model's
     context."""
     params = prepare_params(cfg, params)
-    completions: list[Completion | None] = []
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop_token_ids)
-    for batch in itertools.batched(conversations, ANSWERED_TOGETHER):
-        prompts = [chat.prompt(messages).tolist() for messages in batch]
-        fitting = [prompt for prompt in prompts if len(prompt) < cfg.context]
-        capacity = min(cfg.context, max(map(len, fitting), default=0) + max_tokens)
-        before = len(completions)
+    prompts = [chat.prompt(messages).tolist() for messages in conversations]
+    completions: list[Completion | None] = [None] * len(prompts)
 
-        def report_batch(done: int, _: int, before: int = before) -> None:
-            report(before + done, len(conversations))
+    def report_after(before: int, done: int, _: int) -> None:
+        report(before + done, len(prompts))
 
-        ends = (
-            complete(cfg, params, fitting, [sampling] * len(fitting), capacity, report_batch)
-            if fitting
-            else []
-        )
-        waiting = iter(ends)
-        for prompt in prompts:
-            completions.append(next(waiting) if len(prompt) < cfg.context else None)
-        report(len(completions), len(conversations))
+    for batch in itertools.batched(range(len(prompts)), ANSWERED_TOGETHER):
+        places = [place for place in batch if len(prompts[place]) < cfg.context]
+        if places:
+            fitting = [prompts[place] for place in places]
+            capacity = min(cfg.context, max(map(len, fitting)) + max_tokens)
+            report_batch = functools.partial(report_after, batch[0])
+            batch_completions = complete(
+                cfg, params, fitting, [sampling] * len(fitting), capacity, report_batch
+            )
+            for place, completion in zip(places, batch_completions, strict=True):
+                completions[place] = completion
+        report(batch[-1] + 1, len(prompts))
     return completions
 
 
 class AnswerMetrics:
-    """Scores greedy answers by tasks as of Rewards, each a metric of its own: exact, regex:PATTERN,
-    FILE.py:FUNCTION.
+    """Scores greedy answers, by one metric for each task: exact, regex:PATTERN or FILE.py:FUNCTION
+    (as in Rewards).
 
     Raises UserError as Rewards, and for `sum`, whose answers are numbers.
     """
@@ -153,24 +160,25 @@ class AnswerMetrics:
         stop_token_ids: Collection[int],
         report: ReportProgress = lambda *_: None,
     ) -> dict[str, float]:
-        """Returns the mean of each metric over the answers to conversations, each up to the
-        reference that it ends with.
+        """Returns the mean of each metric, by its task, over the answers to `references`:
+        conversations, each of which ends with the answer that is wanted.
 
-        An answer has at most the longest reference's tokens and 16.
-
-        A conversation that fills the context counts as answered by nothing. Raises UserError
-        without references.
+        An answer has at most SPARE_TOKENS more than the longest of those. A conversation that fills
+        the context counts as answered by nothing. Raises UserError without references.
         """
         self.check(references)
         if not self._rewards:
             return {}
         prompts = [messages[:-1] for messages in references]
         answers = [messages[-1]["content"] for messages in references]
-        room = 16 + max(len(chat.tokenizer.encode(answer)) for answer in answers)
-        completions = _complete(cfg, params, chat, prompts, room, stop_token_ids, report)
+        max_tokens = SPARE_TOKENS + max(len(chat.tokenizer.encode(answer)) for answer in answers)
+        completions = _complete(cfg, params, chat, prompts, max_tokens, stop_token_ids, report)
         texts = []
-        for end in completions:
-            texts.append(chat.tokenizer.decode(end.tokens).strip() if end else "")
+        for completion in completions:
+            text = ""
+            if completion:
+                text = chat.tokenizer.decode(completion.tokens).strip()
+            texts.append(text)
         questions = [prompt[-1]["content"] for prompt in prompts]
         scores = {}
         for task, rewards in self._rewards.items():
@@ -184,7 +192,8 @@ def repeats_itself(text: str) -> bool:
     The share is seq-rep-4 of Welleck et al. 2020 (1908.04319), without case, punctuation and the
     numbers of a list. An ideograph or a kana counts as a word.
     """
-    words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|\w+", re.sub(r"(?m)^\s*\d+[.)]", "", text.lower()))
+    without_numbers = re.sub(r"(?m)^\s*\d+[.)]", "", text.lower())
+    words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|\w+", without_numbers)
     sequences = [*zip(words, words[1:], words[2:], words[3:])]
     return len(sequences) - len({*sequences}) > MAX_REPEATED * len(sequences)
 
@@ -210,7 +219,7 @@ def _titled(title: str, text: str, note: str) -> list[str]:
 
 
 def describe_faults(answers: Sequence[JudgedAnswer]) -> str:
-    endless = sum(not answer.stops for answer in answers)
+    endless = sum(not answer.ends_by_itself for answer in answers)
     repeating = sum(answer.repeats for answer in answers)
     if not endless + repeating:
         return f"all {len(answers)} stop and none repeats itself"
