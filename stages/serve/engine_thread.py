@@ -21,13 +21,14 @@ from engine.inference.engine import Engine
 from engine.inference.request import Event, Request
 
 IDLE_SECONDS = 0.25  # between ticks without work: signs of life
-# /health says that the engine gives no sign of life within 5 s, or within three times the longest
-# run of the program that it is in, whichever is more: so it counts as stuck a little earlier.
+# An engine without a sign of life counts as stuck after STUCK_SECONDS. While it runs a program that
+# has taken longer before, it does so after STUCK_TIMES the longest run. /health promises 5 s and
+# three times: both are a little less.
 STUCK_SECONDS = 4.0
-# So many times that longest run, where they are more than STUCK_SECONDS.
 STUCK_TIMES = 2.8
-# In place of both for a program's first run, or as long as the start took, whichever is more.
+# A program's first run may take so long, or as long as the start took, whichever is more.
 FIRST_SECONDS = 60.0
+STOP_SECONDS = 10.0  # for a step to end
 Listener = Callable[[Event], None]
 
 
@@ -90,8 +91,10 @@ class EngineThread:
         seconds = round(time.monotonic() - running.since, 3)
         longest = times.longest(running)
         if longest is None:
-            return Wait(running.name, seconds, max(FIRST_SECONDS, round(self._start_seconds, 3)))
-        return Wait(running.name, seconds, max(STUCK_SECONDS, round(STUCK_TIMES * longest, 3)))
+            stuck_after = max(FIRST_SECONDS, round(self._start_seconds, 3))
+        else:
+            stuck_after = max(STUCK_SECONDS, round(STUCK_TIMES * longest, 3))
+        return Wait(running.name, seconds, stuck_after)
 
     def start(self, on_change: Callable[[], None], *warm_arguments: Any) -> None:
         """Starts the thread, which compiles the programs and then serves. To be called on the event loop.
@@ -106,30 +109,29 @@ class EngineThread:
         self._thread.start()
 
     def submit(self, request: Request, priority: int, listener: Listener) -> Callable[[], None]:
-        """Submits a request that passes `check_request`, and returns what cancels it.
+        """Submits a request that passes `check_request`. Returns a function that cancels it.
 
-        `priority`: as of `Engine.submit`.
-
-        `listener` gets its events on the event loop, perhaps a few more after it was cancelled.
+        `priority`: as of `Engine.submit`. `listener` gets its events on the event loop, perhaps a few
+        more after it was cancelled.
         """
-        id = 0
+        request_id = 0  # of the engine, once the thread has received it
 
         def receive() -> None:
-            nonlocal id
+            nonlocal request_id
             self._received += 1
             if self.error:
-                self._post(listener, Event(id, [], "error"))
+                self._post(listener, Event(request_id, [], "error"))
                 return
-            id = self.engine.submit(request, priority)
-            self._listeners[id] = listener
+            request_id = self.engine.submit(request, priority)
+            self._listeners[request_id] = listener
 
-        def drop() -> None:  # behind the work that submits it
-            if self._listeners.pop(id, None):
-                self.engine.cancel(id)
+        def cancel() -> None:  # comes behind `receive` in the queue
+            if self._listeners.pop(request_id, None):
+                self.engine.cancel(request_id)
 
         self._submitted += 1
         self._work.put(receive)
-        return functools.partial(self._work.put, drop)
+        return functools.partial(self._work.put, cancel)
 
     async def call[T](self, function: Callable[[], T]) -> T:
         """Returns or raises what a function does in the engine's thread, behind all submitted before."""
@@ -147,12 +149,14 @@ class EngineThread:
         return await asyncio.wrap_future(future)
 
     def stop(self) -> None:
+        """Ends the thread after its step, and waits for that a few seconds."""
         self._stopping = True
         self._work.put(lambda: None)
         if self._thread:
-            self._thread.join(10)
+            self._thread.join(STOP_SECONDS)
 
     def _run(self, on_change: Callable[[], None], warm_arguments: tuple[Any, ...]) -> None:
+        """Compiles the programs, and then ticks until `stop`; after an error every request ends by it."""
         try:
             begin = time.monotonic()
             self.engine.warm(*warm_arguments)
@@ -187,6 +191,7 @@ class EngineThread:
                 self._work.get_nowait()()
 
     def _deliver(self, events: list[Event]) -> None:
+        """Has the event loop call the listeners of these events; forgets those whose request has ended."""
         addressed = [(self._listeners[event.id], event) for event in events if event.id in self._listeners]
         for event in events:
             if event.finish_reason:
@@ -200,5 +205,6 @@ class EngineThread:
             self._post(call_listeners)
 
     def _post(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Has the event loop call a function."""
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(function, *arguments)
