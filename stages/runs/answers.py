@@ -30,18 +30,18 @@ WIDTH = 96  # characters of a printed line
 
 @dataclasses.dataclass(frozen=True)
 class JudgedAnswer:
-    """An answer to a question, with what is to be seen of it without a reference."""
+    """An answer to a question, with what is to be seen of it without a reference. In run.json too."""
 
     question: str
     text: str
     tokens: int
-    ends_by_itself: bool  # before MAX_TOKENS
+    stops: bool  # by itself, before MAX_TOKENS
     repeats: bool  # whether it repeats itself
 
     @property
     def faults(self) -> str:
         faults = []
-        if not self.ends_by_itself:
+        if not self.stops:
             faults.append(f"does not stop within {self.tokens} tokens")
         if self.repeats:
             faults.append("repeats itself")
@@ -67,7 +67,7 @@ def ask(
                 question=question[-1]["content"],
                 text=text,
                 tokens=len(completion.tokens),
-                ends_by_itself=completion.finish_reason == "stop",
+                stops=completion.finish_reason == "stop",
                 repeats=repeats_itself(text),
             )
             answers.append(answer)
@@ -219,7 +219,7 @@ def _titled(title: str, text: str, note: str) -> list[str]:
 
 
 def describe_faults(answers: Sequence[JudgedAnswer]) -> str:
-    endless = sum(not answer.ends_by_itself for answer in answers)
+    endless = sum(not answer.stops for answer in answers)
     repeating = sum(answer.repeats for answer in answers)
     if not endless + repeating:
         return f"all {len(answers)} stop and none repeats itself"

@@ -71,8 +71,8 @@ def test_nothing_in_the_house_voice_is_a_repetition():
 
 
 def test_faults_are_said_below_the_answer_and_counted():
-    good = JudgedAnswer("Why?", "Because  of\nthe tide.", 5, ends_by_itself=True, repeats=False)
-    endless = JudgedAnswer("Why?", "so " * 60, 120, ends_by_itself=False, repeats=True)
+    good = JudgedAnswer("Why?", "Because  of\nthe tide.", 5, stops=True, repeats=False)
+    endless = JudgedAnswer("Why?", "so " * 60, 120, stops=False, repeats=True)
     [(question, text)] = compare(["Why?"], *([(answer.text, answer.faults)] for answer in (endless, good)))
     assert question == "Why?"
     assert re.fullmatch(
