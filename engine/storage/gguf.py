@@ -37,6 +37,7 @@ from engine.storage.gguf_header import STRING, ArrayLocation, Header, read_heade
 from engine.storage.tensor_layout import (
     DTYPE_NAMES,
     GGUF_NAMES,
+    Leaf,
     StoredModel,
     check_tensors,
     file_tensors,
@@ -82,7 +83,6 @@ def open_model(path: Path) -> StoredModel:
     leaves = check_tensors(layout_of(cfg, GGUF_NAMES), shapes, path)
     architecture = header.metadata["general.architecture"]
     paired = {leaf.name for leaf in leaves if leaf.paired and architecture == "llama"}
-
     kinds = {name: tensor.kind.name for name, tensor in header.tensors.items() if len(tensor.shape) == 2}
 
     def rows(name: str, start: int, stop: int) -> np.ndarray:
@@ -92,9 +92,9 @@ def open_model(path: Path) -> StoredModel:
         row = tensor.size // tensor.shape[0]
         data = read_at(path, tensor.offset + start * row, (stop - start) * row)
         # The library goes by 16 rows: for short ones the calls take as long as the computing, so
-        # they are joined.
+        # they are joined to at most LINES, of as many blocks each.
         blocks = data.size // GGML_QUANT_SIZES[tensor.kind][1]
-        lines = next(lines for lines in range(min(LINES, blocks), 0, -1) if blocks % lines == 0)
+        lines = _largest_divisor(blocks, LINES)
         values = dequantize(data.reshape(lines, -1), tensor.kind).reshape(stop - start, -1)
         if name in paired:
             return regroup_rows(values, cfg.head_dim // 2, 2)
@@ -110,24 +110,34 @@ def open_model(path: Path) -> StoredModel:
         except ValueError:
             raise infinite_weights(name) from None
 
-    title = header.metadata.get("general.name")
-    context = header.metadata[f"{architecture}.context_length"]
-    if isinstance(title, str) and title.isprintable() and 0 < len(title) <= MAX_NAME:
-        name = title
-    else:
-        name = path.stem
     return StoredModel(
-        name,
-        cfg,
-        leaves,
-        rows,
-        lambda: read_tokenizer(header, cfg.vocab),
-        context,
-        "",
-        note_unknown_gguf(header),
-        kinds,
-        packed,
+        name=_model_name(header),
+        cfg=cfg,
+        leaves=leaves,
+        rows=rows,
+        tokenizer=functools.partial(read_tokenizer, header, cfg.vocab),
+        context=header.metadata[f"{architecture}.context_length"],
+        hub_id="",
+        notes=note_unknown_gguf(header),
+        kinds=kinds,
+        packed=packed,
     )
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    """Returns the largest divisor of a number that is at most `most`."""
+    for divisor in range(min(most, number), 1, -1):
+        if number % divisor == 0:
+            return divisor
+    return 1
+
+
+def _model_name(header: Header) -> str:
+    """Returns the name that a file gives its model; the file's own where it gives none fit to print."""
+    title = header.metadata.get("general.name")
+    if isinstance(title, str) and title.isprintable() and 0 < len(title) <= MAX_NAME:
+        return title
+    return header.path.stem
 
 
 def regroup_rows(rows: np.ndarray, outer: int, inner: int) -> np.ndarray:
@@ -159,39 +169,31 @@ def save_gguf(
     becomes F16. Raises UserError for an architecture without a name in GGUF.
     """
     architecture = architecture_of(cfg)
-    F32 = GGMLQuantizationType.F32
-    F16 = GGMLQuantizationType.F16
     wanted = GGMLQuantizationType[DTYPE_NAMES[dtype]]
-    leaves = list(layout_of(cfg, GGUF_NAMES))
-    kinds = {}
-    values = leaf_paths(params)
+    file_type = LlamaFileType.ALL_F32
+    if wanted != GGMLQuantizationType.F32:
+        file_type = LlamaFileType[f"MOSTLY_{wanted.name}"]
     writer = GGUFWriter(path, architecture)
     writer.add_name(name)
-    writer.add_file_type(LlamaFileType.ALL_F32 if wanted == F32 else LlamaFileType[f"MOSTLY_{wanted.name}"])
+    writer.add_file_type(file_type)
     writer.add_quantization_version(2)
-    for key, value in (
-        {f"{architecture}.{key}": value for key, value in config_to_gguf(cfg).items()} | metadata
-    ).items():
-        value_type = GGUFValueType.get_type(value)
-        writer.add_key_value(
-            key, value, GGUFValueType.UINT32 if value_type == GGUFValueType.INT32 else value_type
-        )
+    for key, value in config_to_gguf(cfg).items():
+        _add_value(writer, f"{architecture}.{key}", value)
+    for key, value in metadata.items():
+        _add_value(writer, key, value)
+    leaves = list(layout_of(cfg, GGUF_NAMES))
+    values = leaf_paths(params)
+    kinds = {}
     for leaf in leaves:
-        kind = wanted if len(leaf.stored) == 2 else F32
-        own = as_weight(values[leaf.path]).kind
-        if own in ROUNDED:
-            kind = GGMLQuantizationType[own]
-        elif kind.name in ROUNDED:
-            if leaf.stored[1] % GROUP:
-                kind = F16
-            else:
-                kind = GGMLQuantizationType[served_kind(leaf.path, kind.name)]
+        kind = _kind_in_file(leaf, as_weight(values[leaf.path]).kind, wanted)
         kinds[leaf.name] = kind
         size = math.prod(quant_shape_to_byte_shape(leaf.stored, kind))
         writer.add_tensor_info(leaf.name, leaf.stored, np.dtype(np.float32), size, kind)
     if cfg.rope_scaling:
         factors = rope_factors(cfg.rope_scaling, cfg.rope_theta, cfg.head_dim)
-        writer.add_tensor_info(FREQUENCIES, factors.shape, factors.dtype, factors.nbytes, F32)
+        writer.add_tensor_info(
+            FREQUENCIES, factors.shape, factors.dtype, factors.nbytes, GGMLQuantizationType.F32
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -199,19 +201,45 @@ def save_gguf(
         rows = np.ascontiguousarray(array, None if array.dtype == np.uint8 else np.float32)
         if leaf.paired and architecture == "llama":
             rows = regroup_rows(rows, 2, cfg.head_dim // 2)
-        kind = kinds[leaf.name]
-        if array.dtype == np.uint8:
-            data = rows
-        elif kind.name in ROUNDED:
-            blocks = round_to_blocks(rows, kind.name, axis=0)
-            data = unpack_blocks(np.asarray(blocks.packed), blocks.columns)
-        else:
-            with np.errstate(over="ignore"):  # infinity is refused when the file is read
-                data = quantize(rows, kind)
-        writer.write_tensor_data(data)
+        if array.dtype != np.uint8:
+            rows = _encode(rows, kinds[leaf.name])
+        writer.write_tensor_data(rows)
     if cfg.rope_scaling:
         writer.write_tensor_data(factors)
     writer.close()
+
+
+def _add_value(writer: GGUFWriter, key: str, value: Any) -> None:
+    """Adds a key of the metadata. An integer is written without a sign, as llama.cpp reads sizes."""
+    value_type = GGUFValueType.get_type(value)
+    if value_type == GGUFValueType.INT32:
+        value_type = GGUFValueType.UINT32
+    writer.add_key_value(key, value, value_type)
+
+
+def _kind_in_file(leaf: Leaf, own: str, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+    """Returns the type of a leaf's tensor in a file whose matrices are to be of the type `wanted`.
+
+    `own`: the kind of the leaf's weight in memory.
+    """
+    if own in ROUNDED:
+        return GGMLQuantizationType[own]
+    if len(leaf.stored) != 2:
+        return GGMLQuantizationType.F32
+    if wanted.name not in ROUNDED:
+        return wanted
+    if leaf.stored[1] % GROUP:
+        return GGMLQuantizationType.F16
+    return GGMLQuantizationType[served_kind(leaf.path, wanted.name)]
+
+
+def _encode(rows: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """Returns float32 rows as a tensor of that type in a file, bytes of blocks or numbers."""
+    if kind.name in ROUNDED:
+        blocks = round_to_blocks(rows, kind.name, axis=0)
+        return unpack_blocks(np.asarray(blocks.packed), blocks.columns)
+    with np.errstate(over="ignore"):  # infinity is refused when the file is read
+        return quantize(rows, kind)
 
 
 # The tokenizer
@@ -234,15 +262,18 @@ FALLBACK_PRE_TOKENIZER = "llama-bpe"  # where llama.cpp has no name for it
 def set_pre_tokenizer(tokenizer: tokenizers.Tokenizer, name: str) -> None:
     """Sets the normalizer and pre-tokenizer of one of PRE_TOKENIZERS."""
     tokenizer.normalizer = normalizers.NFC() if name == "qwen2" else None
-    tokenizer.pre_tokenizer = gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if name == "smollm":
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if name == "gpt-2":
+        tokenizer.pre_tokenizer = gpt2
+    elif name == "smollm":
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), gpt2]
         )
-    elif name != "gpt-2":  # Llama 3 and Qwen 2 differ in groups of digits
+    else:  # Llama 3 and Qwen 2 differ in groups of digits
+        digits = r"\p{N}" if name == "qwen2" else r"\p{N}{1,3}"
         pattern = (
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-            rf"|\p{{N}}{'' if name == 'qwen2' else '{1,3}'}"
+            rf"|{digits}"
             r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
         )
         split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
@@ -254,41 +285,16 @@ def read_tokenizer(header: Header, vocab: int) -> ModelTokenizer:
     """Reads a file's tokenizer of `vocab` tokens, its EOS ids, and its recommended sampling."""
     path = header.path
     metadata = header.metadata
-
-    def field(name: str) -> Any:
-        return metadata.get(f"tokenizer.ggml.{name}")
-
     tokens = _read_list(header, "tokens", vocab)
     kinds = _read_list(header, "token_type", vocab)
     places = {token: place for place, token in enumerate(tokens)}
     if len(places) < len(tokens):
         raise UserError(f"{path} is damaged: a token is twice in its vocabulary.")
-    model = field("model")
-    pre = field("pre")
     if "tokenizer.huggingface.json" in metadata:
         tokenizer = _from_json(header, places)
     else:
-        known_name(model, ("gpt2", "llama"), "the tokenizer model", path)
-        if model == "gpt2":
-            make = functools.partial(_byte_level, header, places, pre)
-        else:
-            make = functools.partial(_sentencepiece, header, places, kinds)
-        tokenizer = build_tokenizer(make, path)
-        for kind, special in ((CONTROL, True), (UNKNOWN, True), (USER_DEFINED, False)):
-            named = [tokens[place] for place in np.flatnonzero(kinds == kind)]
-            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in named])
-    ids: dict[str, int] = {}
-    for name in ("bos", "eos", "padding", "eot", "eom"):
-        value = field(f"{name}_token_id")
-        if value is not None:
-            if type(value) is not int or not 0 <= value < vocab:
-                raise UserError(
-                    f"{path}: tokenizer.ggml.{name}_token_id is {quote(value)}, "
-                    f"and there are {vocab:,} tokens."
-                )
-            ids[name] = value
-    if "eos" not in ids:
-        raise UserError(f"{path} does not say tokenizer.ggml.eos_token_id, which token ends a text.")
+        tokenizer = _from_lists(header, places, kinds)
+    ids = _read_special_ids(header, vocab)
     template = metadata.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
         raise UserError(f"{path}: tokenizer.chat_template should be text.")
@@ -299,23 +305,70 @@ def read_tokenizer(header: Header, vocab: int) -> ModelTokenizer:
     config |= {key: tokens[ids[name]] for name, key in SPECIAL_TOKENS.items() if name in ids}
     if template is not None:
         config["chat_template"] = template
-    add_bos = field("add_bos_token")
-    if add_bos is None:
-        add_bos = model == "llama" or pre in LLAMA3
-    if add_bos is True and "bos" in ids:
-        token = (tokens[ids["bos"]], ids["bos"])
-        first = f"{tokens[ids['bos']]}:0"
-        begin = functools.partial(
-            processors.TemplateProcessing,
-            single=[first, "$A:0"],
-            pair=[first, "$A:0", "$B:1"],
-            special_tokens=[token],
-        )
-        tokenizer.post_processor = build_tokenizer(begin, path)
+    if _adds_bos(header) and "bos" in ids:
+        _begin_with(tokenizer, tokens[ids["bos"]], ids["bos"], path)
     eos_ids = tuple(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids))
     whole = build_tokenizer(functools.partial(Tokenizer, tokenizer, config, path), path)
     sampling = {name: metadata[key] for name, key in SAMPLING_KEYS.items() if key in metadata}
     return ModelTokenizer(whole, eos_ids, sampling)
+
+
+def _field(header: Header, name: str) -> Any:
+    """Returns the value of a key of the tokenizer; None where there is none."""
+    return header.metadata.get(f"tokenizer.ggml.{name}")
+
+
+def _from_lists(header: Header, places: dict[str, int], kinds: np.ndarray) -> tokenizers.Tokenizer:
+    """Builds a tokenizer from a file's lists: of tokens, each with its place, and of their kinds."""
+    model = known_name(_field(header, "model"), ("gpt2", "llama"), "the tokenizer model", header.path)
+    if model == "gpt2":
+        make = functools.partial(_byte_level, header, places, _field(header, "pre"))
+    else:
+        make = functools.partial(_sentencepiece, header, places, kinds)
+    tokenizer = build_tokenizer(make, header.path)
+    tokens = [*places]
+    for kind, special in ((CONTROL, True), (UNKNOWN, True), (USER_DEFINED, False)):
+        names = [tokens[place] for place in np.flatnonzero(kinds == kind)]
+        tokenizer.add_tokens([AddedToken(name, special=special, normalized=False) for name in names])
+    return tokenizer
+
+
+def _read_special_ids(header: Header, vocab: int) -> dict[str, int]:
+    """Returns the ids of the tokens that begin, end or fill a text, by ggml's names; eos is among them."""
+    ids: dict[str, int] = {}
+    for name in ("bos", "eos", "padding", "eot", "eom"):
+        value = _field(header, f"{name}_token_id")
+        if value is None:
+            continue
+        if type(value) is not int or not 0 <= value < vocab:
+            raise UserError(
+                f"{header.path}: tokenizer.ggml.{name}_token_id is {quote(value)}, "
+                f"and there are {vocab:,} tokens."
+            )
+        ids[name] = value
+    if "eos" not in ids:
+        raise UserError(f"{header.path} does not say tokenizer.ggml.eos_token_id, which token ends a text.")
+    return ids
+
+
+def _adds_bos(header: Header) -> bool:
+    """Whether a text begins with BOS: where the file does not say, as llama.cpp decides."""
+    adds_bos = _field(header, "add_bos_token")
+    if adds_bos is None:
+        adds_bos = _field(header, "model") == "llama" or _field(header, "pre") in LLAMA3
+    return adds_bos is True
+
+
+def _begin_with(tokenizer: tokenizers.Tokenizer, token: str, id: int, path: Path) -> None:
+    """Has a tokenizer put a token before each text."""
+    first = f"{token}:0"
+    begin = functools.partial(
+        processors.TemplateProcessing,
+        single=[first, "$A:0"],
+        pair=[first, "$A:0", "$B:1"],
+        special_tokens=[(token, id)],
+    )
+    tokenizer.post_processor = build_tokenizer(begin, path)
 
 
 def _read_list(header: Header, name: str, count: int | None = None) -> Any:
@@ -323,17 +376,16 @@ def _read_list(header: Header, name: str, count: int | None = None) -> Any:
     location = header.metadata.get(f"tokenizer.ggml.{name}")
     if not isinstance(location, ArrayLocation):
         raise UserError(f"{header.path} has no list tokenizer.ggml.{name}, so its tokenizer cannot be built.")
-    texts = name in ("tokens", "merges")
-    if texts != (location.kind == STRING) or count not in (None, location.length):
-        kind = "texts" if texts else "numbers"
-        if count is None:
-            wanted = kind
-        else:
-            wanted = f"{count:,} {kind}, a row of the embedding each"
+    has_texts = name in ("tokens", "merges")
+    is_other_kind = has_texts != (location.kind == STRING)
+    if is_other_kind or count not in (None, location.length):
+        wanted = "texts" if has_texts else "numbers"
+        if count is not None:
+            wanted = f"{count:,} {wanted}, a row of the embedding each"
         raise UserError(
             f"{header.path}: tokenizer.ggml.{name} should be {wanted}, and has {location.length:,} entries."
         )
-    if texts:
+    if has_texts:
         return read_strings(header.path, location)
     return read_numbers(header.path, location)
 
@@ -384,7 +436,9 @@ def _sentencepiece(header: Header, places: dict[str, int], kinds: np.ndarray) ->
     else:
         tokenizer.normalizer = spaces
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefixed else steps)
+    if prefixed:
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
     return tokenizer
 
 
@@ -405,29 +459,16 @@ def tokenizer_metadata(tokenizer: Tokenizer, eos_ids: tuple[int, ...], vocab: in
         raise UserError(
             f"A tokenizer {kind} has no place in a GGUF file; write a Hugging Face folder instead."
         )
-    tokens = [f"[PAD{place}]" for place in range(vocab)]
-    kinds = [UNUSED] * vocab
-    for token, place in model["vocab"].items():
-        tokens[place] = token
-        if model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token):
-            kinds[place] = BYTE
-        else:
-            kinds[place] = NORMAL
-    for added in written["added_tokens"]:
-        tokens[added["id"]] = added["content"]
-        kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    tokens, kinds = _token_lists(written, vocab)
     fields: dict[str, Any] = {"tokens": tokens, "token_type": kinds, "add_bos_token": bool(tokenizer.bos_ids)}
-    texts = tokenizer.special_names
-    named = {
-        name: tokenizer.id_of(texts.get(key, ""))
-        for name, key in (SPECIAL_TOKENS | {"unknown": "unk_token"}).items()
-    }
-    named |= dict(zip(("eos", "eot"), eos_ids))
-    fields |= {f"{name}_token_id": place for name, place in named.items() if place is not None}
+    ids = {}
+    for name, key in (SPECIAL_TOKENS | {"unknown": "unk_token"}).items():
+        ids[name] = tokenizer.id_of(tokenizer.special_names.get(key, ""))
+    ids |= dict(zip(("eos", "eot"), eos_ids))
+    fields |= {f"{name}_token_id": id for name, id in ids.items() if id is not None}
+    extra = {}
     if config.get("chat_template"):
-        extra = {"tokenizer.chat_template": config["chat_template"]}
-    else:
-        extra = {}
+        extra["tokenizer.chat_template"] = config["chat_template"]
     if model.get("byte_fallback"):
         ranks: dict[str, int] = {}
         for rank, pair in enumerate(model["merges"]):
@@ -436,13 +477,29 @@ def tokenizer_metadata(tokenizer: Tokenizer, eos_ids: tuple[int, ...], vocab: in
         fields |= {"model": "llama", "pre": "default", "scores": scores}
     else:
         pre = next((name for name in PRE_TOKENIZERS if _is_pre_tokenizer(written, name)), None)
-        extra |= {} if pre else {"tokenizer.huggingface.json": json.dumps(written, ensure_ascii=False)}
-        fields |= {
-            "model": "gpt2",
-            "pre": pre or FALLBACK_PRE_TOKENIZER,
-            "merges": [" ".join(pair) for pair in model["merges"]],
-        }
+        if pre is None:
+            pre = FALLBACK_PRE_TOKENIZER
+            extra["tokenizer.huggingface.json"] = json.dumps(written, ensure_ascii=False)
+        fields |= {"model": "gpt2", "pre": pre, "merges": [" ".join(pair) for pair in model["merges"]]}
     return {f"tokenizer.ggml.{key}": value for key, value in fields.items()} | extra
+
+
+def _token_lists(written: dict[str, Any], vocab: int) -> tuple[list[str], list[int]]:
+    """Returns the text and the kind of each of `vocab` tokens, by a tokenizer.json. Ids without a
+    token are padding.
+    """
+    model = written["model"]
+    tokens = [f"[PAD{place}]" for place in range(vocab)]
+    kinds = [UNUSED] * vocab
+    for token, place in model["vocab"].items():
+        tokens[place] = token
+        kinds[place] = NORMAL
+        if model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            kinds[place] = BYTE
+    for added in written["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    return tokens, kinds
 
 
 def _is_pre_tokenizer(tokenizer: dict[str, Any], name: str) -> bool:
