@@ -11,14 +11,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
+import jax
+import numpy as np
 import pytest
 import tyro
 from readmes import PICTURED, PICTURES, ROOT, sh_commands, shown, written
 from tiny import SMALL
 
 from bench.stages.report import write_pictures
+from engine.model.paths import leaf_paths
 
 CHANGED = (
     signal.SIGINT,
@@ -172,6 +176,28 @@ def test_each_command_runs(command, here, monkeypatch, capfd):
     printed = capfd.readouterr()
     assert not left.value.code, f"{words}\n{printed.out[-2000:]}\n{printed.err[-2000:]}"
     assert printed.out or (here / words[-1]).exists()
+
+
+def test_the_python_of_the_readmes_runs(here, monkeypatch):
+    """The README's lines, and those of the engine's that go on with them, on the run of 20 steps."""
+    monkeypatch.chdir(here)
+    names: dict[str, Any] = {}
+    for readme in ("README.md", "engine/README.md"):
+        (source,) = (
+            block
+            for block in re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text(), re.S)
+            if "import" in block
+        )
+        for name, instead in STANDS_IN.items():
+            source = source.replace(f'"{name}"', f'"{instead}"')
+        exec(compile(source, readme, "exec"), names)
+    assert names["losses"][-1] <= names["losses"][0]
+    query = "blocks/0/q"
+    assert not np.array_equal(leaf_paths(names["tuned"])[query], leaf_paths(names["model"].params)[query])
+    assert len(names["answer"]) == 16
+    for leaf in jax.tree.leaves(names["gradient"]):
+        assert np.isfinite(leaf).all()
+    np.testing.assert_allclose(names["loss"](names["tuned"]), names["losses"][-1], rtol=0.2)
 
 
 PYTEST = re.compile(r"^(?:uv run .*|python -m )pytest *(.*?)(?: *#.*)?$", re.M)
