@@ -7,6 +7,7 @@ arrays in it until they are wanted.
 """
 
 import math
+import operator
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -22,13 +23,30 @@ MAX_KEYS = 4096
 MAX_TENSORS = 16384
 MAX_NAME_BYTES = 1024  # more than any model has
 MAX_STRING_BYTES = 2049  # bytes of a text in an array: a token, or a merge of two
+MAX_ALIGNMENT = 2**20  # bytes
+MAX_NUMBERS = 2**48  # of a tensor
+DEFAULT_ALIGNMENT = 32
 MAX_TEXT = 16 * 2**20  # bytes of text outside of arrays, in all keys together
 UINT32 = 4
 FLOAT32 = 6
 STRING = 8
 ARRAY = 9
 UINT64 = 10
-SCALARS = {kind: struct.Struct("<" + letter) for kind, letter in zip((*range(8), 10, 11, 12), "BbHhIif?Qqd")}
+# GGUF's types of numbers and flags, each with the letter by which `struct` reads it.
+SCALAR_LETTERS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    UINT32: "I",
+    5: "i",
+    FLOAT32: "f",
+    7: "?",
+    UINT64: "Q",
+    11: "q",
+    12: "d",
+}
+SCALARS = {kind: struct.Struct(f"<{letter}") for kind, letter in SCALAR_LETTERS.items()}
 
 
 class ArrayLocation(NamedTuple):
@@ -36,6 +54,17 @@ class ArrayLocation(NamedTuple):
 
     kind: int
     length: int
+    offset: int
+
+
+class TensorInfo(NamedTuple):
+    """A tensor as the table has it, unchecked: dimensions the fastest first, and its offset behind
+    the table.
+    """
+
+    name: str
+    dims: list[int]
+    kind: int
     offset: int
 
 
@@ -86,33 +115,55 @@ def read_header(path: Path) -> Header:
                 raise UserError(f"{path} is damaged: the key {quote(key)} is there twice.")
             metadata[key] = reader.value(key)
         infos = [reader.info() for _ in range(count)]
-        alignment = metadata.get("general.alignment", 32)
-        if type(alignment) is not int or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
-            raise UserError(
-                f"{path} is damaged: general.alignment is {quote(alignment)}, and should be a power of two."
-            )
-        end = file.tell()
-        begin = -(-end // alignment) * alignment
-        tensors: dict[str, Tensor] = {}
-        for name, dims, kind, offset in sorted(infos, key=lambda info: info[3]):
-            if kind not in GGML_QUANT_SIZES:
-                raise UserError(
-                    f"{path}: the tensor {quote(name)} has the type {kind}, which is not known here."
-                )
-            block, width = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-            if dims[0] % block or not 0 < math.prod(dims) < 2**48:
-                raise UserError(
-                    f"{path} is damaged: the tensor {quote(name)} cannot have the shape {dims[::-1]}."
-                )
-            if name in tensors:
-                raise UserError(f"{path} is damaged: the tensor {quote(name)} is there twice.")
-            check_adjacent(path, name, begin + offset, -(-end // alignment) * alignment)
-            nbytes = math.prod(dims) // block * width
-            tensors[name] = Tensor(GGMLQuantizationType(kind), tuple(dims[::-1]), begin + offset, nbytes)
-            end = begin + offset + nbytes
-        if end > size:
-            raise truncation_error(path, end - size)
+        alignment = _read_alignment(metadata, path)
+        tensors = _place_tensors(infos, file.tell(), alignment, size, path)
         return Header(path, metadata, tensors)
+
+
+def _read_alignment(metadata: dict[str, Any], path: Path) -> int:
+    """Returns the number of bytes of which each tensor's offset is a multiple."""
+    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    if type(alignment) is not int or not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
+        raise UserError(
+            f"{path} is damaged: general.alignment is {quote(alignment)}, and should be a power of two."
+        )
+    return alignment
+
+
+def _place_tensors(
+    infos: list[TensorInfo], end: int, alignment: int, size: int, path: Path
+) -> dict[str, Tensor]:
+    """Returns the tensors by name, in the order of the file, which has `size` bytes.
+
+    `end`: of the table, in bytes. Raises UserError unless they lie one behind another, aligned.
+    """
+    begin = _align(end, alignment)
+    tensors: dict[str, Tensor] = {}
+    for info in sorted(infos, key=operator.attrgetter("offset")):
+        name = quote(info.name)
+        shape = tuple(reversed(info.dims))
+        if info.kind not in GGML_QUANT_SIZES:
+            raise UserError(f"{path}: the tensor {name} has the type {info.kind}, which is not known here.")
+        kind = GGMLQuantizationType(info.kind)
+        block_numbers, block_bytes = GGML_QUANT_SIZES[kind]
+        numbers = math.prod(shape)
+        if info.dims[0] % block_numbers or not 0 < numbers < MAX_NUMBERS:
+            raise UserError(f"{path} is damaged: the tensor {name} cannot have the shape {[*shape]}.")
+        if info.name in tensors:
+            raise UserError(f"{path} is damaged: the tensor {name} is there twice.")
+        start = begin + info.offset
+        check_adjacent(path, info.name, start, _align(end, alignment))
+        nbytes = numbers // block_numbers * block_bytes
+        tensors[info.name] = Tensor(kind, shape, start, nbytes)
+        end = start + nbytes
+    if end > size:
+        raise truncation_error(path, end - size)
+    return tensors
+
+
+def _align(offset: int, alignment: int) -> int:
+    """Returns the least multiple of `alignment` that is at least `offset`."""
+    return -(-offset // alignment) * alignment
 
 
 class _Reader:
@@ -184,13 +235,14 @@ class _Reader:
             )
         return location
 
-    def info(self) -> tuple[str, list[int], int, int]:
-        """Reads a tensor's name, dimensions as written, type and offset."""
+    def info(self) -> TensorInfo:
         name = self.name("tensor's name")
         count = self.number(UINT32)
         if not 1 <= count <= 4:
             raise UserError(f"{self.path} is damaged: the tensor {quote(name)} has {count:,} dimensions.")
-        return name, [self.number(UINT64) for _ in range(count)], self.number(UINT32), self.number(UINT64)
+        dims = [self.number(UINT64) for _ in range(count)]
+        kind = self.number(UINT32)
+        return TensorInfo(name, dims, kind, offset=self.number(UINT64))
 
 
 def read_strings(path: Path, location: ArrayLocation) -> list[str]:
