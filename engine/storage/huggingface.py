@@ -37,11 +37,14 @@ MAX_TOKENIZER_BYTES = 64 * 2**20  # the largest has 17 million
 
 def open_model(path: Path) -> StoredModel:
     """Opens a folder: checks its architecture and tensors against one another; reads no weights."""
-    fields = read_json_object(path / "config.json")
-    cfg = config_from_json(fields, path / "config.json")
+    config_file = path / "config.json"
+    fields = read_json_object(config_file)
+    cfg = config_from_json(fields, config_file)
     files = safetensors.read_folder(path)
     stored = {name: tensor for name, tensor in files.items() if not name.endswith(".rotary_emb.inv_freq")}
-    head = stored.pop(HUGGING_FACE_NAMES["head"], None) if cfg.tied else None
+    head = None
+    if cfg.tied:
+        head = stored.pop(HUGGING_FACE_NAMES["head"], None)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     leaves = check_tensors(layout_of(cfg, HUGGING_FACE_NAMES), shapes, path)
     for name, tensor in stored.items():
@@ -60,11 +63,16 @@ def open_model(path: Path) -> StoredModel:
         return safetensors.read_slice(stored[tensor], start, stop)
 
     hub_id = cached_id(path)  # `_name_or_path` is often the parent's, whose weights are others
-    name = hub_id.partition("/")[2] or path.resolve().name
-    context = (DEFAULTS[fields["model_type"]] | fields)["max_position_embeddings"]
-    tokenizer = functools.partial(load_tokenizer, path, cfg.vocab, fields.get("eos_token_id"))
+    with_defaults = DEFAULTS[fields["model_type"]] | fields
     return StoredModel(
-        name, cfg, leaves, rows, tokenizer, context, hub_id, note_unknown_json(fields, path / "config.json")
+        name=hub_id.partition("/")[2] or path.resolve().name,
+        cfg=cfg,
+        leaves=leaves,
+        rows=rows,
+        tokenizer=functools.partial(load_tokenizer, path, cfg.vocab, fields.get("eos_token_id")),
+        context=with_defaults["max_position_embeddings"],
+        hub_id=hub_id,
+        notes=note_unknown_json(fields, config_file),
     )
 
 
@@ -82,36 +90,15 @@ def load_tokenizer(folder: Path, vocab: int | None = None, eos: Any = None) -> M
     is no BPE that knows every byte, has more ids than `vocab`, or has no token that ends a text.
     """
     source = folder / "tokenizer.json"
-    beside = folder / "tokenizer_config.json"
     generation_file = folder / GENERATION
     if not source.is_file():
-        for other in ("tokenizer.model", "vocab.json"):
-            if (folder / other).exists():
-                raise UserError(
-                    f"{folder} has no tokenizer.json, only {other}: "
-                    "save the model's fast tokenizer, which writes one."
-                )
-        raise UserError(f"{folder} has no tokenizer.json.")
+        raise _missing_tokenizer(folder)
     text = read_text(source, MAX_TOKENIZER_BYTES)
     inner = build_tokenizer(lambda: tokenizers.Tokenizer.from_str(text), source)
     generation = read_json_object(generation_file) if generation_file.exists() else {}
     ids = vocab or max(inner.get_vocab().values(), default=0) + 1
     eos_ids = _read_eos_ids(generation.get("eos_token_id", eos), ids, generation_file)
-    config = read_json_object(beside) if beside.exists() else {}
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several by name
-        entries = [entry for entry in template if isinstance(entry, dict)]
-        by_name = {entry.get("name"): entry.get("template") for entry in entries}
-        template = by_name.get("default")
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        template = read_text(file)
-    if not isinstance(template, str | None):
-        raise UserError(f"{beside}: chat_template should be text.")
-    config["chat_template"] = template
-    for name, value in config.items():
-        if name.endswith("_token") and isinstance(value, dict):
-            config[name] = value.get("content")
+    config = _read_tokenizer_config(folder)
     if config.get("eos_token") is None and eos_ids:
         config["eos_token"] = inner.id_to_token(eos_ids[0])
     known = {name: value for name, value in config.items() if value is not None}
@@ -123,6 +110,39 @@ def load_tokenizer(folder: Path, vocab: int | None = None, eos: Any = None) -> M
         )
     all_eos_ids = tuple(dict.fromkeys((tokenizer.eos_id, *eos_ids)))
     return ModelTokenizer(tokenizer, all_eos_ids, _read_sampling(generation))
+
+
+def _missing_tokenizer(folder: Path) -> UserError:
+    for other in ("tokenizer.model", "vocab.json"):
+        if (folder / other).exists():
+            return UserError(
+                f"{folder} has no tokenizer.json, only {other}: "
+                "save the model's fast tokenizer, which writes one."
+            )
+    return UserError(f"{folder} has no tokenizer.json.")
+
+
+def _read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """Returns the fields of tokenizer_config.json, with the chat template in use, and with each
+    special token's text where the file describes the token.
+    """
+    path = folder / "tokenizer_config.json"
+    config = read_json_object(path) if path.exists() else {}
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        by_name = {entry.get("name"): entry.get("template") for entry in entries}
+        template = by_name.get("default")
+    template_file = folder / "chat_template.jinja"
+    if template_file.is_file():
+        template = read_text(template_file)
+    if not isinstance(template, str | None):
+        raise UserError(f"{path}: chat_template should be text.")
+    config["chat_template"] = template
+    for name, value in config.items():
+        if name.endswith("_token") and isinstance(value, dict):
+            config[name] = value.get("content")
+    return config
 
 
 def _read_eos_ids(value: Any, vocab: int, path: Path) -> list[int]:
