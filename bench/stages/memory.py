@@ -2,8 +2,7 @@
 
 XLA's own buffer assignment says where each value lies: values in one place of one allocation follow
 each other there. The scheduled program says when each is made and last read. Both are protocol
-buffers (`xla/service/hlo.proto`), also in a program from the compilation cache; field numbers below
-are those of that file. The body of a loop is walked once here.
+buffers, also in a program from the compilation cache. The body of a loop is walked once here.
 """
 
 import bisect
@@ -12,12 +11,32 @@ import functools
 import itertools
 import operator
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from bench.machine import Json
+from bench.stages.hlo_proto import (
+    Alias,
+    Allocation,
+    AssignedBuffer,
+    Assignment,
+    Computation,
+    Instruction,
+    InstructionSequence,
+    Location,
+    LogicalBuffer,
+    MapEntry,
+    Message,
+    Metadata,
+    Module,
+    Schedule,
+    integer,
+    integers,
+    read_message,
+    text,
+)
 from engine.counting.xla import xla_peak
 from engine.errors import UserError
 
@@ -26,54 +45,6 @@ KINDS = ("parameters", "optimizer state", "KV cache", "gradients", "residuals", 
 _BACKWARD = "transpose(jvp"
 _OPTIMIZER = "/optimizer/"
 Index = tuple[int, ...]  # of an array in a value: () of an array alone, (0, 1) in a tuple of tuples
-Message = dict[int, list[Any]]  # a protocol buffer: field number -> its values
-
-# Field numbers of `xla/service/hlo.proto`, each named by its message and by its name there.
-# HloModuleProto
-_MODULE_COMPUTATIONS = 3
-_MODULE_ENTRY_COMPUTATION_ID = 6
-_MODULE_SCHEDULE = 7
-# HloScheduleProto, whose `sequences` are a map: computation id -> InstructionSequence
-_SCHEDULE_SEQUENCES = 1
-_MAP_KEY = 1
-_MAP_VALUE = 2
-_SEQUENCE_INSTRUCTION_IDS = 1
-# HloComputationProto
-_COMPUTATION_INSTRUCTIONS = 2
-_COMPUTATION_ID = 5
-_COMPUTATION_ROOT_ID = 6
-# HloInstructionProto, and the OpMetadata in it
-_INSTRUCTION_OPCODE = 2
-_INSTRUCTION_METADATA = 7
-_INSTRUCTION_PARAMETER_NUMBER = 9
-_INSTRUCTION_TUPLE_INDEX = 13
-_INSTRUCTION_ID = 35
-_INSTRUCTION_OPERAND_IDS = 36
-_INSTRUCTION_CALLED_COMPUTATION_IDS = 38
-_METADATA_OP_NAME = 2
-# BufferAssignmentProto
-_ASSIGNMENT_LOGICAL_BUFFERS = 1
-_ASSIGNMENT_BUFFER_ALIASES = 2
-_ASSIGNMENT_BUFFER_ALLOCATIONS = 3
-# LogicalBufferProto, and the Location in it
-_LOGICAL_BUFFER_ID = 1
-_LOGICAL_BUFFER_DEFINED_AT = 3
-_LOCATION_SHAPE_INDEX = 3
-_LOCATION_INSTRUCTION_ID = 4
-# BufferAssignmentProto.BufferAlias
-_ALIAS_SOURCE_BUFFER_ID = 1
-_ALIAS_LOCATION = 2
-# BufferAllocationProto, and the Assigned in it
-_ALLOCATION_INDEX = 1
-_ALLOCATION_IS_THREAD_LOCAL = 3
-_ALLOCATION_IS_ENTRY_COMPUTATION_PARAMETER = 5
-_ALLOCATION_PARAMETER_NUMBER = 6
-_ALLOCATION_ASSIGNED = 9
-_ALLOCATION_IS_TUPLE = 11
-_ALLOCATION_IS_CONSTANT = 12
-_ASSIGNED_LOGICAL_BUFFER_ID = 1
-_ASSIGNED_OFFSET = 2
-_ASSIGNED_SIZE = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,18 +168,19 @@ class _Program:
             )
         executable: Any = compiled.runtime_executable()
         module = read_message(executable.hlo_modules()[0].as_serialized_hlo_module_proto())
-        self.entry = _integer(module, _MODULE_ENTRY_COMPUTATION_ID)
+        self.entry = integer(module, Module.ENTRY_COMPUTATION_ID)
         self.roots: dict[int, int] = {}  # computation -> its root
         self.instructions: dict[int, Message] = {}
-        for computation in map(read_message, module[_MODULE_COMPUTATIONS]):
-            self.roots[_integer(computation, _COMPUTATION_ID)] = _integer(computation, _COMPUTATION_ROOT_ID)
-            for instruction in map(read_message, computation[_COMPUTATION_INSTRUCTIONS]):
-                self.instructions[_integer(instruction, _INSTRUCTION_ID)] = instruction
+        for computation in map(read_message, module[Module.COMPUTATIONS]):
+            self.roots[integer(computation, Computation.ID)] = integer(computation, Computation.ROOT_ID)
+            for instruction in map(read_message, computation[Computation.INSTRUCTIONS]):
+                self.instructions[integer(instruction, Instruction.ID)] = instruction
         self.schedule: dict[int, list[int]] = {}  # computation -> its instructions in their order
-        schedule = read_message(module[_MODULE_SCHEDULE][0])
-        for entry in map(read_message, schedule[_SCHEDULE_SEQUENCES]):
-            sequence = read_message(entry[_MAP_VALUE][0])
-            self.schedule[_integer(entry, _MAP_KEY)] = list(_integers(sequence, _SEQUENCE_INSTRUCTION_IDS))
+        schedule = read_message(module[Module.SCHEDULE][0])
+        for entry in map(read_message, schedule[Schedule.SEQUENCES]):
+            sequence = read_message(entry[MapEntry.VALUE][0])
+            instructions = integers(sequence, InstructionSequence.INSTRUCTION_IDS)
+            self.schedule[integer(entry, MapEntry.KEY)] = list(instructions)
         self.position = 0
         # instruction -> index -> buffer
         self.results: dict[int, dict[Index, Buffer]] = defaultdict(dict)
@@ -221,38 +193,38 @@ class _Program:
         written over one another share a Buffer.
         """
         defined_at: dict[int, tuple[int, Index]] = {}  # logical buffer -> instruction, and index in it
-        for logical in map(read_message, assignment[_ASSIGNMENT_LOGICAL_BUFFERS]):
-            location = _location(logical[_LOGICAL_BUFFER_DEFINED_AT][0])
-            defined_at[_integer(logical, _LOGICAL_BUFFER_ID)] = location
+        for logical in map(read_message, assignment[Assignment.LOGICAL_BUFFERS]):
+            location = _location(logical[LogicalBuffer.DEFINED_AT][0])
+            defined_at[integer(logical, LogicalBuffer.ID)] = location
         logical_at = {location: logical for logical, location in defined_at.items()}
         first = {logical: logical for logical in defined_at}  # the first of those that share a Buffer
-        for alias in map(read_message, assignment.get(_ASSIGNMENT_BUFFER_ALIASES, [])):
-            source = _integer(alias, _ALIAS_SOURCE_BUFFER_ID)
-            other = logical_at[_location(alias[_ALIAS_LOCATION][0])]
+        for alias in map(read_message, assignment.get(Assignment.BUFFER_ALIASES, [])):
+            source = integer(alias, Alias.SOURCE_BUFFER_ID)
+            other = logical_at[_location(alias[Alias.LOCATION][0])]
             if source < other:
                 first[other] = first[source]
         buffers: dict[int, Buffer] = {}
-        for allocation in map(read_message, assignment[_ASSIGNMENT_BUFFER_ALLOCATIONS]):
+        for allocation in map(read_message, assignment[Assignment.BUFFER_ALLOCATIONS]):
             if (
-                _integer(allocation, _ALLOCATION_IS_THREAD_LOCAL)
-                or _integer(allocation, _ALLOCATION_IS_TUPLE)  # of pointers
-                or _integer(allocation, _ALLOCATION_IS_CONSTANT)
+                integer(allocation, Allocation.IS_THREAD_LOCAL)
+                or integer(allocation, Allocation.IS_TUPLE)  # of pointers
+                or integer(allocation, Allocation.IS_CONSTANT)
             ):
                 continue
             argument = self._argument(allocation)
-            for assigned in map(read_message, allocation.get(_ALLOCATION_ASSIGNED, [])):
-                size = _integer(assigned, _ASSIGNED_SIZE)
-                place = (_integer(allocation, _ALLOCATION_INDEX), _integer(assigned, _ASSIGNED_OFFSET))
-                logical_id = _integer(assigned, _ASSIGNED_LOGICAL_BUFFER_ID)
+            for part in map(read_message, allocation.get(Allocation.ASSIGNED, [])):
+                size = integer(part, AssignedBuffer.SIZE)
+                place = (integer(allocation, Allocation.INDEX), integer(part, AssignedBuffer.OFFSET))
+                logical_id = integer(part, AssignedBuffer.LOGICAL_BUFFER_ID)
                 buffer = buffers.setdefault(first[logical_id], Buffer(size, place, argument))
                 instruction, index = defined_at[logical_id]
                 self.results[instruction][index] = buffer
 
     def _argument(self, allocation: Message) -> str | None:
         """Returns the label of the program's argument that an allocation holds; None for another."""
-        if not _integer(allocation, _ALLOCATION_IS_ENTRY_COMPUTATION_PARAMETER):
+        if not integer(allocation, Allocation.IS_ENTRY_COMPUTATION_PARAMETER):
             return None
-        return self._label(self._parameters[_integer(allocation, _ALLOCATION_PARAMETER_NUMBER)])
+        return self._label(self._parameters[integer(allocation, Allocation.PARAMETER_NUMBER)])
 
     @functools.cached_property
     def _parameters(self) -> dict[int, int]:
@@ -260,20 +232,20 @@ class _Program:
         parameters = {}
         for instruction in self.schedule[self.entry]:
             if self._opcode(instruction) == "parameter":
-                number = _integer(self.instructions[instruction], _INSTRUCTION_PARAMETER_NUMBER)
+                number = integer(self.instructions[instruction], Instruction.PARAMETER_NUMBER)
                 parameters[number] = instruction
         return parameters
 
     def _opcode(self, instruction: int) -> str:
-        return _text(self.instructions[instruction], _INSTRUCTION_OPCODE)
+        return text(self.instructions[instruction], Instruction.OPCODE)
 
     def _label(self, instruction: int) -> str:
         """Returns the scopes of the source that it comes from, such as
         `jit(train_step)/jvp(head)/dot_general`, or ''.
         """
-        metadata = self.instructions[instruction].get(_INSTRUCTION_METADATA)
+        metadata = self.instructions[instruction].get(Instruction.METADATA)
         if metadata:
-            return _text(read_message(metadata[0]), _METADATA_OP_NAME)
+            return text(read_message(metadata[0]), Metadata.OP_NAME)
         return ""
 
     def run(self, computation: int, arguments: Sequence[Value] = ()) -> Value:
@@ -285,17 +257,17 @@ class _Program:
         for instruction in self.schedule[computation]:
             fields = self.instructions[instruction]
             label = self._label(instruction)
-            inputs = [values[operand] for operand in _integers(fields, _INSTRUCTION_OPERAND_IDS)]
-            called = list(_integers(fields, _INSTRUCTION_CALLED_COMPUTATION_IDS))
+            inputs = [values[operand] for operand in integers(fields, Instruction.OPERAND_IDS)]
+            called = list(integers(fields, Instruction.CALLED_COMPUTATION_IDS))
             match self._opcode(instruction):
                 case "parameter" if arguments:
-                    value = arguments[_integer(fields, _INSTRUCTION_PARAMETER_NUMBER)]
+                    value = arguments[integer(fields, Instruction.PARAMETER_NUMBER)]
                 case "bitcast" | "opt-barrier":
                     value = inputs[0]
                 case "tuple":
                     value = _tuple_of(inputs)
                 case "get-tuple-element":
-                    value = _element(inputs[0], _integer(fields, _INSTRUCTION_TUPLE_INDEX))
+                    value = _element(inputs[0], integer(fields, Instruction.TUPLE_INDEX))
                 case "while":
                     body, condition = called
                     self._note_reads(inputs, label)
@@ -319,11 +291,12 @@ class _Program:
     def _make(self, instruction: int, inputs: list[Value], label: str) -> Value:
         """Reads the operands, and returns the value of the buffers that the instruction makes."""
         operands = self._note_reads(inputs, label)
-        origins = frozenset[str]().union(*(buffer.origins for buffer in operands))
-        if "(head)" in label and any(origin.startswith("batch") for origin in origins):
-            origins |= {"loss"}
         if self._opcode(instruction) == "parameter":
             origins = frozenset({label})
+        else:
+            origins = frozenset[str]().union(*(buffer.origins for buffer in operands))
+            if "(head)" in label and any(origin.startswith("batch") for origin in origins):
+                origins |= {"loss"}
         for buffer in self.results[instruction].values():
             buffer.end = self.position
             if buffer.start < 0:
@@ -350,93 +323,27 @@ class _Program:
 def _location(data: bytes) -> tuple[int, Index]:
     """Returns the instruction and the index in its result that a LogicalBufferProto.Location names."""
     location = read_message(data)
-    index = tuple(_integers(location, _LOCATION_SHAPE_INDEX))
-    return _integer(location, _LOCATION_INSTRUCTION_ID), index
+    index = tuple(integers(location, Location.SHAPE_INDEX))
+    return integer(location, Location.INSTRUCTION_ID), index
 
 
 def _tuple_of(values: Sequence[Value]) -> Value:
     """Returns the value of a tuple of these values."""
     joined: Value = {}
-    for place, value in enumerate(values):
+    for element, value in enumerate(values):
         for index, buffers in value.items():
-            joined[(place, *index)] = buffers
+            joined[(element, *index)] = buffers
     return joined
 
 
-def _element(value: Value, place: int) -> Value:
-    """Returns the value at a place of a tuple."""
-    return {index[1:]: buffers for index, buffers in value.items() if index[:1] == (place,)}
+def _element(value: Value, element: int) -> Value:
+    """Returns the value of one element of a tuple."""
+    return {index[1:]: buffers for index, buffers in value.items() if index[:1] == (element,)}
 
 
 def _either(first: Value, second: Value) -> Value:
     """Returns a value that may lie where either of two does."""
     return {index: first.get(index, frozenset()) | second.get(index, frozenset()) for index in first | second}
-
-
-def read_message(data: bytes) -> Message:
-    """Returns field number -> values of a protocol buffer: integers, and bytes for anything longer."""
-    fields: Message = defaultdict(list)
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        field = key >> 3
-        match key & 7:  # the wire type
-            case 0:
-                number, at = _varint(data, at)
-                fields[field].append(number)
-                continue
-            case 1:
-                size = 8
-            case 2:
-                size, at = _varint(data, at)
-            case 5:
-                size = 4
-            case wire_type:
-                raise ValueError(f"Field {field} of a protocol buffer has the unknown wire type {wire_type}.")
-        fields[field].append(data[at : at + size])
-        at += size
-    return dict(fields)
-
-
-def _integer(message: Message, field: int) -> int:
-    """Returns the integer or bool in a field. Protocol buffers leave out zeros: a field that is not
-    there is 0.
-    """
-    if field in message:
-        return message[field][0]
-    return 0
-
-
-def _text(message: Message, field: int) -> str:
-    """Returns the text in a field. Protocol buffers leave out empty texts, too."""
-    if field in message:
-        return message[field][0].decode()
-    return ""
-
-
-def _integers(message: Message, field: int) -> Iterator[int]:
-    """Yields the integers of a repeated field, which may be packed."""
-    for value in message.get(field, []):
-        if isinstance(value, int):
-            yield value
-            continue
-        at = 0
-        while at < len(value):
-            number, at = _varint(value, at)
-            yield number
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """Returns the integer that begins at a place, seven bits a byte, and the place after it."""
-    value = 0
-    shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 127) << shift
-        at += 1
-        shift += 7
-        if byte < 128:
-            return value, at
 
 
 def kind_of(buffer: Buffer, backward: int | None) -> str:
