@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -45,6 +45,13 @@ KINDS = {
 }
 
 
+class Errors(NamedTuple):
+    """Nats a letter of each passage: of the text that is read again, and of other pages."""
+
+    text: np.ndarray
+    other: np.ndarray
+
+
 def measure_learning(preset_name: str = "demo", steps: int = STEPS) -> Json:
     """Trains the model and returns its errors, in nats a letter, after each of READINGS, and how
     far its weights moved.
@@ -67,25 +74,29 @@ def measure_learning(preset_name: str = "demo", steps: int = STEPS) -> Json:
         state, _ = train_step(cfg, tx, state, {}, batches.at(step), np.float32(step / steps))
     trained = _copy(state.trainable)
     moved = {"pre-training": _moved(before, trained)}
-    errors: dict[int, tuple[Any, Any]] = {}
+    errors: dict[int, Errors] = {}  # by how often the text was read
     state = new_state(tx, state.trainable)
     batches = TextBatches(text, TOKENS, ROWS, seed=0)
     for step in range(MOST * WINDOWS // ROWS):
         state, _ = train_step(cfg, tx, state, {}, batches.at(step), np.float32(HALF_RATE))
         reading = batches.order.epoch(step + 1)
-        if reading in READINGS:
-            errors[int(reading)] = _errors(cfg, state.trainable, text), _errors(cfg, state.trainable, other)
+        if reading.is_integer() and int(reading) in READINGS:
+            text_errors = _errors(cfg, state.trainable, text)
+            other_errors = _errors(cfg, state.trainable, other)
+            errors[int(reading)] = Errors(text_errors, other_errors)
             moved[f"{reading:.0f}"] = _moved(trained, _copy(state.trainable))
     # The rule for rounds of times holds for pairs of any kind: here each passage is one.
-    most, least = (Timing(tuple(errors[reading][1].tolist())) for reading in (MOST, LEAST))
+    most = Timing(tuple(errors[MOST].other.tolist()))
+    least = Timing(tuple(errors[LEAST].other.tolist()))
+    most_over_least = ratio(most, least)
     return {
         "letters": len(text),
         "other_letters": len(other),
         "pretrained": steps * ROWS * TOKENS,
         "readings": [*READINGS],
-        "text": [float(of.mean()) for of, _ in errors.values()],
-        "other": [float(of.mean()) for _, of in errors.values()],
-        "over": ratio(most, least)._asdict(),
+        "text": [float(each.text.mean()) for each in errors.values()],
+        "other": [float(each.other.mean()) for each in errors.values()],
+        "over": most_over_least._asdict(),
         "moved": moved,
     }
 
@@ -111,9 +122,8 @@ def _row_losses(cfg: ModelConfig, params: Any, batch: Any) -> jax.Array:
 def _errors(cfg: ModelConfig, params: Any, letters: np.ndarray) -> np.ndarray:
     """Returns the mean nats a letter of each passage of TOKENS."""
     starts = np.arange(0, len(letters) - TOKENS, TOKENS)
-    return np.asarray(
-        _row_losses(cfg, params, window_batch(letters, np.add.outer(starts, np.arange(TOKENS))))
-    )
+    batch = window_batch(letters, np.add.outer(starts, np.arange(TOKENS)))
+    return np.asarray(_row_losses(cfg, params, batch))
 
 
 def _copy(params: Any) -> dict[str, np.ndarray]:
