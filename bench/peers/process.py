@@ -89,7 +89,6 @@ def start_peer(
     `packages`: those of requirements.txt that the script imports. Raises UserError when a given
     `python` cannot be run or lacks `needs`.
     """
-    make_venv = f"python3 -m venv peers && peers/bin/{INSTALL} {packages}"
     try:
         peer = Peer(python or Path(sys.executable), script)
     except OSError as error:
@@ -106,21 +105,26 @@ def start_peer(
             ) from None
         missing = hello.get("missing")
         if missing:
-            if missing == needs and python:
-                raise UserError(
-                    f"--peer-python {python} has no {needs} ({hello['why']}); make one that has: {make_venv}"
-                )
-            remedy = f"{make_venv}, and --peer-python peers/bin/python"
-            if python:
-                remedy = f"{python} -m {INSTALL} {missing}"
-            print_absent(missing, hello["why"], remedy)
+            refuse_or_report(missing, hello["why"], needs=needs, packages=packages, python=python)
             yield None
-        else:
-            print(
-                "peer: " + ", ".join(f"{name} {version}" for name, version in hello["versions"].items()),
-                flush=True,
-            )
-            yield peer
+            return
+        versions = [f"{name} {version}" for name, version in hello["versions"].items()]
+        print(f"peer: {', '.join(versions)}", flush=True)
+        yield peer
+
+
+def refuse_or_report(missing: str, why: str, *, needs: str, packages: str, python: Path | None) -> None:
+    """Says that a peer's library is missing and how to have it. Raises UserError where it is the one
+    that a given `python` was chosen for.
+    """
+    make_venv = f"python3 -m venv peers && peers/bin/{INSTALL} {packages}"
+    if python is None:
+        remedy = f"{make_venv}, and --peer-python peers/bin/python"
+    elif missing == needs:
+        raise UserError(f"--peer-python {python} has no {needs} ({why}); make one that has: {make_venv}")
+    else:
+        remedy = f"{python} -m {INSTALL} {missing}"
+    print_absent(missing, why, remedy)
 
 
 def print_absent(name: str, reason: str, install: str) -> None:
