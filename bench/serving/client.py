@@ -8,6 +8,7 @@ times as much as with h11.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -120,19 +121,12 @@ class Client:
         return response
 
     async def _receive(self, response: Response, data: bytes) -> None:
-        idle = self._idle.pop() if self._idle else None
-        reader, writer = idle or await asyncio.open_connection(HOST, self.port)
+        """Sends the bytes of a request and reads its response, on a connection that waits or a new
+        one. It waits for the next request afterwards, unless the server closes it.
+        """
+        stream, head = await self._send_and_read_head(data)
+        reader, writer = stream
         try:
-            writer.write(data)
-            try:
-                head = await reader.readuntil(b"\r\n\r\n")
-            except (asyncio.IncompleteReadError, ConnectionError):
-                if not idle:
-                    raise
-                # the server had closed it
-                reader, writer = await asyncio.open_connection(HOST, self.port)
-                writer.write(data)
-                head = await reader.readuntil(b"\r\n\r\n")
             first, *lines = head[:-4].decode("latin-1").split("\r\n")
             response.status = int(first.removeprefix("HTTP/1.1 ")[:3])
             for line in lines:
@@ -146,7 +140,18 @@ class Client:
         if response.headers.get("connection") == "close":
             writer.close()
         else:
-            self._idle.append((reader, writer))
+            self._idle.append(stream)
+
+    async def _send_and_read_head(self, data: bytes) -> tuple[Stream, bytes]:
+        """Returns the connection on which the request was sent, and the response's head. The server may
+        have closed one that waited; then the request is sent again on a new one.
+        """
+        if self._idle:
+            stream = self._idle.pop()
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                return stream, await _exchange_head(stream, data)
+        stream = await asyncio.open_connection(HOST, self.port)
+        return stream, await _exchange_head(stream, data)
 
     async def _receive_body(self, response: Response, reader: asyncio.StreamReader) -> None:
         if "transfer-encoding" not in response.headers:
@@ -160,6 +165,16 @@ class Client:
             await reader.readexactly(2)
             size = int(await reader.readuntil(), 16)
         await reader.readexactly(2)
+
+
+async def _exchange_head(stream: Stream, data: bytes) -> bytes:
+    reader, writer = stream
+    try:
+        writer.write(data)
+        return await reader.readuntil(b"\r\n\r\n")
+    except BaseException:
+        writer.transport.abort()
+        raise
 
 
 def completion_request(prompt: str | list[int], max_tokens: int, **fields: Any) -> Json:
@@ -213,8 +228,16 @@ class TimedCompletion:
 def read_completion(response: Response) -> TimedCompletion:
     """Parses the response to a completion or a chat, streamed or whole."""
     if response.error or response.status != 200:
-        why = response.error or _error_message(response)
-        return TimedCompletion(response.status, "", 0, 0, None, math.nan, response.seconds, error=why)
+        return TimedCompletion(
+            status=response.status,
+            text="",
+            completion_tokens=0,
+            prompt_tokens=0,
+            finish_reason=None,
+            ttft=math.nan,
+            latency=response.seconds,
+            error=response.error or _error_message(response),
+        )
     if response.headers.get("content-type", "").startswith("text/event-stream"):
         events = response.events()
     else:
@@ -242,16 +265,16 @@ def read_completion(response: Response) -> TimedCompletion:
     first = moments[0] if moments else math.nan
     last = moments[-1] if moments else math.nan
     return TimedCompletion(
-        200,
-        full_text,
-        usage["completion_tokens"],
-        usage["prompt_tokens"],
-        finish_reason,
-        first - response.sent_at,
-        last - response.sent_at,
-        tuple(logprobs),
-        tuple(b - a for a, b in itertools.pairwise(moments)),
-        error,
+        status=200,
+        text=full_text,
+        completion_tokens=usage["completion_tokens"],
+        prompt_tokens=usage["prompt_tokens"],
+        finish_reason=finish_reason,
+        ttft=first - response.sent_at,
+        latency=last - response.sent_at,
+        logprobs=tuple(logprobs),
+        gaps=tuple(after - before for before, after in itertools.pairwise(moments)),
+        error=error,
     )
 
 
