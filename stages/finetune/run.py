@@ -35,7 +35,8 @@ from stages.runs.mesh import fits_one_device, on_one_device
 from stages.runs.model_stage import PreparedModel, Rows
 from stages.runs.options import RunOptions
 from stages.runs.run import execute
-from stages.runs.stage import Finished, LoopState, RunReport, compile_step
+from stages.runs.stage import Finished, LoopState, RunReport
+from stages.runs.step_program import compile_step
 from stages.runs.text_data import Evaluator, general_bits_per_byte
 
 EVALUATIONS = 5

@@ -150,7 +150,7 @@ def count_step(loop: Loop, result: StepResult, seconds: float) -> None:
     if any(result.refused):
         loop_state.refused_batch = loop_state.step - 1
     if result.stage_state is not None:
-        loop_state.stage = result.stage_state
+        loop_state.stage_state = result.stage_state
     if result.reward is not None and not loop_state.refused_in_a_row:
         loop_state.note_reward(result.reward)
     if loop.log.timer.count == 1:  # not before: touching gigabytes would hold up the first step
@@ -248,7 +248,7 @@ class Checkpoints:
 
     def save(self, state: TrainState, loop_state: LoopState) -> None:
         """Begins to save; `saver.wait` waits until it is on the disk."""
-        record = dataclasses.asdict(loop_state)
+        record = loop_state.to_json()
         self.saver.save(loop_state.step, state.trainable, state.opt_state, record, loop_state.best_step)
         self.step = loop_state.step
 

@@ -7,16 +7,12 @@ carries a run from one to the next, and `runs/loop.py` takes the steps.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, Self
-
-import numpy as np
-from jax.stages import Compiled
 
 from engine.storage.adapter import SavedAdapter
 from engine.text.tokenizer import Tokenizer
-from engine.training.optimizer import make_optimizer
-from engine.training.step import NEXT_TOKEN, Objective, TrainState, train_step
+from engine.training.step import NEXT_TOKEN, Objective, TrainState
 from stages.cli.console import Console
 from stages.runs.plan import RunPlan
 from stages.runs.text_data import Evaluator
@@ -47,8 +43,8 @@ class LoopState:
     predicted: tuple[int, float] | None = None
     # Name -> step and seconds it began at.
     intervals: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
-    # The stage's own, replaced and never changed in place.
-    stage: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # The stage's own, replaced and never changed in place; `stage` of state.json.
+    stage_state: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "LoopState":
@@ -57,9 +53,17 @@ class LoopState:
         known = {field.name: record[field.name] for field in dataclasses.fields(cls) if field.name in record}
         known["step"] = int(record["step"])
         known["seconds"] = float(record["seconds"])
+        if "stage" in record:
+            known["stage_state"] = record["stage"]
         state = cls(**known)
         state.intervals = {name: (step, seconds) for name, (step, seconds) in state.intervals.items()}
         return state
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the state of a checkpoint's state.json."""
+        record = dataclasses.asdict(self)
+        record["stage"] = record.pop("stage_state")
+        return record
 
     def begin_intervals(self) -> None:
         """Begins now the intervals that an older checkpoint lacks."""
@@ -129,7 +133,7 @@ class StepResult(NamedTuple):
     refused: list[bool]  # whether each update was
     metrics: Any = None  # the stage's own, of which its Steps make a line of metrics.jsonl and the live line
     trained_batch: Any = None  # that of the first update; None where there was none
-    stage_state: dict[str, Any] | None = None  # the next LoopState.stage, where it changes
+    stage_state: dict[str, Any] | None = None  # the next LoopState.stage_state, where it changes
     reward: float | None = None  # the mean of a round
 
     def is_refused_whole(self) -> bool:
@@ -238,25 +242,3 @@ class Prepared:
     def report(self, finished: Finished, console: Console) -> RunReport:
         """Measures at the end, saves what no checkpoint holds, and returns the report."""
         raise NotImplementedError
-
-
-def compile_step(
-    plan: RunPlan,
-    state: TrainState,
-    frozen: Any,
-    batch: Any,
-    objective: Objective = NEXT_TOKEN,
-    on_traced: Callable[[], None] = lambda: None,
-) -> Compiled:
-    """Compiles `train_step` to (state, frozen, batch, progress) -> (state, metrics); the arguments
-    may be shapes.
-
-    Calls `on_traced` before XLA begins.
-    """
-    tx = make_optimizer(plan.recipe.optimizer)
-    microbatches = plan.recipe.accumulate
-    lowered = train_step.lower(
-        plan.cfg, tx, state, frozen, batch, np.float32(0), microbatches=microbatches, objective=objective
-    )
-    on_traced()
-    return lowered.compile(plan.compiler_options)

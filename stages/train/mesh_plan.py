@@ -29,7 +29,7 @@ from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state
 from stages.cli.console import Console
 from stages.runs.plan import Recipe, RunPlan
-from stages.runs.stage import compile_step
+from stages.runs.step_program import compile_step
 
 COMMAND = ("-m", __name__)  # of the process that compiles
 COMPILE_SECONDS = 900.0  # at most

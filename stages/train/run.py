@@ -37,7 +37,8 @@ from stages.runs.folder import default_folder, recorded_batch
 from stages.runs.options import RunOptions
 from stages.runs.plan import Recipe, RunPlan
 from stages.runs.run import execute
-from stages.runs.stage import Finished, LoopState, Prepared, RunReport, compile_step
+from stages.runs.stage import Finished, LoopState, Prepared, RunReport
+from stages.runs.step_program import compile_step
 from stages.runs.text_data import (
     TextData,
     bits_per_byte,

@@ -111,7 +111,7 @@ def test_a_run_that_is_killed_and_stopped_goes_on_to_the_same_bits(text, tmp_pat
 
 def test_the_state_of_a_loop_is_read_back_and_an_older_one_has_the_defaults():
     state = LoopState(10, 2.0, evaluation_seconds=0.4, intervals={"evaluate": (0, 0.0)})
-    read = LoopState.from_json(json.loads(json.dumps(dataclasses.asdict(state))))
+    read = LoopState.from_json(json.loads(json.dumps(state.to_json())))
     assert read == state
     assert [read.is_due("evaluate", length) for length in (10, 11, 2.0, 2.1)] == [True, False, True, False]
     record = {
