@@ -3,28 +3,23 @@
 import contextlib
 import dataclasses
 import datetime
-import queue
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from engine.counting import hardware
 from engine.device import Device, host_memory
 from engine.errors import UserError
 from engine.format import format_bytes
 from engine.inference.config import EngineConfig
 from engine.inference.engine import Engine
 from engine.inference.request import SamplingParams
-from engine.inference.runner import compile_ahead
 from engine.mesh import layout
 from engine.model.config import ModelConfig
 from engine.model.ops import kernels_note
-from engine.model.paths import unflatten
-from engine.model.shapes import leaf_shapes
 from engine.model.weights.convert import weight_types
 from engine.storage.adapter import base_digest
 from engine.storage.digest import digest
@@ -37,6 +32,7 @@ from stages.cli.console import Console
 from stages.cli.flags import PLAIN_NAME
 from stages.cli.sampling import choose_sampling
 from stages.serve.adapters import read
+from stages.serve.compile_ahead import CompileAhead
 from stages.serve.state import ServerState
 
 DEFAULT_SAMPLING = {"temperature": 1.0}  # as OpenAI has it, where neither a flag nor the model says it
@@ -86,68 +82,6 @@ class Loaded:
     adapter_notes: Sequence[str]
 
 
-class CompileAhead:
-    """Plans the engine as soon as the architecture is known, and compiles its programs in a thread.
-
-    The weights are read meanwhile. Iterating it, once, yields what `compile_ahead` yields. A failure
-    to compile is silent: a missing program is compiled when needed.
-    """
-
-    def __init__(self, config: EngineConfig, device: Device) -> None:
-        # As planned once `begin` has been called.
-        self.config = config
-        self.blocks: dict[str, Any] = {}  # the leaves of a file's blocks that stay so
-        self._device = device
-        self._mesh = layout.current_mesh()
-        self._thread = ThreadPoolExecutor(1, "ahead")
-        self._stopping = False
-        self._compiled: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
-
-    def begin(self, cfg: ModelConfig) -> None:
-        """Plans and begins to compile, on the mesh of the constructor. Raises UserError as `plan_engine`."""
-        with jax.set_mesh(self._mesh):
-            layout.check_inference(cfg, self._mesh)
-            free = hardware.free_memory_bytes()
-            limit = None
-            if self._device.backend == "cpu":
-                limit = hardware.memory_limit_bytes()
-            else:  # where devices are virtual they share one memory
-                free *= layout.column_shards()
-            self.config = plan_engine(self.config, cfg, free, limit)
-        if (self.config.capacity or 0) <= cfg.context:  # `Engine` refuses a larger one
-            self._thread.submit(self._run, self.config, self.config.model_config(cfg), self.blocks)
-
-    def __iter__(self) -> Iterator[tuple[str, int]]:
-        return iter(self._compiled.get, None)
-
-    def stop(self) -> None:
-        self._stopping = True
-        self._thread.shutdown()
-
-    def _run(self, config: EngineConfig, cfg: ModelConfig, blocks: dict[str, Any]) -> None:
-        with contextlib.suppress(Exception), jax.set_mesh(self._mesh):
-            shapes = _served_shapes(config, cfg, blocks, whole=self._mesh is None)
-            for program in compile_ahead(cfg, shapes, config):
-                self._compiled.put(program)
-                if self._stopping:
-                    break
-        self._compiled.put(None)
-
-
-def plan_engine(config: EngineConfig, cfg: ModelConfig, free: int, limit: int | None) -> EngineConfig:
-    """Returns the config with a capacity for a model, as `with_capacity` has it for so many free bytes.
-
-    Raises UserError when weights and slots take more bytes than `limit`, if there is one.
-    """
-    config = config.with_capacity(cfg, free)
-    capacity = config.capacity or 0
-    if limit is not None and capacity <= cfg.context:
-        what = f"The weights and {config.slots:,} slots of {capacity:,} tokens take"
-        remedy = "give fewer --slots, a smaller --capacity, or --keys-values int8."
-        hardware.require_memory(config.bytes(cfg, capacity), what, remedy, limit=limit)
-    return config
-
-
 def load_state(
     model_name: str | None,
     engine_config: EngineConfig,
@@ -165,14 +99,14 @@ def load_state(
     )
     print_banner(loaded, device, console, options, origins)
     state = ServerState(
-        loaded.names,
-        loaded.model,
-        SamplingParams(**sampling),
-        loaded.engine,
-        loaded.digest,
-        loaded.chat,
-        options.queue,
-        options.price,
+        names=loaded.names,
+        model=loaded.model,
+        sampling=SamplingParams(**sampling),
+        engine=loaded.engine,
+        digest=loaded.digest,
+        chat=loaded.chat,
+        queue=options.queue,
+        price=options.price,
         base_digest=loaded.base_digest,
         adapter_folder=options.adapter_folder,
         documents=options.documents,
@@ -218,16 +152,24 @@ def load(
             making = beside.submit(ChatTokenizer, model.tokenizer, template, now)
             on_error.callback(_close_chat, making)
             base = _base_digest(model) if ahead.config.adapters else ""
-            trees = {}
-            adapter_notes: list[str] = []
-            for name, folder in named.items():
-                trees[name], notes = read(model.cfg, folder, base, ahead.config.adapter_rank)
-                adapter_notes += notes
+            trees, adapter_notes = _read_adapters(model.cfg, named, base, ahead.config.adapter_rank)
             engine, merge_notes = _make_engine(model, merged, ahead.config)
             sha256 = digest(engine.params)
             chat = making.result()
         on_error.pop_all()
-    return Loaded(model, engine, chat, names, sha256, base, merged, trees, merge_notes, adapter_notes), ahead
+    loaded = Loaded(
+        model=model,
+        engine=engine,
+        chat=chat,
+        names=names,
+        digest=sha256,
+        base_digest=base,
+        merged=merged,
+        adapters=trees,
+        merge_notes=merge_notes,
+        adapter_notes=adapter_notes,
+    )
+    return loaded, ahead
 
 
 def print_banner(
@@ -237,25 +179,29 @@ def print_banner(
     engine = loaded.engine
     config = engine.config
     context = loaded.model.cfg.context
-    less = "" if engine.capacity == context else f" (the model's context is {context:,})"
-    along = f"; {engine.devices} of them along tensor" if engine.devices > 1 else ""
+    context_note = ""
+    if engine.capacity != context:
+        context_note = f" (the model's context is {context:,})"
+    mesh_note = ""
+    if engine.devices > 1:
+        mesh_note = f"; {engine.devices} of them along tensor"
     merged = "".join(f" with {folder}" for folder in loaded.merged)
     adapters = ""
     if config.adapters:
-        own = ", ".join(loaded.adapters) or "none yet"
-        adapters = f"{own}; at most {config.adapters} at once, of rank {config.adapter_rank}"
+        adapter_names = ", ".join(loaded.adapters) or "none yet"
+        adapters = f"{adapter_names}; at most {config.adapters} at once, of rank {config.adapter_rank}"
     documents_summary = ""
     documents_note = None
     if options.documents:
         documents_summary = options.documents.summary
         documents_note = options.documents.note
     weights = format_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params)))
-    slots = f"{config.slots} of {engine.capacity:,} tokens{less}"
+    slots = f"{config.slots} of {engine.capacity:,} tokens{context_note}"
     console.print_rows(
         [
             ("model", f"{', '.join(loaded.names)}: {loaded.model.checkpoint}{merged}"),
             ("adapters", adapters),
-            ("device", f"{device}{along}{kernels_note()}"),
+            ("device", f"{device}{mesh_note}{kernels_note()}"),
             ("weights", f"{weight_types(engine.params)}, {weights}, SHA-256 {loaded.digest[:16]}"),
             ("file", describe_kinds(loaded.model.kinds, engine.params)),
             ("slots", f"{slots}, KV cache in {config.kv_dtype}, {format_bytes(engine.runner.cache_bytes)}"),
@@ -275,11 +221,24 @@ def _own_name(model: LoadedModel) -> str:
 
 
 def _check_names(names: Sequence[str], adapters: Iterable[str]) -> None:
+    """Raises UserError for an adapter with a name of the model."""
     for name in adapters:
         if name in names:
             raise UserError(
                 f"{name} is the model's own name: give the adapter another, or the model by --name."
             )
+
+
+def _read_adapters(
+    cfg: ModelConfig, folders: Mapping[str, Path], base: str, rank: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns the trees of adapters by their names, and notes to print. Raises UserError as `read`."""
+    trees: dict[str, Any] = {}
+    notes: list[str] = []
+    for name, folder in folders.items():
+        trees[name], own_notes = read(cfg, folder, base, rank)
+        notes += own_notes
+    return trees, notes
 
 
 def _close_chat(making: Future[ChatTokenizer]) -> None:
@@ -289,21 +248,9 @@ def _close_chat(making: Future[ChatTokenizer]) -> None:
 
 
 def _base_digest(model: LoadedModel) -> str:
+    """Returns the digest by which an adapter names the model that it is for."""
     dtype = "float32" if model.run else model.cfg.dtype  # of matrices, as `load_model` has them for training
     return base_digest(model.params, dtype)
-
-
-def _served_shapes(config: EngineConfig, cfg: ModelConfig, blocks: dict[str, Any], *, whole: bool) -> Any:
-    """Returns the shapes of a model's weights as the engine has them, `whole` on one device.
-
-    `blocks`: those of its file.
-    """
-    shapes: dict[str, Any] = {}
-    for path, shape in leaf_shapes(cfg).items():
-        shapes[path] = jax.ShapeDtypeStruct(shape, "float32")
-    return jax.eval_shape(
-        lambda params: config.prepare_params(cfg, params, whole), unflatten(shapes | blocks)
-    )
 
 
 def _make_engine(

@@ -25,7 +25,7 @@ from stages.serve.flags import ServeFlags
 
 if TYPE_CHECKING:  # these import JAX, which must be started first
     from engine.inference.config import EngineConfig
-    from stages.serve.load import CompileAhead
+    from stages.serve.compile_ahead import CompileAhead
     from stages.serve.state import ServerState
 
 

@@ -34,8 +34,9 @@ from engine.storage.model_loader import load_model
 from stages.cli.console import Console
 from stages.cli.flags import model_names, plain_name
 from stages.export import main as export
+from stages.serve.compile_ahead import CompileAhead
 from stages.serve.flags import ServeFlags
-from stages.serve.load import CompileAhead, ServerOptions, load_state
+from stages.serve.load import ServerOptions, load_state
 from stages.serve.run import check_adapters
 from stages.serve.state import ServerState
 

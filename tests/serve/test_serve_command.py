@@ -35,9 +35,9 @@ from stages.cli.command import explain_error
 from stages.cli.console import Console
 from stages.serve import load
 from stages.serve.__main__ import main
+from stages.serve.compile_ahead import CompileAhead
 from stages.serve.engine_thread import EngineThread
 from stages.serve.flags import ServeFlags
-from stages.serve.load import CompileAhead
 from stages.serve.run import start_engine
 from stages.serve.state import ServerState
 
