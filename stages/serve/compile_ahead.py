@@ -26,7 +26,7 @@ class CompileAhead:
     """
 
     def __init__(self, config: EngineConfig, device: Device) -> None:
-        # Without a capacity until `begin` plans it.
+        # As planned, once `begin` has been called.
         self.config = config
         self.blocks: dict[str, Any] = {}  # the leaves of a file's blocks that stay so
         self._device = device

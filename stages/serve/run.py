@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp
 
-from engine.device import start_jax
+from engine.device import Device, start_jax
 from engine.errors import UserError
 from engine.format import duration, quantity
 from stages.cli import signals
@@ -22,6 +22,11 @@ from stages.cli.console import Console
 from stages.serve import server
 from stages.serve.api.guard import HOST, LOCAL_HOSTS, Guard
 from stages.serve.flags import ServeFlags
+
+# Threads take turns sooner while weights are read beside compilation.
+LOADING_SWITCH_SECONDS = 0.0005
+GC_THRESHOLD = 2_000  # as Python has it
+FOLDER_ADAPTERS = 8  # that an adapter folder has room for, without a flag
 
 if TYPE_CHECKING:  # these import JAX, which must be started first
     from engine.inference.config import EngineConfig
@@ -38,34 +43,14 @@ def run(flags: ServeFlags) -> int:
         address, port = sock.getsockname()[:2]
         signals.set_phase("before it was ready.")
         interval = sys.getswitchinterval()
-        sys.setswitchinterval(0.0005)  # threads take turns sooner: weights are read beside compilation
+        sys.setswitchinterval(LOADING_SWITCH_SECONDS)
         device = start_jax(flags.device, one_arena=False)
-        # These import JAX, which must be started first.
-        import jax
+        from stages.serve.api.app import Api  # imports JAX, which must be started first
 
-        from engine.mesh.layout import make_inference_mesh
-        from engine.text.documents import Documents
-        from stages.serve.api.app import Api
-        from stages.serve.load import ServerOptions, load_state
-
-        documents = Documents(flags.documents) if flags.documents else None
-
-        options = ServerOptions(
-            names=_split(flags.name),
-            adapters=flags.adapter,
-            adapter_folder=flags.adapter_folder,
-            template=flags.template,
-            documents=documents,
-            queue=flags.queue,
-            price=flags.price,
-            sampling=flags.sampling.overrides,
-        )
-        with jax.set_mesh(make_inference_mesh(flags.mesh)):
-            config = engine_config(flags, device.backend)
-            state, ahead = load_state(flags.model, config, device, console, options)
+        state, ahead = load_from_flags(flags, device, console)
         sys.setswitchinterval(interval)
         gc.freeze()  # what was loaded stays: garbage is looked for among the objects of requests alone
-        gc.set_threshold(2_000)  # as Python has it
+        gc.set_threshold(GC_THRESHOLD)
         if hosts is not None:
             hosts = hosts.union([_url_host(address)])
         origins = frozenset(flags.allow_origin)
@@ -76,6 +61,35 @@ def run(flags: ServeFlags) -> int:
             return asyncio.run(serve(state, app, sock, console, ahead, ready_message))
         finally:
             state.tokenizer.close()
+
+
+def load_from_flags(
+    flags: ServeFlags, device: Device, console: Console
+) -> tuple["ServerState", "CompileAhead"]:
+    """Loads what the flags name, on their mesh. Returns and raises as `load_state`."""
+    # These import JAX, which must be started first.
+    import jax
+
+    from engine.mesh.layout import make_inference_mesh
+    from engine.text.documents import Documents
+    from stages.serve.load import ServerOptions, load_state
+
+    documents = None
+    if flags.documents:
+        documents = Documents(flags.documents)
+    options = ServerOptions(
+        names=_split(flags.name),
+        adapters=flags.adapter,
+        adapter_folder=flags.adapter_folder,
+        template=flags.template,
+        documents=documents,
+        queue=flags.queue,
+        price=flags.price,
+        sampling=flags.sampling.overrides,
+    )
+    with jax.set_mesh(make_inference_mesh(flags.mesh)):
+        config = engine_config(flags, device.backend)
+        return load_state(flags.model, config, device, console, options)
 
 
 def check_flags(flags: ServeFlags) -> None:
@@ -138,7 +152,7 @@ def adapter_capacity(flags: ServeFlags) -> int:
     if flags.max_adapters:
         return flags.max_adapters
     if flags.adapter_folder:
-        return max(len(named), 8)
+        return max(len(named), FOLDER_ADAPTERS)
     return len(named)
 
 
@@ -179,8 +193,9 @@ def check_adapters(flags: ServeFlags, has_keys: bool) -> None:
 
 
 def _ready_message(host: str, port: int, keys: int, seconds: float) -> str:
-    """Returns what is printed when clients can be answered. `keys`: how many API keys there are;
-    `seconds`: since the process started.
+    """Returns what is printed when clients can be answered.
+
+    `keys`: how many API keys there are. `seconds`: since the process started.
     """
     if host in ("0.0.0.0", "::"):
         host = "localhost"
@@ -210,8 +225,8 @@ async def serve(
     """Serves on the socket until a signal, and then until requests under way are answered or a second signal.
 
     When clients can be answered it prints `ready_message` of the seconds since the process started.
-    `ahead`: the compilation under way. Returns 0, or 1 when a weight changed. Raises the error with
-    which the engine failed.
+    `ahead`: the compilation under way. Returns the exit code: 0, or 1 when a weight changed. Raises
+    the error with which the engine failed.
     """
     loop = asyncio.get_running_loop()
     engine = state.engine
@@ -223,7 +238,7 @@ async def serve(
     if not engine.error:  # the engine sets it again when it fails
         changed.clear()
 
-    async def drain() -> None:
+    async def drain() -> None:  # ends the server when all places are empty
         state.admission.draining = True
         while state.admission.reserved and not engine.error:
             await asyncio.sleep(0.01)
@@ -241,15 +256,22 @@ async def serve(
         await serving
         failing.cancel()
         engine.stop()
-        now = await state.hash_weights()
-        same = "unchanged" if now == state.digest else f"CHANGED from {state.digest[:16]}"
-        console.print(
-            f"Stopped. Weights {same}: SHA-256 {now[:16]}; "
-            f"{engine.compiles_after_ready} programs compiled after the server was ready."
-        )
+        is_unchanged = await report_weights(state, console)
         if engine.error:
             raise engine.error
-        return int(now != state.digest)
+        return int(not is_unchanged)
+
+
+async def report_weights(state: "ServerState", console: Console) -> bool:
+    """Prints the digest of the weights after serving. Returns whether it is that at load."""
+    digest = await state.hash_weights()
+    is_unchanged = digest == state.digest
+    verdict = "unchanged" if is_unchanged else f"CHANGED from {state.digest[:16]}"
+    console.print(
+        f"Stopped. Weights {verdict}: SHA-256 {digest[:16]}; "
+        f"{state.engine.compiles_after_ready} programs compiled after the server was ready."
+    )
+    return is_unchanged
 
 
 async def start_engine(
