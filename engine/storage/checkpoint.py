@@ -79,9 +79,13 @@ def own_pieces(name: str, leaf: Any) -> Pieces:
     chosen = zlib.crc32(name.encode()) % (leaf.sharding.num_devices // len(boxes))
     pieces = {}
     for shard in leaf.addressable_shards:
-        if shard.replica_id == chosen:
+        if shard.replica_id != chosen:
+            continue
+        piece_name = name
+        if shard.data.shape != leaf.shape:
             cut = ",".join(f"{start}:{stop}" for start, stop in box_of(shard.index, leaf.shape))
-            pieces[f"{name}[{cut}]" if shard.data.shape != leaf.shape else name] = shard.data
+            piece_name = f"{name}[{cut}]"
+        pieces[piece_name] = shard.data
     return pieces
 
 
@@ -270,10 +274,10 @@ def write(
     """
     record = json.dumps({"step": step, "prng": prng_settings(), "state": state}, indent=1, allow_nan=False)
     target = checkpoints_of(folder) / str(step)
-    own = 0
+    own_bytes = 0
     for pieces in parts.values():
-        own += sum(piece.nbytes for piece in pieces.values())
-    wanted = sum(map(int, processes.gather_strings(str(own), SAVE_TOPIC)))
+        own_bytes += sum(piece.nbytes for piece in pieces.values())
+    wanted = sum(map(int, processes.gather_strings(str(own_bytes), SAVE_TOPIC)))
     try:
         with _building(target, wanted, keep, best) as building:
             write_files(building, parts, record.encode() + b"\n", adapted)
@@ -293,7 +297,9 @@ def write_files(
     """Writes this process's files of a checkpoint and reads them back; process 0 writes the JSON
     files and the manifest.
     """
-    own = "" if processes.is_first() else f".{jax.process_index()}"
+    mark = ""  # of a process, in the names of its files
+    if not processes.is_first():
+        mark = f".{jax.process_index()}"
     entries = {}
     for part, pieces in parts.items():
         metadata: dict[str, str] = {}
@@ -301,17 +307,17 @@ def write_files(
             if not pieces:
                 continue
             metadata = adapted.metadata
-        name = f"{part}{own}.safetensors"
+        name = f"{part}{mark}.safetensors"
         encode = functools.partial(safetensors_writer.encode, pieces, pieces.values(), metadata)
         entries[name] = manifest.write_read_back(building / name, encode)
-    gathered = processes.gather_strings(json.dumps(entries), SAVE_TOPIC)
+    entries_of_all = processes.gather_strings(json.dumps(entries), SAVE_TOPIC)
     if not processes.is_first():
         return
     texts = {"state.json": record}
     if adapted:
         texts[adapter.CONFIG] = json.dumps(adapted.config(), indent=1).encode() + b"\n"
-    for text in gathered:
-        entries |= json.loads(text)
+    for entries_of_one in entries_of_all:
+        entries |= json.loads(entries_of_one)
     for name, data in texts.items():
         entries[name] = manifest.write_read_back(building / name, functools.partial(_one_array, data))
     (building / manifest.NAME).write_bytes(manifest.render(entries))
@@ -341,10 +347,14 @@ def _building(target: Path, wanted: int, keep: int, best: int | None) -> Iterato
         with atomic_folder(target) as building:
             processes.gather_strings(str(building), SAVE_TOPIC)
             yield building
-        for old in {*[earlier for earlier in steps(root.parent) if earlier <= step][:-keep]} - {best}:
+        up_to_this = [earlier for earlier in steps(root.parent) if earlier <= step]
+        for old in up_to_this[:-keep]:
+            if old == best:
+                continue
             # Hidden by one rename, so that a kill leaves nothing that looks like a checkpoint.
             with contextlib.suppress(OSError):  # the next save tries again
-                shutil.rmtree((root / str(old)).rename(root / f".{old}.gone{UNFINISHED}"), ignore_errors=True)
+                hidden = (root / str(old)).rename(root / f".{old}.gone{UNFINISHED}")
+                shutil.rmtree(hidden, ignore_errors=True)
 
 
 def steps(folder: Path) -> list[int]:
@@ -358,6 +368,5 @@ def checkpoints_of(folder: Path) -> Path:
 
 
 def prng_settings() -> dict[str, Any]:
-    return {
-        name: getattr(jax.config, name) for name in ("jax_default_prng_impl", "jax_threefry_partitionable")
-    }
+    names = ("jax_default_prng_impl", "jax_threefry_partitionable")
+    return {name: getattr(jax.config, name) for name in names}
