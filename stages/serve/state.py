@@ -27,6 +27,7 @@ from stages.serve.tokenizer_pool import TokenizerPool
 
 # Those beside JAX, whose version `machine_identity` has.
 LIBRARIES = ("thrice", "jaxlib", "llguidance", "numpy", "tokenizers", "jinja2")
+MAX_NAMED = 20  # models, in an error
 Status = Literal["ok", "warming", "stuck", "failed", "draining"]
 
 
@@ -39,13 +40,12 @@ class ServedModel(NamedTuple):
 
 
 class ServerState:
-    """The engine, admission, tokenizer and metrics of one model. `digest`: of the weights at load.
-
-    `price`: dollars an hour.
+    """The engine, admission, tokenizer and metrics of one model.
 
     `names`: by which clients ask for the model; replies have the first. `sampling`: of a request
-    that leaves its fields out. `queue`: requests that may wait. `base_digest`, `adapter_folder`,
-    `adapters`: as of AdapterTable.
+    that leaves its fields out. `digest`: of the weights at load. `queue`: requests that may wait.
+    `price`: of the machine, dollars an hour. `base_digest`, `adapter_folder`, `adapters`: as of
+    AdapterTable.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ServerState:
         self.metrics = ServerMetrics(self.name, self.engine)
         self.adapters = AdapterTable(self.engine, base_digest, adapter_folder, adapters or {})
         self._hashing: asyncio.Task[str] | None = None
-        # What of a text's way is in every fingerprint.
+        # All that is in every fingerprint of how text becomes tokens, and tokens a text.
         self._text_facts: dict[str, Any] = {
             "tokenizer": model.tokenizer.digest,
             "template": chat.source,
@@ -92,16 +92,17 @@ class ServerState:
 
         It is computed once.
         """
-        facts = dict(self._text_facts)
-        if adapter:
-            facts["adapter"] = adapter.digest
-        key = facts.get("adapter", "")
+        key = adapter.digest if adapter else ""
         if key not in self._fingerprints:
+            facts = dict(self._text_facts)
+            if adapter:
+                facts["adapter"] = adapter.digest
             self._fingerprints[key] = system_fingerprint(self.digest, self.engine.engine, **facts)
         return self._fingerprints[key]
 
     @property
     def served_names(self) -> list[str]:
+        """All names that a request may give, but for `default`."""
         return [*self.names, *self.adapters.adapters]
 
     def find_model(self, name: str) -> ServedModel:
@@ -115,7 +116,7 @@ class ServerState:
                 return ServedModel(plain, self.fingerprint(adapter), adapter)
             if plain in (*self.names, "default"):
                 return ServedModel(self.name, self.fingerprint(None))
-        names = ", ".join(map(repr, self.served_names[:20]))
+        names = ", ".join(map(repr, self.served_names[:MAX_NAMED]))
         served = f"{names} is served, also as 'default': ask for that, or see --name"
         message = f"There is no model {name[:100]!r} here; {served}."
         raise ApiError(404, message, param="model", code="model_not_found")
@@ -132,6 +133,7 @@ class ServerState:
         return model.adapter
 
     def check_ready(self) -> None:
+        """Raises ApiError where a request cannot be answered, but for want of a place."""
         messages = {"warming": "The server is not ready yet.", "failed": "The engine has failed."}
         status = self.status
         message = messages.get(status)
@@ -141,6 +143,7 @@ class ServerState:
 
     @property
     def status(self) -> Status:
+        """Whether requests are answered, or why not: ok only if nothing else is the case."""
         if self.engine.error:
             return "failed"
         if not self.engine.ready:
