@@ -37,6 +37,8 @@ from engine.storage.checkpoint import (
 from engine.storage.safetensors_writer import DTYPES
 from engine.untrusted import quote, read_json_object
 
+ABSENT = "no such array"
+
 
 class LoadedCheckpoint(NamedTuple):
     """The contents of a checkpoint. `damaged`: one line per damaged file in newer ones."""
@@ -57,14 +59,31 @@ class StoredArray(NamedTuple):
     boxes: dict[Box, safetensors.StoredTensor]
 
     def read(self, wanted: Box, out: np.ndarray) -> None:
+        """Reads a box of the array into `out`, of its shape, from the parts that it overlaps."""
         for box, stored in self.boxes.items():
-            both = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, wanted)]
-            if all(start < stop for start, stop in both):
-                inside = tuple(
-                    slice(start - first, stop - first) for (start, stop), (first, _) in zip(both, wanted)
-                )
-                within = [(start - first, stop - first) for (start, stop), (first, _) in zip(both, box)]
-                safetensors.read_box(stored, within, out[inside] if inside else out)
+            overlap = _overlap(box, wanted)
+            if overlap is None:
+                continue
+            target = out
+            if wanted:  # a number without axes is no array once it is indexed
+                target = out[tuple(slice(start, stop) for start, stop in _relative_to(wanted, overlap))]
+            safetensors.read_box(stored, _relative_to(box, overlap), target)
+
+
+def _overlap(first: Box, second: Box) -> Box | None:
+    """Returns the box that two boxes have in common; None where they have none."""
+    overlap = []
+    for (start, stop), (other_start, other_stop) in zip(first, second):
+        common = (max(start, other_start), min(stop, other_stop))
+        if common[0] >= common[1]:
+            return None
+        overlap.append(common)
+    return tuple(overlap)
+
+
+def _relative_to(outer: Box, inner: Box) -> Box:
+    """Returns a box as seen from the first element of another, in which it lies."""
+    return tuple((start - first, stop - first) for (start, stop), (first, _) in zip(inner, outer))
 
 
 CheckArrays = Callable[[Path, Mapping[str, StoredArray]], None]  # of a checkpoint; raises UserError
@@ -88,16 +107,13 @@ def load(
     name, damaged = json.loads(processes.gather_strings(chosen)[0])
     newest = Path(name)
     record = _read_state(newest)
-    settings = prng_settings()
-    trained = record["prng"]
-    if trained != settings:
-        former, now = (
-            ", ".join(f"{name}={value}" for name, value in prng.items()) for prng in (trained, settings)
-        )
+    former = record["prng"]
+    current = prng_settings()
+    if former != current:
         raise UserError(
-            f"{newest} was trained with {former}; "
-            f"with the settings of now, {now}, its keys would draw other numbers. "
-            f"Set the former in the environment ({', '.join(trained).upper()})."
+            f"{newest} was trained with {_list_settings(former)}; "
+            f"with the settings of now, {_list_settings(current)}, its keys would draw other numbers. "
+            f"Set the former in the environment ({', '.join(former).upper()})."
         )
     if adapter_of is None:
         params = _read_tree(newest / "params", stored_arrays(newest, "params"), params_like)
@@ -105,6 +121,10 @@ def load(
         params = _read_adapter(newest, adapter_of, params_like)
     optimizer = _read_tree(newest / "optimizer", stored_arrays(newest, "optimizer"), optimizer_like)
     return LoadedCheckpoint(newest, record["step"], params, optimizer, record["state"], damaged)
+
+
+def _list_settings(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
 def load_params(path: Path, check: CheckArrays) -> LoadedCheckpoint:
@@ -188,35 +208,50 @@ def stored_arrays(checkpoint: Path, part: str) -> dict[str, StoredArray]:
     """
     boxes: dict[str, dict[Box, safetensors.StoredTensor]] = {}
     for path in sorted(checkpoint.glob(f"{part}.*safetensors")):
-        for name, tensor in safetensors.read_header(path)[0].items():
-            box: Box = tuple((0, size) for size in tensor.shape)
-            match = PART_NAME.fullmatch(name)
-            if match:
-                name, cuts = match.groups()
-                starts, stops = zip(*(map(int, cut.split(":")) for cut in cuts.split(",")))
-                box = tuple(zip(starts, stops))
+        for stored_name, tensor in safetensors.read_header(path)[0].items():
+            name, box = _split_part_name(stored_name, tensor.shape)
             boxes.setdefault(name, {})[box] = tensor
     arrays = {}
     for name, parts in boxes.items():
-        # a sharding cuts each axis, and the parts are all that this makes
-        cuts = [sorted({*axis}) for axis in zip(*parts)]
-        shape = tuple(axis[-1][1] for axis in cuts)
-        whole = all(
-            tuple(stop - start for start, stop in box) == tensor.shape for box, tensor in parts.items()
-        )
-        whole = whole and all(
-            [start for start, _ in axis] == [0, *(stop for _, stop in axis[:-1])] for axis in cuts
-        )
-        whole = whole and math.prod(map(len, cuts)) == len(parts)
+        shape = _shape_of_parts({box: tensor.shape for box, tensor in parts.items()})
         kinds = {(tensor.dtype, len(tensor.shape)) for tensor in parts.values()}
-        if (
-            not whole
-            or len(kinds) > 1
-            or any(name[: slash.start()] in boxes for slash in re.finditer("/", name))
-        ):
+        is_folder = any(name[: slash.start()] in boxes for slash in re.finditer("/", name))
+        if shape is None or len(kinds) > 1 or is_folder:
             raise UserError(f"{checkpoint} is damaged: the parts of {quote(name)} make no array.")
-        arrays[name] = StoredArray(shape, DTYPES[kinds.pop()[0]], parts)
+        dtype, _ = kinds.pop()
+        arrays[name] = StoredArray(shape, DTYPES[dtype], parts)
     return arrays
+
+
+def _split_part_name(stored_name: str, shape: tuple[int, ...]) -> tuple[str, Box]:
+    """Returns the path of the array of which a tensor in a file is a part, or all, and its box there."""
+    match = PART_NAME.fullmatch(stored_name)
+    if not match:
+        return stored_name, tuple((0, size) for size in shape)
+    name, cuts = match.groups()
+    box = []
+    for cut in cuts.split(","):
+        start, stop = cut.split(":")
+        box.append((int(start), int(stop)))
+    return name, tuple(box)
+
+
+def _shape_of_parts(parts: Mapping[Box, tuple[int, ...]]) -> tuple[int, ...] | None:
+    """Returns the shape of the array that parts, each with its shape, make; None unless they make one."""
+    for box, part_shape in parts.items():
+        if tuple(stop - start for start, stop in box) != part_shape:
+            return None
+    # A sharding cuts each axis into ranges, and the parts are all that this makes.
+    axes = [sorted({*ranges}) for ranges in zip(*parts)]
+    for ranges in axes:
+        end = 0
+        for start, stop in ranges:
+            if start != end:
+                return None
+            end = stop
+    if math.prod(map(len, axes)) != len(parts):
+        return None
+    return tuple(ranges[-1][1] for ranges in axes)
 
 
 def _read_tree(where: Path, stored: dict[str, StoredArray], like: Any) -> Any:
@@ -242,36 +277,40 @@ def _read_array(stored: StoredArray, sharding: Any, buffer: np.ndarray) -> jax.A
     else:
         places = {None: (slice(None),) * len(stored.shape)}
     parts = []
-    read = None
+    box_in_buffer = None
     for device, index in places.items():
         box = box_of(index, stored.shape)
-        if box != read:
+        if box != box_in_buffer:
             shape = [stop - start for start, stop in box]
             out = buffer[: math.prod(shape) * stored.dtype.itemsize].view(stored.dtype).reshape(shape)
             stored.read(box, out)
-            read = box
+            box_in_buffer = box
         parts.append(jax.block_until_ready(jax.device_put(out, device, may_alias=False)))
     if sharding:
         return jax.make_array_from_single_device_arrays(stored.shape, sharding, parts)
     return parts[0]
 
 
-def _refuse_difference(where: Path, wanted: dict[str, Any], came: dict[str, Any]) -> None:
-    kinds = [
-        {name: f"{leaf.dtype} {tuple(leaf.shape)}" for name, leaf in leaves.items()}
-        for leaves in (wanted, came)
-    ]
-    differing = sorted({name for name, _ in kinds[0].items() ^ kinds[1].items()})
-    if differing:
-        expected, actual = (leaves.get(differing[0], "no such array") for leaves in kinds)
-        if len(differing) > 1:
-            more = f" ({len(differing) - 1} more arrays differ)"
-        else:
-            more = ""
-        raise UserError(
-            f"{where} is of another model: at {differing[0]} {expected} was wanted and {actual} came{more}. "
-            "Use the config it was trained with, or another folder."
-        )
+def _refuse_difference(where: Path, wanted: Mapping[str, Any], came: Mapping[str, Any]) -> None:
+    """Raises UserError unless leaves by path have the same names, dtypes and shapes."""
+    expected = _describe_leaves(wanted)
+    actual = _describe_leaves(came)
+    differing = sorted(name for name in expected | actual if expected.get(name) != actual.get(name))
+    if not differing:
+        return
+    first = differing[0]
+    more = ""
+    if len(differing) > 1:
+        more = f" ({len(differing) - 1} more arrays differ)"
+    raise UserError(
+        f"{where} is of another model: at {first} {expected.get(first, ABSENT)} was wanted "
+        f"and {actual.get(first, ABSENT)} came{more}. "
+        "Use the config it was trained with, or another folder."
+    )
+
+
+def _describe_leaves(leaves: Mapping[str, Any]) -> dict[str, str]:
+    return {name: f"{leaf.dtype} {tuple(leaf.shape)}" for name, leaf in leaves.items()}
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
