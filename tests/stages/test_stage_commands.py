@@ -13,6 +13,7 @@ import pytest
 from tiny_runs import ROOT, command, tiny, typed
 
 from engine.errors import UserError
+from stages.__main__ import main as run_stage
 from stages.__main__ import stages
 from stages.cli import console, flags
 from stages.cli.command import command_line
@@ -70,6 +71,15 @@ def test_every_stage_is_listed_with_what_it_does():
     ended = subprocess.run([sys.executable, "-m", "stages"], cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert (ended.returncode, ended.stderr) == (-signal.SIGPIPE, b"")  # as in `| head`
+
+
+def test_a_stage_is_run_by_its_name(capsys):
+    assert run_stage(["generate", "--help"]) == 0
+    assert "python -m stages.generate" in capsys.readouterr().out
+    assert run_stage(["train", "--help"]) == 0
+    assert "python -m stages.train" in capsys.readouterr().out
+    assert run_stage(["trian"]) == 2
+    assert capsys.readouterr().err == "There is no stage 'trian'. Did you mean 'train'?\n"
 
 
 @pytest.mark.journeys
