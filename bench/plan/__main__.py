@@ -16,16 +16,26 @@ import dataclasses
 import functools
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from bench.cli import run_bench
 from bench.machine import Json
 from engine.errors import UserError
+from engine.model.config import PRESETS, ModelConfig
+
+if TYPE_CHECKING:  # imports NumPy, as --help need not
+    from bench.plan.plans import PlannedAnswer
 
 NumberText = Annotated[str | None, tyro.conf.arg(metavar="NUMBER", help_behavior_hint="")]
 Number = Annotated[float | None, tyro.conf.arg(metavar="NUMBER", help_behavior_hint="")]
+Lengths = tuple[float, float, float]  # tokens of prompt and answer, and the cached share of prompts
+
+DEFAULT_CONTEXT = 4096
+TUNING_TOKENS = 1e7
+TOKENS_A_PARAMETER = 20.0  # of pre-training, compared with a longer prompt
+PAGE_MODEL = "llama-3.2-1b"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,68 +137,104 @@ def check_flags(flags: PlanFlags) -> None:
 def answer(flags: PlanFlags) -> Json:
     """Prints and returns the answer to one question; with --out, what its page computes with too."""
     from bench.plan.fits import device_numbers
-    from bench.plan.hardware import accelerators, find_hardware
-    from bench.plan.model import job, read_model
-    from bench.plan.plans import amount, plan_break_even, plan_budget, plan_serving, plan_training
+    from bench.plan.hardware import find_hardware
 
-    given = {
+    fields = {
         "bf16_tflops": flags.peak,
         "memory_gbs": flags.bandwidth,
         "memory_gb": flags.memory,
         "watts": flags.watts,
+        "price": flags.price,
     }
-    device = find_hardware(flags.hardware, given | {"price": flags.price})
+    d = device_numbers(find_hardware(flags.hardware, fields))
+    lengths = (read_amount(flags, "prompt"), read_amount(flags, "answer"), flags.cached)
+    name, cfg = find_model(flags)
+    check_lengths(flags, name, cfg, lengths)
+    result = plan_question(flags, name, cfg, d, lengths)
+    result.print()
+    document = result.document()
+    if flags.out:
+        document |= page_document(flags, name, cfg, d)
+    return document
 
-    def read(name: str) -> float:
-        return amount(f"--{name.replace('_', '-')}", getattr(flags, name))
 
-    def optional(name: str) -> float | None:
-        return read(name) if getattr(flags, name) else None
+def read_amount(flags: PlanFlags, field: str) -> float:
+    """Returns the number of a flag. Raises UserError, naming it, where it is missing or is none."""
+    from bench.plan.plans import amount
 
-    d = device_numbers(device)
-    lengths = (read("prompt"), read("answer"), flags.cached)
-    about_model = not (flags.budget or flags.days)
-    name, cfg = read_model(
-        flags.model or (None if about_model or flags.params else "llama-3.2-1b"), optional("params")
-    )
-    longest = sum(lengths[:2]) + (read("extra") if flags.extra else 0)
+    return amount(f"--{field.replace('_', '-')}", getattr(flags, field))
+
+
+def find_model(flags: PlanFlags) -> tuple[str, ModelConfig]:
+    """Returns the name and architecture of the model that is asked about. --budget and --days ask
+    about none: the page begins with PAGE_MODEL then.
+    """
+    from bench.plan.model import read_model
+
+    if flags.budget or flags.days:
+        return read_model(PAGE_MODEL, None)
+    params = read_amount(flags, "params") if flags.params else None
+    return read_model(flags.model or None, params)
+
+
+def check_lengths(flags: PlanFlags, name: str, cfg: ModelConfig, lengths: Lengths) -> None:
+    """Raises UserError for a request that is longer than the model's context."""
+    prompt, answer, _ = lengths
+    longest = prompt + answer
+    if flags.extra:
+        longest += read_amount(flags, "extra")
     if (flags.requests or flags.extra) and longest > cfg.context:
         raise UserError(
             f"Prompt and answer take {longest:,.0f} tokens; {name} has a context of {cfg.context:,}."
         )
-    context = flags.context or min(4096, cfg.context)
-    make = functools.partial(job, cfg, context=context)
-    m = make(flags.method)
-    if not about_model:
-        result = plan_budget(d, flags.devices, optional("budget"), flags.days or 0)
-    elif flags.requests:
-        result = plan_serving(
-            name, m, d, flags.devices, requests=read("requests"), lengths=lengths, precision=flags.precision
-        )
-    elif flags.extra:
-        tuning = optional("tokens") or 1e7
-        tokens = {"lora:16": tuning, "full": tuning, "pretrain": 20.0 * m.params}
-        investments = {
-            method: plan_training(name, method, make(method), d, amount, flags.devices).lines["device-hours"]
-            for method, amount in tokens.items()
-        }
-        result = plan_break_even(name, m, d, read("extra"), lengths, flags.precision, tuning, investments)
-    else:
-        result = plan_training(name, flags.method, m, d, read("tokens"), flags.devices)
-    result.print()
-    document = result.document()
-    if flags.out:
-        from bench.plan.page import sliders
-        from bench.plan.validate import validation
-        from engine.model.config import PRESETS
 
-        devices = {each.name: device_numbers(each) for each in accelerators().values()} | {device.name: d}
-        asked = ("tokens", "requests", "prompt", "answer", "extra")
-        state = {"model": name, "hardware": device.name, "cached": flags.cached, "precision": flags.precision}
-        state |= {"replica" if flags.requests else "devices": flags.devices}
-        state |= {each: read(each) for each in asked if getattr(flags, each)}
-        document |= {"validation": validation(), "sliders": sliders({name: cfg} | PRESETS, devices, state)}
-    return document
+
+def plan_question(flags: PlanFlags, name: str, cfg: ModelConfig, d: Any, lengths: Lengths) -> "PlannedAnswer":
+    """Returns the answer to the question that the flags ask, about a model on devices d."""
+    from bench.plan import plans
+    from bench.plan.model import job
+
+    make_job = functools.partial(job, cfg, context=flags.context or min(DEFAULT_CONTEXT, cfg.context))
+    m = make_job(flags.method)
+    if flags.budget or flags.days:
+        dollars = read_amount(flags, "budget") if flags.budget else None
+        return plans.plan_budget(d, flags.devices, dollars, flags.days or 0)
+    if flags.requests:
+        requests = read_amount(flags, "requests")
+        return plans.plan_serving(
+            name, m, d, flags.devices, requests=requests, lengths=lengths, precision=flags.precision
+        )
+    if flags.extra:
+        tuning = read_amount(flags, "tokens") if flags.tokens else TUNING_TOKENS
+        tokens = {"lora:16": tuning, "full": tuning, "pretrain": TOKENS_A_PARAMETER * m.params}
+        investments = {}
+        for method, count in tokens.items():
+            trained = plans.plan_training(name, method, make_job(method), d, count, flags.devices)
+            investments[method] = trained.lines["device-hours"]
+        extra = read_amount(flags, "extra")
+        return plans.plan_break_even(name, m, d, extra, lengths, flags.precision, tuning, investments)
+    return plans.plan_training(name, flags.method, m, d, read_amount(flags, "tokens"), flags.devices)
+
+
+def page_document(flags: PlanFlags, name: str, cfg: ModelConfig, d: Any) -> Json:
+    """Returns what the page shows besides the answer: the validation, and the numbers of its sliders."""
+    from bench.plan.fits import device_numbers
+    from bench.plan.hardware import accelerators
+    from bench.plan.page import sliders
+    from bench.plan.validate import validation
+
+    devices = {each.name: device_numbers(each) for each in accelerators().values()} | {d.name: d}
+    state: Json = {
+        "model": name,
+        "hardware": d.name,
+        "cached": flags.cached,
+        "precision": flags.precision,
+        "replica" if flags.requests else "devices": flags.devices,
+    }
+    for field in ("tokens", "requests", "prompt", "answer", "extra"):
+        if getattr(flags, field):
+            state[field] = read_amount(flags, field)
+    return {"validation": validation(), "sliders": sliders({name: cfg} | PRESETS, devices, state)}
 
 
 def write_pages(source: Path, document: Json) -> Path:
