@@ -65,6 +65,13 @@ def _explain_missing(name: str, hub_id: str) -> str:
     return f"{missing}; set HF_TOKEN for a private one."
 
 
+def _explain_not_cached(name: str, cached_only: bool) -> str:
+    why = "HF_HUB_OFFLINE is set"
+    if cached_only:
+        why = "only a model that its user names is fetched"
+    return f"The hub's cache lacks {name}, or a part of it, and {why}: fetch it once by naming {name}."
+
+
 def _list_gguf_files(hub_id: str) -> list[str] | None:
     """Returns the .gguf files of a repository, the shortest names first; None where the hub cannot
     be asked or does not say.
@@ -97,23 +104,27 @@ def _list_cached_gguf_files(hub_id: str) -> list[str]:
 
 
 def _sort_gguf_files(names: list[str]) -> list[str]:
-    files = [
-        name for name in names if name.endswith(".gguf") and name.isprintable() and len(name) <= MAX_NAME
-    ]
-    return sorted(files, key=lambda name: (len(name), name))
+    """Returns the .gguf files among names that can be shown, the shortest first."""
+    files = []
+    for name in names:
+        if name.endswith(".gguf") and name.isprintable() and len(name) <= MAX_NAME:
+            files.append(name)
+    return sorted(sorted(files), key=len)
 
 
 def _find_quantisation(files: list[str], wanted: str) -> str | None:
     """Returns the first file whose name has a quantisation as a whole word: Q4_K is not found in Q4_K_M."""
-    is_wanted = re.compile(rf"(?<![a-z0-9]){re.escape(wanted)}(?![a-z0-9_])", re.IGNORECASE)
-    return next((file for file in files if is_wanted.search(file.removesuffix(".gguf"))), None)
+    as_word = re.compile(rf"(?<![a-z0-9]){re.escape(wanted)}(?![a-z0-9_])", re.IGNORECASE)
+    for file in files:
+        if as_word.search(file.removesuffix(".gguf")):
+            return file
+    return None
 
 
 def _list_names(names: list[str]) -> str:
+    more = ""
     if len(names) > MAX_LISTED:
         more = f" and {len(names) - MAX_LISTED} more"
-    else:
-        more = ""
     return ", ".join(names[:MAX_LISTED]) + more
 
 
@@ -152,10 +163,9 @@ def fetch(name: str, cached_only: bool, check_config: Callable[[Path], object], 
 
         def fetch_if_there(file: str) -> Path | None:
             cached = try_to_load_from_cache(hub_id, file, revision=commit)
-            if cached is not None:
-                # the cache says, too, which files there are not
-                if isinstance(cached, str):
-                    return Path(cached)
+            if isinstance(cached, str):
+                return Path(cached)
+            if cached is not None:  # the cache knows that the repository has no such file
                 return None
             try:
                 return fetch_file(file, commit)
@@ -178,12 +188,12 @@ def fetch(name: str, cached_only: bool, check_config: Callable[[Path], object], 
                 fetch_file("model.safetensors", commit)
             return config.parent
         except errors.EntryNotFoundError:
-            file = None
-            if not revision:
-                file = _find_quantisation(_gguf_files(hub_id, cached_only) or [], DEFAULT_QUANTISATION)
-            if file is None:
+            if revision:
                 raise
-            return fetch_file(file, None)
+            gguf_file = _find_quantisation(_gguf_files(hub_id, cached_only) or [], DEFAULT_QUANTISATION)
+            if gguf_file is None:
+                raise
+            return fetch_file(gguf_file, None)
 
 
 def fetch_gguf(name: str, hub_id: str, wanted: str, cached_only: bool, report: OnProgress) -> Path:
@@ -195,19 +205,24 @@ def fetch_gguf(name: str, hub_id: str, wanted: str, cached_only: bool, report: O
     with _connection(name, cached_only, report) as fetch_file:
         file = wanted
         if not wanted.endswith(".gguf"):
-            files = _gguf_files(hub_id, cached_only)
-            if files is None:
-                raise UserError(f"The hub did not say what {hub_id} holds: name a file, {hub_id}/FILE.gguf.")
-            match = _find_quantisation(files, wanted)
-            if match is None:
-                raise UserError(f"The hub's {hub_id} has no {wanted}. {_say_what_it_holds(hub_id, files)}")
-            file = match
+            file = _choose_gguf_file(hub_id, wanted, cached_only)
         if PART.search(file):
             raise UserError(
                 f"{file} is one of several files of a model: join them by llama.cpp's "
                 "`llama-gguf-split --merge`, and name the file that it writes."
             )
         return fetch_file(file, None)
+
+
+def _choose_gguf_file(hub_id: str, quantisation: str, cached_only: bool) -> str:
+    """Returns the .gguf file of a repository that is in a quantisation. Raises UserError without one."""
+    files = _gguf_files(hub_id, cached_only)
+    if files is None:
+        raise UserError(f"The hub did not say what {hub_id} holds: name a file, {hub_id}/FILE.gguf.")
+    file = _find_quantisation(files, quantisation)
+    if file is None:
+        raise UserError(f"The hub's {hub_id} has no {quantisation}. {_say_what_it_holds(hub_id, files)}")
+    return file
 
 
 def _gguf_files(hub_id: str, cached_only: bool) -> list[str] | None:
@@ -251,7 +266,9 @@ def _connection(
     hub_id, _, revision = name.partition("@")
     if gguf:
         hub_id, _ = gguf
-    bar = _progress_bar(report) if report else None
+    bar = None
+    if report:
+        bar = _progress_bar(report)
     is_offline = _is_offline(cached_only)
 
     def fetch_file(file: str, revision: str | None) -> Path:
@@ -282,13 +299,7 @@ def _connection(
                 fault += f" {_say_what_it_holds(hub_id, files)}"
     except (OSError, errors.HTTPError) as error:
         if is_offline:
-            if not cached_only:
-                why = "HF_HUB_OFFLINE is set"
-            else:
-                why = "only a model that its user names is fetched"
-            fault = (
-                f"The hub's cache lacks {name}, or a part of it, and {why}: fetch it once by naming {name}."
-            )
+            fault = _explain_not_cached(name, cached_only)
         else:
             cause = " ".join(str(error.__cause__ or error).split())[:MAX_REASON].rstrip(".")
             fault = f"Could not fetch {name} from {constants.ENDPOINT}: {cause}. Files that arrived are kept."
