@@ -91,7 +91,7 @@ class ChatMessage(StrictFields):
 
     @property
     def thoughts(self) -> list[str]:
-        """The names of the fields that hold any."""
+        """The names of the fields that hold thoughts."""
         names = []
         if self.reasoning_content:
             names.append("reasoning_content")
@@ -154,13 +154,17 @@ class ChatRequest(CompletionFields, kw_only=True):
 
     @property
     def ignored(self) -> list[str]:
-        thoughts: list[str] = []
+        names = super().ignored
         for message in self.messages:
-            thoughts += message.thoughts
-        return [*super().ignored, *(f"messages.{name}" for name in dict.fromkeys(thoughts))]
+            for thought in message.thoughts:
+                name = f"messages.{thought}"
+                if name not in names:
+                    names.append(name)
+        return names
 
     @property
     def tool_use(self) -> ToolUse:
+        """The tools that an answer may call. Raises InvalidField."""
         choice = self.tool_choice
         named = choice.function.name if isinstance(choice, ToolField) else None
         functions = [each.function for each in self.tools or ()]
@@ -169,21 +173,18 @@ class ChatRequest(CompletionFields, kw_only=True):
     @property
     def grammars(self) -> list[Grammar]:
         grammars = super().grammars
-        wanted = self.response_format
-        if wanted is None or wanted.type == "text":
+        form = self.response_format
+        if form is None or form.type == "text":
             return grammars
-        if (wanted.json_schema is None) != (wanted.type == "json_object"):
+        if (form.json_schema is None) != (form.type == "json_object"):
             field = "response_format.json_schema"
             raise InvalidField(field, f"{field} belongs to the type json_schema, and only to it.")
-        if wanted.json_schema is None:
+        if form.json_schema is None:
             return [*grammars, answer_grammar("response_format", None)]
-        return [*grammars, answer_grammar("response_format.json_schema.schema", wanted.json_schema.schema)]
+        return [*grammars, answer_grammar("response_format.json_schema.schema", form.json_schema.schema)]
 
-    def job(self, defaults: SamplingParams) -> Job:
-        """Returns what the request asks for, where the `defaults` stand for what it leaves out.
-
-        Raises InvalidField.
-        """
+    def check(self) -> None:
+        """Raises InvalidField for fields that are not for a chat, or do not go together."""
         if self.echo:
             raise InvalidField(
                 "echo", "echo is for /v1/completions: a chat's answer comes without its messages."
@@ -194,12 +195,19 @@ class ChatRequest(CompletionFields, kw_only=True):
             )
         if self.top_logprobs and not self.logprobs:
             raise InvalidField("top_logprobs", "top_logprobs is given without logprobs being true.")
-        max_tokens = self.max_completion_tokens or self.max_tokens
-        if self.max_tokens and self.max_tokens != max_tokens:
+        most = self.max_completion_tokens
+        if most and self.max_tokens and self.max_tokens != most:
             field = "max_completion_tokens"
             raise InvalidField(
                 field, f"{field} is sent beside max_tokens, its older name, with another value."
             )
+
+    def job(self, defaults: SamplingParams) -> Job:
+        """Returns what the request asks for, where the `defaults` stand for what it leaves out.
+
+        Raises InvalidField.
+        """
+        self.check()
         prompt = chat_prompt(
             self.messages,
             self.tool_use,
@@ -207,8 +215,11 @@ class ChatRequest(CompletionFields, kw_only=True):
             begins=self.add_generation_prompt,
             goes_on=self.continue_final_message,
         )
-        logprobs = (self.top_logprobs or 0) if self.logprobs else None
         self.check_stream_options()
+        max_tokens = self.max_completion_tokens or self.max_tokens
+        logprobs = None
+        if self.logprobs:
+            logprobs = self.top_logprobs or 0
         return self.make_job(prompt, self.sampling(defaults, max_tokens, logprobs), self.n or 1)
 
 
