@@ -1,9 +1,7 @@
 """POST /v1/messages and /v1/messages/count_tokens, Anthropic's: answers messages, or counts their tokens."""
 
-import datetime
-import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -11,9 +9,7 @@ from msgspec import UNSET, Meta, UnsetType
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from engine.errors import InvalidField
 from engine.inference.request import SamplingParams
-from engine.untrusted import quote
 from stages.serve.api.generation import EventWriter, Piece, Usage, ignored_header, run
 from stages.serve.api.jobs import ChatPrompt, Job, only_grammar, sampling_of
 from stages.serve.api.requests import (
@@ -34,7 +30,6 @@ from stages.serve.api.requests import (
     json_reply,
 )
 from stages.serve.errors import ApiError, ErrorDetails
-from stages.serve.state import ServerState
 from stages.serve.tools import (
     Function,
     Grammar,
@@ -47,9 +42,6 @@ from stages.serve.tools import (
     parse_arguments,
     tool_use,
 )
-
-PAGE = 20  # models of a list, where a request does not say how many
-MAX_PAGE = 1000  # that it may ask for
 
 
 class DocumentSource(StrictFields):
@@ -406,65 +398,3 @@ async def count_tokens(call: ApiCall[CountTokensRequest]) -> Response:
     prompts = await call.body.prompt.encode(call.state)
     reply = CountTokensReply(len(prompts.tokens[0]))
     return json_reply(reply, headers=ignored_header([*call.body.ignored, *prompts.ignored]))
-
-
-class AnthropicModel(msgspec.Struct, kw_only=True):
-    """A served model as Anthropic describes one.
-
-    Both maxima are those of the prompt and its completion together.
-    """
-
-    type: Literal["model"] = "model"
-    id: str
-    display_name: str
-    created_at: str
-    lifecycle: Literal["active"] = "active"
-    max_input_tokens: int
-    max_tokens: int
-
-
-class AnthropicModels(msgspec.Struct):
-    """A page of the served models. `has_more`: whether others follow, or stand before `before_id`."""
-
-    data: list[AnthropicModel]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-
-
-def anthropic_model(state: ServerState, name: str) -> AnthropicModel:
-    created_at = datetime.datetime.fromtimestamp(state.loaded_at, datetime.UTC)
-    capacity = state.engine.capacity
-    return AnthropicModel(
-        id=name,
-        display_name=name,
-        created_at=created_at.isoformat(),
-        max_input_tokens=capacity,
-        max_tokens=capacity,
-    )
-
-
-def anthropic_models(state: ServerState, query: Mapping[str, str]) -> AnthropicModels:
-    """Returns the page that `limit`, and `after_id` or `before_id`, ask for. Raises InvalidField."""
-    names = state.served_names
-    limit = query.get("limit", f"{PAGE}")
-    if not re.fullmatch(r"[0-9]{1,4}", limit) or not 1 <= int(limit) <= MAX_PAGE:
-        raise InvalidField("limit", f"limit must be an integer from 1 to {MAX_PAGE:,}, not {quote(limit)}.")
-    if "after_id" in query and "before_id" in query:
-        raise InvalidField("before_id", "before_id is given beside after_id: give one of them.")
-    for field in ("after_id", "before_id"):
-        if query.get(field, names[0]) not in names:
-            raise InvalidField(field, f"{field} names no model here: {quote(query[field])}.")
-    if "before_id" in query:
-        listed = names[: names.index(query["before_id"])]
-        page = listed[-int(limit) :]
-    else:
-        begin = names.index(query["after_id"]) + 1 if "after_id" in query else 0
-        listed = names[begin:]
-        page = listed[: int(limit)]
-    return AnthropicModels(
-        [anthropic_model(state, name) for name in page],
-        first_id=page[0] if page else None,
-        last_id=page[-1] if page else None,
-        has_more=len(page) < len(listed),
-    )

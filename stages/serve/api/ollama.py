@@ -1,4 +1,4 @@
-"""Ollama's routes: POST /api/chat, /api/generate, /api/embed, /api/show and more, GET /api/tags, /api/ps."""
+"""POST /api/chat and /api/generate, Ollama's: answers a conversation or a prompt, or continues a text."""
 
 import datetime
 import re
@@ -6,17 +6,14 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
-import jax
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 from starlette.types import ASGIApp
 
-from engine.counting.params import count_params
 from engine.errors import InvalidField
 from engine.inference.request import SamplingParams
-from engine.model.weights.convert import weight_types
 from stages.serve.api.chat import Tools
-from stages.serve.api.generation import MAX_COMPLETIONS, Piece, Reason, Usage, Writer, ignored_header, run
+from stages.serve.api.generation import Piece, Reason, Usage, Writer, ignored_header, run
 from stages.serve.api.jobs import ChatPrompt, Job, TextPrompts, sampling_of
 from stages.serve.api.logprobs import TokenLogProb, token_logprob
 from stages.serve.api.requests import (
@@ -25,7 +22,6 @@ from stages.serve.api.requests import (
     EmptyList,
     LogProbs,
     MinP,
-    ModelRequest,
     Penalty,
     Seed,
     Several,
@@ -37,12 +33,9 @@ from stages.serve.api.requests import (
     given_names,
     in_range,
     json_reply,
-    prompt_texts,
     stop_texts,
 )
-from stages.serve.api.texts import embed
 from stages.serve.errors import ApiError
-from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import token_text
 from stages.serve.tools import (
     ToolCall,
@@ -55,7 +48,6 @@ from stages.serve.tools import (
     tool_use,
 )
 
-LOADED_DAYS = 36_500  # until a model is unloaded, as /api/ps has it: this server never does it
 MAX_NAMED = 32  # unknown options that a header names
 
 
@@ -176,8 +168,8 @@ class OllamaRequest(OllamaFields):
         """
         writer = OllamaWriter(call, is_chat)
         if re.fullmatch(r"0+(\.0*)?(ns|us|µs|ms|s|m|h)?", str(self.keep_alive)):
-            return _reply_at_once(call, writer.loaded("unload"))
-        return _reply_at_once(call, writer.loaded("load"))
+            return reply_at_once(call, writer.loaded("unload"))
+        return reply_at_once(call, writer.loaded("load"))
 
     def make_job(self, prompt: ChatPrompt | TextPrompts, defaults: SamplingParams, content: bytearray) -> Job:
         """Returns what a request of /api/chat or /api/generate asks for. Raises InvalidField."""
@@ -216,7 +208,7 @@ class OllamaRequest(OllamaFields):
         )
 
 
-def _reply_at_once(call: ApiCall[Any], reply: msgspec.Struct) -> ASGIApp:
+def reply_at_once(call: ApiCall[Any], reply: msgspec.Struct) -> ASGIApp:
     """Replies to a request for which nothing is computed."""
     return json_reply(reply, headers=ignored_header(call.body.ignored_in(call.content)))
 
@@ -399,181 +391,3 @@ async def ollama_generate(call: ApiCall[OllamaGenerateRequest]) -> ASGIApp:
         return body.load(call, False)
     job = body.job(call.state.sampling, call.content)
     return await run(call, job, OllamaWriter(call, False))
-
-
-class EmbedRequest(OllamaFields, kw_only=True):
-    """POST /api/embed.
-
-    `truncate`, true by default: the end of a text that is longer than the context is left out.
-    """
-
-    input: str | Annotated[list[str], Meta(max_length=MAX_COMPLETIONS)] | None = None
-    dimensions: Annotated[int, Meta(ge=1)] | None = None
-
-    @property
-    def choices(self) -> int:
-        return len(self.input) if isinstance(self.input, list) else 1
-
-
-class EmbedReply(msgspec.Struct, kw_only=True):
-    """The embeddings of the texts, each of length 1. Durations are in nanoseconds."""
-
-    model: str
-    embeddings: list[list[float]]
-    total_duration: int = 0
-    load_duration: int = 0
-    prompt_eval_count: int = 0
-
-
-async def ollama_embed(call: ApiCall[EmbedRequest]) -> ASGIApp:
-    """Texts as vectors, as Ollama has it."""
-    body = call.body
-    name = call.model.name
-    if not body.input:
-        return _reply_at_once(call, EmbedReply(model=name, embeddings=[]))
-
-    def reply(vectors: list[Any], usage: Usage) -> EmbedReply:
-        embeddings = [vector.tolist() for vector in vectors]
-        duration = round(usage.seconds * 1e9)
-        return EmbedReply(
-            model=name, embeddings=embeddings, total_duration=duration, prompt_eval_count=usage.prompt
-        )
-
-    prompts = TextPrompts("input", prompt_texts("input", body.input, MAX_COMPLETIONS))
-    ignored = body.ignored_in(call.content)
-    return await embed(call, prompts, reply, ignored, body.dimensions, truncate=body.truncate is not False)
-
-
-class EmbeddingsPrompt(OllamaFields, kw_only=True):
-    """POST /api/embeddings, the older form of /api/embed, for one text."""
-
-    prompt: str | None = None
-
-
-class EmbeddingsPromptReply(msgspec.Struct):
-    embedding: list[float]
-
-
-async def ollama_embeddings(call: ApiCall[EmbeddingsPrompt]) -> ASGIApp:
-    """A text as a vector, as Ollama had it first."""
-    body = call.body
-    if not body.prompt:
-        return _reply_at_once(call, EmbeddingsPromptReply([]))
-
-    def reply(vectors: list[Any], _: Usage) -> EmbeddingsPromptReply:
-        return EmbeddingsPromptReply(vectors[0].tolist())
-
-    prompts = TextPrompts("prompt", [body.prompt])
-    ignored = body.ignored_in(call.content)
-    return await embed(call, prompts, reply, ignored, truncate=body.truncate is not False)
-
-
-class Tags(msgspec.Struct):
-    """The reply of GET /api/tags, and of /api/ps: what is served is loaded."""
-
-    models: list[dict[str, Any]]
-
-
-class Version(msgspec.Struct):
-    """The reply of GET /api/version. Clients ask whether it is new enough for tools and schemas."""
-
-    version: str = "0.12.0"
-
-
-class PullRequest(ModelRequest):
-    """POST /api/pull. `name`: what older clients call the model."""
-
-    name: str | None = None
-    stream: bool | None = None
-    insecure: bool | None = None
-
-
-class PullReply(msgspec.Struct):
-    """A whole reply, and the last line of a stream, which has no other."""
-
-    status: Literal["success"] = "success"
-
-
-class ShowRequest(ModelRequest):
-    """POST /api/show. `name`: what older clients call the model."""
-
-    name: str | None = None
-    verbose: bool | None = None
-
-
-class Show(msgspec.Struct):
-    modified_at: datetime.datetime
-    details: dict[str, Any]
-    model_info: dict[str, Any]
-    template: str
-    capabilities: tuple[str, ...] = ("completion", "tools", "embedding")
-
-
-async def ollama_tags(call: ApiCall) -> Tags:
-    """The model that is served, as Ollama has it."""
-    at = _loaded_at(call.state)
-    return Tags([model | {"modified_at": at} for model in _models(call.state)])
-
-
-async def ollama_ps(call: ApiCall) -> Tags:
-    """The model that is served: it is loaded."""
-    state = call.state
-    on_devices = 0
-    for leaf in jax.tree.leaves(state.engine.engine.params):
-        if all(device.platform != "cpu" for device in leaf.devices()):
-            on_devices += leaf.nbytes
-    loaded = {
-        "expires_at": _loaded_at(state) + datetime.timedelta(days=LOADED_DAYS),
-        "size_vram": on_devices,
-        "context_length": state.engine.capacity,
-    }
-    return Tags([model | loaded for model in _models(state)])
-
-
-async def ollama_version(_: ApiCall) -> Version:
-    """A version of Ollama that has what is here."""
-    return Version()
-
-
-async def ollama_pull(call: ApiCall[PullRequest]) -> PullReply:
-    """Whether a model is there: programs ask for it before they use it. Nothing is downloaded."""
-    if call.body.name:
-        call.state.find_model(call.body.name)
-    return PullReply()
-
-
-async def ollama_show(call: ApiCall[ShowRequest]) -> Show:
-    """What a model is and can do."""
-    state = call.state
-    if call.body.name:
-        state.find_model(call.body.name)
-    cfg = state.engine.cfg
-    info = {
-        "general.architecture": "llama",
-        "general.parameter_count": count_params(cfg).total,
-        "llama.context_length": state.engine.capacity,
-        "llama.embedding_length": cfg.width,
-    }
-    return Show(_loaded_at(state), _details(state), info, state.tokenizer.template)
-
-
-def _loaded_at(state: ServerState) -> datetime.datetime:
-    return datetime.datetime.fromtimestamp(state.loaded_at, datetime.UTC)
-
-
-def _models(state: ServerState) -> list[dict[str, Any]]:
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.engine.engine.params))
-    model = {"size": size, "digest": state.digest, "details": _details(state)}
-    return [{"name": name, "model": name, **model} for name in state.served_names]
-
-
-def _details(state: ServerState) -> dict[str, Any]:
-    engine = state.engine.engine
-    return {
-        "parent_model": "",
-        "format": "thrice",
-        "family": "llama",
-        "families": ["llama"],
-        "parameter_size": f"{count_params(engine.cfg).total / 1e6:.1f}M",
-        "quantization_level": weight_types(engine.params),
-    }

@@ -7,7 +7,17 @@ from typing import Any
 import msgspec
 from starlette.types import ASGIApp
 
-from stages.serve.api import anthropic, chat, completions, ollama, responses, status, texts
+from stages.serve.api import (
+    anthropic,
+    chat,
+    completions,
+    ollama,
+    ollama_embed,
+    ollama_models,
+    responses,
+    status,
+    texts,
+)
 from stages.serve.api.requests import ApiCall, ModelRequest
 
 EVENT_STREAM = "text/event-stream"  # `data:` lines of JSON, OpenAI's last one `[DONE]`
@@ -106,32 +116,38 @@ ROUTES = [
         reserves=True,
         stream=JSON_LINES,
     ),
-    Route("GET", "/api/tags", ollama.ollama_tags, reply=ollama.Tags),
-    Route("GET", "/api/ps", ollama.ollama_ps, reply=ollama.Tags),
-    Route("GET", "/api/version", ollama.ollama_version, reply=ollama.Version),
-    Route("POST", "/api/show", ollama.ollama_show, body=ollama.ShowRequest, reply=ollama.Show),
+    Route("GET", "/api/tags", ollama_models.ollama_tags, reply=ollama_models.Tags),
+    Route("GET", "/api/ps", ollama_models.ollama_ps, reply=ollama_models.Tags),
+    Route("GET", "/api/version", ollama_models.ollama_version, reply=ollama_models.Version),
+    Route(
+        "POST",
+        "/api/show",
+        ollama_models.ollama_show,
+        body=ollama_models.ShowRequest,
+        reply=ollama_models.Show,
+    ),
     Route(
         "POST",
         "/api/pull",
-        ollama.ollama_pull,
-        body=ollama.PullRequest,
-        reply=ollama.PullReply,
+        ollama_models.ollama_pull,
+        body=ollama_models.PullRequest,
+        reply=ollama_models.PullReply,
         stream=JSON_LINES,
     ),
     Route(
         "POST",
         "/api/embed",
-        ollama.ollama_embed,
-        body=ollama.EmbedRequest,
-        reply=ollama.EmbedReply,
+        ollama_embed.ollama_embed,
+        body=ollama_embed.EmbedRequest,
+        reply=ollama_embed.EmbedReply,
         reserves=True,
     ),
     Route(
         "POST",
         "/api/embeddings",
-        ollama.ollama_embeddings,
-        body=ollama.EmbeddingsPrompt,
-        reply=ollama.EmbeddingsPromptReply,
+        ollama_embed.ollama_embeddings,
+        body=ollama_embed.EmbeddingsPrompt,
+        reply=ollama_embed.EmbeddingsPromptReply,
         reserves=True,
     ),
     Route(

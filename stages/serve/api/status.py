@@ -8,7 +8,7 @@ from msgspec import Meta
 from starlette.responses import Response
 
 from stages.cli.flags import PLAIN_NAME
-from stages.serve.api.anthropic import anthropic_model, anthropic_models
+from stages.serve.api.anthropic_models import anthropic_model, anthropic_models
 from stages.serve.api.requests import ApiCall, ModelRequest, json_reply
 from stages.serve.engine_thread import Wait
 from stages.serve.errors import ApiError
