@@ -1,6 +1,7 @@
 """How far two right computations may be apart, because they add in another order: tolerances that no processor decides."""
 
 import math
+from collections.abc import Sequence
 
 FLOAT32 = 2.0**-24  # the unit roundoff: a rounded number is off by at most so much of itself
 
@@ -33,6 +34,18 @@ def norm_gain(vectors: int, size: int) -> float:
     numbers, 1 / 1.4 for 768 rows of 20.
     """
     return vectors ** (1 / size)
+
+
+def losses_apart(losses: Sequence[float], share: float) -> float:
+    """Returns how far the losses of a run with AdamW may be apart, in nats.
+
+    `share`: `sums_apart` of a loss and of the gradients. A loss is off by that share of itself, and
+    by what the weights are off (`adam_apart`): an update that is off by share s / |g| of the
+    learning rate changes the loss by |g| times that, so share s of it, whatever g is. A right step
+    lowers the loss by about |g| times the rate for each weight; so all steps together are off by
+    about that share of what the run has gained.
+    """
+    return share * (losses[0] + losses[0] - min(losses))
 
 
 def adam_apart(rate: float, steps: int, share: float) -> float:
