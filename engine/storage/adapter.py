@@ -30,7 +30,7 @@ from engine.model.weights.blocks import Blocks
 from engine.model.weights.lora import LoRA, to_dense
 from engine.storage import safetensors, safetensors_writer
 from engine.storage.digest import digest
-from engine.storage.tensor_layout import HUGGING_FACE_NAMES, layout_of
+from engine.storage.tensor_layout import HUGGING_FACE_NAMES, Leaf, layout_of
 from engine.untrusted import Fields, quote, read_json_object
 
 CONFIG = "adapter_config.json"
@@ -157,7 +157,23 @@ def save_adapter(
     one lies on another.
     """
     leaves = adapter_leaves(params)
-    (rank, scale), _ = Counter((leaf.rank, leaf.scale) for leaf in leaves.values()).most_common(1)[0]
+    saved = _describe_adapter(cfg, leaves, base=base, base_name=base_name)
+    tensors = adapter_tensors(leaves)
+    with atomic_folder(folder) as building:
+        write_json(building / CONFIG, saved.config())
+        safetensors_writer.write_file(building / WEIGHTS, tensors, tensors.values(), saved.metadata)
+        manifest.write_manifest(building)
+    return folder
+
+
+def _describe_adapter(
+    cfg: ModelConfig, leaves: dict[str, LoRA], *, base: str, base_name: str
+) -> SavedAdapter:
+    """Returns what the files of an adapter say of its leaves: the most frequent rank and scale, and
+    the modules whose own differ.
+    """
+    frequencies = Counter((leaf.rank, leaf.scale) for leaf in leaves.values())
+    (rank, scale), _ = frequencies.most_common(1)[0]
     modules = set()
     layers = set()
     ranks = {}
@@ -169,22 +185,19 @@ def save_adapter(
         if (leaf.rank, leaf.scale) != (rank, scale):
             ranks[module] = leaf.rank
             alphas[module] = leaf.scale * leaf.rank
-    saved = SavedAdapter(
-        rank,
-        scale * rank,
-        tuple(modules),
-        base,
-        base_name,
-        ranks,
-        alphas,
-        layers=None if layers == set(range(cfg.layers)) else sorted(layers),
+    adapted_layers = None
+    if layers != set(range(cfg.layers)):
+        adapted_layers = sorted(layers)
+    return SavedAdapter(
+        rank=rank,
+        alpha=scale * rank,
+        modules=tuple(modules),
+        base=base,
+        base_name=base_name,
+        ranks=ranks,
+        alphas=alphas,
+        layers=adapted_layers,
     )
-    tensors = adapter_tensors(leaves)
-    with atomic_folder(folder) as building:
-        write_json(building / CONFIG, saved.config())
-        safetensors_writer.write_file(building / WEIGHTS, tensors, tensors.values(), saved.metadata)
-        manifest.write_manifest(building)
-    return folder
 
 
 def config_of(cfg: ModelConfig, leaves: dict[str, Any]) -> LoraConfig | None:
@@ -256,18 +269,9 @@ def read_leaves(
     arrays = {name: _read(path, name, tensor) for name, tensor in tensors.items()}
     leaves: dict[str, Any] = {}
     for leaf in layout_of(cfg, HUGGING_FACE_NAMES):
-        name = MODEL + leaf.name
-        whole = arrays.pop(name, None)
+        whole = arrays.pop(MODEL + leaf.name, None)
         if whole is not None:
-            if whole.shape != leaf.stored:
-                raise UserError(f"{path}: {name} should be {list(leaf.stored)} and is {list(whole.shape)}.")
-            if leaf.path == "embed" and cfg.tied and not fields.flag("ensure_weight_tying"):
-                raise UserError(
-                    f"{path} has an embedding that was trained whole, "
-                    "and the head, which is the same matrix in this model, as it was: "
-                    f"that can be computed here only where {CONFIG} says ensure_weight_tying."
-                )
-            leaves[leaf.path] = Replacement(jax.device_put(whole.T if leaf.transposed else whole))
+            leaves[leaf.path] = _replacement(path, fields, cfg, leaf, whole)
         elif leaf.path.rpartition("/")[2] in cfg.matrices:
             module = leaf.name.removesuffix(".weight")
             pair = {}
@@ -320,6 +324,25 @@ def _read(path: Path, name: str, tensor: safetensors.StoredTensor) -> np.ndarray
     if not np.isfinite(array).all():
         raise UserError(f"{path} is damaged: the tensor {quote(name)} holds a number that is not finite.")
     return array
+
+
+def _replacement(path: Path, fields: Fields, cfg: ModelConfig, leaf: Leaf, whole: np.ndarray) -> Replacement:
+    """Returns the weight that stands for a leaf, by a tensor that was trained whole. Raises UserError
+    where it does not fit, or the model cannot compute with it.
+    """
+    if whole.shape != leaf.stored:
+        raise UserError(
+            f"{path}: {MODEL}{leaf.name} should be {list(leaf.stored)} and is {list(whole.shape)}."
+        )
+    if leaf.path == "embed" and cfg.tied and not fields.flag("ensure_weight_tying"):
+        raise UserError(
+            f"{path} has an embedding that was trained whole, "
+            "and the head, which is the same matrix in this model, as it was: "
+            f"that can be computed here only where {CONFIG} says ensure_weight_tying."
+        )
+    if leaf.transposed:
+        whole = whole.T
+    return Replacement(jax.device_put(whole))
 
 
 def _join(
@@ -423,4 +446,9 @@ def check_base(folder: Path, digest_base: Callable[[], str], trained_on: str, ba
 
 
 def without_adapters(params: dict[str, Any]) -> dict[str, Any]:
-    return map_paths(lambda _, leaf: leaf.base if isinstance(leaf, LoRA) else leaf, params)
+    def base_of(_: str, leaf: Any) -> Any:
+        if isinstance(leaf, LoRA):
+            return leaf.base
+        return leaf
+
+    return map_paths(base_of, params)
