@@ -309,34 +309,31 @@ def claims(document: Document) -> list[str]:
 
 
 def verdicts(document: Document) -> list[str]:
-    """Returns five claims in at most 15 words each."""
-    by = {each["claim"]: each for each in document["claims"]}
-    half, layers, learns, cache, batch, bits = (
-        by[claim]
-        for claim in (
-            "Inference is only half the computation of training.",
-            "Fine-tuning is cheaper because only some layers are updated.",
-            "The model improves as you use it.",
-            "The KV cache decides what serving costs.",
-            "Batching decides what serving costs.",
-            "Quantisation decides what serving costs.",
-        )
-    )
-    verdict = lambda claim: claim["verdict"].partition(":")[0].removesuffix(" on this machine")
-    both = verdict(cache) if verdict(cache) == verdict(batch) else f"{verdict(cache)} and {verdict(batch)}"
-    without = " and ".join(times(claim["numbers"]["off_over_on"]["ratio"]) for claim in (cache, batch))
+    """Returns six claims, each whole, with its verdict and the figure that decides it."""
+    by_claim = {each["claim"]: each for each in document["claims"]}
+    half = by_claim["Inference is only half the computation of training."]
+    layers = by_claim["Fine-tuning is cheaper because only some layers are updated."]
+    learns = by_claim["The model improves as you use it."]
+    cache = by_claim["The KV cache decides what serving costs."]
+    batch = by_claim["Batching decides what serving costs."]
+    bits = by_claim["Quantisation decides what serving costs."]
     saved = {part: percent(1 - share["flops"]) for part, share in layers["numbers"].items()}
-    return [
-        f"- “Inference is half the computation”: {verdict(half)}; it is "
-        f"{percent(half['numbers']['flops'])} of training's.",
-        f"- “Fine-tuning is cheaper”: {verdict(layers)}; "
-        f"freezing the bottom half saves {saved['bottom']} of operations, the top {saved['top']}.",
-        f"- “The model improves as you use it”: {verdict(learns)}; "
-        f"{learns['value'].partition(' ')[0]} generated tokens changed no bit.",
-        f"- “Caching and batching decide serving's cost”: {both}; else tokens take {without} as long.",
-        f"- “Quantisation decides it”: {verdict(bits)}; int8 tokens come "
-        f"{times(bits['numbers']['off_over_on']['8']['ratio'])} as fast.",
+    without_cache = times(cache["numbers"]["off_over_on"]["ratio"])
+    alone = times(batch["numbers"]["off_over_on"]["ratio"])
+    int8 = times(bits["numbers"]["off_over_on"]["8"]["ratio"])
+    figures = [
+        (half, f"it is {percent(half['numbers']['flops'])} of it"),
+        (layers, f"a frozen bottom half saves {saved['bottom']} of operations, a top half {saved['top']}"),
+        (learns, f"{learns['value'].partition(' ')[0]} generated tokens changed no bit"),
+        (cache, f"without it a token takes {without_cache} as long"),
+        (batch, f"alone a token takes {alone} as long"),
+        (bits, f"int8 tokens come {int8} as fast"),
     ]
+    lines = []
+    for claim, figure in figures:
+        verdict = claim["verdict"].partition(":")[0].removesuffix(" on this machine")
+        lines.append(f"- “{claim['claim'].removesuffix('.')}”: {verdict}; {figure}.")
+    return lines
 
 
 def printed(document: Document) -> list[str]:
