@@ -49,6 +49,7 @@ from stages.serve.tools import (
 )
 
 MAX_NAMED = 32  # unknown options that a header names
+ZERO_DURATION = re.compile(r"0+(\.0*)?(ns|us|µs|ms|s|m|h)?")  # a `keep_alive` that unloads
 
 
 class Options(msgspec.Struct):
@@ -161,13 +162,13 @@ class OllamaRequest(OllamaFields):
         if self.top_logprobs and not self.logprobs:
             raise InvalidField("top_logprobs", "top_logprobs is given without logprobs being true.")
 
-    def load(self, call: ApiCall, is_chat: bool) -> ASGIApp:
+    def load(self, call: ApiCall, *, is_chat: bool) -> ASGIApp:
         """Replies to a request without a prompt, by which Ollama loads or unloads a model.
 
         What is served here is loaded, and stays so.
         """
-        writer = OllamaWriter(call, is_chat)
-        if re.fullmatch(r"0+(\.0*)?(ns|us|µs|ms|s|m|h)?", str(self.keep_alive)):
+        writer = OllamaWriter(call, is_chat=is_chat)
+        if ZERO_DURATION.fullmatch(str(self.keep_alive)):
             return reply_at_once(call, writer.loaded("unload"))
         return reply_at_once(call, writer.loaded("load"))
 
@@ -185,6 +186,9 @@ class OllamaRequest(OllamaFields):
             grammar = answer_grammar("format", self.format)
         elif self.format:
             grammar = answer_grammar("format", None)
+        logprobs = None
+        if self.logprobs:
+            logprobs = self.top_logprobs or 0
         sampling = sampling_of(
             defaults,
             max_tokens=max_tokens,
@@ -196,7 +200,7 @@ class OllamaRequest(OllamaFields):
             repetition_penalty=options.repetition_penalty,
             presence_penalty=options.presence_penalty,
             frequency_penalty=options.frequency_penalty,
-            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            logprobs=logprobs,
         )
         return Job(
             prompt=prompt,
@@ -305,7 +309,7 @@ class OllamaWriter(Writer):
     media = "application/x-ndjson"
     last = b""
 
-    def __init__(self, call: ApiCall, is_chat: bool) -> None:
+    def __init__(self, call: ApiCall, *, is_chat: bool) -> None:
         self._model = call.model.name
         self._is_chat = is_chat
         self._tokenizer = call.state.tokenizer.tokenizer
@@ -317,12 +321,12 @@ class OllamaWriter(Writer):
         return self._reply("", done=True, done_reason=reason)
 
     def reply(self, pieces: list[Piece], usage: Usage) -> OllamaReply:
-        self.chunks(pieces[0])
-        return self._reply(pieces[0].text, self._calls, **self._logprobs(pieces[0]), **self._end(usage))
+        piece = pieces[0]
+        self._remember(piece)
+        return self._reply(piece.text, self._calls, **self._logprobs(piece), **self._end(usage))
 
     def chunks(self, piece: Piece) -> Iterable[OllamaReply]:
-        self._reason = piece.finish_reason
-        self._calls += piece.calls
+        self._remember(piece)
         if not piece.text and not piece.logprobs:
             return []
         return [self._reply(piece.text, **self._logprobs(piece))]
@@ -341,16 +345,18 @@ class OllamaWriter(Writer):
     def comment(self, text: str) -> bytes:
         return b""  # a line of JSON has none
 
-    def _reply(self, text: str, parts: Sequence[ToolCall] = (), **end: Any) -> OllamaReply:
-        calls = []
-        for call in join_calls(parts):
-            arguments = parse_arguments(call)
-            if arguments is not None:  # an object cannot be cut, and a client would call with less
-                calls.append({"function": {"name": call.name, "arguments": arguments}})
-        form: dict[str, Any] = {"response": text}
+    def _remember(self, piece: Piece) -> None:
+        """Remembers what comes at the end: the calls, and why the completion ended."""
+        self._reason = piece.finish_reason
+        self._calls += piece.calls
+
+    def _reply(self, text: str, parts: Sequence[ToolCall] = (), **fields: Any) -> OllamaReply:
+        """Returns a reply, or a line of a stream, with a text, calls and more fields."""
+        answer: dict[str, Any] = {"response": text}
         if self._is_chat:
-            form = {"message": make_turn("assistant", text, tool_calls=calls)}
-        return OllamaReply(model=self._model, created_at=datetime.datetime.now(datetime.UTC), **form, **end)
+            answer = {"message": make_turn("assistant", text, tool_calls=_whole_calls(parts))}
+        now = datetime.datetime.now(datetime.UTC)
+        return OllamaReply(model=self._model, created_at=now, **answer, **fields)
 
     def _logprobs(self, piece: Piece) -> dict[str, Any]:
         if not piece.logprobs:
@@ -359,6 +365,7 @@ class OllamaWriter(Writer):
         return {"logprobs": [token_logprob(logprob, text_of) for logprob in piece.logprobs]}
 
     def _end(self, usage: Usage) -> dict[str, Any]:
+        """Returns the fields of a whole reply, and of the last line of a stream."""
         first = round(usage.first_seconds * 1e9)
         total = round(usage.seconds * 1e9)
         return {
@@ -373,14 +380,24 @@ class OllamaWriter(Writer):
         }
 
 
+def _whole_calls(parts: Sequence[ToolCall]) -> list[dict[str, Any]]:
+    """Returns calls as Ollama has them, without one that is cut: a client would call with less."""
+    calls = []
+    for call in join_calls(parts):
+        arguments = parse_arguments(call)
+        if arguments is not None:
+            calls.append({"function": {"name": call.name, "arguments": arguments}})
+    return calls
+
+
 async def ollama_chat(call: ApiCall[OllamaChatRequest]) -> ASGIApp:
     """Answers a conversation, as Ollama has it."""
     body = call.body
     body.check()
     if not body.messages:
-        return body.load(call, True)
+        return body.load(call, is_chat=True)
     job = body.job(call.state.sampling, call.content)
-    return await run(call, job, OllamaWriter(call, True))
+    return await run(call, job, OllamaWriter(call, is_chat=True))
 
 
 async def ollama_generate(call: ApiCall[OllamaGenerateRequest]) -> ASGIApp:
@@ -388,6 +405,6 @@ async def ollama_generate(call: ApiCall[OllamaGenerateRequest]) -> ASGIApp:
     body = call.body
     body.check()
     if not body.prompt:
-        return body.load(call, False)
+        return body.load(call, is_chat=False)
     job = body.job(call.state.sampling, call.content)
-    return await run(call, job, OllamaWriter(call, False))
+    return await run(call, job, OllamaWriter(call, is_chat=False))
