@@ -244,11 +244,13 @@ class MessagesRequest(CountTokensRequest, kw_only=True):
     @property
     def grammars(self) -> list[Grammar]:
         """The grammars that the request asks for."""
-        formats = {
-            "output_config.format": self.output_config and self.output_config.format,
-            "output_format": self.output_format,
-        }
-        return [answer_grammar(f"{field}.schema", value.schema) for field, value in formats.items() if value]
+        grammars = []
+        if self.output_config and self.output_config.format:
+            schema = self.output_config.format.schema
+            grammars.append(answer_grammar("output_config.format.schema", schema))
+        if self.output_format:
+            grammars.append(answer_grammar("output_format.schema", self.output_format.schema))
+        return grammars
 
     def check_thread(self) -> None:
         """Raises ApiError for a thread, by whose code Anthropic's clients know that they are to send all turns.
@@ -331,7 +333,8 @@ class MessageWriter(EventWriter):
         yield {"type": "message_start", "message": self._message(usage)}
 
     def chunks(self, piece: Piece) -> Iterator[dict[str, Any]]:
-        if piece.text or (piece.finish_reason and not piece.calls and not self._blocks):
+        ends_empty = piece.finish_reason and not piece.calls and not self._blocks
+        if piece.text or ends_empty:
             if not self._in_text:
                 yield from self._open(ReplyBlock(type="text", text=""))
             yield self._delta("text_delta", text=piece.text)
@@ -354,12 +357,14 @@ class MessageWriter(EventWriter):
         return MessageReply(**self._head, usage=_usage(usage), **fields)
 
     def _open(self, block: ReplyBlock) -> Iterator[dict[str, Any]]:
+        """Ends the block before, and begins the next."""
         yield from self._close()
         self._blocks += 1
         self._in_text = block.type == "text"
         yield {"type": "content_block_start", "index": self._blocks - 1, "content_block": block}
 
     def _close(self) -> Iterator[dict[str, Any]]:
+        """Ends the last block."""
         if self._blocks:
             yield {"type": "content_block_stop", "index": self._blocks - 1}
 
@@ -372,11 +377,16 @@ def _tool_use_id(call: ToolCall) -> str:
 
 
 def _usage(usage: Usage) -> dict[str, int]:
-    read = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": usage.cached}
-    return {"input_tokens": usage.prompt - usage.cached, "output_tokens": usage.completion, **read}
+    return {
+        "input_tokens": usage.prompt - usage.cached,
+        "output_tokens": usage.completion,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": usage.cached,
+    }
 
 
 def _stop(piece: Piece) -> dict[str, Any]:
+    """Returns why a completion ended, as fields of a reply."""
     reason = "end_turn"
     if piece.finish_reason == "length":
         reason = "max_tokens"

@@ -31,7 +31,16 @@ from stages.serve.api.requests import (
 from stages.serve.api.sampling_fields import SamplingFields
 from stages.serve.errors import ApiError
 from stages.serve.tokenizer_pool import token_text
-from stages.serve.tools import Function, Grammar, Turn, answer_grammar, call_turn, make_turn, tool_use
+from stages.serve.tools import (
+    Function,
+    Grammar,
+    ToolCall,
+    Turn,
+    answer_grammar,
+    call_turn,
+    make_turn,
+    tool_use,
+)
 
 
 class InputText(StrictFields):
@@ -283,6 +292,7 @@ class ResponseWriter(EventWriter):
         self._count = 0
 
     def reply(self, pieces: list[Piece], usage: Usage) -> ResponseReply:
+        # To write the events is to fill the reply.
         list(self.chunks(pieces[0]))
         list(self.end(usage))
         return self._reply
@@ -293,27 +303,36 @@ class ResponseWriter(EventWriter):
 
     def chunks(self, piece: Piece) -> Iterator[dict[str, Any]]:
         self._status = "incomplete" if piece.finish_reason == "length" else "completed"
-        logprobs = [
-            token_logprob(logprob, partial(token_text, self._tokenizer)) for logprob in piece.logprobs
-        ]
-        if piece.text or logprobs or (piece.finish_reason and not piece.calls and not self._output):
-            if not self._output or self._output[-1]["type"] != "message":
-                yield from self._open("message", f"msg_{uuid.uuid4().hex}", role="assistant", content=[])
-                yield self._part_event("content_part.added", part=_part(""))
-                self._output[-1]["content"] = [_part("")]
-            if piece.text or logprobs:
-                (part,) = self._output[-1]["content"]
-                part["text"] += piece.text
-                part["logprobs"] += logprobs
-                yield self._part_event("output_text.delta", delta=piece.text, logprobs=logprobs)
+        ends_empty = piece.finish_reason and not piece.calls and not self._output
+        if piece.text or piece.logprobs or ends_empty:
+            yield from self._add_text(piece)
         for call in piece.calls:
-            if call.id:
-                yield from self._open(
-                    "function_call", f"fc_{uuid.uuid4().hex}", call_id=call.id, name=call.name, arguments=""
-                )
-            if call.arguments:
-                self._output[-1]["arguments"] += call.arguments
-                yield self._item_event("function_call_arguments.delta", delta=call.arguments)
+            yield from self._add_call(call)
+
+    def _add_text(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        """Adds text to the message, which begins with the first of it, perhaps empty."""
+        if not self._output or self._output[-1]["type"] != "message":
+            yield from self._open("message", f"msg_{uuid.uuid4().hex}", role="assistant", content=[])
+            yield self._part_event("content_part.added", part=_part(""))
+            self._output[-1]["content"] = [_part("")]
+        if not piece.text and not piece.logprobs:
+            return
+        text_of = partial(token_text, self._tokenizer)
+        logprobs = [token_logprob(logprob, text_of) for logprob in piece.logprobs]
+        (part,) = self._output[-1]["content"]
+        part["text"] += piece.text
+        part["logprobs"] += logprobs
+        yield self._part_event("output_text.delta", delta=piece.text, logprobs=logprobs)
+
+    def _add_call(self, call: ToolCall) -> Iterator[dict[str, Any]]:
+        """Adds the next part of a call, which is an item of its own."""
+        if call.id:
+            yield from self._open(
+                "function_call", f"fc_{uuid.uuid4().hex}", call_id=call.id, name=call.name, arguments=""
+            )
+        if call.arguments:
+            self._output[-1]["arguments"] += call.arguments
+            yield self._item_event("function_call_arguments.delta", delta=call.arguments)
 
     def end(self, usage: Usage) -> Iterator[dict[str, Any]]:
         yield from self._close()
@@ -332,11 +351,13 @@ class ResponseWriter(EventWriter):
         yield self._event(self._status, response=self._reply)
 
     def _open(self, kind: str, id: str, **fields: Any) -> Iterator[dict[str, Any]]:
+        """Ends the item before, and begins the next."""
         yield from self._close()
         self._output.append({"id": id, "type": kind, "status": "in_progress", **fields})
         yield self._event("output_item.added", output_index=len(self._output) - 1, item=self._output[-1])
 
     def _close(self) -> Iterator[dict[str, Any]]:
+        """Ends the last item."""
         if not self._output:
             return
         item = self._output[-1]
