@@ -34,7 +34,8 @@ SIZES = {
     "ff": ("intermediate_size", "feed_forward_length"),
     "context": ("max_position_embeddings", "context_length"),
 }
-JSON_SIZES, GGUF_SIZES = ({ours: names[place] for ours, names in SIZES.items()} for place in (0, 1))
+JSON_SIZES = {ours: json_name for ours, (json_name, _) in SIZES.items()}
+GGUF_SIZES = {ours: gguf_name for ours, (_, gguf_name) in SIZES.items()}
 
 
 def _read_sizes(fields: Fields, names: dict[str, str]) -> dict[str, int]:
@@ -143,7 +144,12 @@ def config_from_json(values: dict[str, Any], path: Path) -> ModelConfig:
     fields = Fields(DEFAULTS[kind] | values, path)
     sizes: dict[str, Any] = _read_sizes(fields, JSON_SIZES)
     theta, scaling = _rope(fields, sizes["context"])
-    sizes["context"] = min(sizes["context"], _window(fields, kind, sizes["layers"]) or sizes["context"])
+    window = _window(fields, kind, sizes["layers"])
+    if window:
+        sizes["context"] = min(sizes["context"], window)
+    dtype = "bfloat16"
+    if "float32" in (values.get("dtype"), values.get("torch_dtype")):
+        dtype = "float32"
     return ModelConfig(
         **sizes,
         rope_theta=theta,
@@ -151,7 +157,7 @@ def config_from_json(values: dict[str, Any], path: Path) -> ModelConfig:
         eps=fields.number("rms_norm_eps", float),
         tied=fields.flag("tie_word_embeddings"),
         **BLOCKS[kind],
-        dtype="float32" if "float32" in (values.get("dtype"), values.get("torch_dtype")) else "bfloat16",
+        dtype=dtype,
     )
 
 
@@ -168,21 +174,31 @@ def _window(fields: Fields, kind: str, layers: int) -> int:
     types = fields.values.get("layer_types")
     if not isinstance(types, list | None):
         raise UserError(f"{fields.path}: layer_types should be a list, not {quote(types)}.")
-    in_windows = fields.values.get("sliding_window") is not None and "sliding_window" in DEFAULTS[kind]
-    if in_windows and kind != "mistral":
-        if types:
-            has_windows = "sliding_attention" in types
-        else:
-            has_windows = fields.number("max_window_layers", int) < layers
-        in_windows = fields.flag("use_sliding_window") and has_windows
-    for layer in types or ():
-        if layer != "full_attention" and not (in_windows and layer == "sliding_attention"):
+    has_windows = _has_windows(fields, kind, types or [], layers)
+    allowed = ["full_attention"]
+    if has_windows:
+        allowed.append("sliding_attention")
+    for layer_type in types or []:
+        if layer_type not in allowed:
             raise UserError(
-                f"{fields.path}: layer_types has {quote(layer)}, and only full_attention is built here."
+                f"{fields.path}: layer_types has {quote(layer_type)}, and only full_attention is built here."
             )
-    if in_windows:
+    if has_windows:
         return fields.number("sliding_window", int)
     return 0
+
+
+def _has_windows(fields: Fields, kind: str, types: list[Any], layers: int) -> bool:
+    """Whether a layer attends in windows. `types`: of the layers, where the fields list them."""
+    if fields.values.get("sliding_window") is None or "sliding_window" not in DEFAULTS[kind]:
+        return False
+    if kind == "mistral":
+        return True
+    if types:
+        any_layer = "sliding_attention" in types
+    else:
+        any_layer = fields.number("max_window_layers", int) < layers
+    return fields.flag("use_sliding_window") and any_layer
 
 
 def _rope(fields: Fields, context: int) -> tuple[float, RopeScaling | None]:
@@ -196,17 +212,21 @@ def _rope(fields: Fields, context: int) -> tuple[float, RopeScaling | None]:
         values |= value or {}
     rope = Fields(values, path)
     theta = rope.number("rope_theta", float)
-    kind = known_name(values.get("rope_type", values.get("type", "default")), ROPE_FIELDS, "rope_type", path)
+    stated_kind = values.get("rope_type", values.get("type", "default"))
+    kind = known_name(stated_kind, ROPE_FIELDS, "rope_type", path)
+    known = ("rope_type", "type", "rope_theta", *ROPE_FIELDS[kind])
     for name, value in values.items():
-        extra = name not in ("rope_type", "type", "rope_theta", *ROPE_FIELDS[kind])
-        if extra and not (name == "partial_rotary_factor" and value == 1):
+        is_harmless = name == "partial_rotary_factor" and value == 1
+        if name not in known and not is_harmless:
             raise UserError(
                 f"{path}: the rope scaling {kind!r} has a field {quote(name)} that is not known here."
             )
     if kind == "default":
         return theta, None
-    factor, low, high = (rope.number(name, float) for name in LLAMA3_FIELDS[:3])
-    original = rope.number(LLAMA3_FIELDS[3], int, context)
+    factor = rope.number("factor", float)
+    low = rope.number("low_freq_factor", float)
+    high = rope.number("high_freq_factor", float)
+    original = rope.number("original_max_position_embeddings", int, context)
     if not (low < high and factor > 0 and original > 0):
         raise UserError(
             f"{path}: the rope scaling needs low_freq_factor below high_freq_factor, and sizes above 0."
@@ -219,7 +239,10 @@ def config_to_json(cfg: ModelConfig, dtype: str, tokens: dict[str, Any]) -> dict
     bos_token_id and the like.
     """
     kind = architecture_of(cfg)
-    scaling = cfg.rope_scaling and dict(zip(LLAMA3_FIELDS, dataclasses.astuple(cfg.rope_scaling)))
+    scaling = None
+    if cfg.rope_scaling:
+        values = dataclasses.astuple(cfg.rope_scaling)
+        scaling = {"rope_type": "llama3", **dict(zip(LLAMA3_FIELDS, values))}
     return {
         "architectures": [f"{kind.capitalize()}ForCausalLM"],
         "model_type": kind,
@@ -227,7 +250,7 @@ def config_to_json(cfg: ModelConfig, dtype: str, tokens: dict[str, Any]) -> dict
         "hidden_act": "silu",
         "rms_norm_eps": cfg.eps,
         "rope_theta": cfg.rope_theta,
-        "rope_scaling": scaling and {"rope_type": "llama3", **scaling},
+        "rope_scaling": scaling,
         "tie_word_embeddings": cfg.tied,
         **({"attention_bias": False} if kind != "qwen2" else {}),
         "attention_dropout": 0.0,
@@ -278,7 +301,9 @@ def config_from_gguf(header: "Header") -> ModelConfig:
     theta = fields.number(THETA, float, 10000.0)
     sizes: dict[str, Any] = _read_sizes(fields, GGUF_SIZES)
     # Within the first window of keys, attention in windows is the plain one.
-    sizes["context"] = min(sizes["context"], fields.number(WINDOW, int, 0) or sizes["context"])
+    window = fields.number(WINDOW, int, 0)
+    if window:
+        sizes["context"] = min(sizes["context"], window)
     cfg = ModelConfig(
         **sizes,
         rope_theta=theta,
@@ -313,9 +338,8 @@ def config_to_gguf(cfg: ModelConfig) -> dict[str, Any]:
     """Returns the metadata {key: int | float} of an architecture, without its prefix; floats are to
     be written as float32.
     """
-    sizes = {theirs: getattr(cfg, ours) for ours, theirs in GGUF_SIZES.items()} | dict.fromkeys(
-        HEAD_WIDTHS, cfg.head_dim
-    )
+    sizes = {theirs: getattr(cfg, ours) for ours, theirs in GGUF_SIZES.items()}
+    sizes |= dict.fromkeys(HEAD_WIDTHS, cfg.head_dim)
     return sizes | {EPS: cfg.eps, THETA: cfg.rope_theta}
 
 
