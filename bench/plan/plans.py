@@ -215,10 +215,11 @@ def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices
 
 
 def holders(m: Any, d: Any) -> str:
-    counts = (2**power for power in range(20))
-    enough = next((count for count in counts if bytes_a_device(m, count, 1) <= SHARE * d.memory), 0)
-    if enough:
-        return f"about {enough} would hold it"
+    """Returns in words how many devices hold the model's training, as a power of two."""
+    for power in range(20):
+        count = 2**power
+        if bytes_a_device(m, count, recompute=1) <= SHARE * d.memory:
+            return f"about {count} would hold it"
     return f"no number of them holds a text of {m.context:,} tokens"
 
 
@@ -255,21 +256,17 @@ def plan_serving(
     most = load(SLOTS)
     fit = fit_serving()
     if not most["fits"]:
-        bits, kv_bits = PRECISIONS[precision]
-        weights = m.params * bits / 8
-        cache = (prompt + answer) * m.layers * m.kv_width * kv_bits / 4
-        enough = math.ceil((weights + cache) / SHARE / d.memory)
-        raise UserError(
-            f"A request of {prompt:g} + {answer:g} tokens does not fit: "
-            f"the weights take {format_bytes(weights)}, its cache {format_bytes(cache)}, "
-            f"and {devices} x {d.name} have {format_bytes(SHARE * devices * d.memory)} free. "
-            f"Give --devices {enough}{', or --precision int8' if bits == 16 else ''}."
-        )
+        raise _does_not_fit(m, d, devices, prompt=prompt, answer=answer, precision=precision)
     rate = around(most["requests"], fit.spread, "requests a second", f"of a replica; {fit.origin}")
     replicas = [math.ceil(requests / each) for each in (rate.high, rate.middle, rate.low)]
     # At this load no more requests are under way than keep up with it.
-    loads = (load(2**power) for power in range(int(most["batch"]).bit_length()))
-    loaded = next((each for each in loads if each["requests"] >= requests / replicas[1]), most)
+    requests_a_replica = requests / replicas[1]
+    loaded = most
+    for power in range(int(most["batch"]).bit_length()):
+        fewer = load(2**power)
+        if fewer["requests"] >= requests_a_replica:
+            loaded = fewer
+            break
     at_once = f"at this load: {loaded['batch']:g} at once"
     lines = {
         "can serve at most": rate,
@@ -283,10 +280,10 @@ def plan_serving(
     }
     for label, line in costs(lines["replicas"].scaled(devices, "hours", ""), d).items():
         lines[f"{label} a day"] = line.scaled(24, line.unit, line.origin)
-        each = line.scaled(
-            1e6 / (3600 * requests * answer), line.unit, "all replicas, over the tokens asked for"
+        million_tokens = 1e6 / (3600 * requests * answer)
+        lines[f"{label} a million answer tokens"] = line.scaled(
+            million_tokens, line.unit, "all replicas, over the tokens asked for"
         )
-        lines[f"{label} a million answer tokens"] = each
     parts = {
         "prefilling": "prefill, by compute",
         "reading": "reading the weights, by memory bandwidth",
@@ -301,6 +298,22 @@ def plan_serving(
     )
     share = loaded[slowest] / loaded["token_seconds"]
     return PlannedAnswer(question, lines, f"{share:.0%} of the time goes into {parts[slowest]}")
+
+
+def _does_not_fit(m: Any, d: Any, devices: int, *, prompt: float, answer: float, precision: str) -> UserError:
+    """Returns the error for a request that the devices cannot hold, with how many of them can."""
+    bits, kv_bits = PRECISIONS[precision]
+    weights = m.params * bits / 8
+    cache = (prompt + answer) * m.layers * m.kv_width * kv_bits / 4
+    remedy = f"--devices {math.ceil((weights + cache) / SHARE / d.memory)}"
+    if bits == 16:
+        remedy += ", or --precision int8"
+    return UserError(
+        f"A request of {prompt:g} + {answer:g} tokens does not fit: "
+        f"the weights take {format_bytes(weights)}, its cache {format_bytes(cache)}, "
+        f"and {devices} x {d.name} have {format_bytes(SHARE * devices * d.memory)} free. "
+        f"Give {remedy}."
+    )
 
 
 def plan_budget(d: Any, devices: int, dollars: float | None, days: float) -> PlannedAnswer:
@@ -318,9 +331,9 @@ def plan_budget(d: Any, devices: int, dollars: float | None, days: float) -> Pla
         spread = spread + math.log(d.high / d.low) / 2
         origin = f"{origin}; ${d.low:g} to ${d.high:g} an hour"
         budget = money(dollars)
-    low, least = _best(hours * math.exp(-spread), d, devices)
+    low, low_params = _best(hours * math.exp(-spread), d, devices)
     flops, params = _best(hours, d, devices)
-    high, most = _best(hours * math.exp(spread), d, devices)
+    high, high_params = _best(hours * math.exp(spread), d, devices)
     rule = [math.sqrt(each / 6 / RULE) for each in (low, flops, high)]
     laws = "Besiroglu 2024 to Hoffmann 2022"
     lines = {
@@ -330,10 +343,10 @@ def plan_budget(d: Any, devices: int, dollars: float | None, days: float) -> Pla
         "wall time": around(3600 * hours / devices, 0, "seconds", "device-hours over the devices"),
         "FLOPs": Interval(low, flops, high, "FLOP", origin),
         "compute-optimal parameters": Interval(
-            min(least, rule[0]), params, max(most, rule[2]), "parameters", laws
+            min(low_params, rule[0]), params, max(high_params, rule[2]), "parameters", laws
         ),
         "compute-optimal tokens": Interval(
-            low / 6 / least, flops / 6 / params, high / 6 / most, "tokens", "FLOPs / 6 N"
+            low / 6 / low_params, flops / 6 / params, high / 6 / high_params, "tokens", "FLOPs / 6 N"
         ),
         "at 20 tokens a parameter": interval(rule, "parameters", "Hoffmann 2022, methods 1 and 2"),
     }
