@@ -58,8 +58,14 @@ class Leaf(NamedTuple):
         return len(self.stored) == 2 and self.path != "embed"
 
 
-# A part of the model -> its name in a Hugging Face file, and in a GGUF file; `{}` stands for a
-# layer's number.
+class _Stems(NamedTuple):
+    """The names of a part of the model in files, without `.weight` or `.bias`."""
+
+    hugging_face: str
+    gguf: str
+
+
+# The parts of a layer, named within it.
 _LAYER = {
     "attn_norm": ("input_layernorm", "attn_norm"),
     "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
@@ -74,21 +80,24 @@ _LAYER = {
     "down": ("mlp.down_proj", "ffn_down"),
 }
 _STEMS = {
-    "embed": ("model.embed_tokens", "token_embd"),
-    "norm": ("model.norm", "output_norm"),
-    "head": ("lm_head", "output"),
-} | {part: (f"model.layers.{{}}.{hf}", f"blk.{{}}.{gguf}") for part, (hf, gguf) in _LAYER.items()}
+    "embed": _Stems("model.embed_tokens", "token_embd"),
+    "norm": _Stems("model.norm", "output_norm"),
+    "head": _Stems("lm_head", "output"),
+}
+for _part, (_hugging_face, _gguf) in _LAYER.items():
+    # `{}` stands for a layer's number
+    _STEMS[_part] = _Stems(f"model.layers.{{}}.{_hugging_face}", f"blk.{{}}.{_gguf}")
 
 
-def _names(place: int) -> dict[str, str]:
-    """Returns the names of a file's tensors by part, from the stems at a place of `_STEMS`."""
-    weights = {part: f"{stems[place]}.weight" for part, stems in _STEMS.items()}
-    biases = {f"{part}_bias": f"{_STEMS[part][place]}.bias" for part in "qkv"}
+def _tensor_names(stems: Mapping[str, str]) -> dict[str, str]:
+    """Returns the names of a file's tensors by part, from the parts' stems."""
+    weights = {part: f"{stem}.weight" for part, stem in stems.items()}
+    biases = {f"{part}_bias": f"{stems[part]}.bias" for part in "qkv"}
     return weights | biases
 
 
-HUGGING_FACE_NAMES = _names(0)
-GGUF_NAMES = _names(1)
+HUGGING_FACE_NAMES = _tensor_names({part: stems.hugging_face for part, stems in _STEMS.items()})
+GGUF_NAMES = _tensor_names({part: stems.gguf for part, stems in _STEMS.items()})
 
 
 def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
@@ -101,10 +110,13 @@ def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
     yield Leaf("embed", names["embed"], shapes["embed"])
     for layer in range(cfg.layers):
         for part, shape in block.items():
-            paired = cfg.head_dim if part in ("q", "k", "q_bias", "k_bias") else 0
+            paired = 0
+            if part in ("q", "k", "q_bias", "k_bias"):
+                paired = cfg.head_dim
             yield Leaf(f"blocks/{layer}/{part}", names[part].format(layer), shape[::-1], paired)
-    for part in ("norm", "head")[: 2 - cfg.tied]:
-        yield Leaf(part, names[part], shapes[part][::-1])
+    yield Leaf("norm", names["norm"], shapes["norm"])
+    if not cfg.tied:
+        yield Leaf("head", names["head"], shapes["head"][::-1])
 
 
 def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]], path: Path) -> list[Leaf]:
@@ -118,10 +130,10 @@ def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]],
         if leaf.name not in shapes:
             close = did_you_mean(leaf.name, sorted(shapes)[:999])
             raise UserError(f"{path} has no tensor {leaf.name!r}, which this architecture needs.{close}")
-        found = shapes[leaf.name]
-        if found != leaf.stored:
+        shape = shapes[leaf.name]
+        if shape != leaf.stored:
             raise UserError(
-                f"{path}: the tensor {leaf.name!r} should be {list(leaf.stored)} and is {list(found)}."
+                f"{path}: the tensor {leaf.name!r} should be {list(leaf.stored)} and is {list(shape)}."
             )
         complete.append(leaf)
     extra = shapes.keys() - {leaf.name for leaf in complete}
@@ -164,24 +176,32 @@ def describe_kinds(kinds: Mapping[str, str], params: Any) -> str:
     empty text without kinds.
     """
     leaves = leaf_paths(params)
-    groups: dict[str, Counter[str]] = {}
+    groups: dict[str, Counter[str]] = {}  # how many matrices of each kind have come to the same
     for path, kind in kinds.items():
-        block, _, part = path.rpartition("/")
-        joined = next((name for name, parts in JOINED.items() if part in parts), "")
-        place = path if path in leaves else f"{block}/{joined}"
-        change = _change_of(kind, innermost_base(leaves[place]))
-        groups.setdefault(change, Counter())[kind] += 1
-    parts = []
+        leaf = innermost_base(leaves[_path_in_use(path, leaves)])
+        groups.setdefault(_change_of(kind, leaf), Counter())[kind] += 1
+    phrases = []
     for change, counts in sorted(groups.items()):
         count = counts.total()
         names = ", ".join(kind for kind, _ in counts.most_common())
         phrase = f"{_say_change(change, count)} ({names})"
         if len(groups) == 1:
             return f"all {count:,} matrices {phrase}"
-        parts.append(f"{count:,} {phrase}")
-    if parts:
-        return f"of {len(kinds):,} matrices {', '.join(parts)}"
+        phrases.append(f"{count:,} {phrase}")
+    if phrases:
+        return f"of {len(kinds):,} matrices {', '.join(phrases)}"
     return ""
+
+
+def _path_in_use(path: str, leaves: Mapping[str, Any]) -> str:
+    """Returns the path of the leaf that holds a matrix: its own, or that of the matrices joined."""
+    if path in leaves:
+        return path
+    block, _, part = path.rpartition("/")
+    for joined, parts in JOINED.items():
+        if part in parts:
+            return f"{block}/{joined}"
+    return f"{block}/"
 
 
 def _say_change(change: str, count: int) -> str:
@@ -198,7 +218,10 @@ def _change_of(kind: str, leaf: Any) -> str:
     if DTYPE_NAMES.get(own, own) == kind:
         return ""
     is_wider = own == "float32" or (own == "bfloat16" and kind not in ("F32", "F16"))
-    return f"{'widened' if is_wider else 'rounded'} to {own}"
+    change = "rounded"
+    if is_wider:
+        change = "widened"
+    return f"{change} to {own}"
 
 
 def block_leaves(model: StoredModel, kept_kinds: Collection[str]) -> dict[str, Blocks]:
