@@ -124,11 +124,11 @@ def model_name(model: str) -> str:
     gguf_name = hub.split_gguf_name(model)
     if not path.exists() and gguf_name:
         return gguf_name[0].partition("/")[2]
+    if model in MODELS:
+        return model
     path = path.resolve()
     if path.parent.name == "checkpoints":
         path = path.parents[1]
-    if model in MODELS:
-        return model
     return cached_id(path).partition("/")[2] or path.name.removesuffix(".gguf")
 
 
@@ -157,8 +157,10 @@ def locate(
         on_config(_reader(folder).read_config(folder))
 
     if not path.exists() and is_hub_name(name) and not is_below_runs:
-        fetched = hub.fetch(name, cached_only, check_config, report)
-        return Location("gguf" if fetched.suffix == ".gguf" else "hugging face", fetched)
+        local = hub.fetch(name, cached_only, check_config, report)
+        if local.suffix == ".gguf":
+            return Location("gguf", local)
+        return Location("hugging face", local)
     if path.suffix == ".gguf" and path.is_file():
         return Location("gguf", path)
     gguf_name = hub.split_gguf_name(str(name))
@@ -177,19 +179,23 @@ def _locate_run(path: Path, name: str, notes: tuple[str, ...]) -> Location:
     run = _run_of(path, name)
     notes += run_folder.verify(run)
     record = run_folder.read_json(run / "run.json")
-    best_step = _best_step(run, record) if path == run else None
-    if best_step is not None:
-        path = run / "checkpoints" / str(best_step)
-        notes += (f"its step {best_step:,} is loaded, the best by its validation",)
-    return Location("adapter" if record.get("kind") == "adapter" else "run", path, run, notes)
+    if path == run:
+        best_step = _best_step(run, record)
+        if best_step is not None:
+            path = run / "checkpoints" / str(best_step)
+            notes += (f"its step {best_step:,} is loaded, the best by its validation",)
+    if record.get("kind") == "adapter":
+        return Location("adapter", path, run, notes)
+    return Location("run", path, run, notes)
 
 
 def _best_step(run: Path, record: dict[str, Any]) -> int | None:
     """Returns the step that a finished run's record names as the best; None where it names none."""
     result = record.get("result") or {}
-    step = result.get("kept_step") if isinstance(result, dict) else -1
-    if step is None or (type(step) is int and 0 <= step < MAX_STEP):
-        return step
+    if isinstance(result, dict):
+        step = result.get("kept_step")
+        if step is None or (type(step) is int and 0 <= step < MAX_STEP):
+            return step
     record_path = run / "run.json"
     raise UserError(
         f"{record_path} does not say which step of the run is its best: "
@@ -346,8 +352,10 @@ def _peek_run(location: Location, run: Path, keep_kinds: Collection[str]) -> Unr
     def in_use(leaves: dict[str, Any]) -> dict[str, Any]:
         in_memory = {}
         for path, leaf in leaves.items():
-            stays = isinstance(leaf, Blocks) and leaf.kind in keep_kinds
-            in_memory[path] = leaf if stays else to_dense(leaf)
+            if isinstance(leaf, Blocks) and leaf.kind in keep_kinds:
+                in_memory[path] = leaf
+            else:
+                in_memory[path] = to_dense(leaf)
         return unflatten(in_memory)
 
     def shapes() -> Any:
@@ -404,9 +412,11 @@ def _kinds(leaves: dict[str, Any]) -> dict[str, str]:
 
 
 def _damage(used: Path, damaged: list[str]) -> tuple[str, ...]:
+    """Returns the notes on damaged files of newer checkpoints than the one in use; none without such files."""
     if not damaged:
         return ()
-    return *(f"damaged: {line}" for line in damaged), f"using {used} instead"
+    notes = [f"damaged: {line}" for line in damaged]
+    return (*notes, f"using {used} instead")
 
 
 def _reader(path: Path) -> ModuleType:
@@ -423,16 +433,15 @@ def check_loads(written: Path, path: Path, report: OnProgress = None) -> None:
 
     `report`: numbers read and in all.
     """
+    remedy = ""
+    remedy_of_weights = " Another type of weights may hold it."  # for they were rounded
     if path.suffix == ".gguf":
         remedy = " A Hugging Face folder may hold it."
         remedy_of_weights = " Another type of weights, or a Hugging Face folder, may hold it."
-    else:
-        remedy = ""
-        remedy_of_weights = " Another type of weights may hold it."
     try:
         stored: StoredModel = _reader(written).open_model(written)
         stored.tokenizer()
-        remedy = remedy_of_weights  # they were rounded
+        remedy = remedy_of_weights
         done = 0
         total = sum(math.prod(leaf.stored) for leaf in stored.leaves)
         for leaf in stored.leaves:
