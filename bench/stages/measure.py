@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -113,19 +113,15 @@ def stage_table(
     calls["uncached"] = uncached_decode(cfg, frozen, text[0, :-1])
 
     progress("warming up ...")
-    started = clock()
-    for call in calls.values():
-        jax.block_until_ready(call())
-    seconds = clock() - started
+    seconds = _warm_up(calls)
     left = max_time - AFTERWARDS - (clock() - begin)
-    if fewest_rounds:
-        rounds = MIN_ROUNDS
-    else:
+    rounds = MIN_ROUNDS
+    if not fewest_rounds:
         rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(left / seconds)))
-    over = rounds * seconds - left
-    if over > 0:
+    overtime = rounds * seconds - left
+    if overtime > 0:
         progress(
-            f"This takes about {duration(over)} longer than --max-time {max_time:g}: the fewest rounds, "
+            f"This takes about {duration(overtime)} longer than --max-time {max_time:g}: the fewest rounds, "
             f"{rounds}, take {duration(rounds * seconds)}; a smaller --batch or --context takes less"
         )
 
@@ -148,13 +144,15 @@ def stage_table(
     progress("comparing weights and answers ...")
     document_rows = {}
     for name, row in rows.items():
-        document_rows[name] = row_document(row, rows[FORWARD], timings, ceilings, digests[name], price)
+        document_rows[name] = row_document(
+            row, rows[FORWARD], timings, ceilings, digests=digests[name], price=price
+        )
     generated = sum(row.tokens for row in rows.values() if row.stage == "decode") * (rounds + 1)
     params = count_params(cfg).total
     evidence = Evidence(
-        command,
-        document_rows,
-        timings,
+        command=command,
+        rows=document_rows,
+        timings=timings,
         params=params,
         price=price,
         uncached_tokens=context,
@@ -190,6 +188,14 @@ def stage_table(
         document["learning"] = learning
         document |= _pictures(cfg, model.params, rows, data)
     return document
+
+
+def _warm_up(calls: Mapping[str, Callable[[], Any]]) -> float:
+    """Makes each call once, and returns the seconds of all."""
+    begin = clock()
+    for call in calls.values():
+        jax.block_until_ready(call())
+    return clock() - begin
 
 
 def _pictures(cfg: ModelConfig, params: Any, rows: dict[str, Row], batch: Batch) -> dict[str, Any]:
@@ -264,7 +270,10 @@ def _rows(
     for done, (name, make) in enumerate(makers.items(), 1):
         progress(f"compiling {done} of {len(makers)}: {name}", replace=True)
         rows = make()
-        yield from [rows] if isinstance(rows, Row) else rows
+        if isinstance(rows, Row):
+            yield rows
+        else:
+            yield from rows
 
 
 def weight_digests(row: Row) -> list[str]:
@@ -272,81 +281,107 @@ def weight_digests(row: Row) -> list[str]:
 
 
 def row_document(
-    row: Row, forward: Row, timings: dict[str, Timing], ceilings: Ceilings, digests: list[str], price: float
+    row: Row,
+    forward: Row,
+    timings: dict[str, Timing],
+    ceilings: Ceilings,
+    *,
+    digests: list[str],
+    price: float,
 ) -> dict[str, Any]:
     """Returns a row of the JSON document; operations, bytes and seconds are those of a token.
 
     `digests`: `weight_digests` before the calls. `utilisation` is None where the ceiling could not
     be measured.
     """
-    # one that is 0 is not known
+    # a rate that is 0 is not known
     rates: dict[str, Any] = {rate: getattr(ceilings, rate) or math.nan for rate in RATES}
     ceilings = dataclasses.replace(ceilings, **rates)
-    differ = [old != new for old, new in zip(digests, weight_digests(row))]
-    if not any(differ):
-        changed = "identical"
-    elif all(differ):
-        changed = "changed"
-    else:
-        changed = "partly"
     timing = timings[row.name]
-    times = ratio(timing, timings[forward.name])
     seconds = timing.median
-    flops = row.formula.by_pass
-
-    def per_token(number: Any) -> float:
-        return number / row.tokens
-
-    relative = per_token(flops.total) / (forward.formula.total / forward.tokens)
-    used = per_token(row.traffic) / seconds / (1e9 * ceilings.read_gbs)
-    if row.utilisation_of == "MFU":
-        used = per_token(flops.total) / seconds / ceilings.peak_flops(row.dtype)
-    by_layer = [layer.by_pass for layer in row.layers]
-    asked = request_timing(timings[READING], timing).median if row.stage == "decode" else None
+    times = ratio(timing, timings[forward.name])
+    flops = row.formula.by_pass.total / row.tokens
     interval = None
-    round_ratios: Sequence[float] = ()
-    if row is not forward:
-        round_ratios = times.round_ratios
-        if times.low is not None:
-            interval = [times.low, times.high]
-    counted = {
+    if row is not forward and times.low is not None:
+        interval = [times.low, times.high]
+    usd_per_request = None
+    if row.stage == "decode":
+        usd_per_request = request_timing(timings[READING], timing).median / 3600 * price
+    return {
+        "name": row.name,
+        "stage": row.stage,
+        "weights": _change_of_weights(digests, weight_digests(row)),
+        "flops_per_token": _flops_per_token(row),
+        "counters_differ": row.counters_differ,
+        "flop_ratio_to_forward": flops / (forward.formula.total / forward.tokens),
+        "seconds_per_token": seconds,
+        "spread": timing.spread,
+        "time_ratio_to_forward": times.ratio,
+        "time_ratio_interval": interval,
+        "round_ratios": () if row is forward else times.round_ratios,
+        "peak_bytes": row.peak_bytes,
+        "predicted_peak_bytes": row.predicted_bytes,
+        "bytes_per_token": row.traffic / row.tokens,
+        "utilisation": finite(_utilisation(row, seconds, ceilings)),
+        "utilisation_of": row.utilisation_of,
+        "usd_per_million_tokens": seconds * 1e6 / 3600 * price,
+        "usd_per_request": usd_per_request,
+        "slots": row.slots,
+        "layers": _flops_by_layer(row),
+        "series": row.series,
+        "bound_by": bound_by(row, seconds, ceilings),
+    }
+
+
+def _change_of_weights(before: list[str], after: list[str]) -> str:
+    """Returns how many of the digests of weights differ: `identical`, `changed` (all) or `partly`."""
+    differ = [old != new for old, new in zip(before, after)]
+    if not any(differ):
+        return "identical"
+    if all(differ):
+        return "changed"
+    return "partly"
+
+
+def _flops_per_token(row: Row) -> dict[str, float | None]:
+    """Returns a token's operations by each counter and in each pass; None where one does not count."""
+    flops = row.formula.by_pass
+    counted: dict[str, Any] = {
         "formula": flops.total,
-        "walker": row.walker and row.walker.matmul,
-        "walker_elementwise": row.walker and row.walker.elementwise + row.update,
+        "walker": None,
+        "walker_elementwise": None,
         "xla": row.xla,
         "forward": flops.forward + flops.recompute,
         "dx": flops.dx,
         "dw": flops.dw,
         "optimizer": row.update,
     }
-    flops_per_token = dict.fromkeys(counted, None)
+    if row.walker is not None:
+        counted["walker"] = row.walker.matmul
+        counted["walker_elementwise"] = row.walker.elementwise + row.update
     for name, number in counted.items():
         if number is not None:
-            flops_per_token[name] = per_token(number)
-    return {
-        "name": row.name,
-        "stage": row.stage,
-        "weights": changed,
-        "flops_per_token": flops_per_token,
-        "counters_differ": row.counters_differ,
-        "flop_ratio_to_forward": relative,
-        "seconds_per_token": seconds,
-        "spread": timing.spread,
-        "time_ratio_to_forward": times.ratio,
-        "time_ratio_interval": interval,
-        "round_ratios": round_ratios,
-        "peak_bytes": row.peak_bytes,
-        "predicted_peak_bytes": row.predicted_bytes,
-        "bytes_per_token": per_token(row.traffic),
-        "utilisation": finite(used),
-        "utilisation_of": row.utilisation_of,
-        "usd_per_million_tokens": seconds * 1e6 / 3600 * price,
-        "usd_per_request": asked and asked / 3600 * price,
-        "slots": row.slots,
-        "layers": [[*map(per_token, (each.forward + each.recompute, each.dx, each.dw))] for each in by_layer],
-        "series": row.series,
-        "bound_by": bound_by(row, seconds, ceilings),
-    }
+            counted[name] = number / row.tokens
+    return counted
+
+
+def _flops_by_layer(row: Row) -> list[list[float]]:
+    """Returns a token's operations in each layer: forward, and backward for inputs and for weights."""
+    layers = []
+    for layer in row.layers:
+        flops = layer.by_pass
+        passes = (flops.forward + flops.recompute, flops.dx, flops.dw)
+        layers.append([number / row.tokens for number in passes])
+    return layers
+
+
+def _utilisation(row: Row, seconds: float, ceilings: Ceilings) -> float:
+    """Returns the share of the ceiling that a token in `seconds` reaches: of operations a second where
+    the row's utilisation is MFU, else of bytes a second.
+    """
+    if row.utilisation_of == "MFU":
+        return row.formula.by_pass.total / row.tokens / seconds / ceilings.peak_flops(row.dtype)
+    return row.traffic / row.tokens / seconds / (1e9 * ceilings.read_gbs)
 
 
 def bound_by(row: Row, seconds: float, ceilings: Ceilings) -> str:
