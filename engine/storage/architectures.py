@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -147,7 +147,7 @@ def config_from_json(values: dict[str, Any], path: Path) -> ModelConfig:
     window = _window(fields, kind, sizes["layers"])
     if window:
         sizes["context"] = min(sizes["context"], window)
-    dtype = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     if "float32" in (values.get("dtype"), values.get("torch_dtype")):
         dtype = "float32"
     return ModelConfig(

@@ -350,7 +350,7 @@ def _peek_run(location: Location, run: Path, keep_kinds: Collection[str]) -> Unr
     planned = _with_blocks(cfg, packed)
 
     def in_use(leaves: dict[str, Any]) -> dict[str, Any]:
-        in_memory = {}
+        in_memory: dict[str, Any] = {}
         for path, leaf in leaves.items():
             if isinstance(leaf, Blocks) and leaf.kind in keep_kinds:
                 in_memory[path] = leaf
@@ -412,7 +412,7 @@ def _kinds(leaves: dict[str, Any]) -> dict[str, str]:
 
 
 def _damage(used: Path, damaged: list[str]) -> tuple[str, ...]:
-    """Returns the notes on damaged files of newer checkpoints than the one in use; none without such files."""
+    """Returns the notes on damaged files in checkpoints newer than the one in use."""
     if not damaged:
         return ()
     notes = [f"damaged: {line}" for line in damaged]
