@@ -20,8 +20,8 @@ from tiny_server import TinyServer
 from bench.serving.client import Client, Response, completion_request, random_text
 from bench.serving.measure import percentile
 from engine.counting.hardware import clock
-from stages.serve.api.requests import UNSUPPORTED
 from stages.serve.api.routes import ROUTES
+from stages.serve.api.unsupported import UNSUPPORTED
 
 pytestmark = pytest.mark.anyio
 

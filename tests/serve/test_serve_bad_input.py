@@ -13,6 +13,7 @@ from tiny_server import CAPACITY, ask, events, good, post_head, read_all, refuse
 
 from stages.serve import server
 from stages.serve.api import requests
+from stages.serve.api.fields import AnswerRequest
 from stages.serve.api.routes import ROUTES
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
@@ -528,7 +529,7 @@ def test_a_request_is_gone_with_its_answer(client, path, body):
     """
 
     def living() -> set[int]:
-        kinds = requests.ApiCall, requests.AnswerRequest
+        kinds = requests.ApiCall, AnswerRequest
         return {id(each) for each in gc.get_objects() if isinstance(each, kinds)}
 
     gc.collect()

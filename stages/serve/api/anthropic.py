@@ -10,12 +10,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from engine.inference.request import SamplingParams
-from stages.serve.api.generation import EventWriter, Piece, Usage, ignored_header, run
-from stages.serve.api.jobs import ChatPrompt, Job, only_grammar, sampling_of
-from stages.serve.api.requests import (
-    UNSUPPORTED,
+from stages.serve.api.fields import (
     AnswerRequest,
-    ApiCall,
     EmptyList,
     JsonObject,
     MaxTokens,
@@ -27,8 +23,11 @@ from stages.serve.api.requests import (
     TopK,
     TopP,
     join_text,
-    json_reply,
 )
+from stages.serve.api.generation import EventWriter, Piece, Usage, ignored_header, run
+from stages.serve.api.jobs import ChatPrompt, Job, only_grammar, sampling_of
+from stages.serve.api.requests import ApiCall, json_reply
+from stages.serve.api.unsupported import UNSUPPORTED
 from stages.serve.errors import ApiError, ErrorDetails
 from stages.serve.tools import (
     Function,

@@ -11,11 +11,7 @@ from engine.errors import InvalidField
 from engine.inference.request import SamplingParams
 from engine.text.documents import Passage
 from stages.serve.api.choices import ChoicesWriter, CompletionFields, ReplyFields, ReplyUsage
-from stages.serve.api.generation import Piece, Reason, Usage, run
-from stages.serve.api.jobs import ChatPrompt, Job
-from stages.serve.api.logprobs import TokenLogProb, token_logprob
-from stages.serve.api.requests import (
-    ApiCall,
+from stages.serve.api.fields import (
     EmptyList,
     JsonObject,
     LogProbs,
@@ -27,6 +23,10 @@ from stages.serve.api.requests import (
     TextPart,
     join_text,
 )
+from stages.serve.api.generation import Piece, Reason, Usage, run
+from stages.serve.api.jobs import ChatPrompt, Job
+from stages.serve.api.logprobs import TokenLogProb, token_logprob
+from stages.serve.api.requests import ApiCall
 from stages.serve.tools import (
     NO_TOOLS,
     Function,

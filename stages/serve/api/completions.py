@@ -14,9 +14,10 @@ from engine.errors import InvalidField
 from engine.inference.request import LogProb, SamplingParams
 from engine.text.detokenizer import Detokenizer
 from stages.serve.api.choices import ChoicesWriter, CompletionFields, ReplyFields, ReplyUsage
+from stages.serve.api.fields import MAX_PROMPTS, LogProbs, Texts, prompt_texts
 from stages.serve.api.generation import Piece, Reason, Usage, run
 from stages.serve.api.jobs import Job, TextPrompts
-from stages.serve.api.requests import MAX_PROMPTS, ApiCall, LogProbs, Texts, prompt_texts
+from stages.serve.api.requests import ApiCall
 
 DEFAULT_MAX_TOKENS = 16  # as OpenAI has it
 

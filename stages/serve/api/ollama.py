@@ -13,12 +13,8 @@ from starlette.types import ASGIApp
 from engine.errors import InvalidField
 from engine.inference.request import SamplingParams
 from stages.serve.api.chat import Tools
-from stages.serve.api.generation import Piece, Reason, Usage, Writer, ignored_header, run
-from stages.serve.api.jobs import ChatPrompt, Job, TextPrompts, sampling_of
-from stages.serve.api.logprobs import TokenLogProb, token_logprob
-from stages.serve.api.requests import (
+from stages.serve.api.fields import (
     AnswerRequest,
-    ApiCall,
     EmptyList,
     LogProbs,
     MinP,
@@ -32,9 +28,12 @@ from stages.serve.api.requests import (
     TopP,
     given_names,
     in_range,
-    json_reply,
     stop_texts,
 )
+from stages.serve.api.generation import Piece, Reason, Usage, Writer, ignored_header, run
+from stages.serve.api.jobs import ChatPrompt, Job, TextPrompts, sampling_of
+from stages.serve.api.logprobs import TokenLogProb, token_logprob
+from stages.serve.api.requests import ApiCall, json_reply
 from stages.serve.errors import ApiError
 from stages.serve.tokenizer_pool import token_text
 from stages.serve.tools import (

@@ -8,7 +8,8 @@ import msgspec
 
 from engine.counting.params import count_params
 from engine.model.weights.convert import weight_types
-from stages.serve.api.requests import ApiCall, ModelRequest
+from stages.serve.api.fields import ModelRequest
+from stages.serve.api.requests import ApiCall
 from stages.serve.state import ServerState
 
 LOADED_DAYS = 36_500  # until a model is unloaded, as /api/ps has it: this server never does it

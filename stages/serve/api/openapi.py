@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from stages.serve.api.chat import ChatChunk
-from stages.serve.api.requests import MAX_PROMPTS, TOKEN_ID
+from stages.serve.api.fields import MAX_PROMPTS, TOKEN_ID
 from stages.serve.api.routes import ROUTES, Route
 from stages.serve.errors import reply_class
 

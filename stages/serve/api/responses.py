@@ -13,11 +13,7 @@ from starlette.types import ASGIApp
 
 from engine.errors import InvalidField
 from engine.inference.request import SamplingParams
-from stages.serve.api.generation import EventWriter, Piece, Usage, ignored_header, run
-from stages.serve.api.jobs import ChatPrompt, Job
-from stages.serve.api.logprobs import token_logprob
-from stages.serve.api.requests import (
-    ApiCall,
+from stages.serve.api.fields import (
     EmptyList,
     JsonObject,
     LogProbs,
@@ -26,8 +22,11 @@ from stages.serve.api.requests import (
     Several,
     StrictFields,
     join_text,
-    json_reply,
 )
+from stages.serve.api.generation import EventWriter, Piece, Usage, ignored_header, run
+from stages.serve.api.jobs import ChatPrompt, Job
+from stages.serve.api.logprobs import token_logprob
+from stages.serve.api.requests import ApiCall, json_reply
 from stages.serve.api.sampling_fields import SamplingFields
 from stages.serve.errors import ApiError
 from stages.serve.tokenizer_pool import token_text

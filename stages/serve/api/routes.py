@@ -18,7 +18,8 @@ from stages.serve.api import (
     status,
     texts,
 )
-from stages.serve.api.requests import ApiCall, ModelRequest
+from stages.serve.api.fields import ModelRequest
+from stages.serve.api.requests import ApiCall
 
 EVENT_STREAM = "text/event-stream"  # `data:` lines of JSON, OpenAI's last one `[DONE]`
 JSON_LINES = ollama.OllamaWriter.media  # of JSON alone

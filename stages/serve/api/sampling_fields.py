@@ -6,8 +6,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from engine.inference.request import SamplingParams
-from stages.serve.api.jobs import ChatPrompt, Job, TextPrompts, only_grammar, sampling_of
-from stages.serve.api.requests import (
+from stages.serve.api.fields import (
     MAX_STOPS,
     JsonObject,
     MinP,
@@ -18,11 +17,12 @@ from stages.serve.api.requests import (
     TokenId,
     TopK,
     TopP,
-    UsualFields,
     in_range,
     stop_texts,
 )
+from stages.serve.api.jobs import ChatPrompt, Job, TextPrompts, only_grammar, sampling_of
 from stages.serve.api.structured_outputs import GRAMMARS, AllowedTexts, StructuredOutputs
+from stages.serve.api.unsupported import UsualFields
 from stages.serve.tools import Grammar
 
 BiasedToken = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,8})$(?!\n)")]  # one spelling of each token

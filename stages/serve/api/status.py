@@ -9,7 +9,8 @@ from starlette.responses import Response
 
 from stages.cli.flags import PLAIN_NAME
 from stages.serve.api.anthropic_models import anthropic_model, anthropic_models
-from stages.serve.api.requests import ApiCall, ModelRequest, json_reply
+from stages.serve.api.fields import ModelRequest
+from stages.serve.api.requests import ApiCall, json_reply
 from stages.serve.engine_thread import Wait
 from stages.serve.errors import ApiError
 from stages.serve.state import ServerState, Status

@@ -15,7 +15,7 @@ from engine.inference.constraints import (
     regex_grammar,
     tag_grammar,
 )
-from stages.serve.api.requests import JsonObject, Several, StopText, StrictFields
+from stages.serve.api.fields import JsonObject, Several, StopText, StrictFields
 from stages.serve.tools import Grammar
 
 AllowedTexts = Annotated[list[StopText], Meta(min_length=1)]  # of which a completion is to be one

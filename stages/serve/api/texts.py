@@ -15,18 +15,18 @@ from engine.inference.request import Request, SamplingParams
 from engine.text.detokenizer import CompletionText
 from stages.serve.api.chat import Messages, Tools, chat_prompt
 from stages.serve.api.choices import ReplyUsage, reply_usage
-from stages.serve.api.generation import MAX_COMPLETIONS, Choice, Generation, Piece, Usage
-from stages.serve.api.jobs import ChatPrompt, TextPrompts, check_ids, make_request, make_scored
-from stages.serve.api.requests import (
+from stages.serve.api.fields import (
     MAX_IDS,
     AnswerRequest,
-    ApiCall,
     ModelRequest,
     Texts,
     TokenId,
     TokenIds,
     prompt_texts,
 )
+from stages.serve.api.generation import MAX_COMPLETIONS, Choice, Generation, Piece, Usage
+from stages.serve.api.jobs import ChatPrompt, TextPrompts, check_ids, make_request, make_scored
+from stages.serve.api.requests import ApiCall
 from stages.serve.tokenizer_pool import context_overflow
 from stages.serve.tools import tool_use
 
