@@ -34,6 +34,18 @@ SPEAKERS = {
     "observation": "tool",
     **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant"),
 }
+
+
+class MessageKeys(NamedTuple):
+    """The fields of a message in a file, and the names there of those who speak."""
+
+    role: str
+    content: str
+    speakers: list[str]
+
+
+OPENAI_KEYS = MessageKeys("role", "content", [*ROLES])
+SHARE_GPT_KEYS = MessageKeys("from", "value", [*SPEAKERS])
 FORMS = (
     'a .jsonl file (or .json, an array) of {"messages": [...]}, {"prompt", "completion"}, '
     '{"instruction", "input", "output"}, '
@@ -157,34 +169,51 @@ def _parse_row(kind: str, row: dict[str, Any], where: str) -> Record:
         return Text(check_text(row["text"], "text", where), where, weight)
     _refuse_unsupported({name: row.get(name) for name in ("tools", "functions", "history", "mask")}, where)
     system = check_text(row.get("system") or "", "system", where)
-    label = None
-    rejected = None
-    first: tuple[Message, ...] = ()
-    if system:
-        first = ({"role": "system", "content": system},)
-    context = frozenset[int]()
     if kind in ("messages", "ShareGPT"):
         name = KINDS[kind][0]
         messages, context = _messages(row[name], name, where)
+        conversation = Conversation(messages, where, context, weight)
     elif kind == "preference":
         messages, rejected = _parse_preference(row, where)
+        conversation = Conversation(messages, where, weight=weight, rejected=rejected)
     elif kind == "Alpaca":
-        instruction, answer = (check_text(row[name], name, where) for name in ("instruction", "output"))
-        more = check_text(row.get("input") or "", "input", where)
-        if more.strip():
-            instruction = f"{instruction}\n\n{more}"
-        messages = {"role": "user", "content": instruction}, assistant_message(answer)
+        conversation = Conversation(_parse_alpaca(row, where), where, weight=weight)
     else:
-        prompt, _ = _messages(row["prompt"], "prompt", where, text_role="user")
-        if isinstance(row.get("label"), bool):
-            label = row["label"]
-        before, answer = _answer(row["completion"], "completion", where)
-        messages = (*prompt, *before, assistant_message(answer))
-        context = frozenset(index for index, message in enumerate(prompt) if message["role"] == "assistant")
-    if first and messages[:1] != first:
-        messages = first + messages
-        context = frozenset(index + 1 for index in context)
-    return Conversation(messages, where, context, weight, label, rejected)
+        conversation = _parse_completion(row, where, weight)
+    if system:
+        return _begin_with_system(conversation, system)
+    return conversation
+
+
+def _parse_alpaca(row: dict[str, Any], where: str) -> tuple[Message, ...]:
+    instruction = check_text(row["instruction"], "instruction", where)
+    answer = check_text(row["output"], "output", where)
+    more = check_text(row.get("input") or "", "input", where)
+    if more.strip():
+        instruction = f"{instruction}\n\n{more}"
+    return ({"role": "user", "content": instruction}, assistant_message(answer))
+
+
+def _parse_completion(row: dict[str, Any], where: str, weight: float) -> Conversation:
+    """Reads a prompt and its completion. The assistant's turns in the prompt are context."""
+    prompt, _ = _messages(row["prompt"], "prompt", where, text_role="user")
+    label = None
+    if isinstance(row.get("label"), bool):
+        label = row["label"]
+    before, answer = _answer(row["completion"], "completion", where)
+    messages = (*prompt, *before, assistant_message(answer))
+    context = frozenset(index for index, message in enumerate(prompt) if message["role"] == "assistant")
+    return Conversation(messages, where, context, weight, label)
+
+
+def _begin_with_system(conversation: Conversation, system: str) -> Conversation:
+    """Returns a conversation that begins with this system message: as it is, if it does already."""
+    message = {"role": "system", "content": system}
+    if conversation.messages[:1] == (message,):
+        return conversation
+    messages = (message, *conversation.messages)
+    context = frozenset(index + 1 for index in conversation.context)
+    return conversation._replace(messages=messages, context=context)
 
 
 def assistant_message(text: str) -> Message:
@@ -250,38 +279,47 @@ def _messages(
         return ({"role": text_role, "content": check_text(value, name, where)},), frozenset()
     if not isinstance(value, list):
         raise UserError(f"{where}: `{name}` should be a list of messages, not {json_type(value)}.")
-    share_gpt = any(
-        isinstance(message, dict) and "from" in message and "role" not in message for message in value
-    )
-    role, content = ("from", "value") if share_gpt else ("role", "content")
+    keys = OPENAI_KEYS
+    if any(isinstance(message, dict) and "from" in message and "role" not in message for message in value):
+        keys = SHARE_GPT_KEYS
     messages = []
     context = set()
-    for number, message in enumerate(value, 1):
-        at = f"{where}: message {number} of `{name}`"
-        if not isinstance(message, dict):
-            raise UserError(
-                f"{at} should be an object with `{role}` and `{content}`, not {json_type(message)}."
-            )
-        _refuse_unsupported(message, at)
-        for key in (role, content):
-            if message.get(key) is None:
-                raise UserError(f"{at} has no `{key}`.")
-        speaker = str(message[role])
-        if speaker.lower() not in SPEAKERS:
-            known = [*SPEAKERS] if share_gpt else [*ROLES]
-            raise UserError(
-                f"{at} has the {role} {speaker!r}; "
-                f"wanted one of {', '.join(known)}.{did_you_mean(speaker, known)}"
-            )
-        text = message[content]
-        if isinstance(text, list) and all(
-            isinstance(part, dict) and isinstance(part.get("text"), str) for part in text
-        ):
-            text = "".join(part["text"] for part in text)
-        messages.append({"role": SPEAKERS[speaker.lower()], "content": check_text(text, content, at)})
-        if _is_context(message, messages[-1]["role"], at):
-            context.add(number - 1)
+    for index, fields in enumerate(value):
+        at = f"{where}: message {index + 1} of `{name}`"
+        message = _parse_message(fields, keys, at)
+        messages.append(message)
+        if _is_context(fields, message["role"], at):
+            context.add(index)
     return tuple(messages), frozenset(context)
+
+
+def _parse_message(fields: Any, keys: MessageKeys, at: str) -> Message:
+    if not isinstance(fields, dict):
+        raise UserError(
+            f"{at} should be an object with `{keys.role}` and `{keys.content}`, not {json_type(fields)}."
+        )
+    _refuse_unsupported(fields, at)
+    for key in (keys.role, keys.content):
+        if fields.get(key) is None:
+            raise UserError(f"{at} has no `{key}`.")
+    speaker = str(fields[keys.role])
+    if speaker.lower() not in SPEAKERS:
+        raise UserError(
+            f"{at} has the {keys.role} {speaker!r}; "
+            f"wanted one of {', '.join(keys.speakers)}.{did_you_mean(speaker, keys.speakers)}"
+        )
+    text = _join_parts(fields[keys.content])
+    return {"role": SPEAKERS[speaker.lower()], "content": check_text(text, keys.content, at)}
+
+
+def _join_parts(content: Any) -> Any:
+    """Returns the text of a message's content that is a list of parts of text; other content as it is."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            return content
+    return "".join(part["text"] for part in content)
 
 
 def _is_context(message: dict[str, Any], role: str, at: str) -> bool:
