@@ -1,6 +1,5 @@
 """Tokenizes conversations by a template, with a mask of the assistant's tokens; users' text stays text."""
 
-import collections
 import itertools
 import json
 import re
@@ -32,6 +31,16 @@ class Example(NamedTuple):
     mask: np.ndarray  # (T,) bool: True for the tokens of the loss
     where: str  # file:line
     weight: float = 1.0  # by which its loss is multiplied in training
+
+
+class Rendering(NamedTuple):
+    """A conversation as text, the (start, stop) of the assistant's turns in it, and the character that
+    each mark in it stands for (`_mask_controls`).
+    """
+
+    text: str
+    turns: list[tuple[int, int]]
+    marks: dict[str, str]
 
 
 class ChatTokenizer:
@@ -80,7 +89,7 @@ class ChatTokenizer:
         `answer`: the text that this turn has so far. `more`: what else the template reads, such as
         `tools`. Raises UserError as `Template.render`.
         """
-        prompt = np.concatenate(self._pieces(*self._render(messages, True, more)))
+        prompt = np.concatenate(self._pieces(self._render(messages, True, more)))
         if not answer:
             return prompt
         continued = len(prompt) > 0 and int(prompt[-1]) not in self.tokenizer.controls
@@ -107,10 +116,10 @@ class ChatTokenizer:
         if answers[0] == 0:
             raise InvalidConversation("it begins with the assistant's turn")
         messages = messages[: trained[-1] + 1]
-        counts = [index in trained for index in _answers(messages)]
-        text, turns, marks = self._render(messages)
-        if len(turns) == len(counts):
-            return [self._example(text, turns, marks, counts, where)]
+        in_loss = [index in trained for index in _answers(messages)]
+        rendering = self._render(messages)
+        if len(rendering.turns) == len(in_loss):
+            return [self._example(rendering, in_loss, where)]
         return [self.answer_example(messages[: last + 1], where) for last in trained]
 
     def answer_example(self, messages: Sequence[Message], where: str = "") -> Example:
@@ -119,41 +128,51 @@ class ChatTokenizer:
         """
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise InvalidConversation("it does not end with an answer of the assistant to something")
-        text, turns, marks = self._render(messages)
-        return self._example(text, turns, marks, [False] * (len(turns) - 1) + [True], where)
+        rendering = self._render(messages)
+        earlier = [False] * (len(rendering.turns) - 1)
+        return self._example(rendering, [*earlier, True], where)
 
     def marked_pieces(self, example: Example) -> Iterator[tuple[str, bool]]:
         """Yields the text of an example in pieces, control tokens by their names, and whether each
         is in the loss.
         """
         controls = self.tokenizer.controls
+
+        def kind(pair: tuple[int, bool]) -> tuple[bool, bool]:
+            token, in_loss = pair
+            return in_loss, token in controls
+
         pairs = zip(example.tokens.tolist(), example.mask.tolist())
-        for (counts, named), run in itertools.groupby(pairs, lambda pair: (pair[1], pair[0] in controls)):
+        for (in_loss, are_controls), run in itertools.groupby(pairs, kind):
             tokens = [token for token, _ in run]
-            if named:
-                yield "".join(controls[token].content for token in tokens), counts
+            if are_controls:
+                yield "".join(controls[token].content for token in tokens), in_loss
             else:
-                yield self.tokenizer.decode(tokens), counts
+                yield self.tokenizer.decode(tokens), in_loss
 
     def _render(
         self,
         messages: Sequence[Message],
         prompt: bool = False,
         more: Mapping[str, Any] = MappingProxyType({}),
-    ) -> tuple[str, list[tuple[int, int]], dict[str, str]]:
-        """Returns the text, the (start, stop) of the assistant's turns in it, and the marks as
-        `_mask_controls` does.
+    ) -> Rendering:
+        """Renders a conversation, with its generation prompt if `prompt`; else it must end with a
+        turn of the assistant.
         """
         (messages, more), marks = self._mask_controls((messages, more))
+        # Each of the assistant's turns lies between the text before it and the text with it.
         jobs = []
         for index in _answers(messages):
-            jobs += [(messages[:index], True), (messages[: index + 1], False)]
-        whole = [(messages, True)] if prompt else []
-        texts = self.template.render(jobs + whole, more)
+            jobs.append((messages[:index], True))
+            jobs.append((messages[: index + 1], False))
+        turn_jobs = len(jobs)
+        if prompt:
+            jobs.append((messages, True))
+        texts = self.template.render(jobs, more)
         text = texts[-1]
         end = 0
         turns: list[tuple[int, int]] = []
-        for before, after in itertools.batched(texts[: len(jobs)], 2):
+        for before, after in itertools.batched(texts[:turn_jobs], 2):
             if text.startswith(after) and after.startswith(before) and len(before) >= end:
                 end = len(after)
                 turns.append((len(before), end))
@@ -163,20 +182,14 @@ class ChatTokenizer:
                 "than it writes one that is complete, "
                 "so training would not match the prompts of inference: give another template."
             )
-        return text, turns, marks
+        return Rendering(text, turns, marks)
 
-    def _example(
-        self,
-        text: str,
-        turns: list[tuple[int, int]],
-        marks: dict[str, str],
-        counts: Sequence[bool],
-        where: str,
-    ) -> Example:
-        pieces = self._pieces(text, turns, marks)
+    def _example(self, rendering: Rendering, in_loss: Sequence[bool], where: str) -> Example:
+        """Makes an example; `in_loss` says of each of the assistant's turns whether it is in the loss."""
+        pieces = self._pieces(rendering)
         masks = [np.zeros(len(piece), bool) for piece in pieces]
-        for turn, mask, in_loss in zip(pieces[1::2], masks[1::2], counts):
-            mask[: self._answer_length(turn)] = in_loss
+        for turn, mask, is_in_loss in zip(pieces[1::2], masks[1::2], in_loss):
+            mask[: self._answer_length(turn)] = is_in_loss
         return Example(np.concatenate(pieces), np.concatenate(masks), where)
 
     def _answer_length(self, tokens: np.ndarray) -> int:
@@ -191,15 +204,18 @@ class ChatTokenizer:
                 break
         return length
 
-    def _pieces(self, text: str, turns: list[tuple[int, int]], marks: dict[str, str]) -> list[np.ndarray]:
+    def _pieces(self, rendering: Rendering) -> list[np.ndarray]:
         """Returns the tokens before, in, and after each turn of the assistant: 2 len(turns) + 1 pieces."""
-        original = str.maketrans(marks)
+        text = rendering.text
+        original = str.maketrans(rendering.marks)
+        cuts = [0, *itertools.chain(*rendering.turns), len(text)]
         pieces: list[np.ndarray] = []
         continued = False  # whether the text before ended in plain text
-        for start, stop in itertools.pairwise([0, *itertools.chain(*turns), len(text)]):
+        for start, stop in itertools.pairwise(cuts):
             parts = []
+            # `split` gives plain text and control tokens alternately.
             for number, part in enumerate(self._controls.split(text[start:stop])):
-                if number % 2:
+                if number % 2 == 1:
                     ids = np.array([self._ids[self._name(part)]], np.int32)
                     continued = False
                 else:
@@ -222,21 +238,28 @@ class ChatTokenizer:
         the values, and the character that each mark stands for, which is put back once the template
         is rendered.
         """
-        whole = self.source + json.dumps(values, ensure_ascii=False, default=dict)
-        unused = (mark for mark in map(chr, PRIVATE) if mark not in whole)
-        marks: dict[str, str] = collections.defaultdict(lambda: next(unused))
+        known_text = self.source + json.dumps(values, ensure_ascii=False, default=dict)
+        unused = (mark for mark in map(chr, PRIVATE) if mark not in known_text)
+        marks: dict[str, str] = {}  # character -> the mark in its place
+
+        def mark_of(character: str) -> str:
+            if character not in marks:
+                marks[character] = next(unused)
+            return marks[character]
 
         def mask(value: Any, name: str = "") -> Any:
             if isinstance(value, Mapping):
                 return {mask(key): mask(inner, key) for key, inner in value.items()}
             if isinstance(value, list | tuple):
                 return [mask(inner) for inner in value]
-            if not isinstance(value, str) or (name in COMPARED and value.isidentifier()):
+            if not isinstance(value, str):
                 return value
-            text = list(value)
+            if name in COMPARED and value.isidentifier():
+                return value
+            characters = list(value)
             for at in {*self._places(value)}:
-                text[at] = marks[text[at]]
-            return "".join(text)
+                characters[at] = mark_of(characters[at])
+            return "".join(characters)
 
         return mask(values), {mark: original for original, mark in marks.items()}
 
@@ -285,9 +308,14 @@ def _pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
 
     Its time is linear in a run of white space: it looks at one from its beginning alone.
     """
-    names = sorted(tokenizer.controls.values(), key=lambda added: -len(added.content))
-    before = r"(?:(?<!\s)\s++)?"
-    any_name = "|".join(
-        before * added.lstrip + re.escape(added.content) + r"\s*" * added.rstrip for added in names
-    )
-    return re.compile(f"({any_name or '(?!)'})")  # (?!) matches nothing
+    patterns = []
+    for added in sorted(tokenizer.controls.values(), key=lambda added: -len(added.content)):
+        pattern = re.escape(added.content)
+        if added.lstrip:
+            pattern = rf"(?:(?<!\s)\s++)?{pattern}"
+        if added.rstrip:
+            pattern = rf"{pattern}\s*"
+        patterns.append(pattern)
+    if not patterns:
+        patterns = ["(?!)"]  # which matches nothing
+    return re.compile(f"({'|'.join(patterns)})")
