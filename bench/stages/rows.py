@@ -213,10 +213,10 @@ def training_row(
         return (frozen, step.state.trainable)
 
     return Row(
-        kind.name,
-        kind.stage,
-        step,
-        weights,
+        name=kind.name,
+        stage=kind.stage,
+        run=step,
+        weights=weights,
         tokens=B * T,
         formula=add_layers(layers),
         layers=layers,
@@ -241,10 +241,10 @@ def evaluation_row(cfg: ModelConfig, params: Any, batch: Batch) -> Row:
         return program(params, batch)
 
     return Row(
-        "evaluation forward",
-        "inference",
-        run,
-        lambda: params,
+        name="evaluation forward",
+        stage="inference",
+        run=run,
+        weights=lambda: params,
         tokens=B * T,
         formula=forward_flops(cfg, T, attention=QUERY_BLOCK) * (B * T),
         dtype=cfg.dtype,
@@ -273,10 +273,10 @@ def prefill_row(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Row:
         return logits
 
     return Row(
-        "prefill",
-        "inference",
-        run,
-        lambda: params,
+        name="prefill",
+        stage="inference",
+        run=run,
+        weights=lambda: params,
         tokens=B * T,
         formula=prefill_program_flops(cfg, B, CHUNK, T) * chunks,
         dtype=cfg.dtype,
@@ -318,18 +318,14 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
     def read(cache: Any, piece: Any, slot: Any, start: Any) -> Any:
         return prefill_program(params, cache, piece, None, slot, start)[1]
 
-    # A chunk attends to every place of its slot. The last layer ends with its keys and values.
-    parts = prefill_flops(cfg, size, attention="full", cached=S - size).parts
-    blocks = {name: PassFlops(part.forward // cfg.layers * (cfg.layers - 1)) for name, part in parts.items()}
-    formula = Flops(blocks | {name: parts[name] for name in "qkv"} | {"head": PassFlops()})
     predicted = inference_memory(cfg, SLOTS, S, tokens=size)
     yield Row(
-        "chunked prefill into a slot",
-        "inference",
-        in_turn(read, pieces),
-        lambda: params,
+        name="chunked prefill into a slot",
+        stage="inference",
+        run=in_turn(read, pieces),
+        weights=lambda: params,
         tokens=T,
-        formula=formula * chunks,
+        formula=_chunk_flops(cfg, size, S) * chunks,
         dtype=cfg.dtype,
         **cost,
         predicted_bytes=predicted.params + predicted.cache + predicted.activations // SLOTS,
@@ -346,10 +342,10 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
         return write_program(cache, piece, slot, start, whole)
 
     yield Row(
-        "prefix-cache hit",
-        "inference",
-        in_turn(write, cached),
-        lambda: params,
+        name="prefix-cache hit",
+        stage="inference",
+        run=in_turn(write, cached),
+        weights=lambda: params,
         tokens=T,
         formula=Flops({}),
         predicted_bytes=predicted.cache + prompt_bytes // chunks,
@@ -357,6 +353,18 @@ def served_rows(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Iterator[R
         dtype=cfg.dtype,
         **cost,
     )
+
+
+def _chunk_flops(cfg: ModelConfig, size: int, positions: int) -> Flops:
+    """Returns the operations that prefill a chunk of `size` tokens into a slot of so many positions. It
+    attends to every one of them. The last layer ends with its keys and values, and there is no head.
+    """
+    parts = prefill_flops(cfg, size, attention="full", cached=positions - size).parts
+    all_but_last = {}
+    for name, part in parts.items():
+        all_but_last[name] = PassFlops(part.forward // cfg.layers * (cfg.layers - 1))
+    every_layer = {name: parts[name] for name in "qkv"}
+    return Flops(all_but_last | every_layer | {"head": PassFlops()})
 
 
 def decode_row(
@@ -389,10 +397,10 @@ def decode_row(
 
     int16 = int16_activation_matrices(params)
     return Row(
-        name,
-        "decode",
-        run,
-        lambda: params,
+        name=name,
+        stage="decode",
+        run=run,
+        weights=lambda: params,
         tokens=requests * STEPS,
         formula=decode_program_flops(cfg, rows, capacity, int16_activations=int16) * STEPS,
         slots=requests,
@@ -448,12 +456,15 @@ def by_hand_rows(cfg: ModelConfig, params: Any, batch: Batch) -> list[Row]:
     B, T = batch.tokens.shape
     plain = dataclasses.replace(cfg, dtype="float32", remat="none")
     weights = to_numpy(params)
-    tokens, targets, mask = (np.asarray(part) for part in (batch.tokens, batch.targets, batch.mask))
+    tokens = np.asarray(batch.tokens)
+    targets = np.asarray(batch.targets)
+    mask = np.asarray(batch.mask)
     inference = inference_memory(plain, B, 0, tokens=T, every_logit=True)
     training = training_memory(plain, B, T)
-    zeros = [tree_map(np.zeros_like, weights) for _ in range(2)]
     trained = weights
-    moments = adamw.Moments(np.array(0, np.int32), *zeros)
+    first_moments = tree_map(np.zeros_like, weights)
+    second_moments = tree_map(np.zeros_like, weights)
+    moments = adamw.Moments(np.array(0, np.int32), first_moments, second_moments)
     optimizer = adamw.AdamWConfig(learning_rate=1e-4)
 
     def step() -> float:
@@ -468,10 +479,10 @@ def by_hand_rows(cfg: ModelConfig, params: Any, batch: Batch) -> list[Row]:
     def row(name: str, run: Callable[[], Any], weights: Callable[[], Any], held: int, **cost: Any) -> Row:
         cost["formula"] *= B * T
         return Row(
-            f"by hand: {name}",
-            "by hand",
-            run,
-            weights,
+            name=f"by hand: {name}",
+            stage="by hand",
+            run=run,
+            weights=weights,
             tokens=B * T,
             peak_bytes=_peak(run, held),
             dtype="float32",
