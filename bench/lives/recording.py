@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -124,16 +125,25 @@ def read_life(recording: Path) -> Json:
     beginning to its end.
     """
     events = _events(recording)
-    begin, steps, validation, frames, end = (
-        [event for event in events if event["event"] == kind]
-        for kind in ("begin", "step", "validation", "frame", "end")
-    )
+
+    def of_kind(kind: str) -> list[Json]:
+        return [event for event in events if event["event"] == kind]
+
+    begin = of_kind("begin")
+    frames = of_kind("frame")
+    end = of_kind("end")
     if not (begin and frames and end):
         raise UserError(
             f"{recording} does not hold a run from its beginning to its end: "
             "start the run anew, with --record."
         )
-    return {"begin": begin[0], "steps": steps, "validation": validation, "frames": frames, "end": end[-1]}
+    return {
+        "begin": begin[0],
+        "steps": of_kind("step"),
+        "validation": of_kind("validation"),
+        "frames": frames,
+        "end": end[-1],
+    }
 
 
 def answer_requests(model: LoadedModel, prompt: str) -> Json:
@@ -164,16 +174,19 @@ def answer_requests(model: LoadedModel, prompt: str) -> Json:
     answers = answer(engine, requests)
     seconds = clock() - begin
     (alone,) = answer(engine, [first])
-    asked = {"alone": [first], "together": requests[:SLOTS]}
-    lengths = {"alone": len(alone), "together": sum(map(len, answers[:SLOTS]))}
     timings = measure(
-        {name: functools.partial(answer, engine, each) for name, each in asked.items()}, rounds=MIN_ROUNDS
+        {
+            "alone": functools.partial(answer, engine, [first]),
+            "together": functools.partial(answer, engine, requests[:SLOTS]),
+        },
+        rounds=MIN_ROUNDS,
     )
+    token_seconds = {
+        "alone": timings["alone"].median / len(alone),
+        "together": timings["together"].median / sum(map(len, answers[:SLOTS])),
+    }
     independent = answer(engine, [first, second]) + answer(engine, [edited])
-    changed = sum(
-        int((np.asarray(leaf).view(np.uint32) != before[path].view(np.uint32)).sum())
-        for path, leaf in leaf_paths(engine.params).items()
-    )
+    changed = _count_changed(before, engine.params)
     position_bytes = config.slot_bytes(cfg, cfg.context) // engine.config.edges[-1]
     # at last it is dropped
     positions = [*range(len(first.prompt), len(first.prompt) + len(alone)), engine.used_positions]
@@ -184,7 +197,7 @@ def answer_requests(model: LoadedModel, prompt: str) -> Json:
         "changed": changed,
         "of": sum(leaf.size for leaf in before.values()),
         "seconds": seconds,
-        "token_seconds": {name: timing.median / lengths[name] for name, timing in timings.items()},
+        "token_seconds": token_seconds,
         "tokens": sum(map(len, answers)),
         "answers": [
             {"prompt": text, "text": tokenizer.decode(tokens)} for text, tokens in zip(prompts, answers)
@@ -196,6 +209,15 @@ def answer_requests(model: LoadedModel, prompt: str) -> Json:
         "same_alone": alone == independent[0],
         "cache_bytes": [position_bytes * position for position in positions],
     }
+
+
+def _count_changed(before: dict[str, np.ndarray], params: Any) -> int:
+    """Returns how many weights differ in their bits, all of them in float32."""
+    changed = 0
+    for path, leaf in leaf_paths(params).items():
+        differs = np.asarray(leaf).view(np.uint32) != before[path].view(np.uint32)
+        changed += int(differs.sum())
+    return changed
 
 
 def measure_costs(model: LoadedModel, folder: Path, quick: bool) -> tuple[list[Json], dict[str, Json]]:
@@ -212,17 +234,18 @@ def measure_costs(model: LoadedModel, folder: Path, quick: bool) -> tuple[list[J
     T = recipes["train"]["context"]
     batch = next_token_batch(tokens_for(BenchModel(model.name, cfg, model.params, model.tokenizer), B, T + 1))
     kinds = {kind.name: kind for kind in training_kinds(cfg)}
-    rows: dict[str, Row] = {
-        life: training_row(
-            cfg, model.params, kinds[name], batch, OptimizerConfig(**recipes[life]["optimizer"])
-        )
-        for life, (name, _) in ROWS.items()
-    }
+    rows: dict[str, Row] = {}
+    passes = {}
+    for life, (name, words) in ROWS.items():
+        optimizer = OptimizerConfig(**recipes[life]["optimizer"])
+        rows[life] = training_row(cfg, model.params, kinds[name], batch, optimizer)
+        passes[life] = words
     programs = {life: row.program for life, row in rows.items()}
     served = prepare_params(cfg, model.params)
     programs["answer"] = decode_row(cfg, served, SLOTS, T, name="answer", weights=None).program
-    rows["answer"] = forward = evaluation_row(cfg, served, batch)
-    passes = {life: words for life, (_, words) in ROWS.items()} | {"answer": "forward"}
+    forward = evaluation_row(cfg, served, batch)
+    rows["answer"] = forward
+    passes["answer"] = "forward"
     if recipes["train"]["optimizer"]["kind"] == "muon":
         passes["train"] += (
             "; the update, called Muon, takes "
