@@ -21,11 +21,10 @@ from bench.terminal import print_table
 from engine.errors import UserError
 from engine.format import join_words
 
-MACHINE = "processor", "model_numbers", "instructions", "cores", "device"
+MACHINE = ("processor", "model_numbers", "instructions", "cores", "device")
 # that together tell a row from the others of its list
-ROW_KEYS = "name", "part", "model", "format", "shape", "peer"
-
-SAID = "out", "json", "peer_python"  # flags that change nothing that is measured
+ROW_KEYS = ("name", "part", "model", "format", "shape", "peer")
+UNMEASURED = ("out", "json", "peer_python")  # flags that change nothing that is measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,27 +43,17 @@ def compare(flags: CompareFlags) -> Json:
     """Prints and returns the rows that both results have. Raises UserError for results that cannot
     be compared.
     """
-    documents = [read_result(path) for path in (flags.before, flags.after)]
-    machines = [{name: document["machine"].get(name) for name in MACHINE} for document in documents]
-    if machines[0] != machines[1] and not flags.any_machine:
-        differ = ", ".join(
-            f"{name} {a} and {b}" for name, a, b in zip(MACHINE, *map(dict.values, machines)) if a != b
-        )
-        raise UserError(
-            f"{flags.before} and {flags.after} are of different machines: {differ}. Give --any-machine."
-        )
-    measured = [{"model": document.get("model"), **document.get("flags", {})} for document in documents]
-    others = [
-        name
-        for name in measured[0] | measured[1]
-        if name not in SAID and measured[0].get(name) != measured[1].get(name)
-    ]
-    if others and not flags.any_flags:
-        raise UserError(
-            f"{flags.before} and {flags.after} were measured with another {join_words(others)}. "
-            "Give --any-flags."
-        )
-    before, after = (dict(find_ratios(document)) for document in documents)
+    document_before = read_result(flags.before)
+    document_after = read_result(flags.after)
+    both = f"{flags.before} and {flags.after}"
+    machines = different_machines(document_before["machine"], document_after["machine"])
+    if machines and not flags.any_machine:
+        raise UserError(f"{both} are of different machines: {', '.join(machines)}. Give --any-machine.")
+    settings = different_settings(document_before, document_after)
+    if settings and not flags.any_flags:
+        raise UserError(f"{both} were measured with another {join_words(settings)}. Give --any-flags.")
+    before = dict(find_ratios(document_before))
+    after = dict(find_ratios(document_after))
     for path, ratios in ((flags.before, before), (flags.after, after)):
         if not ratios:
             raise UserError(
@@ -75,13 +64,32 @@ def compare(flags: CompareFlags) -> Json:
     if alone:
         print(f"only in one of them: {'; '.join(alone)}")
     if not rows:
-        raise UserError(f"{flags.before} and {flags.after} have no measured ratio in common.")
+        raise UserError(f"{both} have no measured ratio in common.")
     print_table(
-        f"{documents[1]['date']} against {documents[0]['date']}",
+        f"{document_after['date']} against {document_before['date']}",
         ("", "before", "after", "after over before", ""),
         [(row["name"], row["before"], row["after"], row["words"], row["verdict"]) for row in rows],
     )
     return {"rows": rows}
+
+
+def different_machines(before: Json, after: Json) -> list[str]:
+    """Returns in words what of MACHINE differs between two machines."""
+    words = []
+    for name in MACHINE:
+        if before.get(name) != after.get(name):
+            words.append(f"{name} {before.get(name)} and {after.get(name)}")
+    return words
+
+
+def different_settings(before: Json, after: Json) -> list[str]:
+    """Returns the names of the flags, and `model`, that differ between two documents and change what is
+    measured.
+    """
+    settings_before = {"model": before.get("model"), **before.get("flags", {})}
+    settings_after = {"model": after.get("model"), **after.get("flags", {})}
+    names = [name for name in settings_before | settings_after if name not in UNMEASURED]
+    return [name for name in names if settings_before.get(name) != settings_after.get(name)]
 
 
 def read_result(path: Path) -> Json:
@@ -107,7 +115,10 @@ def find_ratios(value: Any, name: str = "") -> Iterator[tuple[str, Sequence[floa
         for key, each in value.items():
             if key == "claims":  # judge ratios of the rows once more
                 continue
-            yield from find_ratios(each, f"{name}, {key}".removeprefix(", ") if key != "rows" else name)
+            if key == "rows":
+                yield from find_ratios(each, name)
+            else:
+                yield from find_ratios(each, f"{name}, {key}".removeprefix(", "))
     elif isinstance(value, list):
         for number, each in enumerate(value):
             if isinstance(each, dict):
