@@ -68,22 +68,32 @@ def mismatch(ratings: Sequence[Rating], seq: int) -> list[RatedPair]:
 
     That is cut to `seq` + 1 tokens.
     """
-    answers = [rating.answer for rating in ratings]
-    starts = [int(answer.mask.argmax()) for answer in answers]
-    prompts = [answer.tokens[:start] for answer, start in zip(answers, starts)]
+    prompts = [_prompt_of(rating.answer) for rating in ratings]
     # Rows with another prompt than the row before; the first is behind the last.
-    others = [at for at, prompt in enumerate(prompts) if not np.array_equal(prompts[at - 1], prompt)]
+    changes = [at for at, prompt in enumerate(prompts) if not np.array_equal(prompts[at - 1], prompt)]
     pairs = []
-    for at, (rating, prompt) in enumerate(zip(ratings, prompts)):
-        if others:
-            other = others[bisect.bisect(others, at) % len(others)]
+    for at, rating in enumerate(ratings):
+        if changes:
+            other = changes[bisect.bisect(changes, at) % len(changes)]
         else:
-            other = (at + 1) % len(answers)
-        tokens = np.concatenate([prompt, answers[other].tokens[starts[other] :]])
-        mask = np.concatenate([np.zeros(len(prompt), bool), answers[other].mask[starts[other] :]])
-        mismatched = Example(tokens[: seq + 1], mask[: seq + 1], rating.answer.where)
+            other = (at + 1) % len(ratings)
+        mismatched = _with_answer_of(ratings[other].answer, prompts[at], seq)
+        mismatched = mismatched._replace(where=rating.answer.where)
         pairs.append(RatedPair(rating.answer, mismatched, rating.is_good))
     return pairs
+
+
+def _prompt_of(example: Example) -> np.ndarray:
+    """Returns the tokens of an example before its answer."""
+    return example.tokens[: example.mask.argmax()]
+
+
+def _with_answer_of(example: Example, prompt: np.ndarray, seq: int) -> Example:
+    """Returns an example of a prompt and the answer of another example, cut to seq + 1 tokens."""
+    start = example.mask.argmax()
+    tokens = np.concatenate([prompt, example.tokens[start:]])
+    mask = np.concatenate([np.zeros(len(prompt), bool), example.mask[start:]])
+    return Example(tokens[: seq + 1], mask[: seq + 1], example.where)
 
 
 @dataclasses.dataclass
@@ -338,11 +348,12 @@ def pack_rows(examples: Sequence[Example], seq: int) -> list[list[int]]:
     sizes = [len(example.tokens) - 1 for example in examples]  # the last is only a target
     rows: list[list[int]] = []
     with_room: dict[int, list[int]] = {}  # places left -> rows
-    room_bits = 0  # bit r: with_room[r] is not empty; best fit: the lowest bit from `size` up
+    room_bits = 0  # bit r is set where with_room[r] has a row
     for index in sorted(range(len(examples)), key=lambda index: -sizes[index]):
-        fitting = room_bits >> sizes[index]
-        if fitting:
-            room = sizes[index] + (fitting & -fitting).bit_length() - 1
+        size = sizes[index]
+        fitting_bits = room_bits >> size
+        if fitting_bits:
+            room = size + _lowest_bit(fitting_bits)
             row = with_room[room].pop()
             if not with_room[room]:
                 room_bits &= ~(1 << room)
@@ -351,27 +362,39 @@ def pack_rows(examples: Sequence[Example], seq: int) -> list[list[int]]:
             row = len(rows)
             rows.append([])
         rows[row].append(index)
-        left = room - sizes[index]
+        left = room - size
         with_room.setdefault(left, []).append(row)
-        room_bits |= (left > 0) << left
+        if left > 0:
+            room_bits |= 1 << left
     return rows
+
+
+def _lowest_bit(bits: int) -> int:
+    """Returns the number of the lowest bit that is set: 2 for 0b1100."""
+    return (bits & -bits).bit_length() - 1
 
 
 def _batch(rows: Sequence[Sequence[Example]], seq: int, pack: bool = True, mask_type: type = bool) -> Batch:
     """Lays each row's examples side by side. Padding behind them is segment 0, with mask False. A
     float mask has weights.
     """
-    tokens, targets, positions, segments = np.zeros((4, len(rows), seq), np.int32)
-    mask: np.ndarray = np.zeros((len(rows), seq), mask_type)
+    shape = (len(rows), seq)
+    tokens = np.zeros(shape, np.int32)
+    targets = np.zeros(shape, np.int32)
+    positions = np.zeros(shape, np.int32)
+    segments = np.zeros(shape, np.int32)
+    mask: np.ndarray = np.zeros(shape, mask_type)
     for row, examples in enumerate(rows):
         at = 0
         for number, example in enumerate(examples, 1):
             size = len(example.tokens) - 1
-            place = row, slice(at, at + size)
-            tokens[place] = example.tokens[:-1]
-            targets[place] = example.tokens[1:]
-            mask[place] = example.mask[1:] * example.weight
-            positions[place] = np.arange(size)
-            segments[place] = number
+            inside = slice(at, at + size)
+            tokens[row, inside] = example.tokens[:-1]
+            targets[row, inside] = example.tokens[1:]
+            mask[row, inside] = example.mask[1:] * example.weight
+            positions[row, inside] = np.arange(size)
+            segments[row, inside] = number
             at += size
-    return Batch(tokens, targets, mask, positions, segments if pack else None)
+    if pack:
+        return Batch(tokens, targets, mask, positions, segments)
+    return Batch(tokens, targets, mask, positions)
