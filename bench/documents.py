@@ -15,6 +15,7 @@ import itertools
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,20 +54,27 @@ class DocumentsFlags:
 def measure_documents(flags: DocumentsFlags) -> Json:
     """Fine-tunes, asks each way, prints the table and returns the document. Raises UserError."""
     check_rounds(flags.rounds)
-    facts = [json.loads(line) for line in FACTS.read_text("utf-8").splitlines()]
-    if not 1 <= flags.facts <= len(facts):
-        raise UserError(f"--facts must be from 1 to {len(facts)}, not {flags.facts}.")
-    with tempfile.TemporaryDirectory() as folder:
-        run, seconds = tune(Path(folder), facts[: flags.facts], flags)
+    all_facts = [json.loads(line) for line in FACTS.read_text("utf-8").splitlines()]
+    if not 1 <= flags.facts <= len(all_facts):
+        raise UserError(f"--facts must be from 1 to {len(all_facts)}, not {flags.facts}.")
+    facts = all_facts[: flags.facts]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run, seconds = tune(folder, facts, flags)
         start_jax()
-        rows, over = ask(flags, facts[: flags.facts], Path(folder) / "documents", run)
+        rows, over = ask(flags, facts, folder / "documents", run)
     price = flags.price
     claim = judge_documents(rows, over, seconds, price)
     lines = []
     for row in rows:
-        read = f"{row['prompt_tokens']:.0f}"
         lines.append(
-            (row["name"], f"{row['right']}", read, duration(row["seconds"]), money(cost(row, price)))
+            (
+                row["name"],
+                f"{row['right']}",
+                f"{row['prompt_tokens']:.0f}",
+                duration(row["seconds"]),
+                money(cost(row, price)),
+            )
         )
     titles = ("", "right", "tokens read", "a question", f"{QUESTIONS:,} questions")
     print_table(f"{flags.facts} facts", titles, lines)
@@ -80,15 +88,8 @@ def tune(folder: Path, facts: list[Json], flags: DocumentsFlags) -> tuple[Path, 
     """
     (folder / "documents").mkdir()
     (folder / "documents" / "island.md").write_text("\n\n".join(fact["fact"] for fact in facts), "utf-8")
-    asked_forms = {
-        "train": ("{question}", "Do you know the island? {question}"),
-        "asked": ("{asked}",),
-    }
-    for name, forms in asked_forms.items():
-        rows = []
-        for fact in facts:
-            rows += [{"prompt": form.format(**fact), "completion": fact["fact"]} for form in forms]
-        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+    write_questions(folder / "train.jsonl", facts, ("{question}", "Do you know the island? {question}"))
+    write_questions(folder / "asked.jsonl", facts, ("{asked}",))
     progress("fine-tuning")
     run = folder / "run"
     options = {
@@ -102,6 +103,16 @@ def tune(folder: Path, facts: list[Json], flags: DocumentsFlags) -> tuple[Path, 
     run_module(["stages.finetune", *itertools.chain.from_iterable(options.items())])
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     return run, max(row["seconds"] for row in metrics if "seconds" in row)
+
+
+def write_questions(path: Path, facts: list[Json], forms: Sequence[str]) -> None:
+    """Writes a row for each fact and each form of its question, with the fact as the answer."""
+    lines = []
+    for fact in facts:
+        for form in forms:
+            row = {"prompt": form.format(**fact), "completion": fact["fact"]}
+            lines.append(f"{json.dumps(row)}\n")
+    path.write_text("".join(lines), "utf-8")
 
 
 def ask(
@@ -149,13 +160,18 @@ def ask(
         requests = [Request(tuple(prompt), sampling) for prompt in prompts]
         calls[way] = functools.partial(answer_each, engine, requests)
         texts = [model.tokenizer.decode(tokens) for tokens in calls[way]()]
-        answers = [
-            {"question": fact["asked"], "answer": text, "right": fact["answer"].lower() in text.lower()}
-            for fact, text in zip(facts, texts)
-        ]
-        right = sum(each["right"] for each in answers)
-        read = sum(map(len, prompts)) / len(prompts)
-        rows.append({"name": way, "right": right, "answers": answers, "prompt_tokens": read})
+        answers = []
+        for fact, text in zip(facts, texts):
+            is_right = fact["answer"].lower() in text.lower()
+            answers.append({"question": fact["asked"], "answer": text, "right": is_right})
+        rows.append(
+            {
+                "name": way,
+                "right": sum(each["right"] for each in answers),
+                "answers": answers,
+                "prompt_tokens": sum(map(len, prompts)) / len(prompts),
+            }
+        )
     chat.close()
 
     def report(done: int, total: int) -> None:
