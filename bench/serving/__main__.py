@@ -19,6 +19,8 @@ from bench.terminal import print_table, progress
 from engine.device import device_name, start_jax
 from engine.format import percent, si
 
+READY_SECONDS = 4.0  # to be ready in, programs cached
+
 
 @dataclasses.dataclass(frozen=True)
 class ServingFlags:
@@ -32,9 +34,6 @@ class ServingFlags:
     """How its matrices are stored, as of stages.serve: file, q4, int8, bfloat16 or float32."""
     quick: bool = False
     """Fewer rounds and repetitions: rare cases show less."""
-
-
-READY_SECONDS = 4.0  # to be ready in, programs cached
 
 
 def measure_serving(flags: ServingFlags) -> Json:
@@ -57,7 +56,10 @@ async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
     model = flags.model
     slots = flags.slots
     quick = flags.quick
-    rounds = 6 if quick else 9
+    if quick:
+        rounds = 6
+    else:
+        rounds = 9
     progress(f"starting stages.serve with {model} ...")
     async with Server(model, server_flags) as server:
         first = server.ready_seconds
@@ -87,15 +89,18 @@ async def _measure(flags: ServingFlags, server_flags: list[str]) -> Json:
             "  streams that keep to a JSON schema, or have an adapter each, "
             "beside streams without; idle slots"
         )
-        kept = await asyncio.to_thread(measure.compare_with_grammars, engine, tokenizer, rounds)
-        document["rows"] = [row, *kept]
+        grammar_rows = await asyncio.to_thread(measure.compare_with_grammars, engine, tokenizer, rounds)
+        document["rows"] = [row, *grammar_rows]
         for compare in (measure.compare_with_adapters, measure.compare_with_one_slot):
             document["rows"].append(await asyncio.to_thread(compare, engine, rounds))
         document["scored"] = await measure.scored_per_second(server, rounds)
         progress("saturated with a mix of requests, and latency at shares of that load")
-        requests, seconds = slots * 8, 40.0
         if quick:
-            requests, seconds = slots * 4, 12.0
+            requests = slots * 4
+            seconds = 12.0
+        else:
+            requests = slots * 8
+            seconds = 40.0
         peak, tokens = await measure.saturated_throughput(server, slots, requests)
         document["saturated"] = {"requests_per_second": peak, "tokens_per_second": tokens}
         document["under_load"] = [
@@ -128,10 +133,11 @@ def print_tables(document: Json) -> None:
     row = document["scored"]
     scored = Ratio.of(row).format("{:.0f}".format)
     print(f"/v1/score: {scored} candidates a second, at least {row['bar']:g}{UNMET[row['met']]}\n")
-    rate, made = document["saturated"].values()
+    saturated = document["saturated"]
     print_table(
-        "Latency in an open loop (Poisson arrivals); "
-        f"saturated at {rate:.1f} requests/s of the mix, {made:.0f} tokens/s",
+        "Latency in an open loop (Poisson arrivals); saturated at "
+        f"{saturated['requests_per_second']:.1f} requests/s of the mix, "
+        f"{saturated['tokens_per_second']:.0f} tokens/s",
         ("load", "tokens/s", "TTFT p50", "inter-token latency p50", "time per output token p50", "answered"),
         [(*latencies(row), f"{row['answered']} of {row['requests']}") for row in document["under_load"]],
     )
@@ -143,8 +149,9 @@ def speeds(row: Json) -> tuple[str, ...]:
     """
     from bench.timing import Ratio
 
-    made = (f"{row[name]:,.0f}" for name in ("tokens_per_second", "peer_tokens_per_second"))
-    return row["name"], *made, str(Ratio.of(row))
+    speed = f"{row['tokens_per_second']:,.0f}"
+    speed_without = f"{row['peer_tokens_per_second']:,.0f}"
+    return row["name"], speed, speed_without, str(Ratio.of(row))
 
 
 def latencies(row: Json) -> tuple[str, ...]:
@@ -155,10 +162,11 @@ def latencies(row: Json) -> tuple[str, ...]:
     return percent(row["load"]), f"{row['tokens_per_second']:,.0f}", *seconds
 
 
-def _seconds_with_tail(of: Json) -> str:
-    text = si(of["p50"], "s")
-    if of["tail_percentile"] > 50:
-        text += f", p{of['tail_percentile']} {si(of['tail'], 's')}"
+def _seconds_with_tail(latency: Json) -> str:
+    """Returns the median in words, and the tail where it is another percentile than that."""
+    text = si(latency["p50"], "s")
+    if latency["tail_percentile"] > 50:
+        text += f", p{latency['tail_percentile']} {si(latency['tail'], 's')}"
     return text
 
 

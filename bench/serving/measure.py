@@ -95,13 +95,13 @@ async def open_loop(
     Latency counts from when a request should be sent, as people see it, a full server's queue
     included.
     """
+    # Requests are made before the first is sent: the server shall have the cores.
     plan = list[tuple[float, Json]]()
-    at = 0.0
-    requests = []
-    at += rng.expovariate(rate)
+    at = rng.expovariate(rate)
     while at < seconds:
-        plan.append((at, make_request(rng)))  # beforehand: the server shall have the cores
+        plan.append((at, make_request(rng)))
         at += rng.expovariate(rate)
+    requests = []
     begin = clock()
     for at, body in plan:
         await asyncio.sleep(max(0.0, begin + at - clock()))
@@ -184,12 +184,15 @@ def compare_with_one_slot(engine: Engine, rounds: int) -> Json:
     """Compares a lone stream in as many slots as the engine has with one in a single slot, without
     draft tokens.
     """
-    single, all_slots = (
-        Engine(engine.cfg, engine.params, dataclasses.replace(engine.config, slots=slots, speculate=False))
-        for slots in (1, engine.config.slots)
-    )
-    for each in (single, all_slots):
-        each.warm()
+
+    def with_slots(slots: int) -> Engine:
+        config = dataclasses.replace(engine.config, slots=slots, speculate=False)
+        return Engine(engine.cfg, engine.params, config)
+
+    single = with_slots(1)
+    all_slots = with_slots(engine.config.slots)
+    single.warm()
+    all_slots.warm()
     name = f"{engine.config.slots} slots over one, 1 stream"
     return _compare(name, IDLE_BAR, (single, _greedy(1)), (all_slots, _greedy(1)), rounds)
 
@@ -205,10 +208,11 @@ def compare_with_adapters(engine: Engine, rounds: int) -> Json:
     for index in range(1, slots + 1):
         adapted.runner.put_adapter(index, adapted.random_adapter())
     plain = _greedy(slots)
-    named = [dataclasses.replace(each, adapter=Adapter(str(n), n)) for n, each in enumerate(plain, 1)]
-    return _compare(
-        f"an adapter each, {slots} streams", ADAPTER_BAR, (engine, plain), (adapted, named), rounds
-    )
+    with_adapters = []
+    for index, request in enumerate(plain, 1):
+        with_adapters.append(dataclasses.replace(request, adapter=Adapter(str(index), index)))
+    name = f"an adapter each, {slots} streams"
+    return _compare(name, ADAPTER_BAR, (engine, plain), (adapted, with_adapters), rounds)
 
 
 def compare_with_grammars(engine: Engine, tokenizer: Tokenizer, rounds: int) -> list[Json]:
@@ -231,10 +235,11 @@ def compare_with_grammars(engine: Engine, tokenizer: Tokenizer, rounds: int) -> 
     for streams, name in ((engine.config.slots, "a schema for every second"), (1, "a schema")):
         plain = _greedy(streams)
         constrained = list(plain)
-        for place in range(0, len(plain), 2):
-            constrained[place] = dataclasses.replace(plain[place], constraint=constraint)
-        name += f", {streams} stream{'s' * (streams > 1)}"
-        rows.append(_compare(name, GRAMMAR_BAR, (engine, plain), (engine, constrained), rounds))
+        for index in range(0, len(plain), 2):
+            constrained[index] = dataclasses.replace(plain[index], constraint=constraint)
+        unit = "stream" if streams == 1 else "streams"
+        full_name = f"{name}, {streams} {unit}"
+        rows.append(_compare(full_name, GRAMMAR_BAR, (engine, plain), (engine, constrained), rounds))
     return rows
 
 
@@ -256,13 +261,18 @@ def _compare(name: str, bar: float, plain: Side, other: Side, rounds: int) -> Js
 
 
 def _row(name: str, bar: float, peer: Timing, timing: Timing, streams: int) -> Json:
-    """`ratio`: the throughput over the peer's, and `met` whether it exceeds `bar`; None where noise
-    hides it.
+    """Returns a row of the document. `ratio`: the throughput over the peer's, and `met` whether it
+    exceeds `bar`; None where noise hides it.
     """
-    over = ratio(peer, timing)
+    speedup = ratio(peer, timing)
     tokens = streams * NEW_TOKENS
-    speeds = {"tokens_per_second": tokens / timing.median, "peer_tokens_per_second": tokens / peer.median}
-    return over._asdict() | {"name": name, **speeds, "bar": bar, "met": over.exceeds(bar)}
+    return speedup._asdict() | {
+        "name": name,
+        "tokens_per_second": tokens / timing.median,
+        "peer_tokens_per_second": tokens / peer.median,
+        "bar": bar,
+        "met": speedup.exceeds(bar),
+    }
 
 
 async def scored_per_second(server: Server, rounds: int) -> Json:
