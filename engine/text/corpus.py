@@ -77,12 +77,40 @@ def find_text_files(path: Path, max_bytes: int | None = None) -> tuple[list[Path
     """
     if not (path.is_file() or path.is_dir()):
         raise UserError(f"There is no text at {path}; wanted {FORMATS}.")
-    found = [path]
+    candidates = [path]
     links: set[Path] = set()
     if path.is_dir():
         entries = [entry for entry in sorted(path.rglob("*")) if not _is_hidden(entry.relative_to(path))]
         links = _links_out_of(path, entries)
-        found = [entry for entry in entries if entry.is_file() and entry not in links]
+        candidates = [entry for entry in entries if entry.is_file() and entry not in links]
+    files, total = _choose_text_files(path, candidates, max_bytes)
+    chosen = set(files)
+    skipped = [file for file in candidates if file not in chosen]
+    advice = _advise_converting(path, skipped)
+    links_note = _note_on_links(path, sorted(links))
+    if not files and path.is_dir():
+        message = f"The folder {path} holds no text files"
+        if skipped:
+            message += f", only others: {_count_endings(skipped)}"
+        raise UserError(f"{message}{advice}. {links_note}".rstrip())
+    if not files:
+        raise UserError(f"{path} is not UTF-8 text; wanted {FORMATS}.")
+    if not total:
+        raise UserError(f"{path} is empty: it holds no text.")
+    if not skipped:
+        return files, links_note
+    note = f"Skipped {len(skipped)} of {len(candidates)} files in {path}"
+    note += f": not UTF-8 text ({_count_endings(skipped)}){advice}."
+    return files, f"{note} {links_note}".rstrip()
+
+
+def _choose_text_files(
+    path: Path, candidates: Iterable[Path], max_bytes: int | None
+) -> tuple[list[Path], int]:
+    """Returns those of the files at a path that are text, and their bytes together.
+
+    Raises UserError at the first text with which they have more than `max_bytes`.
+    """
     # In a folder, files with these endings are read without a look at their bytes. A single file is
     # read by its ending too: where it is not text, the error of reading it says at which byte.
     read_by_ending = {".parquet"}
@@ -90,7 +118,7 @@ def find_text_files(path: Path, max_bytes: int | None = None) -> tuple[list[Path
         read_by_ending = TEXT_ENDINGS
     files: list[Path] = []
     total = 0
-    for file in found:
+    for file in candidates:
         size = file.stat().st_size
         is_too_much = max_bytes is not None and total + size > max_bytes
         parts = None
@@ -105,24 +133,7 @@ def find_text_files(path: Path, max_bytes: int | None = None) -> tuple[list[Path
             )
         total += size
         files.append(file)
-    texts = set(files)
-    skipped = [file for file in found if file not in texts]
-    advice = _advise_converting(path, skipped)
-    links_note = _note_on_links(path, sorted(links))
-    if not files and path.is_dir():
-        message = f"The folder {path} holds no text files"
-        if skipped:
-            message += f", only others: {_count_endings(skipped)}"
-        raise UserError(f"{message}{advice}. {links_note}".rstrip())
-    if not files:
-        raise UserError(f"{path} is not UTF-8 text; wanted {FORMATS}.")
-    if not total:
-        raise UserError(f"{path} is empty: it holds no text.")
-    if not skipped:
-        return files, links_note
-    note = f"Skipped {len(skipped)} of {len(found)} files in {path}"
-    note += f": not UTF-8 text ({_count_endings(skipped)}){advice}."
-    return files, f"{note} {links_note}".rstrip()
+    return files, total
 
 
 def _count_endings(files: Iterable[Path]) -> str:
@@ -203,19 +214,19 @@ def without_copies(held_out: Corpus[Document], train: Corpus[Document]) -> Corpu
 
     Raises UserError when nothing is left.
     """
-    keys = [_digest_words(document) for document in held_out]
+    digests = [_digest_words(document) for document in held_out]
     starts = {_start(document) for document in held_out}
-    known = {*keys}
+    distinct = {*digests}
     copies = set()
     for document in train:
         if _start(document) in starts:
-            key = _digest_words(document)
-            if key in known:
-                copies.add(key)
+            digest = _digest_words(document)
+            if digest in distinct:
+                copies.add(digest)
     if not copies:
         return held_out
-    count = f"{sum(key in copies for key in keys):,} of {len(keys):,} documents"
-    if copies == known:
+    count = f"{sum(digest in copies for digest in digests):,} of {len(digests):,} documents"
+    if copies == distinct:
         raise UserError(
             f"{count} of {held_out.name} are in {train.name} too: nothing is held out. Give another text."
         )
@@ -256,22 +267,24 @@ def hold_out(corpus: Corpus[Document], fraction: float = 0.05) -> tuple[Corpus[D
     A text is cut at the start of a line where one is near. Raises UserError when there is too
     little to cut in two.
     """
-    many = math.ceil(1 / fraction)
+    enough = math.ceil(1 / fraction)  # documents, of which at least one is held out
     documents = iter(corpus)
-    first = [*itertools.islice(documents, many)]
+    first = [*itertools.islice(documents, enough)]
     count = len(first) + sum(1 for _ in documents)
 
     def part(name: str, read: Callable[[], Iterator[Document]]) -> Corpus[Document]:
         return Corpus(f"{corpus.name}, {name}", read)
 
-    if count >= many:
+    if count >= enough:
         cut = max(1, count - round(count * fraction))
         train = part(f"the first {cut} documents", lambda: itertools.islice(corpus, cut))
-        return train, part(f"the last {count - cut} documents", lambda: itertools.islice(corpus, cut, None))
+        validation = part(f"the last {count - cut} documents", lambda: itertools.islice(corpus, cut, None))
+        return train, validation
     before, after = _cut_text(first, fraction, corpus.name)
     percent = f"the last {100 * fraction:g}%"
     train = part(f"all but {percent}", functools.partial(iter, before))
-    return train, part(percent, functools.partial(iter, after))
+    validation = part(percent, functools.partial(iter, after))
+    return train, validation
 
 
 def characters(document: Document, start: int, stop: int = sys.maxsize) -> Iterator[str]:
@@ -492,8 +505,10 @@ def _write_tokens(
     done = 0
     with (folder / "tokens.bin").open("wb") as file:
         for index, document in enumerate(documents):
-            between = [np.array([tokenizer.eos_id])] if index else []
-            for part in itertools.chain(between, tokenizer.encode_parts(text.read(document))):
+            parts = tokenizer.encode_parts(text.read(document))
+            if index > 0:
+                parts = itertools.chain([np.array([tokenizer.eos_id])], parts)
+            for part in parts:
                 file.write(part.astype(dtype).tobytes())
                 done += tokenizer.count_bytes(part)
                 if report:
