@@ -16,6 +16,7 @@ from engine.text.tokenizer import Tokenizer
 MAX_BYTES = 20_000_000
 PASSAGE_CHARACTERS = 600  # about 150 tokens
 BUDGET = 512  # tokens of passages in a prompt, and at most a quarter of the context
+MAX_WORD_CHARACTERS = 100  # of a word of a question
 MAX_WORDS = 32  # of a question, half from its beginning and half from its end
 # The rest of a passage after its first character: as long as what follows it in the pattern allows.
 REST = f".{{0,{PASSAGE_CHARACTERS - 1}}}"
@@ -37,10 +38,15 @@ what when where which who whom whose why will with would you your
 COMMON = frozenset(re.findall(r"\w+", QUESTION_WORDS))
 
 
+SELECT = """
+SELECT file, number, text, rank FROM passages WHERE passages MATCH ? ORDER BY rank, rowid LIMIT 20
+"""
+
+
 @dataclasses.dataclass(frozen=True)
 class Passage:
-    file: str
-    number: int
+    file: str  # its name
+    number: int  # of the passage in its file, from 1 on
     tokens: int
     text: str
 
@@ -107,34 +113,40 @@ class Documents:
         Together they have at most `budget` tokens. The best passage is cut to `budget` if it has
         more. A passage that scores less than half of the best is left out.
         """
-        words = [
-            word[:100]
-            for word in dict.fromkeys(re.findall(r"[^\W_]+", question.lower()))
-            if word not in COMMON
-        ]
-        if len(words) > MAX_WORDS:
-            half = MAX_WORDS // 2
-            words = [*words[:half], *words[-half:]]
+        words = _words_of(question)
         if not words:
             return []
         query = " OR ".join(f'"{word}"' for word in words)  # in quotes, no word is an operator
-        select = "SELECT file, number, text, rank FROM passages WHERE passages MATCH ? ORDER BY rank, rowid LIMIT 20"
-        rows = self._index.execute(select, [query]).fetchall()
+        rows = self._index.execute(SELECT, [query]).fetchall()
         if not rows:
             return []
         # FTS5's rank is BM25 times -1: the best passage has the lowest one, and half the score of
         # the best is half its rank.
         worst_rank = rows[0][-1] / 2
-        found: list[Passage] = []
+        passages: list[Passage] = []
         for file, number, text, rank in rows:
             ids = tokenizer.encode(f"{text}\n\n")
-            if not found and len(ids) > budget:  # in a short context
+            if not passages and len(ids) > budget:  # in a short context
                 ids = ids[:budget]
                 text = tokenizer.decode(ids.tolist()).rstrip("\ufffd")
             if rank <= worst_rank and len(ids) <= budget:
                 budget -= len(ids)
-                found.append(Passage(file, number, len(ids), text))
-        return found
+                passages.append(Passage(file, number, len(ids), text))
+        return passages
+
+
+def _words_of(question: str) -> list[str]:
+    """Returns the words of a question by which passages are searched, each once, without the COMMON
+    ones: of more than MAX_WORDS the first and the last.
+    """
+    words = []
+    for word in dict.fromkeys(re.findall(r"[^\W_]+", question.lower())):
+        if word not in COMMON:
+            words.append(word[:MAX_WORD_CHARACTERS])
+    if len(words) > MAX_WORDS:
+        half = MAX_WORDS // 2
+        words = [*words[:half], *words[-half:]]
+    return words
 
 
 def prompt_with[T: Sequence[int]](
@@ -150,23 +162,28 @@ def prompt_with[T: Sequence[int]](
     They leave a quarter of the context free. Earlier messages stand without theirs, so that what
     precedes the last one is a prefix of the next prompt too, which the prefix cache holds.
     """
-    last = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=-1)
-    if documents and last >= 0:
-        found = documents.find(messages[last]["content"], tokenizer, min(BUDGET, context // 4))
-    else:
-        found = []
+    last_by_user = -1
+    for index, message in enumerate(messages):
+        if message["role"] == "user":
+            last_by_user = index
+    passages: list[Passage] = []
+    if documents and last_by_user >= 0:
+        question = messages[last_by_user]["content"]
+        passages = documents.find(question, tokenizer, min(BUDGET, context // 4))
     while True:
         extended = [*messages]
-        if found:
-            texts = "".join(f"{passage.text}\n\n" for passage in found)
-            extended[last] = {
-                **extended[last],
-                "content": f"Answer by these passages:\n\n{texts}{extended[last]['content']}",
-            }
+        if passages:
+            extended[last_by_user] = _with_passages(messages[last_by_user], passages)
         tokens = tokenize(extended)
-        if not found or len(tokens) <= context * 3 // 4:
-            return tokens, found
-        found.pop()
+        if not passages or len(tokens) <= context * 3 // 4:
+            return tokens, passages
+        passages.pop()  # the one that fits the question least
+
+
+def _with_passages(message: Message, passages: Sequence[Passage]) -> Message:
+    """Returns the user's message with passages before it."""
+    texts = "".join(f"{passage.text}\n\n" for passage in passages)
+    return {**message, "content": f"Answer by these passages:\n\n{texts}{message['content']}"}
 
 
 def cut(text: str) -> Iterator[str]:
