@@ -4,8 +4,9 @@ import hashlib
 import itertools
 import json
 import math
+import operator
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,32 +98,44 @@ def prompts_for(tasks: set[str], data: Path | None, seed: int) -> Prompts:
     without the answer that `sum` or `exact` needs.
     """
     if data:
-        rows = _read(data, tasks)
-        prompts = _without_copies(rows)
-        copies = len(rows) - len(prompts)
-        name = f"{data} ({copies:,} copies left out)" if copies else f"{data}"
-    elif "exact" in tasks:
-        raise UserError("The task exact needs --data with an `answer` to each prompt.")
-    elif "sum" in tasks:
-        pairs = random.Random(seed).choices([*itertools.product(range(10), range(10))], k=SUMS)
-        prompts = [Prompt(f"What is {a} + {b}?", a + b) for a, b in dict.fromkeys(pairs)]
-        name = "sums of two digits"
-    elif "yes-no" in tasks:
-        prompts = _ask_about_things(YES_NO_QUESTIONS)
-        name = f"{len(prompts)} short questions of yes or no"
+        prompts, name = _prompts_of_file(data, tasks)
     else:
-        prompts = _ask_about_things(QUESTIONS)
-        name = f"{len(prompts)} short questions"
+        prompts, name = _prompts_of_tasks(tasks, seed)
     if len(prompts) < 2:
         raise UserError(f"{name} has {len(prompts)} prompts, too few to hold any out; at least 2 are needed.")
     random.Random(seed).shuffle(prompts)
     held_out = max(1, len(prompts) // HELD_OUT)
-    return Prompts(tuple(prompts[held_out:]), tuple(prompts[:held_out]), name)
+    return Prompts(train=tuple(prompts[held_out:]), held_out=tuple(prompts[:held_out]), name=name)
+
+
+def _prompts_of_file(data: Path, tasks: set[str]) -> tuple[list[Prompt], str]:
+    """Returns the prompts of a file without copies, and its name with how many those were."""
+    rows = _read(data, tasks)
+    prompts = _without_copies(rows)
+    copies = len(rows) - len(prompts)
+    if copies:
+        return prompts, f"{data} ({copies:,} copies left out)"
+    return prompts, f"{data}"
+
+
+def _prompts_of_tasks(tasks: set[str], seed: int) -> tuple[list[Prompt], str]:
+    """Returns the prompts that come with the tasks, and what they are called."""
+    if "exact" in tasks:
+        raise UserError("The task exact needs --data with an `answer` to each prompt.")
+    if "sum" in tasks:
+        pairs = random.Random(seed).choices([*itertools.product(range(10), range(10))], k=SUMS)
+        different_pairs = dict.fromkeys(pairs)
+        return [Prompt(f"What is {a} + {b}?", a + b) for a, b in different_pairs], "sums of two digits"
+    if "yes-no" in tasks:
+        prompts = _ask_about_things(YES_NO_QUESTIONS)
+        return prompts, f"{len(prompts)} short questions of yes or no"
+    prompts = _ask_about_things(QUESTIONS)
+    return prompts, f"{len(prompts)} short questions"
 
 
 def _without_copies(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Returns of prompts that are the same but for case, spaces and punctuation the first one,
-    where the last one stood."""
+    """Leaves out copies: of prompts that are the same but for case, spaces and punctuation the first
+    one stays, at the position of the last."""
     firsts: dict[str, Prompt] = {}
     for prompt in reversed(prompts):
         firsts[normalize(prompt.text)] = prompt
@@ -144,24 +157,41 @@ def _read(path: Path, tasks: set[str]) -> list[Prompt]:
     prompts = []
     for row, where in read_rows(path):
         prompt = check_text(row.get("prompt", ""), "prompt", where)
-        answer = row.get("answer")
         if not prompt.strip():
             raise UserError(f"{where}: `prompt` is missing or empty.")
-        for task, kind, word in (("sum", int, "an integer"), ("exact", str, "text")):
-            if task in tasks and (not isinstance(answer, kind) or isinstance(answer, bool)):
-                problem = f"should be {word}, not {json_type(answer)}" if "answer" in row else "is missing"
-                raise UserError(f"{where}: `answer` {problem}.")
-        prompts.append(Prompt(prompt, answer if tasks & {"sum", "exact", "own"} else None))
+        if "sum" in tasks:
+            _check_answer(row, int, "an integer", where)
+        if "exact" in tasks:
+            _check_answer(row, str, "text", where)
+        answer = None
+        if tasks & {"sum", "exact", "own"}:
+            answer = row.get("answer")
+        prompts.append(Prompt(prompt, answer))
     return prompts
 
 
-class Rollout(NamedTuple):
-    """B completions of prompts and their rewards. The mask of `batch` counts a completion's tokens,
-    that which ends it too."""
+def _check_answer(row: Mapping[str, Any], kind: type, description: str, where: str) -> None:
+    """Raises UserError unless a row's answer is of the kind, which True is never."""
+    if "answer" not in row:
+        raise UserError(f"{where}: `answer` is missing.")
+    answer = row["answer"]
+    if not isinstance(answer, kind) or isinstance(answer, bool):
+        raise UserError(f"{where}: `answer` should be {description}, not {json_type(answer)}.")
 
-    batch: Batch
+
+class BitsPerByte(NamedTuple):
+    """How a model compresses completions."""
+
+    of_each: np.ndarray  # (B,)
+    of_all: float
+
+
+class Rollout(NamedTuple):
+    """B completions of prompts and their rewards."""
+
+    batch: Batch  # its mask counts a completion's tokens, that which ends it too
     texts: list[str]
-    text_bytes: list[int]
+    text_bytes: list[int]  # of the completion's tokens, that which ends it too
     rewards: list[float]
     seconds: float  # of inference
 
@@ -173,12 +203,13 @@ class Rollout(NamedTuple):
     def mean_reward(self) -> float:
         return sum(self.rewards) / len(self.rewards)
 
-    def bits(self, logprobs: np.ndarray) -> tuple[np.ndarray, float]:
-        """Returns the bits per byte of each completion, (B,), and of all together, by
-        log-probabilities (B, T)."""
+    def bits_per_byte(self, logprobs: np.ndarray) -> BitsPerByte:
+        """Returns the bits per byte of the completions, by log-probabilities (B, T)."""
         bits = -logprobs.sum(1) / math.log(2)
         sizes = np.array(self.text_bytes)
-        return bits / np.maximum(sizes, 1), float(bits.sum() / max(sizes.sum(), 1))
+        return BitsPerByte(
+            of_each=bits / np.maximum(sizes, 1), of_all=float(bits.sum() / max(sizes.sum(), 1))
+        )
 
 
 def prompt_tokens(chat: ChatTokenizer, prompt: Prompt) -> list[int]:
@@ -188,11 +219,12 @@ def prompt_tokens(chat: ChatTokenizer, prompt: Prompt) -> list[int]:
 def rollout_batch(prompts: Sequence[list[int]], completions: Sequence[list[int]], seq: int) -> Batch:
     """Returns a Batch of prompts with their completions, `seq` tokens a row, whose mask counts the
     completions' tokens."""
-    rows = [
-        (np.array(prompt + completion, np.int32), len(prompt))
-        for prompt, completion in zip(prompts, completions)
-    ]
-    return example_rows([Example(tokens, np.arange(len(tokens)) >= size, "") for tokens, size in rows], seq)
+    examples = []
+    for prompt, completion in zip(prompts, completions):
+        tokens = np.array(prompt + completion, np.int32)
+        is_completion = np.arange(len(tokens)) >= len(prompt)
+        examples.append(Example(tokens, is_completion, ""))
+    return example_rows(examples, seq)
 
 
 def score_batch(cfg: ModelConfig, params: Params, batch: Batch, rows: int) -> np.ndarray:
@@ -200,6 +232,6 @@ def score_batch(cfg: ModelConfig, params: Params, batch: Batch, rows: int) -> np
     mask is False."""
     logprobs = []
     for first in range(0, len(batch.tokens), rows):
-        part = jax.tree.map(lambda x, first=first: x[first : first + rows], batch)
+        part = jax.tree.map(operator.itemgetter(slice(first, first + rows)), batch)
         logprobs.append(np.asarray(log_probabilities(cfg, params, part)))
     return np.concatenate(logprobs)

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.stages import Compiled
 
-from engine.device import Device, make_room
+from engine.allocator import make_room
+from engine.device import Device
 from engine.errors import UserError
 from engine.format import duration
 from engine.inference.decode import prepare_params
@@ -35,7 +36,8 @@ from stages.runs.folder import clear_run, default_folder
 from stages.runs.model_stage import PreparedModel, Rows
 from stages.runs.options import RunOptions
 from stages.runs.run import execute
-from stages.runs.stage import Finished, LoopState, RunReport, StepResult, compile_step
+from stages.runs.stage import Finished, LoopState, RunReport, StepResult
+from stages.runs.step_program import compile_step
 from stages.runs.text_data import Evaluator
 
 EVALUATED = 32  # held-out completions sampled before and after training, at least
@@ -47,8 +49,8 @@ TOTALS = ("inference_seconds", "training_seconds", "answer_tokens")
 
 
 def run(flags: ReinforceFlags, device: Device) -> int:
-    task = Path(flags.rollout.task[0].rpartition("*")[2].partition(":")[0]).stem
-    folder = flags.folder.out_dir or default_folder(model_name(flags.model), task)
+    first_task = _task_name(flags.rollout.task[0])
+    folder = flags.folder.out_dir or default_folder(model_name(flags.model), first_task)
     options = RunOptions(
         **dataclasses.asdict(flags.folder),
         stage="reinforce",
@@ -57,6 +59,13 @@ def run(flags: ReinforceFlags, device: Device) -> int:
         dry_run=flags.dry_run,
     )
     return execute(options, functools.partial(plan_reinforcement, flags, options), prepare_reinforcement)
+
+
+def _task_name(task: str) -> str:
+    """Returns the name of a --task: `length` of 0.2*length:12, `my_rewards` of my_rewards.py:score."""
+    _, _, without_weight = task.rpartition("*")
+    name, _, _ = without_weight.partition(":")
+    return Path(name).stem
 
 
 def prepare_reinforcement(planned: ReinforcePlan, console: Console) -> "PreparedReinforcement":
@@ -84,62 +93,89 @@ class PreparedReinforcement(PreparedModel[ReinforcePlan]):
     def begin_steps(
         self, state: TrainState, loop_state: LoopState, compiling: Any, console: Console
     ) -> "Rounds":
-        plan = self.plan
-        batch = example_rows([None] * plan.recipe.batch, plan.recipe.context)
-        empty = np.zeros(batch.tokens.shape, np.float32)
-        advantage = np.zeros(plan.recipe.batch, np.float32)
-        like = PolicyBatch(batch, advantage, empty if self.planned.round.updates > 1 else None, empty)
         with console.task("compiling training", always=True):
-            program = compile_step(plan, state, self.frozen, like, self.objective)
+            program = compile_step(self.plan, state, self.frozen, self._empty_batch(), self.objective)
         return Rounds(self, program, state.trainable)
+
+    def _empty_batch(self) -> PolicyBatch:
+        """Returns a batch of a round's shapes, to compile for."""
+        recipe = self.plan.recipe
+        batch = example_rows([None] * recipe.batch, recipe.context)
+        logprobs = np.zeros(batch.tokens.shape, np.float32)
+        old_logprobs = None
+        if self.planned.round.updates > 1:
+            old_logprobs = logprobs
+        return PolicyBatch(
+            batch=batch,
+            advantage=np.zeros(recipe.batch, np.float32),
+            old_logprobs=old_logprobs,
+            reference_logprobs=logprobs,
+        )
 
     def measure(self, trainable: Any, console: Console) -> Sampled:
         """Samples at least EVALUATED completions of held-out prompts, in whole rounds, always with
         the same seeds."""
         plan = self.plan
         rows = plan.recipe.batch
-        parts = -(-EVALUATED // rows)
-        prompts = [*itertools.islice(itertools.cycle(self.planned.prompts.held_out), parts * rows)]
-        with console.task("evaluating on held-out prompts", always=True) as report:
+        rounds = -(-EVALUATED // rows)
+        prompts = [*itertools.islice(itertools.cycle(self.planned.prompts.held_out), rounds * rows)]
+        seed = first_seed(plan.seed, -rounds, rows)
+        with console.task("evaluating on held-out prompts", always=True) as report_progress:
             params = prepare_params(plan.cfg, merge(trainable, self.frozen))
-            rollout = self.sample(params, prompts, first_seed(plan.seed, -parts, rows), report)
-            _, bits = rollout.bits(self.logprobs(self.trainable, rollout))
-        return Sampled(rollout, bits)
+            rollout = self.sample(params, prompts, seed, report_progress)
+            bits = rollout.bits_per_byte(self.logprobs(self.trainable, rollout))
+        return Sampled(rollout, bits.of_all)
 
     def sample(
-        self, params: Params, prompts: Sequence[Prompt], seed: int, report: ReportProgress = lambda *_: None
+        self,
+        params: Params,
+        prompts: Sequence[Prompt],
+        seed: int,
+        report_progress: ReportProgress = lambda *_: None,
     ) -> Rollout:
         """Samples and rewards a completion of each prompt, a round's at once, with seeds seed, seed
         + 1, ...
 
         Raises UserError as `complete` and Rewards.
         """
-        config = self.planned.round
         chat = self.opened.chat
-        tokens = [prompt_tokens(chat, prompt) for prompt in prompts]
-        sampling = SamplingParams(
-            config.max_tokens, config.temperature, seed=seed, stop_token_ids=self.stop_token_ids
-        )
-        each = sampling.per_row(len(prompts))
-        rows = self.plan.recipe.batch
-        ends: list[Completion] = []
+        prompts_as_tokens = [prompt_tokens(chat, prompt) for prompt in prompts]
         begin = time.perf_counter()
-        for start in range(0, len(prompts), rows):
-            part = slice(start, start + rows)
-            ends += complete(self.plan.cfg, params, tokens[part], each[part], config.capacity)
-            report(start + rows, len(prompts))
+        completions = self._complete(params, prompts_as_tokens, seed, report_progress)
         seconds = time.perf_counter() - begin
-        texts = [chat.tokenizer.decode(end.tokens).strip() for end in ends]
-        completions = []
-        for end in ends:
-            stop = [] if end.stop_token is None else [end.stop_token]
-            completions.append([*end.tokens, *stop])
+        texts = [chat.tokenizer.decode(completion.tokens).strip() for completion in completions]
         questions = [prompt.text for prompt in prompts]
         answers = [prompt.answer for prompt in prompts]
         rewards = self.planned.rewards(questions, texts, answers)
-        batch = rollout_batch(tokens, completions, self.plan.recipe.context)
-        sizes = [chat.tokenizer.count_bytes(completion) for completion in completions]
-        return Rollout(batch, texts, sizes, rewards, seconds)
+        trained_tokens = [_with_stop_token(completion) for completion in completions]
+        return Rollout(
+            batch=rollout_batch(prompts_as_tokens, trained_tokens, self.plan.recipe.context),
+            texts=texts,
+            text_bytes=[chat.tokenizer.count_bytes(tokens) for tokens in trained_tokens],
+            rewards=rewards,
+            seconds=seconds,
+        )
+
+    def _complete(
+        self, params: Params, prompts: Sequence[list[int]], seed: int, report_progress: ReportProgress
+    ) -> list[Completion]:
+        config = self.planned.round
+        sampling = SamplingParams(
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+            seed=seed,
+            stop_token_ids=self.stop_token_ids,
+        )
+        sampling_of_each = sampling.per_row(len(prompts))
+        rows = self.plan.recipe.batch
+        completions: list[Completion] = []
+        for start in range(0, len(prompts), rows):
+            part = slice(start, start + rows)
+            completions += complete(
+                self.plan.cfg, params, prompts[part], sampling_of_each[part], config.capacity
+            )
+            report_progress(start + rows, len(prompts))
+        return completions
 
     def logprobs(self, trainable: Any, rollout: Rollout) -> np.ndarray:
         """Returns the log-probabilities (B, T) of completions. With the untrained adapter, which
@@ -165,8 +201,14 @@ class PreparedReinforcement(PreparedModel[ReinforcePlan]):
         return reinforce_report(self.planned, finished.loop_state, before, after, path)
 
 
+def _with_stop_token(completion: Completion) -> list[int]:
+    if completion.stop_token is None:
+        return completion.tokens
+    return [*completion.tokens, completion.stop_token]
+
+
 class Round(NamedTuple):
-    """What a round is told of by: a line of metrics.jsonl, and the fields of the live line."""
+    """The report of a round: a line of metrics.jsonl, and the fields of the live line."""
 
     metrics: dict[str, Any]
     line: list[str]
@@ -176,6 +218,7 @@ class Updated(NamedTuple):
     """What the updates on a round's completions came to."""
 
     state: TrainState
+    batch: PolicyBatch | None  # that they were made on; None where there were none
     refused: list[bool]  # of each update
     grad_norm: float  # of the last one
     kl: float | None  # mean divergence from the model before training, before the first update
@@ -185,7 +228,7 @@ class Rounds:
     """The steps of a reinforcement learning. A round samples completions of a few prompts, has the
     model before training score them, and takes optimizer steps on them.
 
-    `LoopState.stage` holds the sums of TOTALS, and in `alike` the mean rewards of the newest rounds
+    `LoopState.stage_state` holds the sums of TOTALS, and in `alike` the mean rewards of the newest rounds
     in a row in which no prompt's completions differed in reward.
     """
 
@@ -198,7 +241,8 @@ class Rounds:
         self.config = prepared.planned.round
         self.program = program
         self.buffer_bytes = temporary_bytes(program)
-        self.order = EpochOrder(len(prepared.planned.prompts.train), self.config.prompts, prepared.plan.seed)
+        train = prepared.planned.prompts.train
+        self.order = EpochOrder(count=len(train), batch=self.config.prompts, seed=self.plan.seed)
         self.params: Any = None  # the weights that sample
         self.digest = ""
         self._prepare_inference(trainable)
@@ -219,37 +263,19 @@ class Rounds:
             raise RuntimeError("Inference changed the weights.")
         begin = time.perf_counter()
         reference = self.prepared.logprobs(self.prepared.trainable, rollout)
-        bits_each, bits = rollout.bits(reference)
-        rewards = np.reshape(rollout.rewards, (-1, self.config.group))
-        differs = bool((rewards != rewards[:, :1]).any())
-        batch = None
-        updated = Updated(state, [], 0.0, None)
-        if differs:
-            batch = self._policy_batch(state, rollout, rewards, bits_each, reference)
-            updated = self._update(
-                state, batch, np.float32(self.plan.progress(loop_state.step, loop_state.seconds))
-            )
-            self._prepare_inference(updated.state.trainable)
+        bits = rollout.bits_per_byte(reference)
+        progress = np.float32(self.plan.progress(loop_state.step, loop_state.seconds))
+        updated = self._train(state, rollout, reference, bits.of_each, progress)
         training_seconds = time.perf_counter() - begin
-        reward = rollout.mean_reward
-        metrics = {
-            "reward": reward,
-            "base_bits_per_byte": bits,
-            "answer_tokens": rollout.tokens,
-            "inference_seconds": rollout.seconds,
-            "training_seconds": training_seconds,
-            "grad_norm": updated.grad_norm,
-            "differs": differs,
-        }
-        if updated.kl is not None:
-            metrics["kl"] = updated.kl
-        before = own_state(loop_state)
-        totals = {name: before[name] + metrics[name] for name in TOTALS}
-        alike: list[float] = []
-        if not differs:
-            alike = [*before["alike"], reward]
-        told = Round(metrics, self._describe(metrics, digest_before))
-        return StepResult(updated.state, updated.refused, told, batch, totals | {"alike": alike}, reward)
+        metrics = round_metrics(rollout, bits.of_all, updated, training_seconds)
+        return StepResult(
+            state=updated.state,
+            refused=updated.refused,
+            metrics=Round(metrics, self._describe(metrics, digest_before)),
+            trained_batch=updated.batch,
+            stage_state=next_own_state(loop_state, metrics),
+            reward=rollout.mean_reward,
+        )
 
     def _sample_round(self, number: int) -> Rollout:
         train = self.prepared.planned.prompts.train
@@ -257,6 +283,28 @@ class Rounds:
         for _, index in self.order.at(number):
             prompts += [train[index]] * self.config.group
         return self.prepared.sample(self.params, prompts, first_seed(self.plan.seed, number, len(prompts)))
+
+    def _train(
+        self,
+        state: TrainState,
+        rollout: Rollout,
+        reference: np.ndarray,
+        bits: np.ndarray,
+        progress: np.float32,
+    ) -> Updated:
+        """Updates the weights, and then those that sample.
+
+        `reference`: log-probabilities (B, T) under the model before training; `bits`: bits per byte
+        (B,) under it.
+        """
+        rewards = np.reshape(rollout.rewards, (-1, self.config.group))
+        differs = (rewards != rewards[:, :1]).any()
+        if not differs:
+            return Updated(state, batch=None, refused=[], grad_norm=0.0, kl=None)
+        batch = self._policy_batch(state, rollout, rewards, bits, reference)
+        updated = self._update(state, batch, progress)
+        self._prepare_inference(updated.state.trainable)
+        return updated
 
     def _policy_batch(
         self,
@@ -271,7 +319,7 @@ class Rounds:
         old = None
         if self.config.updates > 1:
             old = self.prepared.logprobs(state.trainable, rollout)
-        return PolicyBatch(rollout.batch, advantages, old, reference)
+        return PolicyBatch(rollout.batch, advantages, old_logprobs=old, reference_logprobs=reference)
 
     def _update(self, state: TrainState, batch: PolicyBatch, progress: np.float32) -> Updated:
         refused = []
@@ -285,7 +333,7 @@ class Rounds:
                 kl = float(metrics.loss) / self.config.kl
             grad_norm = float(metrics.grad_norm)
             refused.append(bool(metrics.refused))
-        return Updated(state, refused, grad_norm, kl)
+        return Updated(state, batch, refused, grad_norm, kl)
 
     def _describe(self, metrics: dict[str, Any], digest_before: str) -> list[str]:
         before = digest_before[:8]
@@ -310,8 +358,35 @@ class Rounds:
 
 
 def own_state(loop_state: LoopState) -> dict[str, Any]:
-    """Returns LoopState.stage, of a new run too: `alike` and the TOTALS of all its rounds."""
-    return dict.fromkeys(TOTALS, 0) | {"alike": []} | loop_state.stage
+    """Returns LoopState.stage_state, of a new run too: `alike` and the TOTALS of all its rounds."""
+    return dict.fromkeys(TOTALS, 0) | {"alike": []} | loop_state.stage_state
+
+
+def round_metrics(rollout: Rollout, bits: float, updated: Updated, training_seconds: float) -> dict[str, Any]:
+    """Returns a line of metrics.jsonl. `bits`: per byte of all completions, under the model before
+    training."""
+    metrics = {
+        "reward": rollout.mean_reward,
+        "base_bits_per_byte": bits,
+        "answer_tokens": rollout.tokens,
+        "inference_seconds": rollout.seconds,
+        "training_seconds": training_seconds,
+        "grad_norm": updated.grad_norm,
+        "differs": updated.batch is not None,
+    }
+    if updated.kl is not None:
+        metrics["kl"] = updated.kl
+    return metrics
+
+
+def next_own_state(loop_state: LoopState, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Returns LoopState.stage_state after a round of these metrics."""
+    before = own_state(loop_state)
+    totals = {name: before[name] + metrics[name] for name in TOTALS}
+    alike: list[float] = []
+    if not metrics["differs"]:
+        alike = [*before["alike"], metrics["reward"]]
+    return {**totals, "alike": alike}
 
 
 def first_seed(seed: int, round_number: int, rows: int) -> int:

@@ -127,7 +127,9 @@ def test_a_stopped_run_still_knows_that_nothing_differed(trained, tmp_path, monk
     stop_after_a_round(endless, monkeypatch)
     with monkeypatch.context() as count:
         rounds, step = [], Rounds.step
-        counting = lambda self, state, now: rounds.append(len(now.stage["alike"])) or step(self, state, now)
+        counting = lambda self, state, now: (
+            rounds.append(len(now.stage_state["alike"])) or step(self, state, now)
+        )
         count.setattr(Rounds, "step", counting)
         assert f"In {ALIKE_ROUNDS} rounds in a row" in failing(reinforce.main, endless)
     assert rounds == [*range(1, ALIKE_ROUNDS)]
@@ -179,7 +181,7 @@ def test_answers_are_scored_by_the_model_before_training(trained, tmp_path):
     rollout = Rollout(rollout_batch([prompt], [completion], 32), [text], [len(text)], [1.0], 0.0)
     assert rollout.tokens == len(completion)
     logprobs = score_batch(model.cfg, model.params, rollout.batch, 1)
-    _, bits = rollout.bits(logprobs)
+    bits = rollout.bits_per_byte(logprobs).of_all
     tokens = np.array([*prompt, *completion])[None]
     table = jax.nn.log_softmax(
         forward(model.cfg, model.params, tokens[:, :-1], np.arange(tokens.shape[1] - 1)[None])[0]
