@@ -287,7 +287,7 @@ def test_bits_are_compared_and_a_sink_that_fails_leaves_the_others():
     )
     assert [tensor["path"] for tensor in seen[0]["tensors"]] == ["embed", "head"]
     recorder.frame(trainable, 0, 0.0)
-    recorder.frozen = {"embed": frozen["embed"].at[1, 1].set(-0.0)}
+    recorder.model = recorder.model._replace(frozen={"embed": frozen["embed"].at[1, 1].set(-0.0)})
     recorder.frame({"head": trainable["head"].at[0, :2].set(np.float32([math.nan, -0.0]))}, 1, 0.5)
     assert (seen[2]["changed"], seen[2]["frozen_changed"], seen[2]["changed_in"]) == (2, 1, {"head": 2})
     assert seen[2]["digest"] != digest(trainable)

@@ -20,13 +20,12 @@ tensor, in base64, an int8 a patch of weights, row by row: their mean over the t
 
 import base64
 import contextlib
-import itertools
 import json
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +51,7 @@ FIRST = 4  # steps that have a frame each
 PARTS = 16  # of the run, at whose ends frames are due
 PIXELS = 12_000  # of a frame at most, unless there are more tensors
 PIXELS_OF_TENSOR = 20  # less for each tensor, whose numbers in a frame take as much room
+MAX_PIXEL = 127  # of an int8, for a mean at its tensor's limit
 ROBUST = 0.99  # the share of a tensor's pixels that are within its limit
 BEGINNING = b'{"event": '  # of a recording
 MAX_LINE = 2**20  # bytes of the first line of a recording
@@ -63,13 +63,14 @@ Sink = Callable[[dict[str, Any]], object]
 def file_sink(path: Path) -> Sink:
     """Returns a sink that writes a line for each event. The first one's step says which lines of an
     older recording stay."""
-    lines: list[JsonLines] = []
+    lines: JsonLines | None = None  # from the first event on
 
     def write(event: dict[str, Any]) -> None:
-        if not lines:
+        nonlocal lines
+        if lines is None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines.append(JsonLines(path, event["step"]))
-        lines[0].add(**event)
+            lines = JsonLines(path, event["step"])
+        lines.add(**event)
 
     return write
 
@@ -114,10 +115,13 @@ def nobody_watches() -> bool:
 def open_recorder(
     record: Path | None, tensorboard: Path | None, watch: int | None, console: Console
 ) -> Iterator["Recorder"]:
+    """Yields a recorder for `--record` (a file), `--tensorboard` (a folder) and `--watch` (a port),
+    where they are given; says at the end that the page has ended, and what keeps it."""
     sinks: list[Sink] = []
     if record:
         sinks.append(file_sink(record))
     is_watched = nobody_watches
+    page = None
     with contextlib.ExitStack() as stack:
         if tensorboard and processes.is_first():
             sinks.append(stack.enter_context(tensorboard_sink(tensorboard)))
@@ -128,36 +132,80 @@ def open_recorder(
             console.print_rows([("watch", page.url)])
             sinks.append(page)
             is_watched = page.is_watched
-        yield Recorder(sinks, console.print, record is not None, is_watched)
-    if watch is not None:
+        yield Recorder(sinks, console.print, is_recorded=record is not None, is_watched=is_watched)
+    if page is not None:
         kept = "--record FILE keeps what it shows"
         if record and record.is_file():
             kept = f"{record} has it, for {command_line('runs.watch', record, 'lives.html')}"
         console.print(f"{page.url} has ended with the run; {kept}.")
 
 
+class RecordedModel(NamedTuple):
+    """The model of a run that is recorded, and how its frames show it."""
+
+    run: Prepared
+    prompt: list[int]  # of the samples
+    frozen: Any
+    # Of all arrays, by path, in the order in which a token passes them.
+    shapes: dict[str, tuple[int, ...]]
+    trained: Collection[str]  # paths of those that train
+    patch: int  # weights along the side of a mosaic's pixel
+
+    def count_weights(self, paths: Iterable[str]) -> int:
+        return sum(math.prod(self.shapes[path]) for path in paths)
+
+    def describe_tensors(self) -> list[dict[str, Any]]:
+        tensors = []
+        for path, shape in self.shapes.items():
+            tensors.append(_describe(path, shape, self.patch) | {"trainable": path in self.trained})
+        return tensors
+
+
+def recorded_model(run: Prepared, prompt: list[int], trainable: Any) -> RecordedModel:
+    trained = _shapes(trainable)
+    shapes = _together(trained, _shapes(run.frozen))
+    paths = _in_order(run.plan.cfg, shapes, trained.keys())
+    return RecordedModel(
+        run=run,
+        prompt=prompt,
+        frozen=run.frozen,
+        shapes={path: shapes[path] for path in paths},
+        trained=trained.keys(),
+        patch=_patch([*shapes.values()]),
+    )
+
+
+class Mosaic(NamedTuple):
+    """The picture of a tensor in a frame."""
+
+    pixels: str  # int8 in base64
+    limit: float  # the mean of a patch that MAX_PIXEL stands for
+
+
 class Recorder:
     """Gives the events of a run to `sinks`; without any it does nothing.
 
     While the run `is_watched`, frames are made as often as WATCHING allows too; where it is not
-    `recorded`, then alone. It changes no weight, and never ends the run: of what goes wrong `say`
-    gets a sentence, and the sink, or the recording, ends. Takes three times the memory of the
+    `is_recorded`, then alone. It changes no weight, and never ends the run: of what goes wrong
+    `say` gets a sentence, and the sink, or the recording, ends. Takes three times the memory of the
     trainable weights and once that of the frozen ones.
     """
+
+    model: RecordedModel  # from `begin` on, which comes before the frames
 
     def __init__(
         self,
         sinks: Sequence[Sink],
         say: Callable[[str], None],
-        recorded: bool = True,
+        is_recorded: bool = True,
         is_watched: Callable[[], bool] = nobody_watches,
     ) -> None:
         self.sinks = [*sinks]
         self.say = say
-        self.recorded = recorded
+        self.is_recorded = is_recorded
         self.is_watched = is_watched
         self.shown: dict[str, np.ndarray] = {}  # the weights of the last frame
-        self.pixels: dict[str, tuple[str, float]] = {}  # its mosaics, each with its limit
+        self.mosaics: dict[str, Mosaic] = {}  # of the last frame
         self.frame_step = -1  # of the last frame
         self.digest = ""  # of its weights
         self.part = 0  # of the run that the last frame due was for
@@ -168,56 +216,47 @@ class Recorder:
     def begin(self, run: Prepared, trainable: Any, step: int, **header: Any) -> None:
         """Begins with the weights before the first step. `header`: fields of the event that `run`
         does not tell."""
-        with self._going_on():
-            self.run = run
-            self.frozen = run.frozen
+        with self._surviving():
+            text, prompt = run.prompt()
+            model = recorded_model(run, prompt, trainable)
+            self.model = model
             plan = run.plan
-            text, self.prompt = run.prompt()
-            trained = _shapes(trainable)
-            still = _shapes(run.frozen)
-            shapes = _together(trained, still)
-            self.trained = trained.keys()
-            self.paths = _in_order(plan.cfg, shapes, self.trained)
-            self.patch = _patch([*shapes.values()])
-            tensors = [
-                _describe(path, shapes[path], self.patch) | {"trainable": path in trained}
-                for path in self.paths
-            ]
-            trained_count = sum(map(math.prod, trained.values()))
-            still_count = sum(map(math.prod, still.values()))
             header |= {
-                "params": trained_count + still_count,
-                "trainable": trained_count,
-                "tensors": tensors,
+                "params": model.count_weights(model.shapes),
+                "trainable": model.count_weights(model.trained),
+                "tensors": model.describe_tensors(),
                 "name": plan.name,
                 "layers": plan.cfg.layers,
                 "width": plan.cfg.width,
                 "steps": plan.steps,
                 "seconds": plan.seconds,
                 "prompt": text,
-                "life": _life(header["stage"], self.paths, self.trained),
+                "life": _life(header["stage"], model.shapes.keys(), model.trained),
             }
         self.event("begin", step=step, **header)
 
     def sample(self, trainable: Any) -> str:
-        cfg = self.run.plan.cfg
-        prompt = self.prompt[-(cfg.context // 2) :]  # one may fill the context
-        params = prepare_params(cfg, merge(trainable, self.frozen))
+        run = self.model.run
+        cfg = run.plan.cfg
+        prompt = self.model.prompt[-(cfg.context // 2) :]  # one may fill the context
+        params = prepare_params(cfg, merge(trainable, self.model.frozen))
         count = min(SAMPLE, cfg.context - len(prompt))
-        tokens = generate(cfg, params, prompt, count, temperature=0.0, stop_token_ids=self.run.stop_token_ids)
-        return self.run.tokenizer.decode(tokens)[:SAMPLE_TEXT]
+        tokens = generate(cfg, params, prompt, count, temperature=0.0, stop_token_ids=run.stop_token_ids)
+        return run.tokenizer.decode(tokens)[:SAMPLE_TEXT]
 
     def digest_of(self, trainable: Any) -> str:
-        return digest(self.run.to_saved(trainable), scales=False)
+        return digest(self.model.run.to_saved(trainable), scales=False)
 
     def gradient_norms(self, trainable: Any, batch: Any) -> Any:
-        plan = self.run.plan
-        objective = self.run.objective
-        return gradient_norms(plan.cfg, trainable, self.frozen, batch, plan.recipe.accumulate, objective)
+        run = self.model.run
+        plan = run.plan
+        return gradient_norms(
+            plan.cfg, trainable, self.model.frozen, batch, plan.recipe.accumulate, run.objective
+        )
 
     def event(self, kind: str, **fields: Any) -> None:
         for sink in [*self.sinks]:
-            with self._going_on([sink]):
+            with self._surviving(sink):
                 sink(replace_nonfinite({"event": kind, **fields}, lambda _: None))
 
     def before_step(self, trainable: Any, step: int, progress: float) -> bool:
@@ -225,64 +264,86 @@ class Recorder:
         it is."""
         part = int(progress * PARTS)
         is_asked_for = self.is_watched() and time.monotonic() >= self.rests_until
-        is_planned = self.recorded and (step <= FIRST or part > self.part)
+        is_planned = self.is_recorded and (step <= FIRST or part > self.part)
         if self.sinks and (is_asked_for or is_planned):
             # It stays below PARTS: a frame is due after each step that may be the last.
             self.part = min(PARTS - 1, max(part, self.part))
-            with self._going_on():
+            with self._surviving():
                 # The step takes the place of the weights.
                 self.before = jax.tree.map(jnp.copy, trainable)
         return self.before is not None
 
     def wants_frame(self, step: int) -> bool:
-        is_wanted = self.recorded or self.before is not None or self.is_watched()
+        is_wanted = self.is_recorded or self.before is not None or self.is_watched()
         return bool(self.sinks) and step != self.frame_step and is_wanted
 
     def frame(self, trainable: Any, step: int, seconds: float, batch: Any = None) -> None:
         """Records the weights after a step, unless they are. `batch`: what the step was trained on."""
         begin = time.monotonic()
         fields: dict[str, Any] = {}
-        with self._going_on():
+        with self._surviving():
             if batch is not None and self.before is not None:
-                norms = _arrays(self.gradient_norms(self.before, batch))
-                fields["gradient_norms"] = {path: float(norms[path]) for path in self.paths if path in norms}
+                fields["gradient_norms"] = self._norms_by_path(batch)
             self.before = None
             # A view of the weights themselves would keep the next step from them.
             copies = jax.tree.map(jnp.copy, trainable)
-            now = _together(_arrays(copies, copy=False), _arrays(self.frozen, copy=not self.shown))
-            self.shown = self.shown or now
-            changed = {path: _changed(self.shown[path], now[path]) for path in self.paths}
-            self.shown |= {path: now[path] for path in self.trained}
-            drawn = [path for path in self.paths if changed[path] or path not in self.pixels]
-            self.pixels |= {path: _pixels(now[path], self.patch) for path in drawn}
+            changed = self._show(copies)
             self.frame_step = step
             self.digest = self.digest_of(copies)
+            paths = self.model.shapes.keys()
+            trained = self.model.trained
             fields |= {
-                "changed": sum(changed[path] for path in self.trained),
-                "frozen_changed": sum(count for path, count in changed.items() if path not in self.trained),
-                "changed_in": {path: changed[path] for path in self.paths if path in self.trained},
+                "changed": sum(changed[path] for path in paths if path in trained),
+                "frozen_changed": sum(changed[path] for path in paths if path not in trained),
+                "changed_in": {path: changed[path] for path in paths if path in trained},
                 "digest": self.digest,
-                "mosaic": {path: self.pixels[path][0] for path in self.paths},
-                "limits": {path: self.pixels[path][1] for path in self.paths},
+                "mosaic": {path: self.mosaics[path].pixels for path in paths},
+                "limits": {path: self.mosaics[path].limit for path in paths},
                 "sample": self.sample(copies),
             }
         self.event("frame", step=step, seconds=seconds, **fields)
         self.frames += 1
-        took = time.monotonic() - begin if self.frames > 2 else 0.0  # the first two also compile
-        self.rests_until = begin + took / WATCHING
+        seconds_taken = 0.0
+        if self.frames > 2:  # the first two also compile
+            seconds_taken = time.monotonic() - begin
+        self.rests_until = begin + seconds_taken / WATCHING
+
+    def _norms_by_path(self, batch: Any) -> dict[str, float]:
+        """Returns the gradient norms of the step that was trained on the batch, of each tensor that
+        has one."""
+        norms = _arrays(self.gradient_norms(self.before, batch))
+        return {path: float(norms[path]) for path in self.model.shapes if path in norms}
+
+    def _show(self, copies: Any) -> dict[str, int]:
+        """Keeps a frame's weights and mosaics. Returns the number of elements of each tensor that
+        changed: since the frame before, or of a frozen one since the start."""
+        model = self.model
+        now = _together(_arrays(copies, copy=False), _arrays(model.frozen, copy=not self.shown))
+        self.shown = self.shown or now
+        changed = {path: _changed(self.shown[path], now[path]) for path in model.shapes}
+        self.shown |= {path: now[path] for path in model.trained}
+        for path in model.shapes:
+            if changed[path] or path not in self.mosaics:
+                self.mosaics[path] = _pixels(now[path], model.patch)
+        return changed
 
     def end(self, step: int, seconds: float, result: dict[str, Any]) -> None:
-        digest = self.digest if step == self.frame_step else None
+        digest = None
+        if step == self.frame_step:
+            digest = self.digest
         self.event("end", step=step, seconds=seconds, digest=digest, result=result)
 
     @contextlib.contextmanager
-    def _going_on(self, sinks: Sequence[Sink] | None = None) -> Iterator[None]:
-        """Drops the sinks, all of them if none are named, after an error, and says so."""
+    def _surviving(self, sink: Sink | None = None) -> Iterator[None]:
+        """After an error drops the sink, or all of them if none is named, and says so."""
         try:
             yield
         except Exception as error:
             self.before = None
-            self.sinks = [sink for sink in self.sinks if sinks and sink not in sinks]
+            if sink is None:
+                self.sinks = []
+            else:
+                self.sinks = [other for other in self.sinks if other is not sink]
             sentence = explain_error(error) or f"{type(error).__name__}: {error}."
             with contextlib.suppress(OSError):
                 self.say(f"The recording ended, and the run goes on: {sentence}")
@@ -307,8 +368,9 @@ def _in_order(cfg: ModelConfig, paths: Iterable[str], trained: Collection[str]) 
     places = {path: place for place, path in enumerate(leaf_shapes(cfg))}
 
     def rank(path: str) -> tuple[int, bool, str]:
-        beginnings = itertools.accumulate(path.split("/"), "{}/{}".format)
-        place = max(places.get(leaf, -1) for leaf in beginnings)
+        parts = path.split("/")
+        prefixes = ["/".join(parts[:size]) for size in range(1, len(parts) + 1)]
+        place = max(places.get(prefix, -1) for prefix in prefixes)
         return place, path in trained, path
 
     return sorted(paths, key=rank)
@@ -341,6 +403,7 @@ def _changed(before: np.ndarray, now: np.ndarray) -> int:
 
 
 def _grid(shape: tuple[int, ...], patch: int) -> tuple[int, int]:
+    """Returns the rows and columns of a tensor's mosaic, whose last axis is across."""
     return -(-math.prod(shape[:-1]) // patch), -(-math.prod(shape[-1:]) // patch)
 
 
@@ -363,9 +426,8 @@ def _patch(shapes: Sequence[tuple[int, ...]]) -> int:
     return largest
 
 
-def _pixels(array: np.ndarray, patch: int) -> tuple[str, float]:
-    """Returns a tensor's mosaic, int8 in base64 with 127 for `limit`, and `limit`, which ROBUST of
-    its pixels are within."""
+def _pixels(array: np.ndarray, patch: int) -> Mosaic:
+    """Returns a tensor's mosaic. ROBUST of its pixels are within the limit, and others are clipped."""
     matrix = np.nan_to_num(
         array.reshape(math.prod(array.shape[:-1]), -1).astype(np.float32), posinf=0, neginf=0
     )
@@ -376,8 +438,11 @@ def _pixels(array: np.ndarray, patch: int) -> tuple[str, float]:
     widths = np.diff(columns, append=matrix.shape[1])
     means = sums / np.outer(heights, widths)
     limit = float(np.quantile(np.abs(means), ROBUST))
-    pixels = np.clip(np.rint(means * (127 / limit if limit else 0)), -127, 127).astype(np.int8)
-    return base64.b64encode(pixels.tobytes()).decode(), limit
+    scale = 0.0
+    if limit:
+        scale = MAX_PIXEL / limit
+    pixels = np.clip(np.rint(means * scale), -MAX_PIXEL, MAX_PIXEL).astype(np.int8)
+    return Mosaic(base64.b64encode(pixels.tobytes()).decode(), limit)
 
 
 @contextlib.contextmanager
@@ -392,18 +457,19 @@ def tensorboard_sink(folder: Path) -> Iterator[Sink]:
             "start the command with `uv run --extra tensorboard python -m ...`, "
             "or install the extra with `pip install -e '.[tensorboard]'`."
         ) from None
-    writers: list[Any] = []
+    writer: Any = None  # from the first event on
 
     def write(event: dict[str, Any]) -> None:
-        if not writers:
-            writers.append(SummaryWriter(str(folder), purge_step=event["step"] + 1, flush_secs=10))
+        nonlocal writer
+        if writer is None:
+            writer = SummaryWriter(str(folder), purge_step=event["step"] + 1, flush_secs=10)
         if event["event"] in ("step", "validation"):
             for name, value in event.items():
                 if isinstance(value, (int, float)) and name != "step":
-                    writers[0].add_scalar(name, value, event["step"])
+                    writer.add_scalar(name, value, event["step"])
 
     try:
         yield write
     finally:
-        for writer in writers:
+        if writer is not None:
             writer.close()
