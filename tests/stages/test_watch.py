@@ -188,7 +188,7 @@ def test_a_browser_that_does_not_read_holds_nobody_up(monkeypatch):
             for each in range(20):
                 watch({"event": "step", "step": step, "loss": each})
         assert watch.is_watched()  # still
-        assert len(watch.events) <= 1 + server.KEPT["frame"] + server.KEPT_OF_OTHERS
+        assert len(watch.events) <= 1 + server.MOST_OF_KIND["frame"] + server.MOST_OF_OTHER_KINDS
         watch({"event": "end", "step": 300})
         seen = [event for _, event in until(watch.url, "end")]
         assert (seen[0]["event"], seen[-2]["step"]) == ("begin", 299)

@@ -34,8 +34,8 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
-KEPT = {"frame": 60}  # events of the kind at most
-KEPT_OF_OTHERS = 2000
+MOST_OF_KIND = {"frame": 60}  # events that a browser gets that comes later
+MOST_OF_OTHER_KINDS = 2000
 PAUSE = 1.0  # seconds between writes to a browser, whose drawing takes time from the run
 PATIENCE = 20.0  # seconds for a browser to send its request, or to read what it is sent
 
@@ -89,16 +89,23 @@ class Watch(socketserver.ThreadingTCPServer):
 
     def __call__(self, event: dict[str, Any]) -> None:
         kind = event["event"]
-        number = self.events[-1].number + 1 if self.events else 1
+        number = 1
+        if self.events:
+            number = self.events[-1].number + 1
         text = json.dumps(event, separators=(",", ":"), allow_nan=False)
         message = f"id: {self.run}-{number}\ndata: {text}\n\n".encode()
         self.events.append(SentEvent(number, kind, message))
         self.counts[kind] += 1
-        if self.counts[kind] > KEPT.get(kind, KEPT_OF_OTHERS):
-            of_kind = [sent.number for sent in self.events if sent.kind == kind]
-            dropped = {*of_kind[1:-1:2]}
-            self.events = [sent for sent in self.events if sent.number not in dropped]
-            self.counts[kind] -= len(dropped)
+        if self.counts[kind] > MOST_OF_KIND.get(kind, MOST_OF_OTHER_KINDS):
+            self._drop_every_second(kind)
+
+    def _drop_every_second(self, kind: str) -> None:
+        """Drops every second event of the kind, the first and the last never."""
+        numbers = [sent.number for sent in self.events if sent.kind == kind]
+        dropped_numbers = {*numbers[1:-1:2]}
+        # A list of its own: browsers' threads read the other one.
+        self.events = [sent for sent in self.events if sent.number not in dropped_numbers]
+        self.counts[kind] -= len(dropped_numbers)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), OSError):  # the browser went away
@@ -135,24 +142,42 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body.encode())
 
     def _stream(self) -> None:
-        watch = self.server
-        stream = self.connection
-        last = re.fullmatch(rf"{watch.run}-(\d{{1,15}})", self.headers.get("Last-Event-ID", ""))
-        sent = int(last[1]) if last else 0
-        ended = False
-        while not ended:
-            ended = watch.has_ended  # before the events: none comes after the end
-            events = watch.events
-            first = bisect.bisect_right(events, sent, key=lambda event: event.number)
-            stream.settimeout(PATIENCE)
-            for event in events[first:]:
-                self.wfile.write(event.message)
-                sent = event.number
-            stream.settimeout(PAUSE)
-            with contextlib.suppress(TimeoutError):
-                stream.recv(1)  # returns when the browser goes away, and at the end
-                if not watch.has_ended:
-                    return
+        """Sends events until the run ends or the browser goes away."""
+        sent = self._last_received()
+        has_ended = False
+        while not has_ended:
+            has_ended = self.server.has_ended  # before the events: none comes after the end
+            sent = self._send_after(sent)
+            if self._goes_away():
+                return
+
+    def _last_received(self) -> int:
+        """Returns the number of the event that the browser had last, 0 where it had none of this
+        run."""
+        last_id = self.headers.get("Last-Event-ID", "")
+        match = re.fullmatch(rf"{self.server.run}-(\d{{1,15}})", last_id)
+        if match is None:
+            return 0
+        return int(match[1])
+
+    def _send_after(self, sent: int) -> int:
+        """Sends the events after number `sent`. Returns the last one's number."""
+        events = self.server.events
+        first = bisect.bisect_right(events, sent, key=lambda event: event.number)
+        self.connection.settimeout(PATIENCE)
+        for event in events[first:]:
+            self.wfile.write(event.message)
+            sent = event.number
+        return sent
+
+    def _goes_away(self) -> bool:
+        """Pauses. Returns whether the browser went away meanwhile, before the run's end."""
+        self.connection.settimeout(PAUSE)
+        try:
+            self.connection.recv(1)  # returns when the browser goes away, and at the end
+        except TimeoutError:
+            return False
+        return not self.server.has_ended
 
     def log_message(self, format: str, *args: Any) -> None:
         return
