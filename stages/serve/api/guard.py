@@ -100,8 +100,8 @@ class Guard:
                 status = message["status"]
                 if self._count:
                     self._count(status)
-                added = [*SECURITY_HEADERS, *((name, request_id.encode()) for name in ID_HEADERS)]
-                message["headers"] = [*message.get("headers", ()), *added]
+                id_headers = [(name, request_id.encode()) for name in ID_HEADERS]
+                message["headers"] = [*message.get("headers", ()), *SECURITY_HEADERS, *id_headers]
             await send(message)
 
         try:
@@ -153,19 +153,13 @@ class Guard:
         if "transfer-encoding" in headers and "content-length" in headers:  # request smuggling: RFC 9112, 6.3
             message = "Send Content-Length or Transfer-Encoding, not both."
             raise ApiError(400, message, code="bad_request", headers={"Connection": "close"})
-        hosts = headers.getlist("host")
-        if len(hosts) != 1:
-            raise ApiError(400, "The request must name one Host.", code="bad_host")
-        host = hosts[0].lower()
-        name = HOST.fullmatch(host)
-        if self._hosts is not None and not (name and name[1].rstrip(".") in self._hosts):
-            raise ApiError(
-                403, "This server has no such Host name; --allow-host gives it one.", code="bad_host"
-            )
-        allowed = self._origins | {f"{scope.get('scheme', 'http')}://{host}"}
-        if any(origin.lower() not in allowed for origin in headers.getlist("origin")):
-            message = "Pages of another origin may not use this server; --allow-origin lets those of one in."
-            raise ApiError(403, message, code="bad_origin")
+        host = self._check_host(headers)
+        own_origin = f"{scope.get('scheme', 'http')}://{host}"
+        for origin in headers.getlist("origin"):
+            if origin.lower() not in (own_origin, *self._origins):
+                reason = "Pages of another origin may not use this server"
+                message = f"{reason}; --allow-origin lets those of one in."
+                raise ApiError(403, message, code="bad_origin")
         is_foreign = any(
             site.lower() in ("cross-site", "same-site") for site in headers.getlist("sec-fetch-site")
         )
@@ -177,12 +171,23 @@ class Guard:
         if is_foreign and "origin" not in headers and not is_link:
             raise ApiError(403, "Pages of another site may not use this server.", code="bad_origin")
 
+    def _check_host(self, headers: Headers) -> str:
+        """Returns the Host that the request names, in small letters. Raises ApiError if it is not ours."""
+        hosts = headers.getlist("host")
+        if len(hosts) != 1:
+            raise ApiError(400, "The request must name one Host.", code="bad_host")
+        host = hosts[0].lower()
+        name = HOST.fullmatch(host)
+        if self._hosts is not None and not (name and name[1].rstrip(".") in self._hosts):
+            message = "This server has no such Host name; --allow-host gives it one."
+            raise ApiError(403, message, code="bad_host")
+        return host
+
     def _check_key(self, headers: Headers) -> str:
         """Returns the namespace of a valid key: its hash in hex.
 
-        Raises ApiError (401) for a wrong or missing one.
-
-        Compares with every key, each in constant time, so that timing gives none away.
+        Compares with every key, each in constant time, so that timing gives none away. Raises
+        ApiError (401) for a wrong or missing one.
         """
         sent = [*headers.getlist("authorization"), *(f"Bearer {key}" for key in headers.getlist("x-api-key"))]
         key = b""
@@ -190,22 +195,22 @@ class Guard:
             scheme, _, value = sent[0].partition(" ")
             if scheme.lower() == "bearer":
                 key = value.strip().encode("latin-1")
-        hashed = _hash(key)
-        matches = [hmac.compare_digest(hashed, known) for known in self._keys]
+        key_hash = _hash(key)
+        matches = [hmac.compare_digest(key_hash, known) for known in self._keys]
         if not any(matches):
             message = "The API key is wrong."
             if not key:
                 count = "One" if sent else "An"
                 message = f"{count} API key is needed: send `Authorization: Bearer KEY`, or `x-api-key: KEY`."
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        return hashed.hex()
+        return key_hash.hex()
 
 
 def _short(entry: dict[str, Any]) -> str:
     """Returns a line of the values of an entry, from the seventh on with their names."""
     values = [str(value) for value in entry.values()]
-    named = [f"{name}={value}" for name, value in entry.items()]
-    return " ".join(values[:6] + named[6:])
+    pairs = [f"{name}={value}" for name, value in entry.items()]
+    return " ".join(values[:6] + pairs[6:])
 
 
 def _hash(key: bytes) -> bytes:
