@@ -24,9 +24,10 @@ from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 import tyro
 
 from bench.machine import Json, Watch, busy_cores, describe_machine
-from engine.device import cores, device_name
+from engine.device import device_name
 from engine.errors import UserError
 from engine.files import write_problem, write_text
+from engine.processor import cores
 
 ROOT = Path(__file__).parent.parent
 REPORT_SECONDS = 5.0  # between two lines on a process's progress, on a terminal

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine.device import CoreTime, core_time, cores, processor
+from engine.processor import CoreTime, core_time, cores, processor
 
 Json = dict[str, Any]  # a JSON object
 

@@ -7,7 +7,7 @@ import pytest
 
 HEAPS = """
 import ctypes, sys, threading
-from engine.device import keep_freed_memory
+from engine.allocator import keep_freed_memory
 if not keep_freed_memory(one_arena=sys.argv[1] == "one"):
     raise SystemExit(3)
 libc, together = ctypes.CDLL(None), threading.Barrier(3)

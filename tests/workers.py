@@ -24,7 +24,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         return
     _most["maps"] = max(_most["maps"], maps := _count_maps())
     if maps > MANY and (jax := sys.modules.get("jax")):
-        from engine.device import return_freed_memory
+        from engine.allocator import return_freed_memory
 
         jax.clear_caches()
         return_freed_memory()

@@ -22,8 +22,9 @@ from typing import Literal
 from bench.cli import check_rounds, parse_shape, run_bench
 from bench.machine import Json, family
 from bench.peers.process import start_peer
-from engine.device import cores, device_name, start_jax
+from engine.device import device_name, start_jax
 from engine.errors import UserError
+from engine.processor import cores
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,6 @@ from bench.peers.process import Peer, PeerError
 from bench.terminal import progress
 from bench.timing import Ratio, held_to, measure, ratio
 from engine.counting.hardware import clock
-from engine.device import cores
 from engine.errors import UserError
 from engine.inference.config import EngineConfig
 from engine.inference.engine import Engine
@@ -29,6 +28,7 @@ from engine.inference.request import Request, SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS
 from engine.model.native.library import native_problem
 from engine.model.weights.block_layout import KINDS
+from engine.processor import cores
 from engine.storage.assets import fetch
 from engine.storage.model_loader import load_model, locate
 from engine.storage.tensor_layout import describe_kinds

@@ -18,12 +18,12 @@ from bench.models import BenchModel, load
 from bench.peers.process import Peer, PeerError
 from bench.peers.serving import MISTRAL, measure_streams
 from bench.terminal import progress
-from engine.device import cores
 from engine.errors import UserError
 from engine.files import atomic_file, cache_folder
 from engine.model.config import ModelConfig, preset
 from engine.model.paths import unflatten
 from engine.model.shapes import leaf_shapes
+from engine.processor import cores
 from engine.storage.assets import fetch
 from engine.storage.gguf import save_gguf, tokenizer_metadata
 from engine.storage.model_loader import peek_model

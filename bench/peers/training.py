@@ -16,9 +16,9 @@ from bench.peers.process import Peer, PeerError, print_absent
 from bench.terminal import progress
 from bench.timing import describe_noise, held_to, measure, ratio
 from engine.counting.flops import train_flops
-from engine.device import cores
 from engine.errors import UserError
 from engine.model.paths import leaf_paths
+from engine.processor import cores
 from engine.training.optimizer import OptimizerConfig, make_schedule
 
 OURS = "ours"

@@ -24,10 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine.device import cores, device_name, processor
+from engine.device import device_name
 from engine.errors import UserError
 from engine.files import cache_folder, read_limited, write_cached_json
 from engine.format import format_bytes
+from engine.processor import cores, processor
 
 _CPU_SIDE = 2048  # of the matrices
 _CPU_NUMBERS = 2**26  # float32: 256 MiB, beyond the caches
@@ -41,7 +42,7 @@ _RATE_OF_DTYPE = {"bfloat16": "bf16_gflops", "float32": "f32_gflops", "int8": "i
 RATES = (*_RATE_OF_DTYPE.values(), "read_gbs", "update_gbs")
 
 MEASURE_PROGRAM = (
-    "from engine.device import keep_freed_memory; keep_freed_memory(); "
+    "from engine.allocator import keep_freed_memory; keep_freed_memory(); "
     "import dataclasses, json; "
     "from engine.counting.hardware import measure_ceilings; "
     "print(json.dumps(dataclasses.asdict(measure_ceilings())))"

@@ -80,7 +80,7 @@ def run_command[Flags](
         gc.set_threshold(STARTING_OBJECTS)
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
         if one_arena:
-            from engine.device import keep_freed_memory  # loads ctypes, which --help does without
+            from engine.allocator import keep_freed_memory  # loads ctypes, which --help does without
 
             # before the thread that reads signals starts: it would have a second heap made
             keep_freed_memory()

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from engine.device import Device, return_freed_memory
+from engine.allocator import return_freed_memory
+from engine.device import Device
 from engine.errors import UserError
 from engine.format import quantity
 from engine.mesh import processes

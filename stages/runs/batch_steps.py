@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.stages import Compiled
 
-from engine.device import make_room
+from engine.allocator import make_room
 from engine.mesh.layout import batch_share, global_batch
 from engine.text.batch import EpochOrder
 from engine.training.optimizer import make_schedule

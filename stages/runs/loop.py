@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from engine.device import return_freed_memory
+from engine.allocator import return_freed_memory
 from engine.errors import UserError
 from engine.mesh import processes
 from engine.storage import checkpoint

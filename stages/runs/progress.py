@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from engine.counting.hardware import peak_rss_bytes
-from engine.device import CoreTime, Device, core_time
+from engine.device import Device
 from engine.format import clock_time, duration, format_bytes, quantity
 from engine.mesh import processes
+from engine.processor import CoreTime, core_time
 from stages.cli import signals
 from stages.cli.console import Console
 from stages.runs.folder import JsonLines

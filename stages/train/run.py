@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import jax
 from jax.stages import Compiled
 
+from engine.allocator import return_freed_memory
 from engine.counting.accelerators import Accelerator, find_accelerator
 from engine.counting.hardware import Ceilings, doubt_ceilings
 from engine.counting.params import count_params
-from engine.device import Device, processor, return_freed_memory
+from engine.device import Device
 from engine.errors import UserError
 from engine.files import write_text
 from engine.format import duration, format_bytes, format_count, quantity
@@ -27,6 +28,7 @@ from engine.model.paths import unflatten
 from engine.model.shapes import leaf_shapes
 from engine.model.transformer import init_params
 from engine.planning.formulas import UPDATE_BYTES
+from engine.processor import processor
 from engine.text.batch import TextBatches
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import TrainState, init_state
@@ -269,7 +271,7 @@ def training_rows(planned: TrainingPlan) -> list[tuple[str, str]]:
 
 
 def expected_mfu(dtype: str) -> float:
-    has_amx = jax.default_backend() == "cpu" and "amx_bf16" in processor()[1].split()
+    has_amx = jax.default_backend() == "cpu" and "amx_bf16" in processor().instructions.split()
     return AMX_MFU if has_amx and dtype == "bfloat16" else EXPECTED_MFU
 
 

@@ -12,7 +12,7 @@ from tiny import SMALL_MATRICES
 from bench.cli import run_bench
 from bench.machine import read_model_numbers, share_of_others
 from engine.counting import hardware
-from engine.device import CoreTime
+from engine.processor import CoreTime
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from engine.model.native import library
 from engine.model.native.library import native_problem, read_library
 from engine.model.paths import leaf_paths
 from engine.model.weights.blocks import Blocks
+from engine.processor import Processor
 from engine.subprocesses import run_program
 
 
@@ -194,7 +195,7 @@ def test_a_compiler_that_writes_rubbish(kernel, fresh, tmp_path, rubbish):
 
 
 def test_another_processor(fresh):
-    fresh.setattr(library, "processor", lambda: ("486", "fpu"))
+    fresh.setattr(library, "processor", lambda: Processor("486", "fpu"))
     without_kernel("this processor is not known to multiply int8 fast")
 
 
@@ -202,8 +203,8 @@ def test_it_is_built_once_for_each_processor_and_compiler(kernel, fresh, tmp_pat
     assert read_library("block_matmul").data == kernel
     fresh.setattr(library, "run_program", lambda *_: pytest.fail("it was built again"))
     assert read_library("block_matmul").data == kernel
-    flags = library.processor()[1]
-    fresh.setattr(library, "processor", lambda: ("another", flags + " more"))
+    instructions = library.processor().instructions
+    fresh.setattr(library, "processor", lambda: Processor("another", instructions + " more"))
 
     def compile_another(command, seconds, files=()):
         if "-o" in command:
@@ -252,7 +253,7 @@ def test_a_damaged_library_is_built_again(cached):
 
 def test_a_library_of_another_processor_in_its_place_is_built_again(cached, fresh, tmp_path):
     ours = cached.read_bytes()
-    fresh.setattr(library, "processor", lambda: ("another", "avx2"))
+    fresh.setattr(library, "processor", lambda: Processor("another", "avx2"))
     built = read_library("block_matmul").data
     (theirs,) = {*(tmp_path / "cache" / "native").iterdir()} - {cached}
     theirs.write_bytes(ours)

@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from engine.device import processor
 from engine.model.native.library import FLAGS, FOLDER, FUNCTIONS, KERNELS, TUNING, target
+from engine.processor import processor
 
 SOURCE = Path(__file__).with_name("native_driver.c")
 # What a compiler may use of this processor: all of it, or as on one without AVX-512.

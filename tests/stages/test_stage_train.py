@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 from tiny_runs import ROOT, metrics, tiny, typed
 
-from engine.device import CoreTime
 from engine.errors import UserError
+from engine.processor import CoreTime
 from engine.storage import checkpoint
 from engine.storage.run_folder import read_config, read_json
 from engine.text.corpus import read_corpus

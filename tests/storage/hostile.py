@@ -21,7 +21,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 from gguf_files import tiny_gguf  # noqa: E402
 from hf_folders import CONFIG, WEIGHTS, write_folder  # noqa: E402
 
-from engine.device import return_freed_memory  # noqa: E402
+from engine.allocator import return_freed_memory  # noqa: E402
 from engine.errors import UserError  # noqa: E402
 from engine.storage.model_loader import load_model  # noqa: E402
 

@@ -29,9 +29,9 @@ from typing import NamedTuple
 import jax
 import jaxlib
 
-from engine.device import processor
 from engine.errors import UserError
 from engine.files import DAY, cache_folder, read_checked, read_limited, write_checked
+from engine.processor import processor
 from engine.subprocesses import run_program
 
 FOLDER = Path(__file__).parent
@@ -127,7 +127,7 @@ def _functions(kernel: str) -> list[str]:
 def read_library(kernel: str) -> Library:
     """Returns a kernel's library for this machine, built if need be. Raises _Unavailable or OSError."""
     machine = platform.machine()
-    instructions = processor()[1]
+    instructions = processor().instructions
     if not INSTRUCTIONS.get(machine, set()) & {*instructions.split()}:
         raise _Unavailable("this processor is not known to multiply int8 fast")
     flags = (*FLAGS, KERNELS[kernel])

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine import device
+from engine import processor
 
 STAT = """cpu  9000 0 0 9000 0 0 0 0 0 0
 cpu0 300 20 50 600 10 5 15 100 7 0
@@ -16,14 +16,14 @@ intr 1 2 3
 """
 
 
-def read(monkeypatch: pytest.MonkeyPatch, text: str | OSError) -> device.CoreTime | None:
+def read(monkeypatch: pytest.MonkeyPatch, text: str | OSError) -> processor.CoreTime | None:
     def read_text() -> str:
         if isinstance(text, OSError):
             raise text
         return text
 
-    monkeypatch.setattr(device, "Path", lambda _: SimpleNamespace(read_text=read_text))
-    return device.core_time()
+    monkeypatch.setattr(processor, "Path", lambda _: SimpleNamespace(read_text=read_text))
+    return processor.core_time()
 
 
 def test_others_are_all_that_used_this_processs_cores_but_itself(monkeypatch):
@@ -31,7 +31,7 @@ def test_others_are_all_that_used_this_processs_cores_but_itself(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2}, raising=False)
     monkeypatch.setattr(os, "times", lambda: (1.0, 0.5, 0.25, 0.25, 99.0))
     monkeypatch.setattr(os, "sysconf", lambda _: 100)
-    assert read(monkeypatch, STAT) == device.CoreTime(total=20.0, others=9.9 - 2.0)
+    assert read(monkeypatch, STAT) == processor.CoreTime(total=20.0, others=9.9 - 2.0)
 
 
 @pytest.mark.parametrize("text", ["", "cpu0 0 0 0 0 0 0 0 0 0 0\n", "cpu0 1 2\n", FileNotFoundError()])
