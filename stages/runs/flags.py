@@ -47,7 +47,7 @@ class FolderFlags:
 
 @dataclasses.dataclass(frozen=True)
 class LengthFlags:
-    """The length of the run. Of both, whichever ends first."""
+    """The length of the run. With both, the run ends at whichever comes first."""
 
     max_time: Annotated[
         float | None,
@@ -92,20 +92,21 @@ class TrainableFlags:
     """`q4`: train weights, all or those of --train and --freeze, while they are rounded as `serve --weights q4` rounds them."""
 
     def check_together(self) -> None:
-        frozen = ""
+        adapter_flag = ""
         if self.lora:
-            frozen = "--lora"
+            adapter_flag = "--lora"
         elif self.base == "int8":
-            frozen = "--base int8"
-        if frozen and not self.adapter:
+            adapter_flag = "--base int8"
+        if adapter_flag and not self.adapter:
             raise UserError(
-                f"{frozen} leaves the whole model frozen under an adapter, "
-                f"and --train, --freeze and --weights q4 train its own weights: leave {frozen} out, or them."
+                f"{adapter_flag} leaves the whole model frozen under an adapter, "
+                "and --train, --freeze and --weights q4 train its own weights: "
+                f"leave {adapter_flag} out, or them."
             )
 
     @property
     def adapter(self) -> LoraConfig | None:
-        """The LoRA to train; None when parameters of the model itself are trained."""
+        """The LoRA that trains; None when parameters of the model itself are trained."""
         if self.train or self.freeze or self.weights == "q4":
             return None
         return self.lora or LoraConfig()
@@ -114,10 +115,15 @@ class TrainableFlags:
         """Returns `learns` of run.json: the trainable parameters, which must be the same to resume
         a run.
         """
+        if lora and self.base == "int8":
+            return f"{lora} over int8"
         if lora:
-            return f"{lora}{' over int8' if self.base == 'int8' else ''}"
-        rounded = " in q4" * (self.weights == "q4")
-        return f"train {' '.join(self.train) or 'all'} freeze {' '.join(self.freeze)}".strip() + rounded
+            return str(lora)
+        patterns = " ".join(self.train) or "all"
+        description = f"train {patterns} freeze {' '.join(self.freeze)}".strip()
+        if self.weights == "q4":
+            description += " in q4"
+        return description
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
