@@ -104,7 +104,10 @@ class Documents:
 
     @property
     def summary(self) -> str:
-        return f"{self.passages:,} passages of {self.files:,} files; the best for a question are put into its prompt"
+        return (
+            f"{self.passages:,} passages of {self.files:,} files; "
+            "the best for a question are put into its prompt"
+        )
 
     def find(self, question: str, tokenizer: Tokenizer, budget: int) -> list[Passage]:
         """Returns the passages that share words with a question, best first by BM25 (Robertson et
