@@ -58,6 +58,7 @@ class TokenizerPool:
 
     @functools.cached_property
     def _long_chat(self) -> ChatTokenizer:
+        """The tokenizer for long texts, with a process of its own."""
         return ChatTokenizer(self.tokenizer, self._chat.source, self._chat.now)
 
     async def encode(
@@ -92,13 +93,7 @@ class TokenizerPool:
         template_variables = {**(variables or {}), "tools": definitions or None}
         if answer and self.strips_space:
             answer = f" {answer}"
-        # The template runs on the whole conversation, and twice for each answer in it on what comes
-        # before, on average half of it: as much text as so many renderings of the whole.
-        renderings = 1 + sum(message["role"] == "assistant" for message in messages)
-        contents = sum(len(message["content"]) for message in messages)
-        tool_calls = [message.get("tool_calls") for message in messages]
-        others = len(json.dumps([template_variables, tool_calls]))
-        size = renderings * (contents + others) + len(answer)
+        size = _rendered_characters(messages, template_variables) + len(answer)
 
         def encode(chat: ChatTokenizer) -> tuple[list[int], list[Passage]]:
             if size > COUNT_FIRST_CHARACTERS:  # refuse a long text before rendering it
@@ -134,7 +129,10 @@ class TokenizerPool:
 
     @functools.cached_property
     def _compile(self) -> Callable[[str], Constraint]:
-        """Sorts the tokens for the compiler when the first grammar comes."""
+        """Compiles a grammar, or returns it from the cache.
+
+        The tokens are sorted for the compiler when the first grammar comes.
+        """
         compiler = GrammarCompiler(self.tokenizer, self._vocab, self._end_ids)
         return functools.lru_cache(CACHED_GRAMMARS)(compiler.compile)
 
@@ -165,13 +163,24 @@ class TokenizerPool:
             raise InvalidField(param, message[0].upper() + message[1:].rstrip(".") + ".") from None
 
 
+def _rendered_characters(messages: Sequence[Turn], variables: Mapping[str, Any]) -> int:
+    """Returns about how many characters the chat template writes for a conversation.
+
+    It runs on the whole conversation, and twice for each answer in it on what comes before, on
+    average half of it: as much text as so many renderings of the whole.
+    """
+    renderings = 1 + sum(message["role"] == "assistant" for message in messages)
+    contents = sum(len(message["content"]) for message in messages)
+    tool_calls = [message.get("tool_calls") for message in messages]
+    others = len(json.dumps([variables, tool_calls]))
+    return renderings * (contents + others)
+
+
 def context_overflow(count: int, capacity: int, param: str, what: str = "the prompt has") -> ApiError:
-    message = (
-        f"This model's context holds {capacity:,} tokens here, those of an answer too, and {what} {count:,}. "
-    )
-    return ApiError(
-        400, f"{message}Nothing was left out: shorten the text.", param=param, code="context_length_exceeded"
-    )
+    """Returns the error for `count` tokens, too many, in the field `param`; `what`: of what they are."""
+    holds = f"This model's context holds {capacity:,} tokens here, those of an answer too"
+    message = f"{holds}, and {what} {count:,}. Nothing was left out: shorten the text."
+    return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, bytes]:
