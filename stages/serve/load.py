@@ -73,7 +73,7 @@ class Loaded:
     # Of the model that adapters are for; empty where none are served by name.
     base_digest: str
     # The folders of the adapters that are part of the model.
-    merged: Sequence[Path]
+    merged_folders: Sequence[Path]
     # The trees of the adapters that have a name.
     adapters: Mapping[str, Any]
     # To print below the banner, of the adapters that are part of the model, and of those that have
@@ -127,11 +127,11 @@ def load(
     Raises UserError.
     """
     template = read_template(options.template)
-    merged = [folder for name, folder in options.adapters if not name]
-    named = {name: folder for name, folder in options.adapters if name}
+    merged_folders = [folder for name, folder in options.adapters if not name]
+    folders = {name: folder for name, folder in options.adapters if name}
     on_mesh = layout.current_mesh() is not None
     # What an adapter is merged into is a block no more.
-    keep_kinds = () if merged else engine_config.kept_kinds
+    keep_kinds = () if merged_folders else engine_config.kept_kinds
     ahead = CompileAhead(engine_config, device)
     with contextlib.ExitStack() as on_error:
         on_error.callback(ahead.stop)
@@ -146,14 +146,14 @@ def load(
             )
         console.print_notes(*model.notes)
         names = options.names or [_own_name(model)]
-        _check_names(names, named)
+        _check_names(names, folders)
         now = datetime.datetime.now().isoformat(timespec="seconds")
         with ThreadPoolExecutor(1) as beside:  # while the weights are laid out
             making = beside.submit(ChatTokenizer, model.tokenizer, template, now)
             on_error.callback(_close_chat, making)
             base = _base_digest(model) if ahead.config.adapters else ""
-            trees, adapter_notes = _read_adapters(model.cfg, named, base, ahead.config.adapter_rank)
-            engine, merge_notes = _make_engine(model, merged, ahead.config)
+            trees, adapter_notes = _read_adapters(model.cfg, folders, base, ahead.config.adapter_rank)
+            engine, merge_notes = _make_engine(model, merged_folders, ahead.config)
             sha256 = digest(engine.params)
             chat = making.result()
         on_error.pop_all()
@@ -164,7 +164,7 @@ def load(
         names=names,
         digest=sha256,
         base_digest=base,
-        merged=merged,
+        merged_folders=merged_folders,
         adapters=trees,
         merge_notes=merge_notes,
         adapter_notes=adapter_notes,
@@ -185,7 +185,7 @@ def print_banner(
     mesh_note = ""
     if engine.devices > 1:
         mesh_note = f"; {engine.devices} of them along tensor"
-    merged = "".join(f" with {folder}" for folder in loaded.merged)
+    merge_note = "".join(f" with {folder}" for folder in loaded.merged_folders)
     adapters = ""
     if config.adapters:
         adapter_names = ", ".join(loaded.adapters) or "none yet"
@@ -199,7 +199,7 @@ def print_banner(
     slots = f"{config.slots} of {engine.capacity:,} tokens{context_note}"
     console.print_rows(
         [
-            ("model", f"{', '.join(loaded.names)}: {loaded.model.checkpoint}{merged}"),
+            ("model", f"{', '.join(loaded.names)}: {loaded.model.checkpoint}{merge_note}"),
             ("adapters", adapters),
             ("device", f"{device}{mesh_note}{kernels_note()}"),
             ("weights", f"{weight_types(engine.params)}, {weights}, SHA-256 {loaded.digest[:16]}"),

@@ -146,14 +146,14 @@ def proxy_hosts(origins: Sequence[str]) -> list[str]:
 
 def adapter_capacity(flags: ServeFlags) -> int:
     """Returns how many adapters requests may name at once; 0 where they name none."""
-    named = _named_adapters(flags)
-    if not named and not flags.adapter_folder:
+    names = _named_adapters(flags)
+    if not names and not flags.adapter_folder:
         return 0
     if flags.max_adapters:
         return flags.max_adapters
     if flags.adapter_folder:
-        return max(len(named), FOLDER_ADAPTERS)
-    return len(named)
+        return max(len(names), FOLDER_ADAPTERS)
+    return len(names)
 
 
 def _named_adapters(flags: ServeFlags) -> list[str]:
@@ -162,7 +162,7 @@ def _named_adapters(flags: ServeFlags) -> list[str]:
 
 def check_adapters(flags: ServeFlags, has_keys: bool) -> None:
     """Raises UserError for flags about adapters that do not go together."""
-    named = _named_adapters(flags)
+    names = _named_adapters(flags)
     count = adapter_capacity(flags)
     model_names = {"default", *_split(flags.name)}
     if flags.adapter_folder and not has_keys:
@@ -173,19 +173,19 @@ def check_adapters(flags: ServeFlags, has_keys: bool) -> None:
         raise UserError(
             "--max-adapters is about adapters with a name: give --adapter NAME=FOLDER, or --adapter-folder."
         )
-    if count and len(named) < len(flags.adapter):
+    if count and len(names) < len(flags.adapter):
         raise UserError(
             "An adapter without a name is part of the model, "
             "and those with a name are for the model as it is: "
             "give each a name, --adapter NAME=FOLDER."
         )
-    for name in named:
-        if named.count(name) > 1 or name in model_names:
+    for name in names:
+        if names.count(name) > 1 or name in model_names:
             raise UserError(
                 f"The name {name} is given twice: each adapter has one of its own, and none is the model's."
             )
-    if len(named) > count:
-        raise UserError(f"--max-adapters is {count}, and {len(named)} adapters are named.")
+    if len(names) > count:
+        raise UserError(f"--max-adapters is {count}, and {len(names)} adapters are named.")
     if count and flags.mesh:
         raise UserError(
             "Adapters by name need the model on one device: leave --mesh out, or merge one by stages.export."

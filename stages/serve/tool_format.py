@@ -70,17 +70,17 @@ def describe_tools(turns: Iterable[Turn], tools: Sequence[Function]) -> list[Tur
 
     Calls and their results become text.
     """
-    described: list[Turn] = []
+    new_turns: list[Turn] = []
     has_calls = False
     for turn in turns:
         has_calls = has_calls or "tool_calls" in turn
         if turn["role"] == "tool" and has_calls:
-            _append_result(described, turn["content"])
+            _append_result(new_turns, turn["content"])
         else:
-            described.append({**turn, "content": _content_with_calls(turn)})
+            new_turns.append({**turn, "content": _content_with_calls(turn)})
     if tools:
-        _add_preamble(described, tools)
-    return described
+        _add_preamble(new_turns, tools)
+    return new_turns
 
 
 def _append_result(turns: list[Turn], content: str) -> None:

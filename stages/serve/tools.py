@@ -84,9 +84,9 @@ NO_TOOLS = ToolUse()
 
 
 def tool_use(
-    functions: Sequence[Function], named: str | None = None, choice: Any = None, parallel: bool | None = True
+    functions: Sequence[Function], name: str | None = None, choice: Any = None, parallel: bool | None = True
 ) -> ToolUse:
-    """Returns the use of functions as tools. `named`: the one to be called, in place of the choice.
+    """Returns the use of functions as tools. `name`: the one to be called, in place of the choice.
 
     Raises InvalidField.
     """
@@ -94,14 +94,14 @@ def tool_use(
         if function.schema["type"] != "object":
             field = "tools[...].function.parameters"
             raise InvalidField(field, f"tools: the parameters of {function.name} must be an object.")
-    required = choice == "required" or named is not None
+    required = choice == "required" or name is not None
     if required and not functions:
         raise InvalidField("tool_choice", "tool_choice asks for a call, and there are no tools.")
-    if named not in (None, *(function.name for function in functions)):
-        raise InvalidField("tool_choice", f"tool_choice: there is no tool {named!r:.80} in tools.")
+    if name not in (None, *(function.name for function in functions)):
+        raise InvalidField("tool_choice", f"tool_choice: there is no tool {name!r:.80} in tools.")
     if choice == "none":
         functions = ()
-    return ToolUse(functions, required, named, parallel is not False)
+    return ToolUse(functions, required, name, parallel is not False)
 
 
 def make_turn(role: str, content: str, **more: Any) -> Turn:

@@ -198,12 +198,12 @@ class CountTokensRequest(AnswerRequest, kw_only=True):
         """The tools that an answer may call. Raises InvalidField."""
         choice = self.tool_choice or ToolChoice(type="auto")
         kind: str = choice.type
-        named = None
+        tool_name = None
         if choice.type == "any":
             kind = "required"
         elif choice.type == "tool":
-            named = choice.name or ""
-        return tool_use(self.tools or (), named, kind, not choice.disable_parallel_tool_use)
+            tool_name = choice.name or ""
+        return tool_use(self.tools or (), tool_name, kind, not choice.disable_parallel_tool_use)
 
 
 class OutputFormat(StrictFields):

@@ -54,24 +54,31 @@ def anthropic_model(state: ServerState, name: str) -> AnthropicModel:
 def anthropic_models(state: ServerState, query: Mapping[str, str]) -> AnthropicModels:
     """Returns the page that `limit`, and `after_id` or `before_id`, ask for. Raises InvalidField."""
     names = state.served_names
-    limit = query.get("limit", f"{PAGE}")
-    if not re.fullmatch(r"[0-9]{1,4}", limit) or not 1 <= int(limit) <= MAX_PAGE:
-        raise InvalidField("limit", f"limit must be an integer from 1 to {MAX_PAGE:,}, not {quote(limit)}.")
+    limit = _page_limit(query.get("limit", f"{PAGE}"))
     if "after_id" in query and "before_id" in query:
         raise InvalidField("before_id", "before_id is given beside after_id: give one of them.")
     for field in ("after_id", "before_id"):
         if query.get(field, names[0]) not in names:
             raise InvalidField(field, f"{field} names no model here: {quote(query[field])}.")
     if "before_id" in query:
-        listed = names[: names.index(query["before_id"])]
-        page = listed[-int(limit) :]
+        rest = names[: names.index(query["before_id"])]
+        page = rest[-limit:]
     else:
-        begin = names.index(query["after_id"]) + 1 if "after_id" in query else 0
-        listed = names[begin:]
-        page = listed[: int(limit)]
+        begin = 0
+        if "after_id" in query:
+            begin = names.index(query["after_id"]) + 1
+        rest = names[begin:]
+        page = rest[:limit]
     return AnthropicModels(
         [anthropic_model(state, name) for name in page],
         first_id=page[0] if page else None,
         last_id=page[-1] if page else None,
-        has_more=len(page) < len(listed),
+        has_more=len(page) < len(rest),
     )
+
+
+def _page_limit(text: str) -> int:
+    """Returns how many models a request asks for. Raises InvalidField."""
+    if not re.fullmatch(r"[0-9]{1,4}", text) or not 1 <= int(text) <= MAX_PAGE:
+        raise InvalidField("limit", f"limit must be an integer from 1 to {MAX_PAGE:,}, not {quote(text)}.")
+    return int(text)

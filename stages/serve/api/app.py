@@ -87,9 +87,9 @@ class Api:
         if methods is None:
             raise _no_route(path)
         if method not in methods:
-            allowed = ", ".join(methods)
-            message = f"{scope['path']} is not asked for with {method}, but with {allowed}."
-            raise ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed})
+            names = ", ".join(methods)
+            message = f"{scope['path']} is not asked for with {method}, but with {names}."
+            raise ApiError(405, message, code="method_not_allowed", headers={"Allow": names})
         return methods[method]
 
     def _check_open(self, route: Route, call: ApiCall) -> None:

@@ -166,9 +166,9 @@ class ChatRequest(CompletionFields, kw_only=True):
     def tool_use(self) -> ToolUse:
         """The tools that an answer may call. Raises InvalidField."""
         choice = self.tool_choice
-        named = choice.function.name if isinstance(choice, ToolField) else None
+        tool_name = choice.function.name if isinstance(choice, ToolField) else None
         functions = [each.function for each in self.tools or ()]
-        return tool_use(functions, named, choice, self.parallel_tool_calls)
+        return tool_use(functions, tool_name, choice, self.parallel_tool_calls)
 
     @property
     def grammars(self) -> list[Grammar]:

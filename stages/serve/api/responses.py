@@ -210,8 +210,8 @@ class ResponseRequest(SamplingFields, kw_only=True):
             turns.append(make_turn("user", self.input))
         else:
             turns += _turns(self.input)
-        named = self.tool_choice.name if isinstance(self.tool_choice, NamedField) else None
-        tools = tool_use(self.tools or (), named, self.tool_choice, self.parallel_tool_calls)
+        tool_name = self.tool_choice.name if isinstance(self.tool_choice, NamedField) else None
+        tools = tool_use(self.tools or (), tool_name, self.tool_choice, self.parallel_tool_calls)
         return ChatPrompt("input", turns, tools=tools)
 
     def job(self, defaults: SamplingParams) -> Job:

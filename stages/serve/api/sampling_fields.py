@@ -67,7 +67,7 @@ class SamplingFields(UsualFields):
         """The grammars that the request asks for. Raises InvalidField."""
         grammars = []
         if self.structured_outputs:
-            grammars.append(self.structured_outputs.wanted_grammar)
+            grammars.append(self.structured_outputs.own_grammar)
         values = {
             "guided_json": self.guided_json,
             "guided_regex": self.guided_regex,

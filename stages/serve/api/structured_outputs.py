@@ -100,17 +100,16 @@ class StructuredOutputs(StrictFields):
     disable_fallback: bool | None = None  # one library compiles all grammars
 
     @property
-    def wanted_grammar(self) -> Grammar:
+    def own_grammar(self) -> Grammar:
         """The one that is asked for. Raises InvalidField."""
         values = msgspec.structs.asdict(self)
-        wanted = [
-            name for name in STRUCTURED_OUTPUTS if values[name] is not None and values[name] is not False
+        kinds = [
+            kind for kind in STRUCTURED_OUTPUTS if values[kind] is not None and values[kind] is not False
         ]
-        if len(wanted) != 1:
+        if len(kinds) != 1:
             field = "structured_outputs"
-            found = " and ".join(wanted) or "none"
-            raise InvalidField(
-                field, f"{field} must have exactly one of {', '.join(STRUCTURED_OUTPUTS)}, and has {found}."
-            )
-        (name,) = wanted
+            choices = ", ".join(STRUCTURED_OUTPUTS)
+            own = " and ".join(kinds) or "none"
+            raise InvalidField(field, f"{field} must have exactly one of {choices}, and has {own}.")
+        (name,) = kinds
         return Grammar(f"structured_outputs.{name}", partial(STRUCTURED_OUTPUTS[name], values[name]))

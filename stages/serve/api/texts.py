@@ -114,23 +114,26 @@ async def _candidate_tokens(call: ApiCall[ScoreRequest]) -> list[Sequence[int]]:
     tokenizer = call.state.tokenizer
     space = " " if body.messages and tokenizer.strips_space else ""
     texts = [space + each for each in body.candidates if isinstance(each, str)]
-    encoded: Iterator[list[int]] = iter(())
+    tokens_of_texts: Iterator[list[int]] = iter(())
     if texts:
-        encoded = iter(await tokenizer.encode(texts, continued=True))
-    tokens: list[Sequence[int]] = []
+        tokens_of_texts = iter(await tokenizer.encode(texts, continued=True))
+    candidates: list[Sequence[int]] = []
     for each in body.candidates:
-        tokens.append(next(encoded) if isinstance(each, str) else each)
-    return tokens
+        candidates.append(next(tokens_of_texts) if isinstance(each, str) else each)
+    return candidates
 
 
 def _scores(pieces: list[Piece]) -> list[Score]:
     """Returns the scores of all candidates, a piece each."""
     token_logprobs = [[each.logprob for each in piece.logprobs] for piece in pieces]
     sums = list(map(math.fsum, token_logprobs))
-    weights = [math.exp(logprob - max(sums)) for logprob in sums]
+    weights = [math.exp(logprob - max(sums)) for logprob in sums]  # no overflow: the largest is 1
+    total = sum(weights)
     scores = []
-    for index, (logprob, weight, own) in enumerate(zip(sums, weights, token_logprobs)):
-        scores.append(Score(index=index, logprob=logprob, share=weight / sum(weights), token_logprobs=own))
+    for index, logprob in enumerate(sums):
+        share = weights[index] / total
+        score = Score(index=index, logprob=logprob, share=share, token_logprobs=token_logprobs[index])
+        scores.append(score)
     return scores
 
 

@@ -14,10 +14,11 @@ from stages.runs.page import whole_page
 def page() -> tuple[bytes, str]:
     """Reads and joins the parts; returns the page, UTF-8, and a policy that allows each by its SHA-256."""
     folder = Path(__file__).parent
-    allowed: dict[str, list[str]] = {"style": [], "script": []}
+    hashes_by_tag: dict[str, list[str]] = {"style": [], "script": []}
 
     def allow(tag: str, text: str) -> None:
-        allowed[tag].append(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'")
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest())
+        hashes_by_tag[tag].append(f"'sha256-{digest.decode()}'")
 
     html = whole_page(folder / "page.html", allow)
     policy = [
@@ -29,6 +30,6 @@ def page() -> tuple[bytes, str]:
         "img-src data:",  # the icon, inside the document
         "require-trusted-types-for 'script'",
         "trusted-types dompurify",  # only the sanitizer can make elements of text
-        *(f"{tag}-src {' '.join(hashes)}" for tag, hashes in allowed.items()),
+        *(f"{tag}-src {' '.join(hashes)}" for tag, hashes in hashes_by_tag.items()),
     ]
     return html.encode(), "; ".join(policy)
