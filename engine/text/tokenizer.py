@@ -43,10 +43,11 @@ PIECE = 16_384  # characters encoded at a time: stays in the CPU's cache
 TOGETHER = 64  # pieces a call, spread over the cores
 
 # The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table).
+# A printable byte stands for itself; the others, in their order, are characters from U+0100 on.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-BYTES = dict(
-    zip(map(chr, [*PRINTABLE, *range(256, 324)]), [*PRINTABLE, *sorted({*range(256)} - {*PRINTABLE})])
-)
+UNPRINTABLE = [byte for byte in range(256) if byte not in PRINTABLE]
+BYTES = {chr(byte): byte for byte in PRINTABLE}
+BYTES |= {chr(0x100 + number): byte for number, byte in enumerate(UNPRINTABLE)}
 SYMBOLS = sorted(BYTES, key=BYTES.__getitem__)
 
 
@@ -67,34 +68,27 @@ class Tokenizer:
     ) -> None:
         self.inner = _whole_texts(inner)
         self.config = config
-        written = inner.to_str()
-        fields = json.loads(written)
-        decoder = [step["type"] for step in _steps(fields["decoder"])]
-        if not {"ByteLevel", "ByteFallback"} & {*decoder}:
-            kinds = ", ".join(decoder) or "nothing"
-            raise UserError(
-                f"{where} decodes with {kinds}; only tokenizers that know every byte are understood here."
-            )
-        byte_level = "ByteLevel" in decoder
+        tokenizer_json = inner.to_str()
+        fields = json.loads(tokenizer_json)
+        byte_level = _is_byte_level(fields, where)
         self._table = _byte_table(inner, byte_level)
         # It encodes the rest of a text where that gets no space before its first word; else None.
-        self._inner_of_rest = None if byte_level else _without_first_space(fields)
-        # Where a token reaches across such a place, a text is encoded in one piece.
-        self._cuts = byte_level or not any(
-            TOKEN_END.search(value.decode("utf-8", "ignore")) for value in self._table.values()
-        )
+        self._inner_of_rest: tokenizers.Tokenizer | None = None
+        # Where a token reaches across a place to cut, a text is encoded in one piece.
+        self._cuts = True
+        if not byte_level:
+            self._inner_of_rest = _without_first_space(fields)
+            self._cuts = not any(map(_has_place_to_cut, self._table.values()))
         self.controls = {
             token: added for token, added in inner.get_added_tokens_decoder().items() if added.special
         }
         self.vocab = max(self._table) + 1
         self._lengths = np.array([len(self.bytes_of(token)) for token in range(self.vocab)])
-        self.digest = hashlib.sha256(written.encode()).hexdigest()
-        names = {
-            name: value
-            for name, value in config.items()
-            if name.endswith("_token") and isinstance(value, str)
-        }
-        self.special_names = {"eos_token": END} | names
+        self.digest = hashlib.sha256(tokenizer_json.encode()).hexdigest()
+        self.special_names = {"eos_token": END}
+        for name, value in config.items():
+            if name.endswith("_token") and isinstance(value, str):
+                self.special_names[name] = value
         eos = self.special_names["eos_token"]
         end = inner.token_to_id(eos)
         if end is None:
@@ -117,11 +111,15 @@ class Tokenizer:
         """Yields the tokens of a text that comes in parts, a megabyte at a time, so that memory
         stays bounded.
         """
-        rest = self._inner_of_rest or self.inner
-        together = TOGETHER if rest is self.inner else 1
+        rest = self.inner
+        together = TOGETHER
+        if self._inner_of_rest:
+            rest = self._inner_of_rest
+            together = 1  # for the first piece is encoded by another tokenizer
         for number, pieces in enumerate(itertools.batched(self._pieces(parts), together)):
-            begins = number == 0 and not continued
-            inner = self.inner if begins else rest
+            inner = rest
+            if number == 0 and not continued:
+                inner = self.inner
             encoded = inner.encode_batch_fast(list(pieces), add_special_tokens=False)
             yield np.fromiter(itertools.chain.from_iterable(piece.ids for piece in encoded), np.int32)
 
@@ -163,16 +161,25 @@ class Tokenizer:
         for part in parts:
             _check_unicode(part)
             start = 0
-            cut = TOKEN_END.search(part, PIECE) if self._cuts else None
-            while cut:
-                yield "".join([*rest, part[start : cut.end()]])
-                start = cut.end()
+            cut = self._find_cut(part, PIECE)
+            while cut is not None:
+                yield "".join([*rest, part[start:cut]])
+                start = cut
                 rest = []
-                cut = TOKEN_END.search(part, start + PIECE)
+                cut = self._find_cut(part, start + PIECE)
             rest.append(part[start:])
         text = "".join(rest)
         if text:
             yield text
+
+    def _find_cut(self, text: str, start: int) -> int | None:
+        """Returns the first place after `start` where a text may be cut; None if there is none."""
+        if not self._cuts:
+            return None
+        token_end = TOKEN_END.search(text, start)
+        if token_end is None:
+            return None
+        return token_end.end()
 
 
 class ModelTokenizer(NamedTuple):
@@ -209,7 +216,9 @@ def save_tokenizer(
     Returns the fields that config.json has of it: eos_token_id, and bos_token_id and pad_token_id
     if there are such tokens.
     """
-    tokens: dict[str, Any] = {"eos_token_id": list(eos_ids) if len(eos_ids) > 1 else eos_ids[0]}
+    tokens: dict[str, Any] = {"eos_token_id": list(eos_ids)}
+    if len(eos_ids) == 1:
+        tokens["eos_token_id"] = eos_ids[0]
     for name in ("bos_token", "pad_token"):
         token = tokenizer.id_of(tokenizer.special_names.get(name, ""))
         if token is not None:
@@ -246,6 +255,23 @@ def _training_parts(texts: Iterable[str]) -> Iterator[str]:
             yield text[start : start + 4 * PIECE]
 
 
+def _is_byte_level(fields: dict[str, Any], where: object) -> bool:
+    """Whether the tokenizer in a tokenizer.json is byte-level, and not sentencepiece's. Raises UserError
+    for one that does not know every byte.
+    """
+    decoder = [step["type"] for step in _steps(fields["decoder"])]
+    if "ByteLevel" not in decoder and "ByteFallback" not in decoder:
+        kinds = ", ".join(decoder) or "nothing"
+        raise UserError(
+            f"{where} decodes with {kinds}; only tokenizers that know every byte are understood here."
+        )
+    return "ByteLevel" in decoder
+
+
+def _has_place_to_cut(token: bytes) -> bool:
+    return TOKEN_END.search(token.decode("utf-8", "ignore")) is not None
+
+
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
     if part is None:
         return []
@@ -280,10 +306,13 @@ def _without_first_space(fields: dict[str, Any]) -> tokenizers.Tokenizer | None:
 
 
 def _starts_with(inner: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """Returns the ids that a tokenizer puts before a text."""
     plain = inner.encode("a", add_special_tokens=False).ids
     whole = inner.encode("a", add_special_tokens=True).ids
-    places = (n for n in range(len(whole) - len(plain) + 1) if whole[n : n + len(plain)] == plain)
-    return tuple(whole[: next(places, 0)])
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return tuple(whole[:start])
+    return ()
 
 
 def _byte_table(inner: tokenizers.Tokenizer, byte_level: bool) -> dict[int, bytes]:
