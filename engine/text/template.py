@@ -22,6 +22,7 @@ START_SECONDS = 60.0  # for a process to start and import, on a busy machine
 REPLY_SECONDS = 5.0  # waiting; `template_worker.py` limits the computing
 BATCH = 32  # renderings in one request
 MAX_REPLY_BYTES = 8_000_000  # a rendering's reply, everything escaped
+READ_BYTES = 2**20  # at once
 FIXED_DAY = "2026-01-01T00:00:00"  # that templates print: the same tokens every day
 
 # role: system, user, assistant or tool; content: text; what else a template reads: tool_calls
@@ -67,20 +68,25 @@ class Template:
         """
         texts: list[str] = []
         with self._lock:
-            for part in itertools.batched(jobs, BATCH):
-                if self.process is None:
-                    self.process = TemplateProcess(self._start)
-                    weakref.finalize(self, self.process.end)
-                try:
-                    self.process.send(
-                        [[([*map(dict, messages)], prompt) for messages, prompt in part], dict(more)]
-                    )
-                    reply = self.process.reply(REPLY_SECONDS, MAX_REPLY_BYTES * BATCH)
-                except BaseException:
-                    self.close()  # a late reply would be taken for the next one
-                    raise
+            for batch in itertools.batched(jobs, BATCH):
+                requests = []
+                for messages, prompt in batch:
+                    requests.append(([dict(message) for message in messages], prompt))
+                reply = self._ask([requests, dict(more)])
                 texts += _check_reply(reply)["texts"]
         return texts
+
+    def _ask(self, request: Any) -> dict[str, Any]:
+        """Returns the process's reply to a request; starts the process where there is none."""
+        if self.process is None:
+            self.process = TemplateProcess(self._start)
+            weakref.finalize(self, self.process.end)
+        try:
+            self.process.send(request)
+            return self.process.reply(REPLY_SECONDS, MAX_REPLY_BYTES * BATCH)
+        except BaseException:
+            self.close()  # a late reply would be taken for the next one
+            raise
 
     def close(self) -> None:
         if self.process:
@@ -124,10 +130,9 @@ class TemplateProcess(subprocess.Popen[bytes]):
         poll = select.poll()
         poll.register(self.stdout, select.POLLIN)
         while b"\n" not in self.unread:
+            part = b""
             if poll.poll(1000 * seconds):
-                part = os.read(self.stdout.fileno(), 1 << 20)
-            else:
-                part = b""
+                part = os.read(self.stdout.fileno(), READ_BYTES)
             self.unread += part
             if not part or len(self.unread) > longest:
                 raise UserError(
@@ -142,9 +147,15 @@ class TemplateProcess(subprocess.Popen[bytes]):
 
 
 def _check_reply(reply: dict[str, Any]) -> dict[str, Any]:
-    for kind, error, opening in (("refused", InvalidConversation, "refuses it: "), ("failed", UserError, "")):
-        if kind in reply:  # without what would steer a terminal
-            letters = [letter if letter.isprintable() else " " for letter in reply[kind]]
-            words = "".join(letters)
-            raise error(f"The chat template {opening}{words.rstrip('.')}.")
+    """Returns a reply. Raises InvalidConversation or UserError for one that tells of a failure."""
+    if "refused" in reply:
+        raise InvalidConversation(f"The chat template refuses it: {_printable(reply['refused'])}.")
+    if "failed" in reply:
+        raise UserError(f"The chat template {_printable(reply['failed'])}.")
     return reply
+
+
+def _printable(text: str) -> str:
+    """Returns a sentence of a template without what would steer a terminal, and without its full stop."""
+    letters = [letter if letter.isprintable() else " " for letter in text]
+    return "".join(letters).rstrip(".")
