@@ -61,13 +61,17 @@ def _values(path: Path) -> Iterator[tuple[Any, str]]:
     at = 0
     line = 1
     places = Counter[int]()
-    beginning = re.compile(r"[^\s\[,\]]" if text.lstrip().startswith("[") else r"\S")
+    beginning = re.compile(r"\S")
+    if text.lstrip().startswith("["):  # an array of them
+        beginning = re.compile(r"[^\s\[,\]]")
     match = beginning.search(text, at)
     while match:
         start = match.start()
         line += text.count("\n", at, start)
         places[line] += 1  # several may begin on a line
-        where = f"{path}:{line}" + f" (value {places[line]})" * (places[line] > 1)
+        where = f"{path}:{line}"
+        if places[line] > 1:
+            where += f" (value {places[line]})"
         value, at = _parsed(decoder.raw_decode, text, start, where=where)
         yield value, where
         line += text.count("\n", start, at)
