@@ -39,10 +39,13 @@ class CompletionText:
                 break
             self.tokens += 1
             certain.append(self._append(self._stream.push(token)))
-        return "".join(certain) + self._uncertain * last
+        if last:
+            certain.append(self._uncertain)
+        return "".join(certain)
 
     def _append(self, text: str) -> str:
         text = self._uncertain + text
+        # where each stop string is complete; of those that end together the longest comes first
         matches = [(text.find(stop) + len(stop), -len(stop), stop) for stop in self._stop if stop in text]
         if matches:
             end, _, self.stopped = min(matches)
@@ -55,4 +58,7 @@ class CompletionText:
 
 def overlap(text: str, stop: str) -> int:
     """Returns how many characters at the end of a text may begin a stop string."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
