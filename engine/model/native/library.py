@@ -4,8 +4,8 @@ Each file is compiled by the system's C compiler (`$CC`, cc, gcc or clang) or by
 `native`. Its name in the cache is a digest of all that it depends on, the processor's instructions
 among them, so that machines may share a folder. The file ends in the SHA-256 of its name and the
 library: one damaged, misplaced, or that others can write is built anew. A library is kept only if
-it loads and holds the kernel's functions. Where a compiler hung, a note of it lies in the
-library's place, and for a day the compiler is not asked again.
+it loads and holds the kernel's functions. Where a compiler hung, a note of it (`.hung`) lies beside
+the library's place, and for a day the compiler is not asked again.
 """
 
 import contextlib
@@ -85,6 +85,22 @@ class Library(NamedTuple):
     loaded: ctypes.CDLL
 
 
+class LoadResult(NamedTuple):
+    """What came of loading the kernels: why they cannot be used, empty when they can; and the SHA-256
+    of their libraries, empty when they cannot.
+    """
+
+    problem: str
+    digest: str
+
+
+class Candidate(NamedTuple):
+    """A compiler's command, and the path in the cache of the library that it builds."""
+
+    compiler: list[str]
+    path: Path
+
+
 def target(kernel: str) -> str:
     """Returns a kernel's name as XLA knows it, which is that of its C function."""
     return f"thrice_{kernel}"
@@ -95,17 +111,17 @@ def native_problem() -> str:
     they can. Remembers it.
     """
     with _lock:
-        return _load()[0]
+        return _load().problem
 
 
 def native_digest() -> str:
     """Returns the SHA-256 of the kernels as built: compilers round in different places."""
     with _lock:
-        return _load()[1]
+        return _load().digest
 
 
 @functools.cache
-def _load() -> tuple[str, str]:
+def _load() -> LoadResult:
     try:
         with ThreadPoolExecutor() as pool:  # a compiler takes up to four seconds a kernel
             libraries = [*pool.map(read_library, KERNELS)]
@@ -115,8 +131,9 @@ def _load() -> tuple[str, str]:
                     name, jax.ffi.pycapsule(getattr(library.loaded, name)), platform="cpu"
                 )
     except (_Unavailable, UserError, OSError, AttributeError) as error:
-        return str(error), ""
-    return "", hashlib.sha256(b"".join(library.data for library in libraries)).hexdigest()
+        return LoadResult(problem=str(error), digest="")
+    digest = hashlib.sha256(b"".join(library.data for library in libraries)).hexdigest()
+    return LoadResult(problem="", digest=digest)
 
 
 def _functions(kernel: str) -> list[str]:
@@ -126,60 +143,89 @@ def _functions(kernel: str) -> list[str]:
 
 def read_library(kernel: str) -> Library:
     """Returns a kernel's library for this machine, built if need be. Raises _Unavailable or OSError."""
-    machine = platform.machine()
     instructions = processor().instructions
-    if not INSTRUCTIONS.get(machine, set()) & {*instructions.split()}:
+    if not INSTRUCTIONS.get(platform.machine(), set()) & {*instructions.split()}:
         raise _Unavailable("this processor is not known to multiply int8 fast")
-    flags = (*FLAGS, KERNELS[kernel])
-    sources = {file.name: file.read_bytes() for file in (FOLDER / f"{kernel}.c", *sorted(FOLDER.glob("*.h")))}
-    compilers = _compilers()
-    paths = []
-    for compiler in compilers:
+    files = (FOLDER / f"{kernel}.c", *sorted(FOLDER.glob("*.h")))
+    sources = {file.name: file.read_bytes() for file in files}
+    candidates = _list_candidates(kernel, sources, instructions)
+    library = _load_cached(kernel, candidates)
+    if library is None:
+        library = _build(kernel, candidates, sources)
+    return library
+
+
+def _list_candidates(kernel: str, sources: dict[str, bytes], instructions: str) -> list[Candidate]:
+    """Lists the libraries that compilers here would build, in the order in which they are tried. Each
+    is named by a digest of all that it depends on.
+    """
+    candidates = []
+    for compiler in _compilers():
         key = [
             *sources.values(),
             jaxlib.__version__,
-            *flags,
-            machine,
+            *_flags(kernel),
+            platform.machine(),
             instructions,
             *compiler,
             *_stamp(compiler[0]),
         ]
-        paths.append(cache_folder("native") / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.so")
-    for path in paths:
-        data = read_checked(path, MAX_BYTES)
+        name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
+        candidates.append(Candidate(compiler, cache_folder("native") / f"{name}.so"))
+    return candidates
+
+
+def _flags(kernel: str) -> tuple[str, ...]:
+    return (*FLAGS, KERNELS[kernel])
+
+
+def _load_cached(kernel: str, candidates: list[Candidate]) -> Library | None:
+    """Returns the first of the candidates that is in the cache, intact, and loads here; else None."""
+    for candidate in candidates:
+        data = read_checked(candidate.path, MAX_BYTES)
         if data:
             # A machine that shares the folder may have built it for a newer C library.
             with contextlib.suppress(OSError, AttributeError):
                 return _load_library(kernel, data)
+    return None
+
+
+def _build(kernel: str, candidates: list[Candidate], sources: dict[str, bytes]) -> Library:
+    """Builds the first of the candidates that can be built, stores it in the cache and returns it.
+
+    Raises _Unavailable, with a reason for each compiler, when none can be built within SECONDS.
+    """
     end = time.monotonic() + SECONDS
     problems = []
-    for index, compiler in enumerate(compilers):
-        hang = _read_hang(paths[index])
+    for index, candidate in enumerate(candidates):
+        hang = _read_hang(candidate.path)
         if hang:
             problems.append(hang)
             continue
         now = time.monotonic()
-        share = (end - now) / (len(compilers) - index)
-        command = [*compiler, *flags, TUNING[machine], f"-I{jax.ffi.include_dir()}"]
+        share = (end - now) / (len(candidates) - index)
+        tuning = TUNING[platform.machine()]
+        command = [*candidate.compiler, *_flags(kernel), tuning, f"-I{jax.ffi.include_dir()}"]
         try:
-            data = _compile(kernel, command, sources, now + share)
+            data = _compile(kernel, command, sources, deadline=now + share)
         except subprocess.TimeoutExpired:
-            problems.append(_note_hang(paths[index], compiler, share))
+            problems.append(_note_hang(candidate, share))
             continue
         except _Unavailable as problem:
             problems.append(str(problem))
             continue
         with contextlib.suppress(OSError):  # then the next start builds it again
-            write_checked(paths[index], data)
+            write_checked(candidate.path, data)
         return _load_library(kernel, data)
     raise _Unavailable("; ".join(problems))
 
 
-def _note_hang(path: Path, compiler: list[str], seconds: float) -> str:
-    """Writes beside the library's `path` that the compiler hung, and returns the sentence."""
+def _note_hang(candidate: Candidate, seconds: float) -> str:
+    """Writes beside the library's path that its compiler hung, and returns the sentence."""
     hour = time.strftime("%Y-%m-%d %H:%M")
+    path = candidate.path
     sentence = (
-        f"{shlex.join(compiler)} was stopped at {hour} because it took longer than {seconds:.3g} s; "
+        f"{shlex.join(candidate.compiler)} was stopped at {hour} because it took longer than {seconds:.3g} s; "
         f"it is tried again a day later, or once you delete {path.parent}/*{HUNG}"
     )
     with contextlib.suppress(OSError):  # then the next start waits for it again
@@ -206,9 +252,8 @@ def _compile(kernel: str, command: list[str], sources: dict[str, bytes], deadlin
     Raises _Unavailable when the compiler fails or writes no library that loads, and
     subprocess.TimeoutExpired when it is not done at the `deadline` (of time.monotonic).
     """
-    with tempfile.TemporaryDirectory(
-        ignore_cleanup_errors=True
-    ) as folder:  # what is left of a compiler may still write there
+    # What is left of a compiler may still write into the folder while it is removed.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for name, text in sources.items():
             Path(folder, name).write_bytes(text)
         built = Path(folder, "built.so")
@@ -276,19 +321,21 @@ def _compilers() -> list[list[str]]:
     """
     chosen = os.environ.get("CC")
     problem = "there is no C compiler; install one, or the extra `native`"
-    names = [["cc"], ["gcc"], ["clang"]]
+    choices = [["cc"], ["gcc"], ["clang"]]
     if chosen:
         problem = f"CC={shlex.quote(chosen)} names no program here; set it to a C compiler, or unset it"
         try:
-            names = [shlex.split(chosen)]
+            choices = [shlex.split(chosen)]
         except ValueError as error:
             problem = f"CC={shlex.quote(chosen)} is no command ({error}); set it to a C compiler, or unset it"
-            names = []
+            choices = []
     commands: dict[str, list[str]] = {}
-    for words in names:
-        found = shutil.which(words[0]) if words else None
-        if found:
-            commands.setdefault(os.path.realpath(found), [found, *words[1:]])
+    for words in choices:
+        program = None
+        if words:
+            program = shutil.which(words[0])
+        if program:
+            commands.setdefault(os.path.realpath(program), [program, *words[1:]])
     if importlib.util.find_spec("ziglang"):
         commands["ziglang"] = [sys.executable, "-m", "ziglang", "cc"]
     if not commands:
@@ -297,7 +344,7 @@ def _compilers() -> list[list[str]]:
 
 
 def _stamp(file: str) -> tuple[str, int, int]:
-    """Returns what changes when a compiler is updated."""
+    """Returns what changes when a compiler is updated: its real path, size in bytes, and time in ns."""
     with contextlib.suppress(OSError):
         status = os.stat(file)
         return os.path.realpath(file), status.st_size, status.st_mtime_ns
