@@ -390,6 +390,14 @@ class Generation:
             self._state.admission.record(self._place, seconds)
 
 
+def choices_of(call: ApiCall, requests: Sequence[Request]) -> list[Choice]:
+    """Returns the choices of requests that are not asked for a text."""
+    tokenizer = call.state.tokenizer.tokenizer
+    return [
+        Choice(index, request, CompletionText(tokenizer.stream())) for index, request in enumerate(requests)
+    ]
+
+
 def join_pieces(parts: Sequence[Piece]) -> Piece:
     """Returns the pieces of one choice as one."""
     logprobs: list[LogProb] = []

@@ -6,12 +6,12 @@ import msgspec
 from msgspec import Meta
 from starlette.types import ASGIApp
 
+from stages.serve.api.embeddings import embed
 from stages.serve.api.fields import prompt_texts
 from stages.serve.api.generation import MAX_COMPLETIONS, Usage
 from stages.serve.api.jobs import TextPrompts
 from stages.serve.api.ollama import OllamaFields, reply_at_once
 from stages.serve.api.requests import ApiCall
-from stages.serve.api.texts import embed
 
 
 class EmbedRequest(OllamaFields, kw_only=True):

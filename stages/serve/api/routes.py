@@ -11,12 +11,14 @@ from stages.serve.api import (
     anthropic,
     chat,
     completions,
+    embeddings,
     ollama,
     ollama_embed,
     ollama_models,
     responses,
+    score,
     status,
-    texts,
+    tokens,
 )
 from stages.serve.api.fields import ModelRequest
 from stages.serve.api.requests import ApiCall
@@ -154,15 +156,17 @@ ROUTES = [
     Route(
         "POST",
         "/v1/embeddings",
-        texts.create_embedding,
-        body=texts.EmbeddingsRequest,
-        reply=texts.EmbeddingsReply,
+        embeddings.create_embedding,
+        body=embeddings.EmbeddingsRequest,
+        reply=embeddings.EmbeddingsReply,
         reserves=True,
     ),
-    Route("POST", "/v1/score", texts.score, body=texts.ScoreRequest, reply=texts.ScoreReply, reserves=True),
-    Route("POST", "/tokenize", texts.tokenize, body=texts.TokenizeRequest, reply=texts.TokenizeReply),
-    Route("POST", "/detokenize", texts.detokenize, body=texts.DetokenizeRequest, reply=texts.DetokenizeReply),
-    Route("GET", "/tokenizer_info", texts.tokenizer_info, reply=texts.TokenizerInfo),
+    Route("POST", "/v1/score", score.score, body=score.ScoreRequest, reply=score.ScoreReply, reserves=True),
+    Route("POST", "/tokenize", tokens.tokenize, body=tokens.TokenizeRequest, reply=tokens.TokenizeReply),
+    Route(
+        "POST", "/detokenize", tokens.detokenize, body=tokens.DetokenizeRequest, reply=tokens.DetokenizeReply
+    ),
+    Route("GET", "/tokenizer_info", tokens.tokenizer_info, reply=tokens.TokenizerInfo),
     Route("GET", "/v1/models", status.list_models, reply=status.ModelList),
     Route("GET", "/v1/models/{model}", status.retrieve_model, reply=status.ModelCard, errors=(404,)),
     Route(
