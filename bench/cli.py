@@ -261,7 +261,7 @@ def _with_common(flags: type[Any], name: str) -> type[Any]:
         shown = _plain_help(kind)
         if shown is not None:
             own = getattr(hints[field.name], "__metadata__", ())
-            annotation = Annotated[kind, shown, *own]
+            annotation: Any = Annotated[kind, shown, *own]
             fields.append((field.name, annotation, dataclasses.field(default=field.default)))
     about_json = tyro.conf.arg(help="Print one line of JSON on standard output, and nothing else there.")
     fields.append(("json", Annotated[bool, _plain_help(bool), about_json], False))
