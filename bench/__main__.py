@@ -77,13 +77,11 @@ def measure(flags: StageTableFlags) -> Json:
     from bench.stages.measure import stage_table
     from bench.stages.report import print_stages
 
-    changed = [
-        name
-        for name in ("batch", "context", "price")
-        if getattr(flags, name) != getattr(StageTableFlags, name)
-    ]
-    changed.insert(0, "model" if flags.model else "preset")
-    asked = [f"--{name} {shlex.quote(str(getattr(flags, name)))}" for name in changed]
+    fields = ["model" if flags.model else "preset"]
+    for field in ("batch", "context", "price"):
+        if getattr(flags, field) != getattr(StageTableFlags, field):
+            fields.append(field)
+    words = [f"--{field} {shlex.quote(str(getattr(flags, field)))}" for field in fields]
     document = stage_table(
         flags.preset,
         flags.model,
@@ -93,7 +91,7 @@ def measure(flags: StageTableFlags) -> Json:
         max_time=flags.max_time,
         fewest_rounds=flags.quick,
         pictures=bool(flags.out),
-        command=" ".join(("python -m bench", *asked)),
+        command=" ".join(("python -m bench", *words)),
     )
     if flags.out:
         others = flags.out / "documents.json"
