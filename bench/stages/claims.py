@@ -54,7 +54,10 @@ class Evidence:
     learning: Mapping[str, Any]  # what `measure_learning` returns; empty where it did not run
 
     def row(self, start: str) -> dict[str, Any]:
-        return self.rows[next((name for name in self.rows if name.startswith(start)), start)]
+        for name, row in self.rows.items():
+            if name.startswith(start):
+                return row
+        raise KeyError(start)
 
     def seconds(self, start: str) -> str:
         """Returns those of a token in words."""
@@ -66,7 +69,9 @@ class Evidence:
 
     def timing(self, start: str) -> Timing:
         """Returns that of a token; `start` may be `uncached` too."""
-        return self.timings["uncached" if start == "uncached" else self.row(start)["name"]]
+        if start == "uncached":
+            return self.timings["uncached"]
+        return self.timings[self.row(start)["name"]]
 
     def ratio(self, a: str, b: str) -> Ratio:
         """Returns a token's time in `a` over that in `b`."""
@@ -87,7 +92,9 @@ def claims(evidence: Evidence) -> list[dict[str, Any]]:
     for claim, judgement in CLAIMS.items():
         with contextlib.suppress(KeyError):
             verdict, value, numbers = judgement(evidence)
-            command = evidence.command + " --out FOLDER" * (judgement in OF_LEARNING)
+            command = evidence.command
+            if judgement in OF_LEARNING:
+                command += " --out FOLDER"
             row = {"claim": claim, "verdict": verdict, "value": value}
             judged.append(row | {"numbers": _plain(numbers), "command": command})
     return judged
@@ -172,14 +179,15 @@ def six(of: Evidence) -> Judgement:
 
 
 def life(of: Evidence) -> Judgement:
-    trained = of.pretraining
-    served = trained * of.flops("pre-training") / of.flops("decode with 8 slots")
+    training_tokens = of.pretraining
+    served_tokens = training_tokens * of.flops("pre-training") / of.flops("decode with 8 slots")
     value = (
-        f"pre-training on {in_words(trained)} tokens ({TOKENS_PER_PARAMETER} a parameter) "
-        f"takes as many operations as serving {in_words(served)}; below that, training is most of them."
+        f"pre-training on {in_words(training_tokens)} tokens ({TOKENS_PER_PARAMETER} a parameter) "
+        f"takes as many operations as serving {in_words(served_tokens)}; "
+        "below that, training is most of them."
     )
-    verdict = f"partly: after {in_words(served)} tokens served"
-    return verdict, value, {"trained_tokens": trained, "served_tokens": served}
+    verdict = f"partly: after {in_words(served_tokens)} tokens served"
+    return verdict, value, {"trained_tokens": training_tokens, "served_tokens": served_tokens}
 
 
 def lora_memory(of: Evidence) -> Judgement:
@@ -295,11 +303,11 @@ def independent(of: Evidence) -> Judgement:
     same = not of.changed_answers
     if same:
         verdict = "true"
-        found = "the same tokens, and the same probability of each, to the last bit."
+        reply = "the same tokens, and the same probability of each, to the last bit."
     else:
         verdict = "false here, which is a defect"
-        found = "its bits differed."
-    value = f"one request, alone and beside {SLOTS - 1} others in each slot in turn: {found}"
+        reply = "its bits differed."
+    value = f"one request, alone and beside {SLOTS - 1} others in each slot in turn: {reply}"
     return verdict, value, {"same_bits": same}
 
 
@@ -313,31 +321,33 @@ def learns(of: Evidence) -> Judgement:
 
     if same:
         verdict = "false"
-        found = f"and the fingerprint of the weights {digest[:12]}, before and after, to the last bit."
+        rest = f"and the fingerprint of the weights {digest[:12]}, before and after, to the last bit."
     else:
         verdict = "true here, which is a defect"
-        found = f"before and {nats(after)} after, the fingerprints {digest[:12]} and {digest_after[:12]}."
-    value = f"{of.generated:,} tokens were generated; the error on a text is {nats(before)} {found}"
+        rest = f"before and {nats(after)} after, the fingerprints {digest[:12]} and {digest_after[:12]}."
+    value = f"{of.generated:,} tokens were generated; the error on a text is {nats(before)} {rest}"
     return verdict, value, {"same": same}
 
 
 def readings(of: Evidence) -> Judgement:
-    learned = of.learning
-    over = Ratio(**of.learning["over"])
-    by_reading = dict(zip(learned["readings"], zip(learned["text"], learned["other"])))
-    once, some, many = (by_reading[reading] for reading in (1, LEAST, MOST))
+    learning = of.learning
+    over = Ratio(**learning["over"])
+    text = dict(zip(learning["readings"], learning["text"]))
+    other = dict(zip(learning["readings"], learning["other"]))
     value = (
-        f"a small model reads {in_words(learned['letters'])} letters 1, {LEAST} and {MOST} times. "
-        f"Its error on each of them falls: {once[0]:.2f}, {some[0]:.2f} and {many[0]:.2f}. "
-        f"On other pages of the same kind it is {once[1]:.2f}, "
-        f"{some[1]:.2f} and {many[1]:.2f}, from {LEAST} to {MOST} readings {over.format(times)}."
+        f"a small model reads {in_words(learning['letters'])} letters 1, {LEAST} and {MOST} times. "
+        f"Its error on each of them falls: {text[1]:.2f}, {text[LEAST]:.2f} and {text[MOST]:.2f}. "
+        f"On other pages of the same kind it is {other[1]:.2f}, "
+        f"{other[LEAST]:.2f} and {other[MOST]:.2f}, from {LEAST} to {MOST} readings {over.format(times)}."
     )
     return judge(over, 1, "false: it learns it by heart", "true here"), value, {"over": over}
 
 
 def moved(of: Evidence) -> Judgement:
-    by = of.learning["moved"]
-    before, once, many = (by[stage]["all weights"] for stage in ("pre-training", "1", str(MOST)))
+    distances = of.learning["moved"]
+    before = distances["pre-training"]["all weights"]
+    once = distances["1"]["all weights"]
+    many = distances[str(MOST)]["all weights"]
     value = (
         f"all weights taken as one arrow, pre-training on {in_words(of.learning['pretrained'])} "
         f"letters moved its tip by {percent(before)} of its length; fine-tuning moved it by {percent(once)} "
@@ -360,21 +370,28 @@ def costs(of: Evidence) -> Judgement:
     def cost(start: str, tokens: float) -> Any:
         return of.usd(of.row(start)["seconds_per_token"] * tokens)
 
-    trained = of.pretraining
-    training = cost("pre-training", trained)
+    training_tokens = of.pretraining
+    training = cost("pre-training", training_tokens)
     tuning = cost("LoRA", TUNING_TOKENS)
     token = of.ratio("LoRA", "pre-training")
-    share = token.scaled(TUNING_TOKENS / trained)
-    served = training / (cost("decode with 8 slots", 1) or 1)
+    share = token.scaled(TUNING_TOKENS / training_tokens)
+    served_tokens = training / (cost("decode with 8 slots", 1) or 1)
     value = (
-        f"pre-training on {in_words(trained)} tokens ({TOKENS_PER_PARAMETER} a parameter) {money(training)}, "
+        f"pre-training on {in_words(training_tokens)} tokens ({TOKENS_PER_PARAMETER} a parameter) "
+        f"{money(training)}, "
         f"LoRA on {in_words(TUNING_TOKENS)} tokens {money(tuning)}, at {money(of.price)} an hour. "
         f"A token of LoRA costs {token.format(percent)} of one of pre-training; the rest is the amount. "
-        f"Serving, eight at a time, has cost as much as training after {in_words(served)} tokens."
+        f"Serving, eight at a time, has cost as much as training after {in_words(served_tokens)} tokens."
     )
     verdict = judge(share, SMALL_PART, "partly: not for so small a model", "true: the data are fewer")
-    numbers = {"token_share": token, "share": share, "training_usd": training, "fine_tuning_usd": tuning}
-    return verdict, value, numbers | {"serving_tokens_that_cost_as_much": served}
+    numbers = {
+        "token_share": token,
+        "share": share,
+        "training_usd": training,
+        "fine_tuning_usd": tuning,
+        "serving_tokens_that_cost_as_much": served_tokens,
+    }
+    return verdict, value, numbers
 
 
 def fortune(of: Evidence) -> Judgement:
@@ -410,9 +427,9 @@ def request_timing(reading: Timing, writing: Timing) -> Timing:
 def request(of: Evidence) -> Judgement:
     reading = of.row("chunked prefill")
     writing = of.row("decode with 8 slots")
-    asked = request_timing(of.timing("chunked prefill"), of.timing("decode with 8 slots"))
-    requests = ratio(of.timing("pre-training").scaled(of.pretraining), asked)
-    price = of.usd(asked.median)
+    a_request = request_timing(of.timing("chunked prefill"), of.timing("decode with 8 slots"))
+    requests = ratio(of.timing("pre-training").scaled(of.pretraining), a_request)
+    price = of.usd(a_request.median)
     value = (
         f"{PROMPT} tokens are read in {si(PROMPT * reading['seconds_per_token'], 's')} "
         f"and {COMPLETION} written in {si(COMPLETION * writing['seconds_per_token'], 's')}, "
@@ -497,7 +514,7 @@ CLAIMS: dict[str, Callable[[Evidence], Judgement]] = {
     "Batching decides what serving costs.": batching,
     "Quantisation decides what serving costs.": quantisation,
 }
-OF_LEARNING = readings, moved
+OF_LEARNING = (readings, moved)  # which measure with --out alone
 
 
 def _plain(numbers: Any) -> Any:
