@@ -47,9 +47,10 @@ def block_residuals(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> Json:
     for row in rows:
         row["needed_for"] = needs[row["half"], row["name"]]
         row["kept_by"] = _ways(cfg, row)
-    # The block's input is kept in every way.
-    kept = {way: sum(row["bytes"] for row in rows if way in row["kept_by"]) for way in rows[0]["kept_by"]}
-    return {"rows": rows, "kept": kept}
+    bytes_by_way = {}
+    for way in rows[0]["kept_by"]:  # of the block's input, which is kept in every way
+        bytes_by_way[way] = sum(row["bytes"] for row in rows if way in row["kept_by"])
+    return {"rows": rows, "kept": bytes_by_way}
 
 
 def field_reasons(source: str) -> dict[str, tuple[str, str]]:
@@ -57,16 +58,16 @@ def field_reasons(source: str) -> dict[str, tuple[str, str]]:
     ValueError for a field without.
     """
     names = re.findall(r"^    (\w+): ", source, re.M)
-    found = {}
+    reasons = {}
     for line in source.splitlines():
         match = _FIELD.match(line)
         if match:
             name, shape, reason = match.groups()
-            found[name] = (shape, " ".join(reason.split()))
-    unexplained = [name for name in names if name not in found]
+            reasons[name] = (shape, " ".join(reason.split()))
+    unexplained = [name for name in names if name not in reasons]
     if unexplained:
         raise ValueError(f"{unexplained[0]} does not say its shape and which derivative needs it.")
-    return found
+    return reasons
 
 
 class _Half(NamedTuple):
@@ -136,12 +137,14 @@ def _kept_rows(cfg: ModelConfig, weights: Any, tokens: np.ndarray) -> list[Json]
 
 def _ways(cfg: ModelConfig, row: Json) -> list[str]:
     """Returns the ways of training in which a row's array is kept."""
-    kept = ["all weights"]
+    ways = ["all weights"]
     for way, adapter in FROZEN.items():
-        adapted = adapter.adapted_matrices if adapter else ()
-        # A pair's gradient reads the matrix's input, as the matrix's own would.
-        if {"dx", *adapted} & {*row["needed_for"]}:
-            kept.append(way)
+        derivatives = {"dx"}
+        if adapter:
+            # A pair's gradient reads the matrix's input, as the matrix's own would.
+            derivatives.update(adapter.adapted_matrices)
+        if derivatives.intersection(row["needed_for"]):
+            ways.append(way)
     if (row["half"], row["name"]) == INPUT:
-        kept.append("gradient checkpointing")
-    return kept
+        ways.append("gradient checkpointing")
+    return ways
