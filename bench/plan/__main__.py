@@ -32,6 +32,7 @@ NumberText = Annotated[str | None, tyro.conf.arg(metavar="NUMBER", help_behavior
 Number = Annotated[float | None, tyro.conf.arg(metavar="NUMBER", help_behavior_hint="")]
 Lengths = tuple[float, float, float]  # tokens of prompt and answer, and the cached share of prompts
 
+QUESTIONS = ("requests", "budget", "days", "extra", "validate", "calibrate")  # flags that ask one each
 DEFAULT_CONTEXT = 4096
 TUNING_TOKENS = 1e7
 TOKENS_A_PARAMETER = 20.0  # of pre-training, compared with a longer prompt
@@ -116,15 +117,11 @@ def check_flags(flags: PlanFlags) -> None:
         raise UserError(f"--cached is a share from 0 to below 1, such as 0.8, not {flags.cached:g}.")
     if flags.model and flags.params:
         raise UserError("--model and --params name two models; give one of them.")
-    asked = [
-        f"--{name}"
-        for name in ("requests", "budget", "days", "extra", "validate", "calibrate")
-        if getattr(flags, name)
-    ]
-    if len(asked) > 1:
-        raise UserError(f"{' and '.join(asked)} are different questions; ask one at a time.")
-    if flags.method != "pretrain" and asked:
-        raise UserError(f"--method belongs to --tokens; {asked[0]} asks about no one method of training.")
+    questions = [f"--{name}" for name in QUESTIONS if getattr(flags, name)]
+    if len(questions) > 1:
+        raise UserError(f"{' and '.join(questions)} are different questions; ask one at a time.")
+    if flags.method != "pretrain" and questions:
+        raise UserError(f"--method belongs to --tokens; {questions[0]} asks about no one method of training.")
     if (flags.budget or flags.days) and (flags.model or flags.params):
         raise UserError("--budget and --days choose the model: leave --model and --params out.")
     if flags.out and (flags.validate or flags.calibrate):
@@ -209,8 +206,8 @@ def plan_question(flags: PlanFlags, name: str, cfg: ModelConfig, d: Any, lengths
         tokens = {"lora:16": tuning, "full": tuning, "pretrain": TOKENS_A_PARAMETER * m.params}
         investments = {}
         for method, count in tokens.items():
-            trained = plans.plan_training(name, method, make_job(method), d, count, flags.devices)
-            investments[method] = trained.lines["device-hours"]
+            training = plans.plan_training(name, method, make_job(method), d, count, flags.devices)
+            investments[method] = training.lines["device-hours"]
         extra = read_amount(flags, "extra")
         return plans.plan_break_even(name, m, d, extra, lengths, flags.precision, tuning, investments)
     return plans.plan_training(name, flags.method, m, d, read_amount(flags, "tokens"), flags.devices)

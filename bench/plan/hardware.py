@@ -30,9 +30,9 @@ def find_hardware(name: str, flags: dict[str, float | None]) -> Accelerator:
     before it was measured.
     """
     name = name.lower()
-    given: dict[str, Any] = {field: value for field, value in flags.items() if value is not None}
+    fields: dict[str, Any] = {field: value for field, value in flags.items() if value is not None}
     if name == "custom":
-        if not {"bf16_tflops", "memory_gbs", "memory_gb"} <= given.keys():
+        if not {"bf16_tflops", "memory_gbs", "memory_gb"} <= fields.keys():
             raise UserError("--hardware custom needs --peak (TFLOP/s), --bandwidth (GB/s) and --memory (GB).")
         device = Accelerator("custom", 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, "the flags")
     elif name == HERE:
@@ -46,10 +46,10 @@ def find_hardware(name: str, flags: dict[str, float | None]) -> Accelerator:
         )
     else:
         device = accelerators()[name]
-    price = given.pop("price", None)
+    price = fields.pop("price", None)
     if price:
         device = dataclasses.replace(device, usd_low=price, usd_high=price, price_source="--price")
-    return dataclasses.replace(device, **given)
+    return dataclasses.replace(device, **fields)
 
 
 def numbers(device: Accelerator, **others: Any) -> Any:

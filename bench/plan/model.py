@@ -14,7 +14,7 @@ from engine.model.trainable import all_trainable, lora_only
 from engine.training.freeze import select_trainable
 
 METHODS = ("pretrain", "full", "freeze:K", "lora:R", "qlora:R", "preference", "rl")
-PRETRAINING_STEP = 2**19
+PRETRAINING_STEP = 2**19  # tokens
 TUNING_STEP = 2**15  # tokens
 
 
@@ -47,9 +47,10 @@ def read_model(model: str | None, params: float | None) -> tuple[str, ModelConfi
     from engine.untrusted import read_json_object
 
     fields = read_json_object(path)
-    return path.resolve().parent.name, ModelConfig.from_json(
-        fields
-    ) if "vocab" in fields else config_from_json(fields, path)
+    folder = path.resolve().parent.name
+    if "vocab" in fields:  # a run's own config
+        return folder, ModelConfig.from_json(fields)
+    return folder, config_from_json(fields, path)
 
 
 def config_of_size(params: float) -> ModelConfig:
@@ -101,25 +102,27 @@ def job(cfg: ModelConfig, method: str, context: int, step_tokens: float = 0) -> 
                 "the least side of this model's matrices."
             )
     count = count_params(cfg)
-    trained = count_trainable(cfg, trainable)
-    frozen = count.total
+    trained_params = count_trainable(cfg, trainable)
+    frozen_params = count.total
     if not trainable.adapted:
-        frozen -= trained
+        frozen_params -= trained_params
     flops = train_flops(cfg, context, attention="causal", trainable=trainable).by_pass
-    reference = name in ("preference", "rl")  # the model before training reads the same tokens
+    has_reference = name in ("preference", "rl")  # the model before training reads the same tokens
     query = cfg.heads * cfg.head_dim
     key = cfg.kv_heads * cfg.head_dim
     # Residuals of a token in a block, in 16 bits, with fused attention; the last part only a
     # weight's gradient reads.
-    kept = 4 * (cfg.width + query + key + cfg.ff)
-    if trained > frozen / 4:
-        kept += 2 * (2 * cfg.width + cfg.ff)
+    residual_bytes = 4 * (cfg.width + query + key + cfg.ff)
+    if trained_params > frozen_params / 4:
+        residual_bytes += 2 * (2 * cfg.width + cfg.ff)
     flops_per_token = flops.total
-    if reference:
+    if has_reference:
         flops_per_token += flops.forward
-        frozen += count.total
-    if not step_tokens:
-        step_tokens = PRETRAINING_STEP if name == "pretrain" else TUNING_STEP
+        frozen_params += count.total
+    if not step_tokens and name == "pretrain":
+        step_tokens = PRETRAINING_STEP
+    elif not step_tokens:
+        step_tokens = TUNING_STEP
     return SimpleNamespace(
         params=count.total,
         matmul=count.matmul,
@@ -129,10 +132,10 @@ def job(cfg: ModelConfig, method: str, context: int, step_tokens: float = 0) -> 
         kv_width=key,
         vocab=cfg.vocab,
         context=context,
-        kept=kept,
+        kept=residual_bytes,
         flops=flops_per_token,
-        trained=trained,
-        frozen=frozen,
+        trained=trained_params,
+        frozen=frozen_params,
         frozen_bytes=0.5625 if name == "qlora" else 2,
         step_tokens=step_tokens,
     )

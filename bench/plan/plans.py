@@ -171,8 +171,18 @@ def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices
     if method == "rl":
         prompt = m.context / 4
         completion = 3 * prompt  # answers are three quarters of a text
-        served = serving(m, d, 16, 16, devices, SLOTS, prompt, completion, 0)
-        sampling = devices / served["tokens"]
+        estimates = serving(
+            m,
+            d,
+            bits=16,
+            kv_bits=16,
+            devices=devices,
+            slots=SLOTS,
+            prompt=prompt,
+            answer=completion,
+            cached=0,
+        )
+        sampling = devices / estimates["tokens"]
     result = training(m, d, tokens, devices, sampling)
     spread = d.spread
     origin = d.origin
