@@ -295,12 +295,12 @@ async def scored_per_second(server: Server, rounds: int) -> Json:
                 f"/v1/score answers {reply.status}: {bytes(reply.body)[:200].decode(errors='replace')}"
             )
     rounds_seconds = tuple(seconds[1:])  # the first reads the prompt
-    wanted = Timing((CANDIDATES / SCORE_BAR,) * rounds)
-    over = ratio(wanted, Timing(rounds_seconds)).scaled(SCORE_BAR)
-    return over._asdict() | {
+    at_the_bar = Timing((CANDIDATES / SCORE_BAR,) * rounds)
+    per_second = ratio(at_the_bar, Timing(rounds_seconds)).scaled(SCORE_BAR)
+    return per_second._asdict() | {
         "name": "candidates scored a second",
         "bar": SCORE_BAR,
-        "met": over.exceeds(SCORE_BAR),
+        "met": per_second.exceeds(SCORE_BAR),
     }
 
 
@@ -312,10 +312,10 @@ def _mixed_request(rng: random.Random) -> Json:
 async def saturated_throughput(server: Server, slots: int, count: int) -> tuple[float, float]:
     """Returns requests and tokens a second of the mix with every slot always in use."""
     rng = random.Random(2)
-    completions, seconds = await closed_loop(
-        server.client, [_mixed_request(rng) for _ in range(count)], slots + 2
-    )
-    return count / seconds, sum(completion.completion_tokens for completion in completions) / seconds
+    requests = [_mixed_request(rng) for _ in range(count)]
+    completions, seconds = await closed_loop(server.client, requests, slots + 2)
+    tokens = sum(completion.completion_tokens for completion in completions)
+    return count / seconds, tokens / seconds
 
 
 async def latency_under_load(server: Server, load: float, peak_rate: float, seconds: float) -> Json:
