@@ -109,8 +109,15 @@ class ModelConfig:
         F = self.ff
         queries = self.heads * self.head_dim
         keys = self.kv_heads * self.head_dim
-        shapes = (D, queries), (D, keys), (D, keys), (queries, D), (D, F), (D, F), (F, D)
-        return dict(zip(MATRICES, shapes, strict=True))
+        return {
+            "q": (D, queries),
+            "k": (D, keys),
+            "v": (D, keys),
+            "out": (queries, D),
+            "gate": (D, F),
+            "up": (D, F),
+            "down": (F, D),
+        }
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -127,8 +134,8 @@ class ModelConfig:
 
     def architecture_differences(self, other: "ModelConfig") -> list[str]:
         """Returns the fields in which two configs describe different weights."""
-        how = {"dtype", "scan", "remat", "context"}
-        names = (field.name for field in dataclasses.fields(self) if field.name not in how)
+        of_computation = {"dtype", "scan", "remat", "context"}
+        names = [field.name for field in dataclasses.fields(self) if field.name not in of_computation]
         return [name for name in names if getattr(self, name) != getattr(other, name)]
 
 
@@ -170,28 +177,36 @@ class LoraConfig:
         return tuple(name for name in MATRICES if name in names)
 
     def __str__(self) -> str:
-        return (
-            f"rank={self.rank},alpha={repr(self.alpha).removesuffix('.0')},targets={','.join(self.targets)}"
-        )
+        alpha = repr(self.alpha).removesuffix(".0")
+        return f"rank={self.rank},alpha={alpha},targets={','.join(self.targets)}"
 
     @classmethod
     def from_text(cls, text: str) -> "LoraConfig":
         """Reads a str of one, in which each of the three may be left out; alpha is then twice the
         rank. Raises ValueError.
         """
-        pairs = [
-            part.partition("=") for part in re.split(r",(?=\w*=)", text.replace(" ", "").strip(",")) if part
-        ]
-        fields = {name: value for name, _, value in pairs}
+
+        def wrong() -> ValueError:
+            known = f"each once (targets: {', '.join(MATRICES)}, or all)"
+            return ValueError(f"wanted rank=8,alpha=16,targets=q,v, {known}, got {text!r}")
+
+        fields: dict[str, str] = {}
+        # at the commas before a name and =, for those between targets are part of a value
+        for pair in re.split(r",(?=\w*=)", text.replace(" ", "").strip(",")):
+            if not pair:
+                continue
+            name, _, value = pair.partition("=")
+            if name in fields:
+                raise wrong()
+            fields[name] = value
         try:
             rank = int(fields.pop("rank", "8"))
             targets = fields.pop("targets", "all").split(",")
             alpha = float(fields.pop("alpha", 2 * rank))
         except ValueError:
-            fields = {"": text}
-        if fields or len({name for name, *_ in pairs}) < len(pairs):
-            known = f"each once (targets: {', '.join(MATRICES)}, or all)"
-            raise ValueError(f"wanted rank=8,alpha=16,targets=q,v, {known}, got {text!r}")
+            raise wrong() from None
+        if fields:
+            raise wrong()
         return cls(rank, alpha, tuple(targets))
 
 
@@ -209,30 +224,108 @@ def _from_fields[T: DataclassInstance](kind: type[T], fields: dict[str, Any]) ->
 
 _LLAMA3 = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
 
-# vocab, width, layers, heads, ff, context, kv_heads, head_dim; those of published models are from
-# their own config.json.
+# Those of published models are from their own config.json.
 PRESETS: dict[str, ModelConfig] = {
-    "tiny": ModelConfig(256, 32, 2, 4, 88, 64, 2, qk_norm=True, tied=True),
-    "demo": ModelConfig(2048, 192, 3, 3, 512, 256, qk_norm=True),
-    "nano": ModelConfig(4096, 384, 6, 6, 1024, 256, qk_norm=True),
-    "gpt2-124m": ModelConfig(50304, 768, 12, 12, 2048, 1024, qk_norm=True, tied=True),
-    "smollm2-135m": ModelConfig(49152, 576, 30, 9, 1536, 8192, 3, rope_theta=1e5, tied=True),
-    "smollm2-360m": ModelConfig(49152, 960, 32, 15, 2560, 8192, 5, rope_theta=1e5, tied=True),
-    "smollm2-1.7b": ModelConfig(49152, 2048, 24, 32, 8192, 8192, rope_theta=1.3e5, tied=True),
-    "tinyllama-1.1b": ModelConfig(32000, 2048, 22, 32, 5632, 2048, 4),
-    "llama-2-7b": ModelConfig(32000, 4096, 32, 32, 11008, 4096),
+    "tiny": ModelConfig(
+        vocab=256, width=32, layers=2, heads=4, ff=88, context=64, kv_heads=2, qk_norm=True, tied=True
+    ),
+    "demo": ModelConfig(vocab=2048, width=192, layers=3, heads=3, ff=512, context=256, qk_norm=True),
+    "nano": ModelConfig(vocab=4096, width=384, layers=6, heads=6, ff=1024, context=256, qk_norm=True),
+    "gpt2-124m": ModelConfig(
+        vocab=50304, width=768, layers=12, heads=12, ff=2048, context=1024, qk_norm=True, tied=True
+    ),
+    "smollm2-135m": ModelConfig(
+        vocab=49152,
+        width=576,
+        layers=30,
+        heads=9,
+        ff=1536,
+        context=8192,
+        kv_heads=3,
+        rope_theta=1e5,
+        tied=True,
+    ),
+    "smollm2-360m": ModelConfig(
+        vocab=49152,
+        width=960,
+        layers=32,
+        heads=15,
+        ff=2560,
+        context=8192,
+        kv_heads=5,
+        rope_theta=1e5,
+        tied=True,
+    ),
+    "smollm2-1.7b": ModelConfig(
+        vocab=49152, width=2048, layers=24, heads=32, ff=8192, context=8192, rope_theta=1.3e5, tied=True
+    ),
+    "tinyllama-1.1b": ModelConfig(
+        vocab=32000, width=2048, layers=22, heads=32, ff=5632, context=2048, kv_heads=4
+    ),
+    "llama-2-7b": ModelConfig(vocab=32000, width=4096, layers=32, heads=32, ff=11008, context=4096),
     "llama-3.2-1b": ModelConfig(
-        128256, 2048, 16, 32, 8192, 131072, 8, 64, rope_theta=5e5, rope_scaling=_LLAMA3, tied=True
+        vocab=128256,
+        width=2048,
+        layers=16,
+        heads=32,
+        ff=8192,
+        context=131072,
+        kv_heads=8,
+        head_dim=64,
+        rope_theta=5e5,
+        rope_scaling=_LLAMA3,
+        tied=True,
     ),
     "llama-3.2-3b": ModelConfig(
-        128256, 3072, 28, 24, 8192, 131072, 8, 128, rope_theta=5e5, rope_scaling=_LLAMA3, tied=True
+        vocab=128256,
+        width=3072,
+        layers=28,
+        heads=24,
+        ff=8192,
+        context=131072,
+        kv_heads=8,
+        head_dim=128,
+        rope_theta=5e5,
+        rope_scaling=_LLAMA3,
+        tied=True,
     ),
-    "mistral-7b-v0.3": ModelConfig(32768, 4096, 32, 32, 14336, 32768, 8, 128, rope_theta=1e6),
+    "mistral-7b-v0.3": ModelConfig(
+        vocab=32768,
+        width=4096,
+        layers=32,
+        heads=32,
+        ff=14336,
+        context=32768,
+        kv_heads=8,
+        head_dim=128,
+        rope_theta=1e6,
+    ),
     "qwen2.5-0.5b": ModelConfig(
-        151936, 896, 24, 14, 4864, 32768, 2, rope_theta=1e6, eps=1e-6, tied=True, qkv_bias=True
+        vocab=151936,
+        width=896,
+        layers=24,
+        heads=14,
+        ff=4864,
+        context=32768,
+        kv_heads=2,
+        rope_theta=1e6,
+        eps=1e-6,
+        tied=True,
+        qkv_bias=True,
     ),
     "qwen3-0.6b": ModelConfig(
-        151936, 1024, 28, 16, 3072, 40960, 8, 128, rope_theta=1e6, eps=1e-6, tied=True, qk_norm=True
+        vocab=151936,
+        width=1024,
+        layers=28,
+        heads=16,
+        ff=3072,
+        context=40960,
+        kv_heads=8,
+        head_dim=128,
+        rope_theta=1e6,
+        eps=1e-6,
+        tied=True,
+        qk_norm=True,
     ),
 }
 
