@@ -79,10 +79,10 @@ class _Unavailable(Exception):
 
 
 class Library(NamedTuple):
-    """A kernel's shared library: its bytes, and as it is loaded."""
+    """A kernel's shared library: its bytes, and as dlopen gives it."""
 
     data: bytes
-    loaded: ctypes.CDLL
+    shared_object: ctypes.CDLL
 
 
 class LoadResult(NamedTuple):
@@ -128,7 +128,7 @@ def _load() -> LoadResult:
         for kernel, library in zip(KERNELS, libraries):
             for name in _functions(kernel):
                 jax.ffi.register_ffi_target(
-                    name, jax.ffi.pycapsule(getattr(library.loaded, name)), platform="cpu"
+                    name, jax.ffi.pycapsule(getattr(library.shared_object, name)), platform="cpu"
                 )
     except (_Unavailable, UserError, OSError, AttributeError) as error:
         return LoadResult(problem=str(error), digest="")
@@ -299,10 +299,10 @@ def _load_library(kernel: str, data: bytes) -> Library:
     open, because dlopen would take a later one with its number for the same library.
     """
     handle = _open_in_memory(kernel, data)
-    loaded = ctypes.CDLL(f"/proc/self/fd/{handle}")
+    shared_object = ctypes.CDLL(f"/proc/self/fd/{handle}")
     for name in _functions(kernel):
-        getattr(loaded, name)
-    return Library(data, loaded)
+        getattr(shared_object, name)
+    return Library(data, shared_object)
 
 
 def _open_in_memory(kernel: str, data: bytes) -> int:
