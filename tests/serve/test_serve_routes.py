@@ -23,8 +23,8 @@ from engine.text.tokenizer import byte_tokenizer
 from stages.serve import errors
 from stages.serve import state as module
 from stages.serve.api.completions import CompletionRequest, CompletionWriter
-from stages.serve.api.generation import Piece
 from stages.serve.api.routes import ROUTES
+from stages.serve.api.writer import Piece
 from stages.serve.state import ServedModel, system_fingerprint
 from stages.serve.tokenizer_pool import TokenizerPool
 

@@ -12,7 +12,7 @@ The path of one chat request, from the socket to the compiled program and back:
 8. generation.Generation        the response: submits the Requests to the EngineThread
 9. inference.engine.Engine.step Sequence, scheduled in a Decode -> compiled programs -> SampledTokens -> Event
 10. generation.Generation       Event -> CompletionText (stop strings) -> Piece, on the event loop
-11. generation.Writer           Piece -> ChatWriter -> ChatReply, or ChatChunk -> bytes
+11. writer.Writer               Piece -> ChatWriter -> ChatReply, or ChatChunk -> bytes
 
 A dialect is one file and its rows in `routes.ROUTES`: the type of its body, with a `job`; the types of
 its replies; its writer; and a handler as in 4. All else is shared. What changes while a request is

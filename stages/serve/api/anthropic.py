@@ -24,10 +24,11 @@ from stages.serve.api.fields import (
     TopP,
     join_text,
 )
-from stages.serve.api.generation import EventWriter, Piece, Usage, ignored_header, run
+from stages.serve.api.generation import run
 from stages.serve.api.jobs import ChatPrompt, Job, only_grammar, sampling_of
-from stages.serve.api.requests import ApiCall, json_reply
+from stages.serve.api.requests import ApiCall, ignored_header, json_reply
 from stages.serve.api.unsupported import UNSUPPORTED
+from stages.serve.api.writer import EventWriter, Piece, Usage
 from stages.serve.errors import ApiError, ErrorDetails
 from stages.serve.tools import (
     Function,

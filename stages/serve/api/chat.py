@@ -23,10 +23,11 @@ from stages.serve.api.fields import (
     TextPart,
     join_text,
 )
-from stages.serve.api.generation import Piece, Reason, Usage, run
+from stages.serve.api.generation import run
 from stages.serve.api.jobs import ChatPrompt, Job
 from stages.serve.api.logprobs import TokenLogProb, token_logprob
 from stages.serve.api.requests import ApiCall
+from stages.serve.api.writer import Piece, Reason, Usage
 from stages.serve.tools import (
     NO_TOOLS,
     Function,

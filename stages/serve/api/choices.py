@@ -10,9 +10,9 @@ from msgspec import UNSET, Meta
 
 from engine.errors import InvalidField
 from stages.serve.api.fields import MaxTokens, StrictFields
-from stages.serve.api.generation import Piece, Usage, Writer
 from stages.serve.api.requests import ApiCall
 from stages.serve.api.sampling_fields import SamplingFields
+from stages.serve.api.writer import Piece, Usage, Writer
 from stages.serve.tokenizer_pool import token_text
 
 

@@ -15,9 +15,10 @@ from engine.inference.request import LogProb, SamplingParams
 from engine.text.detokenizer import Detokenizer
 from stages.serve.api.choices import ChoicesWriter, CompletionFields, ReplyFields, ReplyUsage
 from stages.serve.api.fields import MAX_PROMPTS, LogProbs, Texts, prompt_texts
-from stages.serve.api.generation import Piece, Reason, Usage, run
+from stages.serve.api.generation import run
 from stages.serve.api.jobs import Job, TextPrompts
 from stages.serve.api.requests import ApiCall
+from stages.serve.api.writer import Piece, Reason, Usage
 
 DEFAULT_MAX_TOKENS = 16  # as OpenAI has it
 

@@ -12,9 +12,10 @@ from starlette.types import ASGIApp
 from engine.errors import InvalidField
 from engine.inference.request import SamplingParams
 from stages.serve.api.fields import AnswerRequest, Texts, prompt_texts
-from stages.serve.api.generation import MAX_COMPLETIONS, Generation, Piece, Usage, choices_of
+from stages.serve.api.generation import MAX_COMPLETIONS, Generation, choices_of
 from stages.serve.api.jobs import TextPrompts, make_request
 from stages.serve.api.requests import ApiCall
+from stages.serve.api.writer import Piece, Usage
 from stages.serve.tokenizer_pool import context_overflow
 
 

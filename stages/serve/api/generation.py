@@ -8,62 +8,26 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import msgspec
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from engine.inference.constraints import ForcedTokens
-from engine.inference.request import Event, LogProb, Request
+from engine.inference.request import Event, Request
 from engine.text.detokenizer import CompletionText
 from engine.text.documents import Passage
 from stages.serve.api.jobs import Job, compile_grammar, make_requests
-from stages.serve.api.requests import ApiCall, json_reply
+from stages.serve.api.requests import ApiCall, ignored_header, json_reply
+from stages.serve.api.writer import Piece, Reason, Usage, Writer, join_pieces
 from stages.serve.call_parser import CallParser
 from stages.serve.errors import ApiError, ClientGone, api_error
-from stages.serve.tools import ToolCall, join_calls
+from stages.serve.tools import ToolCall
 
 MAX_COMPLETIONS = 128  # prompts times n: later requests wait for them all
 KEEP_ALIVE_SECONDS = 10.0  # of silence before a comment is sent: proxies close idle connections
 WAIT_SECONDS = 0.5  # between looks at what a request waits for
-
-Reason = Literal["stop", "length", "tool_calls"]
-
-
-class Piece(NamedTuple):
-    """What is new of one choice."""
-
-    # The index of the choice.
-    choice: int
-    text: str
-    logprobs: Sequence[LogProb]
-    # Why the choice ended, or None.
-    finish_reason: Reason | None
-    # The stop string that ended it.
-    stop: str | None = None
-    # Calls of tools, or their next parts, which are none of the text.
-    calls: Sequence[ToolCall] = ()
-    # Of the prompt, if that is asked for.
-    embedding: Any = None
-
-
-class Usage(NamedTuple):
-    """The tokens and the seconds of a generation, until now."""
-
-    # Tokens of the prompts, of the completions, and those of the prompts that the prefix cache
-    # held.
-    prompt: int
-    completion: int
-    cached: int
-    # From the request's arrival to the first token, 0 before it.
-    first_seconds: float
-    # From the request's arrival until now.
-    seconds: float
-    # Of documents, which are a part of the prompts.
-    passages: Sequence[Passage] = ()
-
 
 Reply = Callable[[list[Piece], Usage], msgspec.Struct]  # of the pieces of whole completions
 
@@ -120,7 +84,7 @@ class Generation:
         choices: Sequence[Choice],
         reply: Reply,
         *,
-        writer: "Writer | None" = None,
+        writer: Writer | None = None,
         repeats: int = 1,
         passages: Sequence[Passage] = (),
         ignored: Sequence[str] = (),
@@ -150,7 +114,7 @@ class Generation:
             response = json_reply(self._reply(pieces, self.usage), headers=self._headers)
         await response(scope, receive, send)
 
-    async def _send_stream(self, writer: "Writer", receive: Receive, send: Send) -> None:
+    async def _send_stream(self, writer: Writer, receive: Receive, send: Send) -> None:
         headers = {
             "content-type": writer.media,
             "cache-control": "no-cache",
@@ -164,7 +128,7 @@ class Generation:
                     await send({"type": "http.response.body", "body": event, "more_body": True})
                 await send({"type": "http.response.body", "body": writer.last, "more_body": False})
 
-    async def _stream(self, writer: "Writer") -> AsyncIterator[bytes]:
+    async def _stream(self, writer: Writer) -> AsyncIterator[bytes]:
         """Yields the events of a stream but for the last; comments among them say what it waits for."""
         try:
             sent = time.monotonic()
@@ -396,69 +360,6 @@ def choices_of(call: ApiCall, requests: Sequence[Request]) -> list[Choice]:
     return [
         Choice(index, request, CompletionText(tokenizer.stream())) for index, request in enumerate(requests)
     ]
-
-
-def join_pieces(parts: Sequence[Piece]) -> Piece:
-    """Returns the pieces of one choice as one."""
-    logprobs: list[LogProb] = []
-    calls: list[ToolCall] = []
-    for part in parts:
-        logprobs += part.logprobs
-        calls += part.calls
-    text = "".join(part.text for part in parts)
-    return parts[-1]._replace(text=text, logprobs=logprobs, calls=join_calls(calls))
-
-
-class Writer:
-    """Writes the pieces of a generation in one dialect, as a reply of one Struct or as chunks of a stream.
-
-    A stream is what `begin`, `chunks`, for each piece, and `end` return, each chunk as `frame` has
-    it, and then `last`: by default server-sent events as OpenAI has them. `comment` is a line that
-    clients pass over.
-    """
-
-    media = "text/event-stream; charset=utf-8"
-    last = b"data: [DONE]\n\n"
-
-    def reply(self, pieces: list[Piece], usage: Usage) -> msgspec.Struct:
-        raise NotImplementedError
-
-    def begin(self, usage: Usage) -> Iterable[Any]:
-        return ()
-
-    def chunks(self, piece: Piece) -> Iterable[Any]:
-        raise NotImplementedError
-
-    def end(self, usage: Usage) -> Iterable[Any]:
-        return ()
-
-    def frame(self, chunk: Any) -> bytes:
-        return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
-
-    def error(self, error: ApiError) -> bytes:
-        return b"data: " + error.body + b"\n\n"
-
-    def comment(self, text: str) -> bytes:
-        return f": {text}\n\n".encode()
-
-
-class EventWriter(Writer):
-    """Writes server-sent events that have their chunk's type as a name."""
-
-    last = b""
-
-    def frame(self, chunk: Any) -> bytes:
-        return b"event: " + chunk["type"].encode() + b"\n" + super().frame(chunk)
-
-    def error(self, error: ApiError) -> bytes:
-        return b"event: error\n" + super().error(error)
-
-
-def ignored_header(names: Sequence[str]) -> dict[str, str]:
-    """Returns the header that names the fields of a body that change no answer; no header without names."""
-    if not names:
-        return {}
-    return {"X-Ignored-Fields": ", ".join(names)}
 
 
 async def run(call: ApiCall, job: Job, writer: Writer) -> Generation:

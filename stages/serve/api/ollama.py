@@ -30,10 +30,11 @@ from stages.serve.api.fields import (
     in_range,
     stop_texts,
 )
-from stages.serve.api.generation import Piece, Reason, Usage, Writer, ignored_header, run
+from stages.serve.api.generation import run
 from stages.serve.api.jobs import ChatPrompt, Job, TextPrompts, sampling_of
 from stages.serve.api.logprobs import TokenLogProb, token_logprob
-from stages.serve.api.requests import ApiCall, json_reply
+from stages.serve.api.requests import ApiCall, ignored_header, json_reply
+from stages.serve.api.writer import Piece, Reason, Usage, Writer
 from stages.serve.errors import ApiError
 from stages.serve.tokenizer_pool import token_text
 from stages.serve.tools import (

@@ -8,10 +8,11 @@ from starlette.types import ASGIApp
 
 from stages.serve.api.embeddings import embed
 from stages.serve.api.fields import prompt_texts
-from stages.serve.api.generation import MAX_COMPLETIONS, Usage
+from stages.serve.api.generation import MAX_COMPLETIONS
 from stages.serve.api.jobs import TextPrompts
 from stages.serve.api.ollama import OllamaFields, reply_at_once
 from stages.serve.api.requests import ApiCall
+from stages.serve.api.writer import Usage
 
 
 class EmbedRequest(OllamaFields, kw_only=True):

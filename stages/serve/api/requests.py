@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -103,3 +103,10 @@ def json_reply(
     value: msgspec.Struct, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
     return Response(msgspec.json.encode(value), status, headers, media_type="application/json")
+
+
+def ignored_header(names: Sequence[str]) -> dict[str, str]:
+    """Returns the header that names the fields of a body that change no answer; no header without names."""
+    if not names:
+        return {}
+    return {"X-Ignored-Fields": ", ".join(names)}

@@ -23,11 +23,12 @@ from stages.serve.api.fields import (
     StrictFields,
     join_text,
 )
-from stages.serve.api.generation import EventWriter, Piece, Usage, ignored_header, run
+from stages.serve.api.generation import run
 from stages.serve.api.jobs import ChatPrompt, Job
 from stages.serve.api.logprobs import token_logprob
-from stages.serve.api.requests import ApiCall, json_reply
+from stages.serve.api.requests import ApiCall, ignored_header, json_reply
 from stages.serve.api.sampling_fields import SamplingFields
+from stages.serve.api.writer import EventWriter, Piece, Usage
 from stages.serve.errors import ApiError
 from stages.serve.tokenizer_pool import token_text
 from stages.serve.tools import (

@@ -12,9 +12,10 @@ from engine.errors import InvalidField
 from stages.serve.api.chat import Messages
 from stages.serve.api.choices import ReplyUsage, reply_usage
 from stages.serve.api.fields import MAX_IDS, AnswerRequest, TokenId, prompt_texts
-from stages.serve.api.generation import MAX_COMPLETIONS, Generation, Piece, Usage, choices_of
+from stages.serve.api.generation import MAX_COMPLETIONS, Generation, choices_of
 from stages.serve.api.jobs import ChatPrompt, TextPrompts, make_scored
 from stages.serve.api.requests import ApiCall
+from stages.serve.api.writer import Piece, Usage
 
 TextOrTokens = (
     Annotated[str, Meta(min_length=1)] | Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_IDS)]
