@@ -35,29 +35,38 @@ def prepare_params(cfg: ModelConfig, params: Params, whole: bool = True) -> Para
 
     A CPU that holds Int8 `whole` gets its integers transposed.
     """
-
     transposes = whole and platform() == "cpu"
 
-    def to_numpy(_: str, leaf: Any) -> Any:  # JAX casts and joins by a program for each shape
-        is_here = transposes and isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-        if is_here and leaf.ndim == 2 and leaf.dtype != cfg.dtype:
-            return np.asarray(leaf)
+    def to_numpy(_: str, leaf: Any) -> Any:
+        if transposes and _is_matrix_of_other_dtype(leaf, cfg.dtype):
+            return np.asarray(leaf)  # JAX would cast and join by a program for each shape
         return leaf
 
     def lay_out(_: str, leaf: Any) -> Any:
         if transposes:
             leaf = as_weight(leaf).for_cpu()
-        return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
+        if isinstance(leaf, np.ndarray):
+            return jnp.asarray(leaf)
+        return leaf
 
     def prepare(tree: Params, joins: bool = False) -> Params:
-        cast = cast_matrices(map_paths(to_numpy, merge_lora(tree, cfg.dtype)), cfg.dtype)
+        tree = map_paths(to_numpy, merge_lora(tree, cfg.dtype))
+        tree = cast_matrices(tree, cfg.dtype)
         if joins:
-            cast = join_projections(cast)
-        return map_paths(lay_out, cast)
+            tree = join_projections(tree)
+        return map_paths(lay_out, tree)
 
     # One block after another: what is merged and not yet joined takes no more room than a block.
     blocks = {layer: prepare(block, joins=whole) for layer, block in params["blocks"].items()}
-    return prepare({name: leaf for name, leaf in params.items() if name != "blocks"}) | {"blocks": blocks}
+    outside = {name: leaf for name, leaf in params.items() if name != "blocks"}
+    return prepare(outside) | {"blocks": blocks}
+
+
+def _is_matrix_of_other_dtype(leaf: Any, dtype: str) -> bool:
+    """Whether a leaf is a matrix of JAX, with values, in another dtype than this."""
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        return False
+    return leaf.ndim == 2 and leaf.dtype != dtype
 
 
 @jax.jit(static_argnames="cfg", donate_argnames="cache")
@@ -118,7 +127,7 @@ def generate(
         _, cache = prefill(cfg, params, tokens, np.array([len(chunk)], np.int32), cache)
     token = np.array(prompt[-1:], np.int32)
     output: list[int] = []
-    while len(output) < count and not {*output} & {*stop_token_ids}:
+    while len(output) < count and not any(token_id in stop_token_ids for token_id in output):
         following, cache = decode_steps(cfg, params, token, cache, sampling)
         output += following[0].tolist()
         token = following[:, -1]
