@@ -10,7 +10,7 @@ import array
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -18,12 +18,22 @@ import jax
 def root_key(namespace: str, adapter: str = "") -> bytes:
     """Returns the key of an empty prompt, the parent of first chunks. `adapter`: a digest."""
     key = hashlib.sha256(namespace.encode("utf-8", "surrogatepass"))
-    key.update(hashlib.sha256(adapter.encode()).digest() if adapter else b"")
+    if adapter:
+        key.update(hashlib.sha256(adapter.encode()).digest())
     return key.digest()
 
 
 def chunk_key(parent: bytes, tokens: tuple[int, ...]) -> bytes:
     return hashlib.sha256(parent + array.array("i", tokens).tobytes()).digest()
+
+
+class _CachedChunk(NamedTuple):
+    """A chunk, its size in bytes, its parent's key, and the keys of those of its prefixes that find it."""
+
+    chunk: Any
+    size: int
+    parent: bytes | None
+    prefixes: Sequence[bytes]
 
 
 class PrefixCache:
@@ -32,8 +42,7 @@ class PrefixCache:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.bytes = 0
-        # chunk, its bytes, its parent's key, the keys of its prefixes
-        self._chunks: OrderedDict[bytes, tuple[Any, int, bytes | None, Sequence[bytes]]] = OrderedDict()
+        self._chunks: OrderedDict[bytes, _CachedChunk] = OrderedDict()  # the least recently used first
         self._prefixes: dict[bytes, bytes] = {}  # key of a prefix -> key of the last chunk put that begins so
 
     def get(self, key: bytes) -> Any | None:
@@ -47,8 +56,8 @@ class PrefixCache:
         used: bytes | None = key
         while used is not None:
             self._chunks.move_to_end(used)
-            used = self._chunks[used][2]
-        return self._chunks[key][0]
+            used = self._chunks[used].parent
+        return self._chunks[key].chunk
 
     def put(self, key: bytes, chunk: Any, parent: bytes | None, prefixes: Sequence[bytes] = ()) -> None:
         """Adds a chunk (any tree of arrays), if its parent (None: a prompt's start) is here; drops
@@ -57,15 +66,17 @@ class PrefixCache:
         It is found by `prefixes` too: the keys of some of its first tokens.
         """
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(chunk))
-        if key in self._chunks or size > self.limit or (parent is not None and parent not in self._chunks):
+        if key in self._chunks or size > self.limit:
             return
-        self._chunks[key] = (chunk, size, parent, prefixes)
+        if parent is not None and parent not in self._chunks:
+            return
+        self._chunks[key] = _CachedChunk(chunk, size, parent, prefixes)
         self._prefixes |= dict.fromkeys(prefixes, key)
         self.bytes += size
         self.get(key)
         while self.bytes > self.limit:
-            dropped, (_, size, _, prefixes) = self._chunks.popitem(last=False)
-            self.bytes -= size
-            for prefix in prefixes:
-                if self._prefixes.get(prefix) == dropped:  # else another chunk's, which may be gone
+            oldest_key, oldest = self._chunks.popitem(last=False)
+            self.bytes -= oldest.size
+            for prefix in oldest.prefixes:
+                if self._prefixes.get(prefix) == oldest_key:  # else another chunk's, which may be gone
                     del self._prefixes[prefix]
