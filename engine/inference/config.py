@@ -18,8 +18,15 @@ from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import merge_lora
 
 WeightType = Literal["file", "q4", "int8", "bfloat16", "float32"]
-# of a weight at most, and of a block's scale
-BYTES: dict[str, float] = {"file": 17 / 16, "q4": 17 / 16, "int8": 17 / 16, "bfloat16": 2, "float32": 4}
+BYTES_OF_8_BITS = 17 / 16  # of a weight, with its share of its block's scale
+# At most, of a weight of each type.
+BYTES: dict[str, float] = {
+    "file": BYTES_OF_8_BITS,
+    "q4": BYTES_OF_8_BITS,
+    "int8": BYTES_OF_8_BITS,
+    "bfloat16": 2,
+    "float32": 4,
+}
 CHUNK = 128  # prompt tokens a call
 TAIL = 32  # prompt tokens a call of a short rest
 # Prompt tokens a call where an engine completes a few prompts and is gone: one program reads any prompt.
@@ -32,7 +39,10 @@ SHARE = 0.5  # of free memory that an engine takes at most by default
 
 def largest_power_of_two_below(number: int) -> int:
     """Returns the largest power of two that is less than a number of at least 2: 4 for 5, and 4 for 8."""
-    return 1 << (number - 1).bit_length() - 1
+    power = 1
+    while 2 * power < number:
+        power = 2 * power
+    return power
 
 
 def default_weights(backend: str) -> WeightType:
@@ -105,8 +115,8 @@ class EngineConfig:
             capacity = cfg.context
         different = len(set(prompts))
         config = cls(
-            len(prompts),
-            capacity,
+            slots=len(prompts),
+            capacity=capacity,
             kv_dtype=cfg.dtype,
             chunk=SMALL_CHUNK,
             tail=SMALL_CHUNK,
@@ -154,23 +164,28 @@ class EngineConfig:
         Weights of 8 bits become blocks where the kernel multiplies, else Int8, because XLA is slow
         to unpack blocks.
         """
+        if self.weights == "q4":
+            params = matrices_to_blocks(params, "Q4_0")
+        elif self.weights in ("int8", "file") and whole and self.backend.in_c:
+            params = matrices_to_blocks(params, "Q8_0")
         if self.weights in ("int8", "file", "q4"):
-            if self.weights == "q4" or (whole and self.backend.in_c):
-                params = matrices_to_blocks(params, "Q4_0" if self.weights == "q4" else "Q8_0")
             params = quantize(merge_lora(params, cfg.dtype))
         return prepare_params(cfg, params, whole)
 
     def with_capacity(self, cfg: ModelConfig, free: int) -> "EngineConfig":
-        """Returns this config with a capacity: its own, else the model's context, or, where `bytes`
-        are more than a SHARE of the `free` ones, the largest power of two for which they are not,
-        but at least SMALL_CAPACITY.
+        """Returns this config with a capacity: its own, else the model's context.
+
+        Where `bytes` of that are more than a SHARE of the `free` ones, it is the largest power of two
+        below for which they are not, but at least SMALL_CAPACITY.
 
         A prefix cache of the default size holds a slot's text, and at least SMALL_PREFIX_CACHE.
         """
-        capacity = self.capacity or cfg.context
+        capacity = self.capacity
+        if not capacity:
+            capacity = cfg.context
+            while capacity > SMALL_CAPACITY and self.bytes(cfg, capacity) > SHARE * free:
+                capacity = largest_power_of_two_below(capacity)
         prefix = self.prefix_cache_bytes
-        while not self.capacity and capacity > SMALL_CAPACITY and self.bytes(cfg, capacity) > SHARE * free:
-            capacity = largest_power_of_two_below(capacity)
         if prefix is None:
             prefix = max(SMALL_PREFIX_CACHE, self.slot_bytes(cfg, capacity))
         return dataclasses.replace(self, capacity=capacity, prefix_cache_bytes=prefix)
@@ -180,12 +195,14 @@ class EngineConfig:
         default one slot more.
         """
         slot = self.slot_bytes(cfg, capacity)
-        prefix = slot if self.prefix_cache_bytes is None else self.prefix_cache_bytes
+        prefix = self.prefix_cache_bytes
+        if prefix is None:
+            prefix = slot
         parameters = count_params(cfg).total
         if self.adapters:
-            parameters += (
-                (self.adapters + 1) * self.adapter_rank * cfg.layers * sum(map(sum, cfg.matrices.values()))
-            )
+            stacked = self.adapters + 1  # the first for rows without an adapter
+            rows_and_columns = cfg.layers * sum(map(sum, cfg.matrices.values()))
+            parameters += stacked * self.adapter_rank * rows_and_columns
         return self.slots * slot + prefix + int(parameters * BYTES[self.weights or cfg.dtype])
 
     def slot_bytes(self, cfg: ModelConfig, capacity: int) -> int:
