@@ -13,7 +13,6 @@ serving, whose prompts take minutes to prepare, is of three processes of three r
 """
 
 import dataclasses
-import itertools
 import json
 import statistics
 import subprocess
@@ -99,10 +98,12 @@ def measure_everything(flags: EverythingFlags) -> Json:
     unknown = [name for name in flags.only if name not in names]
     if unknown:
         raise UserError(f"--only {unknown[0]} is no document's name: {', '.join(names)}.")
-    wanted = [measurement for measurement in MEASUREMENTS if not flags.only or measurement.name in flags.only]
+    measurements = list(MEASUREMENTS)
+    if flags.only:
+        measurements = [measurement for measurement in MEASUREMENTS if measurement.name in flags.only]
     flags.folder.mkdir(parents=True, exist_ok=True)
-    failed = []
-    for measurement in wanted:
+    failures = []  # the names of documents
+    for measurement in measurements:
         path = flags.folder / f"{measurement.name}.json"
         if is_current(path, about):
             progress(f"kept: {path}")
@@ -112,16 +113,16 @@ def measure_everything(flags: EverythingFlags) -> Json:
             measure_document(measurement, path, flags.peer_python)
         except UserError as error:
             progress(f"failed: {error}")
-            failed.append(measurement.name)
-    if failed:
+            failures.append(measurement.name)
+    if failures:
         raise UserError(
-            f"{', '.join(failed)} failed, for the reasons above; the same command goes on with them."
+            f"{', '.join(failures)} failed, for the reasons above; the same command goes on with them."
         )
     if not flags.only:
         for script in LAST:
             progress(f"writing: python {script}")
             subprocess.run([sys.executable, script, str(flags.folder)], cwd=ROOT, check=True)
-    return {"documents": [dataclasses.asdict(measurement) for measurement in wanted]}
+    return {"documents": [dataclasses.asdict(measurement) for measurement in measurements]}
 
 
 def is_current(path: Path, about: Json) -> bool:
@@ -187,16 +188,23 @@ def pool(documents: Sequence[Any]) -> Any:
             if pooled.get("bar"):
                 pooled["met"] = Ratio.of(pooled).exceeds(pooled["bar"])
         if "peer_settings" in first:
-            pooled["peer_settings"] = []
-            for setting in itertools.chain.from_iterable(each["peer_settings"] for each in documents):
-                if setting not in pooled["peer_settings"]:
-                    pooled["peer_settings"].append(setting)
+            pooled["peer_settings"] = _different_settings(documents)
         return pooled
     if isinstance(first, list) and all(len(each) == len(first) for each in documents):
         return [pool(each) for each in zip(*documents, strict=True)]
     if all(isinstance(each, float) for each in documents):
         return statistics.median(documents)
     return first
+
+
+def _different_settings(documents: Sequence[Json]) -> list[Json]:
+    """Returns each setting that a peer chose, once, in the order in which they came."""
+    settings = []
+    for document in documents:
+        for setting in document["peer_settings"]:
+            if setting not in settings:
+                settings.append(setting)
+    return settings
 
 
 if __name__ == "__main__":
