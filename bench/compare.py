@@ -136,10 +136,13 @@ def compare_ratios(name: str, before: Sequence[float], after: Sequence[float]) -
     from bench.timing import compare_rounds, median_ratio  # imports JAX, as --help need not
 
     over = compare_rounds(before, after)
-    moved = over.exceeds(1)
-    verdict = "undecided"
-    if moved is not None:
-        verdict = "larger" if moved else "smaller"
+    is_larger = over.exceeds(1)
+    if is_larger is None:
+        verdict = "undecided"
+    elif is_larger:
+        verdict = "larger"
+    else:
+        verdict = "smaller"
     return {
         "name": name,
         **over._asdict(),
@@ -147,5 +150,5 @@ def compare_ratios(name: str, before: Sequence[float], after: Sequence[float]) -
         "after": str(median_ratio(after)),
         "words": str(over),
         "verdict": verdict,
-        "met": moved is None,
+        "met": is_larger is None,
     }
