@@ -64,12 +64,7 @@ class StepFlags:
 
 def measure_step(flags: StepFlags) -> Json:
     """Measures what --of names, prints its tables and returns the document."""
-    for field in dataclasses.fields(flags):
-        if (
-            field.name not in ("json", "out", "of", *USED[flags.of])
-            and getattr(flags, field.name) != field.default
-        ):
-            raise UserError(f"--of {flags.of} does not use --{field.name.replace('_', '-')}.")
+    check_used(flags)
     if flags.of == "recipes":
         return show_experiments()
     shapes = [parse_shape("a shape of --shapes", text) for text in flags.shapes or SHAPES.get(flags.of, ())]
@@ -102,6 +97,14 @@ def measure_step(flags: StepFlags) -> Json:
             ways.measure_ways(str(shape), steps, shape.batch * shape.tokens, flags.dtype, flags.rounds)
         )
     return {"shapes": documents}
+
+
+def check_used(flags: StepFlags) -> None:
+    """Raises UserError for a flag that was given, and that what --of names does not use."""
+    used = ("json", "out", "of", *USED[flags.of])
+    for field in dataclasses.fields(flags):
+        if field.name not in used and getattr(flags, field.name) != field.default:
+            raise UserError(f"--of {flags.of} does not use --{field.name.replace('_', '-')}.")
 
 
 def show_experiments() -> Json:
