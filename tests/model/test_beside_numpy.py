@@ -17,7 +17,7 @@ from engine.by_hand import loss_and_gradient as by_hand_gradient
 from engine.model import attention, backward, layers, loss
 from engine.model.config import LoraConfig, ModelConfig, RopeScaling
 from engine.model.paths import leaf_paths, map_paths
-from engine.model.weights.int8 import Int8, dequantize, quantize
+from engine.model.weights.int8 import Int8, quantize
 from engine.model.weights.lora import init_lora
 from engine.model.weights.matmul import project, project_each
 from engine.model.weights.plain import Plain
@@ -244,9 +244,7 @@ def test_the_step_of_a_model_and_of_an_adapter_at_its_start(base, tied, monkeypa
     params |= {head: params[head].astype(BF16).astype(F32)}
     # A head in another type than float32 is a frozen one.
     frozen = quantize(params, "full") if base == "int8" else params | {head: params[head].astype(BF16)}
-    params = map_paths(
-        lambda _, leaf: dequantize(leaf) if isinstance(leaf, Int8) else leaf.astype(F32), frozen
-    )
+    params = map_paths(lambda _, leaf: leaf.dense() if isinstance(leaf, Int8) else leaf.astype(F32), frozen)
     segments, mask = (
         np.sort(tokens_of(3, B, T, vocab=3), axis=1),
         np.random.default_rng(4).random((B, T)) < 0.7,

@@ -15,7 +15,6 @@ from engine.model.paths import leaf_paths
 from engine.model.weights.convert import cast_matrices
 from engine.model.weights.int8 import (
     Int8,
-    dequantize,
     int8_matmul,
     quantize,
     quantize_matrix,
@@ -29,7 +28,7 @@ F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 
 def wide(leaf: Int8) -> jax.Array:
     """(in, out) of either kind: what x is multiplied by."""
-    return dequantize(leaf) if leaf.axis == 1 else dequantize(leaf).T
+    return leaf.dense() if leaf.axis == 1 else leaf.dense().T
 
 
 weights = st.integers(0, 2**32 - 1).flatmap(
@@ -48,15 +47,15 @@ def test_no_weight_is_off_by_more_than_half_a_step_of_its_column(weight, axis):
     assert leaf.scale.shape == (weight.shape[axis],)
     assert np.abs(np.asarray(leaf.values, np.int32)).max() == 127
     scale = np.expand_dims(np.asarray(leaf.scale), 1 - axis)
-    assert (np.abs(np.asarray(dequantize(leaf)) - weight) <= scale * 0.5001).all()
+    assert (np.abs(np.asarray(leaf.dense()) - weight) <= scale * 0.5001).all()
     assert (np.abs(weight).max(1 - axis) <= np.asarray(leaf.scale) * 127.001).all()
-    assert not np.asarray(dequantize(leaf))[:, 3].any()
+    assert not np.asarray(leaf.dense())[:, 3].any()
 
 
 @given(weights)
 def test_rounding_again_changes_nothing(weight):
     once = quantize_matrix(jnp.asarray(weight))
-    again = quantize_matrix(dequantize(once))
+    again = quantize_matrix(once.dense())
     np.testing.assert_array_equal(again.values, once.values)
 
 
@@ -130,7 +129,7 @@ def test_every_way_to_use_a_weight_knows_int8(kind):
     table = quantize_matrix(normal(1, V, D), kind, axis=0)
     close(table.times(x, F32), x @ wide(table))
     tokens = jnp.array([[3, 0, V - 1]])
-    np.testing.assert_array_equal(lookup(table, tokens), dequantize(table)[tokens])
+    np.testing.assert_array_equal(lookup(table, tokens), table.dense()[tokens])
 
 
 def test_only_plain_matrices_are_quantised_down_by_two_digits():

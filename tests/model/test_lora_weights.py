@@ -10,7 +10,7 @@ from tiny import normal
 
 from engine.model.paths import merge
 from engine.model.weights.convert import cast_matrices
-from engine.model.weights.int8 import dequantize, quantize_matrix
+from engine.model.weights.int8 import quantize_matrix
 from engine.model.weights.lora import LoRA, make_adapter, to_dense
 from engine.model.weights.matmul import project, project_each
 
@@ -64,7 +64,7 @@ def test_on_int8_it_is_its_base_and_what_it_adds(rows):
 def test_its_gradient_is_that_of_the_weight_it_stands_for(dtype, rows, kind, adapted):
     x, base = normal(0, *rows, D, dtype=dtype), normal(1, D, F)
     under = base if kind == "array" else quantize_matrix(base, "full")
-    wide = base if kind == "array" else dequantize(under)
+    wide = base if kind == "array" else under.dense()
     adapters = [adapter()] if adapted != "both" else [adapter(), adapter(rank=2, seed=1)]
     beside = [normal(2, D, F).astype(dtype)] if adapted == "one of two" else []
 

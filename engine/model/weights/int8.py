@@ -65,19 +65,25 @@ class Int8(Weight):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.values.shape[::-1] if self.transposed else self.values.shape
+        if self.transposed:
+            return self.values.shape[::-1]
+        return self.values.shape
 
     @property
     def contracting_axis(self) -> int:
         """The axis of `values` that a product sums over; it has no scale."""
-        return self.axis if self.transposed else 1 - self.axis
+        if self.transposed:
+            return self.axis
+        return 1 - self.axis
 
     @property
     def kind(self) -> str:
         return "int8"
 
     def dense(self, dtype: DTypeLike | None = None) -> Array:
-        return dequantize(self)
+        """Returns values * scale, (in, out) float32."""
+        values = self.values.T if self.transposed else _gather(self)
+        return values.astype(jnp.float32) * jnp.expand_dims(self.scale, 1 - self.axis)
 
     def times(self, x: Array, dtype: DTypeLike) -> Array:
         return over_rows(x, lambda rows: int8_matmul(rows, self, dtype))
@@ -86,7 +92,7 @@ class Int8(Weight):
         return self
 
     def lookup(self, tokens: Array) -> Array:
-        return lookup_rows(self, tokens)
+        return self.values[tokens].astype(jnp.float32) * self.scale[tokens][..., None]
 
     def column_starts(self, size: int) -> list[int]:
         """Returns where pieces of `size` columns begin. A head is always cut, because with "full" all
@@ -95,7 +101,10 @@ class Int8(Weight):
         return list(range(0, len(self.scale), size))
 
     def column_piece(self, start: int, stop: int) -> "Int8":
-        return slice_columns(self, start, stop)
+        columns_axis = 1 - self.contracting_axis
+        last = min(stop, self.values.shape[columns_axis])
+        values = jax.lax.slice_in_dim(self.values, start, last, axis=columns_axis)
+        return dataclasses.replace(self, values=values, scale=self.scale[start:stop])
 
     def gradients(self, x: Array, g: Array) -> tuple[Array, None]:
         like_x = jnp.zeros((), x.dtype)  # stands for x, of which the backward pass needs only the type
@@ -139,16 +148,12 @@ def quantize_matrix(weight: Array, activations: Activations = "int8", axis: int 
     weight = weight.astype(jnp.float32)
     scale = jnp.abs(weight).max(axis=1 - axis) / LARGEST
     steps = weight / jnp.expand_dims(jnp.where(scale == 0, 1, scale), 1 - axis)
-    return Int8(jnp.clip(jnp.round(steps), -LARGEST, LARGEST).astype(jnp.int8), scale, activations, axis)
-
-
-def dequantize(leaf: Int8) -> Array:
-    """Returns values * scale, (in, out) float32."""
-    values = leaf.values.T if leaf.transposed else _gather(leaf)
-    return values.astype(jnp.float32) * jnp.expand_dims(leaf.scale, 1 - leaf.axis)
+    values = jnp.clip(jnp.round(steps), -LARGEST, LARGEST).astype(jnp.int8)
+    return Int8(values, scale, activations, axis)
 
 
 def _gather(leaf: Int8) -> Array:
+    """Returns the integers, whole along `fsdp` where they are still cut along it."""
     if leaf.gathered is None:
         return leaf.values
     return jax.lax.with_sharding_constraint(leaf.values, leaf.gathered)
@@ -161,18 +166,6 @@ def store_transposed(leaf: Int8) -> Int8:
     if leaf.contracting_axis == 1:
         return leaf
     return dataclasses.replace(leaf, values=leaf.values.T, transposed=True)
-
-
-def lookup_rows(leaf: Int8, rows: Array) -> Array:
-    """leaf of axis 0 (V, D), rows (...) int32 -> those rows of the matrix, (..., D) float32."""
-    return leaf.values[rows].astype(jnp.float32) * leaf.scale[rows][..., None]
-
-
-def slice_columns(leaf: Int8, start: int, stop: int) -> Int8:
-    """Returns columns start..stop of the matrix that `int8_matmul` multiplies by, with their scales."""
-    along = 1 - leaf.contracting_axis
-    values = jax.lax.slice_in_dim(leaf.values, start, min(stop, leaf.values.shape[along]), axis=along)
-    return dataclasses.replace(leaf, values=values, scale=leaf.scale[start:stop])
 
 
 def quantize(params: Params, activations: Activations = "int8") -> Params:
@@ -257,6 +250,7 @@ def int8_matmul(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
 
 
 def _contract(x: Array, values: Array, axis: int, **options: Any) -> Array:
+    """x (M, X), values (X, out), or with axis 1 (out, X) -> x times values, (M, out)."""
     return jax.lax.dot_general(x, values, (((1,), (axis,)), ((), ())), **options)
 
 
@@ -267,7 +261,7 @@ def _multiply_integers(x: Array, weight: Int8, dtype: DTypeLike) -> Array:
         rows, row_scale = two_digit_rows(x)
     else:
         rows, row_scale = round_rows(x)
-    is_head = len(weight.values) > HEAD_COLUMNS
+    is_head = len(weight.scale) > HEAD_COLUMNS
     if weight.contracting_axis == 1 and len(rows) <= FEW_ROWS and not is_head:
         # The weight on the left is read as it lies, on the right it would be packed first. Without
         # the barrier XLA would swap them back: held by tests/model/test_int8.py.
