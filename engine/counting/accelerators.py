@@ -55,19 +55,23 @@ def read_accelerators() -> dict[str, Accelerator]:
     accelerators = {}
     for row in rows:
         fields = {}
-        for name, text in row.items():
-            fields[name] = types[name](text) if text else types[name]()  # 0 or ""
+        for field, text in row.items():
+            if text:
+                fields[field] = types[field](text)
+            else:
+                fields[field] = types[field]()  # 0 or ""
         accelerators[row["name"]] = Accelerator(**fields)
     return accelerators
 
 
-def find_accelerator(name: str) -> Accelerator:
-    """Returns the accelerator of a name. Raises UserError for an unknown one, or one without a
-    known network.
+def find_networked(name: str) -> Accelerator:
+    """Returns the accelerator of a name, whose network is known. Raises UserError for one that is
+    unknown, or whose network is.
     """
-    known = {name: device for name, device in read_accelerators().items() if device.network_gbs}
-    if name not in known:
+    accelerators = read_accelerators()
+    networked = [known for known, accelerator in accelerators.items() if accelerator.network_gbs]
+    if name not in networked:
         raise UserError(
-            f"There are figures of {', '.join(known)}, not of {name!r}.{did_you_mean(name, [*known])}"
+            f"There are figures of {', '.join(networked)}, not of {name!r}.{did_you_mean(name, networked)}"
         )
-    return known[name]
+    return accelerators[name]

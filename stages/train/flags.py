@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from engine.counting.accelerators import Accelerator, find_accelerator
+from engine.counting.accelerators import Accelerator, find_networked
 from engine.errors import UserError
 from engine.model.config import preset
 from stages.cli.flags import (
@@ -112,7 +112,7 @@ class TrainFlags(RunFlags):
     mesh: MeshFlags
     preset: Annotated[tyro.conf.Positional[str], parser(preset_name, "PRESET")] = "demo"
     """The architecture: demo, nano, tiny, or a published one such as smollm2-135m."""
-    accelerator: Annotated[Accelerator | None, parser(find_accelerator, "NAME"), default("h100")] = None
+    accelerator: Annotated[Accelerator | None, parser(find_networked, "NAME"), default("h100")] = None
     """Predict for this device under --dry-run --mesh: a100, h100, h200, b200, tpu-v5e, tpu-v5p or tpu-v6e."""
 
     def check_together(self) -> None:

@@ -12,7 +12,7 @@ import jax
 from jax.stages import Compiled
 
 from engine.allocator import return_freed_memory
-from engine.counting.accelerators import Accelerator, find_accelerator
+from engine.counting.accelerators import Accelerator, find_networked
 from engine.counting.hardware import Ceilings, doubt_ceilings
 from engine.counting.params import count_params
 from engine.device import Device
@@ -49,10 +49,11 @@ from stages.runs.text_data import (
     rows_in_memory,
     score_text,
 )
-from stages.train.flags import TrainFlags
+from stages.train.flags import TextFlags, TrainFlags
 
 SECONDS = 180.0  # of a run when nobody asks for a length
 SAMPLE = 160  # tokens
+SAMPLE_TEMPERATURE = 0.8
 # Of the ceiling, for the products of a step. Both are measured with the default run, that of AMX
 # before attention was in C: no product of a step comes near what a square one reaches there.
 EXPECTED_MFU = 0.63
@@ -81,10 +82,12 @@ RECIPES = {
 }
 
 
-def recipe(preset: str, vocab: int) -> Recipe:
+def recipe(preset_name: str, vocab: int) -> Recipe:
     """Returns the preset's own recipe, or what suits a large model of a published architecture."""
+    if preset_name in RECIPES:
+        return RECIPES[preset_name]
     large = dataclasses.replace(_MUON, learning_rate=6e-4, decay=0.2)
-    return RECIPES.get(preset) or Recipe(
+    return Recipe(
         f"bpe:{vocab}", context=1024, batch=32, optimizer=large, accumulate=8, scan=True, remat=True
     )
 
@@ -112,24 +115,28 @@ def chosen_recipe(
     """
     base = recipe(flags.preset, preset(flags.preset).vocab)
     step = flags.step
-    batch = step.batch or resumed_batch or -(-base.batch // mesh.row_shards) * mesh.row_shards
+    grown_batch = -(-base.batch // mesh.row_shards) * mesh.row_shards
+    batch = step.batch or resumed_batch or grown_batch
+    context = step.context or base.context
     optimizer = dataclasses.asdict(flags.optimizer)
     optimizer["kind"] = optimizer.pop("optimizer")
-    chosen = _replace(
-        base.resize(batch, step.context or base.context, mesh.row_shards),
+    chosen = _override(
+        base.resize(batch, context, mesh.row_shards),
         tokenizer=flags.text.tokenizer,
         accumulate=step.accumulate,
-        scan=step.scan or backend != "cpu" or None,
-        remat=step.remat or None,
-        optimizer=_replace(base.optimizer, **optimizer),
+        scan=base.scan or step.scan or backend != "cpu",
+        remat=base.remat or step.remat,
+        optimizer=_override(base.optimizer, **optimizer),
     )
     if chosen.batch % chosen.accumulate:
         raise UserError(f"A batch of {chosen.batch} cannot be read in {chosen.accumulate} equal parts.")
     return chosen
 
 
-def _replace(config: Any, **values: Any) -> Any:
-    return dataclasses.replace(config, **{name: value for name, value in values.items() if value is not None})
+def _override(config: Any, **values: Any) -> Any:
+    """Returns the config with those of the values that are not None."""
+    overrides = {name: value for name, value in values.items() if value is not None}
+    return dataclasses.replace(config, **overrides)
 
 
 # The plan
@@ -158,7 +165,7 @@ class TrainingPlan:
         if self.plans_mesh:
             from stages.train.mesh_plan import plan_on_mesh
 
-            rows += plan_on_mesh(self.plan, self.accelerator or find_accelerator("h100"), console)
+            rows += plan_on_mesh(self.plan, self.accelerator or find_networked("h100"), console)
         return rows
 
     def print_example(self, console: Console) -> None:
@@ -174,12 +181,15 @@ def plan_training(flags: TrainFlags, options: RunOptions, console: Console) -> T
     resumed_batch = recorded_batch(options.folder, options.overwrite)
     recipe = chosen_recipe(flags, options.device.backend, mesh, resumed_batch)
     data = prepare_text(text.data, text.validation, recipe.tokenizer, console)
-    cfg: ModelConfig = _replace(
+    remat = "none"
+    if recipe.remat:
+        remat = "block"
+    cfg: ModelConfig = _override(
         preset(flags.preset),
         vocab=data.tokenizer.vocab,
         context=recipe.context,
         scan=recipe.scan,
-        remat="block" if recipe.remat else "none",
+        remat=remat,
         dtype=flags.step.dtype,
     )
     seconds = length.max_time
@@ -196,24 +206,12 @@ def plan_training(flags: TrainFlags, options: RunOptions, console: Console) -> T
         mesh=mesh,
     )
     check_mesh(mesh, cfg, recipe.batch, recipe.accumulate)
-    metadata = {
-        "preset": plan.name,
-        "text": {
-            "data": text.data,
-            "validation": str(text.validation) if text.validation else None,
-            "digest": data.digest,
-            "validation_digest": data.validation_digest,
-            "bytes": data.train.bytes,
-            "tokens": len(data.train.tokens),
-        },
-        "tokenizer": {"kind": recipe.tokenizer, "digest": data.tokenizer.digest},
-    }
     return TrainingPlan(
         plan=plan,
         folder=options.folder,
         data=data,
         batches=TextBatches(data.train.tokens, recipe.context, recipe.batch, plan.seed),
-        metadata=metadata,
+        metadata=training_metadata(plan, text, data),
         has_default_length=has_default_length,
         ceilings=mesh_ceilings(find_ceilings(console), mesh),
         plans_mesh=bool(flags.mesh.mesh and options.dry_run),
@@ -221,27 +219,33 @@ def plan_training(flags: TrainFlags, options: RunOptions, console: Console) -> T
     )
 
 
+def training_metadata(plan: RunPlan, text: TextFlags, data: TextData) -> dict[str, Any]:
+    """Returns the stage's own entries of run.json."""
+    validation = None
+    if text.validation:
+        validation = str(text.validation)
+    return {
+        "preset": plan.name,
+        "text": {
+            "data": text.data,
+            "validation": validation,
+            "digest": data.digest,
+            "validation_digest": data.validation_digest,
+            "bytes": data.train.bytes,
+            "tokens": len(data.train.tokens),
+        },
+        "tokenizer": {"kind": plan.recipe.tokenizer, "digest": data.tokenizer.digest},
+    }
+
+
 def training_rows(planned: TrainingPlan) -> list[tuple[str, str]]:
     """Returns the banner's rows."""
     plan = planned.plan
     data = planned.data
     cfg = plan.cfg
-    recipe = plan.recipe
     params = count_params(cfg)
     steps, long = plan.predict(predict_step_seconds(plan, planned.ceilings))
     epochs = steps * plan.step_tokens / (len(data.train.tokens) - 1)
-    heads = f"{cfg.heads} heads"
-    if cfg.kv_heads != cfg.heads:
-        heads += f" ({cfg.kv_heads} key/value)"
-    step = f"{recipe.batch} x {recipe.context} tokens"
-    if recipe.accumulate > 1:
-        step += f", {recipe.accumulate} parts at a time"
-    memory = memory_estimate(plan, plan.memory.total)
-    if plan.memory.total > memory_limit(plan):
-        memory += "  ** more than there is: smaller --batch, --accumulate or --remat **"
-    length = plan.length()
-    if planned.has_default_length:
-        length += ": the default run is time-boxed (--max-time 1h, --steps 5000 change it)"
     flops = plan.step_flops / plan.step_tokens
     return [
         ("text", f"{data.name}: {format_bytes(data.train.bytes)}, {len(data.train.tokens):,} tokens"),
@@ -250,16 +254,12 @@ def training_rows(planned: TrainingPlan) -> list[tuple[str, str]]:
             f"{data.validation_name}: {format_bytes(data.validation.bytes)}, "
             f"{len(data.validation.tokens):,} tokens",
         ),
-        (
-            "model",
-            f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {heads}, "
-            f"{cfg.vocab:,} tokens, {cfg.dtype}",
-        ),
+        ("model", f"{plan.name}: {_describe_architecture(cfg)}"),
         ("parameters", f"{params.total:,} ({params.total:,} trainable, 0 frozen)"),
         ("FLOPs", f"{format_count(flops)} a token trained (6N + 12LDT, N = {format_count(params.matmul)})"),
-        ("step", f"{step}, {recipe.optimizer.kind}, {recipe.optimizer.schedule}"),
-        ("memory", memory),
-        ("length", length),
+        ("step", _describe_step(plan.recipe)),
+        ("memory", _describe_memory(plan)),
+        ("length", _describe_length(planned)),
         (
             "predicted",
             f"{quantity(steps, plan.step_name)}, {format_count(epochs)} epochs, "
@@ -270,9 +270,39 @@ def training_rows(planned: TrainingPlan) -> list[tuple[str, str]]:
     ]
 
 
+def _describe_architecture(cfg: ModelConfig) -> str:
+    heads = f"{cfg.heads} heads"
+    if cfg.kv_heads != cfg.heads:
+        heads += f" ({cfg.kv_heads} key/value)"
+    return f"{cfg.layers} layers, width {cfg.width}, {heads}, {cfg.vocab:,} tokens, {cfg.dtype}"
+
+
+def _describe_step(recipe: Recipe) -> str:
+    batch = f"{recipe.batch} x {recipe.context} tokens"
+    if recipe.accumulate > 1:
+        batch += f", {recipe.accumulate} parts at a time"
+    return f"{batch}, {recipe.optimizer.kind}, {recipe.optimizer.schedule}"
+
+
+def _describe_memory(plan: RunPlan) -> str:
+    phrase = memory_estimate(plan, plan.memory.total)
+    if plan.memory.total > memory_limit(plan):
+        phrase += "  ** more than there is: smaller --batch, --accumulate or --remat **"
+    return phrase
+
+
+def _describe_length(planned: TrainingPlan) -> str:
+    length = planned.plan.length()
+    if planned.has_default_length:
+        length += ": the default run is time-boxed (--max-time 1h, --steps 5000 change it)"
+    return length
+
+
 def expected_mfu(dtype: str) -> float:
     has_amx = jax.default_backend() == "cpu" and "amx_bf16" in processor().instructions.split()
-    return AMX_MFU if has_amx and dtype == "bfloat16" else EXPECTED_MFU
+    if has_amx and dtype == "bfloat16":
+        return AMX_MFU
+    return EXPECTED_MFU
 
 
 def predict_step_seconds(plan: RunPlan, best: Ceilings) -> float:
@@ -298,7 +328,7 @@ def prepare_training(planned: TrainingPlan, console: Console) -> "PreparedTraini
     optimizer = make_optimizer(plan.recipe.optimizer)
 
     @jax.jit
-    def begin() -> TrainState:
+    def make_first_state() -> TrainState:
         return init_state(optimizer, init_params(plan.cfg, jax.random.key(plan.seed)))
 
     return PreparedTraining(
@@ -309,7 +339,7 @@ def prepare_training(planned: TrainingPlan, console: Console) -> "PreparedTraini
         stop_token_ids=(planned.data.tokenizer.eos_id,),
         frozen={},
         training=planned,
-        begin=begin,
+        make_first_state=make_first_state,
     )
 
 
@@ -322,16 +352,16 @@ class Compiling(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreparedTraining(Prepared):
-    """What a training begins with. `begin`: makes the first state, random weights."""
+    """What a training begins with."""
 
     training: TrainingPlan
-    begin: Any
+    make_first_state: Any  # a jitted function of nothing; its weights are random
 
     def rows(self, console: Console) -> list[tuple[str, str]]:
         return self.training.rows(console)
 
     def initial_state(self, trainable: Any) -> TrainState:
-        return self.begin()
+        return self.make_first_state()
 
     def prompt(self) -> tuple[str, list[int]]:
         text = "ROMEO:" if self.training.data.name == "shakespeare" else "\n"
@@ -347,12 +377,7 @@ class PreparedTraining(Prepared):
         traced = threading.Event()
         mesh = current_mesh()
         batch = self._batches().at(0)
-        shapes = {
-            path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in leaf_shapes(plan.cfg).items()
-        }
-        state = sharded_shapes(
-            functools.partial(init_state, make_optimizer(plan.recipe.optimizer)), unflatten(shapes)
-        )
+        state = self._state_shapes()
 
         def compile_on_mesh() -> Compiled:
             try:
@@ -361,12 +386,23 @@ class PreparedTraining(Prepared):
             finally:
                 traced.set()
 
+        def measure_buffer() -> int:
+            return temporary_bytes(program.result())
+
         thread = concurrent.futures.ThreadPoolExecutor(1)
         program = thread.submit(compile_on_mesh)
-        buffer_bytes = thread.submit(lambda: temporary_bytes(program.result()))
+        buffer_bytes = thread.submit(measure_buffer)
         if not beside_reading:
             traced.wait()
         return Compiling(program, buffer_bytes)
+
+    def _state_shapes(self) -> Any:
+        """Returns the shapes and shardings of a state."""
+        params = {}
+        for path, shape in leaf_shapes(self.plan.cfg).items():
+            params[path] = jax.ShapeDtypeStruct(shape, "float32")
+        init = functools.partial(init_state, make_optimizer(self.plan.recipe.optimizer))
+        return sharded_shapes(init, unflatten(params))
 
     def begin_steps(
         self, state: TrainState, loop_state: LoopState, compiling: Compiling, console: Console
@@ -375,13 +411,18 @@ class PreparedTraining(Prepared):
         data = self.training.data
         with console.task("compiling", always=True):
             program = compiling.program.result()
-        self.begin.clear_cache()  # its program takes 40 MB and more
+        self.make_first_state.clear_cache()  # its program takes 40 MB and more
         return_freed_memory()  # of compiling and of making the first state
         evaluator = quick_evaluator(plan.cfg, data.validation, data.tokenizer, score)
-        buffer_bytes = compiling.buffer_bytes.result()
-        peak_flops = self.training.peak_flops
         return BatchSteps(
-            plan, program, buffer_bytes, self.frozen, self._batches(), evaluator, loop_state.step, peak_flops
+            plan=plan,
+            program=program,
+            buffer_bytes=compiling.buffer_bytes.result(),
+            frozen=self.frozen,
+            batches=self._batches(),
+            evaluator=evaluator,
+            first_step=loop_state.step,
+            peak_flops=self.training.peak_flops,
         )
 
     def _batches(self) -> MeshBatches:
@@ -392,10 +433,15 @@ class PreparedTraining(Prepared):
         cfg = self.plan.cfg
         data = self.training.data
         params = finished.state.trainable
-        with console.task("evaluating on the whole validation text", always=True) as report:
-            rows = rows_in_memory(cfg, cfg.context)
+        with console.task("evaluating on the whole validation text", always=True) as report_progress:
             nats = score_text(
-                cfg, params, data.validation.tokens, cfg.context, max(1, cfg.context // 2), rows, report
+                cfg,
+                params,
+                data.validation.tokens,
+                seq=cfg.context,
+                stride=max(1, cfg.context // 2),
+                rows=rows_in_memory(cfg, cfg.context),
+                report=report_progress,
             )
         text = self._sample(params, console)
         if processes.is_first() and text is not None:
@@ -403,7 +449,8 @@ class PreparedTraining(Prepared):
         return training_report(self.training, finished.loop_state, nats, text)
 
     def _sample(self, params: Any, console: Console) -> str | None:
-        """Samples a text in process 0; None for a model that no device holds whole."""
+        """Returns a sampled text, "" in processes other than 0; None for a model that no device
+        holds whole."""
         from engine.inference.decode import generate, prepare_params
         from stages.runs.mesh import fits_one_device, on_one_device
 
@@ -414,11 +461,14 @@ class PreparedTraining(Prepared):
         with console.task("writing a sample"), on_one_device(params) as whole:
             if not processes.is_first():
                 return ""
-            prompt = self.tokenizer.encode("\n").tolist()
-            served = prepare_params(cfg, whole)
-            stops = self.stop_token_ids
             ids = generate(
-                cfg, served, prompt, count, temperature=0.8, seed=self.plan.seed, stop_token_ids=stops
+                cfg,
+                params=prepare_params(cfg, whole),
+                prompt=self.tokenizer.encode("\n").tolist(),
+                count=count,
+                temperature=SAMPLE_TEMPERATURE,
+                seed=self.plan.seed,
+                stop_token_ids=self.stop_token_ids,
             )
         return self.tokenizer.decode(ids)
 
@@ -434,10 +484,10 @@ def training_report(
     seconds = loop_state.seconds
     mfu = step * plan.step_flops / seconds / training.peak_flops
     doubt_ceilings(mfu)
-    score = bits_per_byte(nats, data.validation.bytes)
+    validation = bits_per_byte(nats, data.validation.bytes)
     speed = step * plan.step_tokens / seconds
     result = {
-        "val_bits_per_byte": score,
+        "val_bits_per_byte": validation,
         "train_seconds": seconds,
         "first_step_seconds": loop_state.first_step_seconds,
         "tokens_per_second": speed,
@@ -445,7 +495,7 @@ def training_report(
     }
     first = f"first step {duration(loop_state.first_step_seconds or 0)} after the start"
     rows = [
-        ("validation", f"{score:.4f} bits per byte on all of {data.validation_name}"),
+        ("validation", f"{validation:.4f} bits per byte on all of {data.validation_name}"),
         ("text", f"read {training.batches.order.epoch(step):.2f} times"),
         ("speed", f"{speed:,.0f} tokens/s, MFU {mfu:.0%}; {first}"),
     ]

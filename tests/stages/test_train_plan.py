@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.counting import accelerators, hardware
-from engine.counting.accelerators import find_accelerator
+from engine.counting.accelerators import find_networked
 from engine.counting.hardware import Ceilings
 from engine.counting.params import count_params
 from engine.counting.xla import Collective
@@ -116,8 +116,8 @@ def test_a_mesh_that_is_not_here_is_planned(text, monkeypatch, capsys):
     ]
     shapes = leaf_shapes(dataclasses.replace(preset("tiny"), vocab=258)).values()
     held = 12 * sum(math.prod(shape) // (8 if len(shape) > 1 else 1) for shape in shapes)
-    small = dataclasses.replace(find_accelerator("tpu-v5e"), memory_gb=held / 4e9)
-    known = {"h100": find_accelerator("h100"), "tpu-v5e": small}
+    small = dataclasses.replace(find_networked("tpu-v5e"), memory_gb=held / 4e9)
+    known = {"h100": find_networked("h100"), "tpu-v5e": small}
     monkeypatch.setattr(accelerators, "read_accelerators", lambda: known)
     plan = plan_of(monkeypatch, capsys, *tiny_plan, "--accelerator", "tpu-v5e")
     assert plan["holds"].startswith(f"a device: {format_bytes(held)} of state, ")
@@ -192,7 +192,7 @@ def test_a_step_that_does_not_compile_is_one_sentence(text, monkeypatch, capsys)
 
 
 def test_a_ring_over_nodes_is_as_fast_as_the_network_of_a_node():
-    device = find_accelerator("h100")
+    device = find_networked("h100")
     seconds = lambda *group: (
         device.send_seconds(Collective("all-gather", 10**9, group, 1)) / (1 - 1 / len(group))
     )
