@@ -6,6 +6,7 @@
 A grammar is in llguidance's dialect of Lark. Imports no jax.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Collection, Sequence
@@ -34,15 +35,19 @@ FORMATS = frozenset(
 # and a model may write line ends for ever.
 JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
+# The characters that both ECMAScript and Rust's regex crate count as white space, or in a negated class
+# those that either does, by the bracket that opened the class of characters, if any.
+SPACE_IN_CLASS = {"": r"[ \t\n\r\f\v]", "[": r" \t\n\r\f\v", "[^": r"\s\x{FEFF}"}
+
 
 class Constraint:
     """Follows one completion through a grammar, which has `failed` when it became too complex on the way."""
 
+    can_run_ahead = True  # whether a sampled token may be allowed without its mask
+
     def __init__(self, matcher: Any, end_ids: frozenset[int]) -> None:
         self._matcher = matcher
         self._end_ids = end_ids
-
-    can_run_ahead = True  # whether a sampled token may be allowed without its mask
 
     def begin(self) -> "Constraint":
         return Constraint(self._matcher.deep_copy(), self._end_ids)
@@ -69,8 +74,8 @@ class Constraint:
         forced = self._matcher.compute_ff_tokens()[:count]
         if forced or not drafts:
             return forced
-        stop = next((n for n, token in enumerate(drafts) if token in self._end_ids), len(drafts))
-        return list(drafts[: self._matcher.validate_tokens(list(drafts[:stop]))])
+        before_end = [*itertools.takewhile(lambda token: token not in self._end_ids, drafts)]
+        return before_end[: self._matcher.validate_tokens(before_end)]
 
     def allows(self, token: int) -> bool:
         """Whether a token, which is no end, may come next."""
@@ -90,7 +95,8 @@ class Constraint:
 class ForcedTokens(Constraint):
     """Lets a completion be nothing but these tokens, whose log-probabilities are asked for."""
 
-    failed = can_run_ahead = False
+    can_run_ahead = False
+    failed = False
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens = tuple(tokens)
@@ -250,41 +256,61 @@ def lark_grammar(text: str) -> str:
 
 
 def _checked(schema: Any, depth: int, lenient: bool) -> Any:
+    """Returns a schema, or a part of one, at this depth, without what need not be enforced. Raises as
+    `json_rule`.
+    """
     if depth > MAX_DEPTH:
         raise UserError(f"it is nested more than {MAX_DEPTH} deep")
     if isinstance(schema, list):
         return [_checked(value, depth + 1, lenient) for value in schema]
     if not isinstance(schema, dict):
         return schema
-    checked: dict[str, Any] = {}
-    multiple = schema.get("multipleOf")
-    least = schema.get("minProperties")
-    if isinstance(multiple, int | float) and not 0 < _digits(multiple) <= MAX_MULTIPLE:
+    if not _can_enforce_multiple(schema):
         if not lenient:
+            multiple = schema["multipleOf"]
             raise UserError(f"multipleOf {multiple} cannot be enforced, for it is 0 or has too many digits")
         schema = {name: value for name, value in schema.items() if name != "multipleOf"}
-    required = schema.get("required")
-    names = len({*map(str, required)}) if isinstance(required, list) else 0
-    if not lenient and isinstance(least, int) and least > max(1, names):
+    if not lenient and not _can_enforce_least(schema):
+        least = schema["minProperties"]
         raise UserError(
             f"minProperties {least} cannot be enforced, for a name that is not required may come twice"
         )
+    checked: dict[str, Any] = {}
     for name, value in schema.items():
         if name == "format" and isinstance(value, str) and value not in FORMATS:
             continue
         if name == "pattern" and isinstance(value, str):
             checked[name] = _rust_pattern(value)
         elif name == "patternProperties" and isinstance(value, dict):
-            checked[name] = {
-                _rust_pattern(pattern): _checked(inner, depth + 2, lenient)
-                for pattern, inner in value.items()
-            }
+            by_pattern = {}
+            for pattern, inner in value.items():
+                by_pattern[_rust_pattern(pattern)] = _checked(inner, depth + 2, lenient)
+            checked[name] = by_pattern
         else:
             inner = _checked(value, depth + 1, lenient)
-            if name in ("const", "enum"):
+            if name in ("const", "enum"):  # values, not schemas: only their depth is checked
                 inner = value
             checked[name] = inner
     return checked
+
+
+def _can_enforce_multiple(schema: dict[str, Any]) -> bool:
+    multiple = schema.get("multipleOf")
+    if not isinstance(multiple, int | float):
+        return True
+    return 0 < _digits(multiple) <= MAX_MULTIPLE
+
+
+def _can_enforce_least(schema: dict[str, Any]) -> bool:
+    """Whether `minProperties` asks for no more than the names that are required, or for one."""
+    least = schema.get("minProperties")
+    if not isinstance(least, int):
+        return True
+    required = schema.get("required")
+    names: set[str] = set()
+    if isinstance(required, list):
+        names = {str(name) for name in required}
+    return least <= max(1, len(names))
 
 
 def _rust_pattern(pattern: str) -> str:
@@ -298,9 +324,11 @@ def _rust_pattern(pattern: str) -> str:
     inside = ""  # the bracket that opened a class of characters
     for part in re.findall(r"\\.|\[\^?|.", pattern, re.S):
         if part == r"\s":
-            parts.append({"": r"[ \t\n\r\f\v]", "[": r" \t\n\r\f\v"}.get(inside, r"\s\x{FEFF}"))
-        elif not inside and part in (r"\S", "."):
-            parts.append(r"[^\s\x{FEFF}]" if part == r"\S" else r"[^\n\r\x{2028}\x{2029}]")
+            parts.append(SPACE_IN_CLASS[inside])
+        elif part == r"\S" and not inside:
+            parts.append(r"[^\s\x{FEFF}]")
+        elif part == "." and not inside:
+            parts.append(r"[^\n\r\x{2028}\x{2029}]")
         else:
             parts.append(part)
         if part == "]":
