@@ -43,7 +43,10 @@ TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 2
 
 
 class ServerMetrics(Collector):
-    """The metrics, in a registry of their own: two servers in one process share none."""
+    """The metrics, in a registry of their own: two servers in one process share none.
+
+    Those of the engine are read when they are asked for; the others are counted here.
+    """
 
     def __init__(self, model: str, engine: EngineThread) -> None:
         self._engine = engine
@@ -63,19 +66,19 @@ class ServerMetrics(Collector):
         self._prompt_tokens = counter(
             "vllm:prompt_tokens", "Tokens of prompts that were computed or found in the prefix cache."
         )
-        self._looked_up = counter("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.")
-        self._cached = counter("vllm:prefix_cache_hits", "Tokens of prompts that the prefix cache held.")
-        self._of_prompt = histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", TOKEN_BUCKETS)
-        self._of_completion = histogram(
+        self._cache_lookups = counter("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.")
+        self._cache_hits = counter("vllm:prefix_cache_hits", "Tokens of prompts that the prefix cache held.")
+        self._prompt_lengths = histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", TOKEN_BUCKETS)
+        self._completion_lengths = histogram(
             "vllm:request_generation_tokens", "Tokens generated for a request.", TOKEN_BUCKETS
         )
-        self._latency = histogram(
+        self._request_seconds = histogram(
             "vllm:e2e_request_latency_seconds", "From request to last token.", LATENCY_BUCKETS
         )
         self.ttft = histogram(
             "vllm:time_to_first_token_seconds", "From request to first token.", TTFT_BUCKETS
         )
-        self._per_token = histogram(
+        self._seconds_per_token = histogram(
             "vllm:time_per_output_token_seconds", "Mean between tokens of a request.", TPOT_BUCKETS
         )
         success = prometheus.Counter(
@@ -84,7 +87,7 @@ class ServerMetrics(Collector):
             ["model_name", "finished_reason"],
             registry=registry,
         )
-        self._success = {
+        self._ends = {
             reason: success.labels(model, reason) for reason in ("stop", "length", "abort", "error")
         }
         self._responses = collections.Counter[int]()
@@ -94,15 +97,20 @@ class ServerMetrics(Collector):
             gauge(
                 name, "Share of all slots' positions that is filled, 1 is all.", lambda: engine.kv_cache_usage
             )
-        about = "Since the engine thread's last tick."
-        gauge("thrice_seconds_since_engine_tick", about, lambda: engine.seconds_since_tick)
+        gauge(
+            "thrice_seconds_since_engine_tick",
+            "Since the engine thread's last tick.",
+            lambda: engine.seconds_since_tick,
+        )
         registry.register(self)
         prometheus.ProcessCollector(registry=registry)
 
     def collect(self) -> list[CounterMetricFamily]:
-        about = "Programs compiled since the server was ready."
+        """Returns the metrics that no object of the library counts; the registry asks for them."""
         compiles = CounterMetricFamily(
-            "thrice_compiles_after_ready", about, value=self._engine.compiles_after_ready
+            "thrice_compiles_after_ready",
+            "Programs compiled since the server was ready.",
+            value=self._engine.compiles_after_ready,
         )
         responses = CounterMetricFamily("thrice_responses", "HTTP responses by status.", labels=["status"])
         for status, count in sorted(self._responses.items()):
@@ -113,20 +121,26 @@ class ServerMetrics(Collector):
         self._responses[status] += 1
 
     def count_end(self, reason: str) -> None:
-        self._success[reason].inc()
+        """Counts a completion that has ended: stop, length, abort or error."""
+        self._ends[reason].inc()
 
     def count_prompt(self, tokens: int, looked_up: int, cached: int) -> None:
+        """Counts the tokens of a prompt, those looked up in the prefix cache, and those that it held."""
         self._prompt_tokens.inc(tokens)
-        self._looked_up.inc(looked_up)
-        self._cached.inc(cached)
+        self._cache_lookups.inc(looked_up)
+        self._cache_hits.inc(cached)
 
     def count_completion(self, prompt: int, generated: int, seconds: float, decoding: float) -> None:
-        """Counts a completion that was not cut off. `decoding`: its seconds from first token to last."""
-        self._of_prompt.observe(prompt)
-        self._of_completion.observe(generated)
-        self._latency.observe(seconds)
+        """Counts a completion that was not cut off.
+
+        `prompt`, `generated`: its tokens. `seconds`: from request to last token. `decoding`: from
+        first token to last.
+        """
+        self._prompt_lengths.observe(prompt)
+        self._completion_lengths.observe(generated)
+        self._request_seconds.observe(seconds)
         if generated > 1:
-            self._per_token.observe(decoding / (generated - 1))
+            self._seconds_per_token.observe(decoding / (generated - 1))
 
     def text(self) -> bytes:
         return prometheus.generate_latest(self._registry)
