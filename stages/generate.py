@@ -17,11 +17,12 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from engine.device import Device, host_memory, start_jax
 from engine.format import duration
+from engine.inference.request import Request, SamplingParams
 from stages.cli import command, signals
 from stages.cli.command import leave, run_command
 from stages.cli.console import Console
@@ -37,7 +38,9 @@ from stages.cli.flags import (
 from stages.cli.sampling import choose_sampling
 
 if TYPE_CHECKING:
+    from engine.model.config import ModelConfig
     from engine.text.detokenizer import CompletionText
+    from engine.text.tokenizer import Tokenizer
 
 TEMPERATURE = 0.8  # where neither a flag nor the model says one
 CAPACITY_MULTIPLE = 256  # of a KV cache's capacity, in tokens
@@ -72,32 +75,27 @@ def generate(flags: GenerateFlags) -> None:
 
 
 def _generate(flags: GenerateFlags, device: Device) -> None:
-    from engine.counting.xla import CompileCounter
-    from engine.files import decode_utf8
-    from engine.inference.config import EngineConfig
     from engine.inference.decode import prepare_params
-    from engine.inference.engine import Engine
-    from engine.inference.request import Request, SamplingParams
     from engine.mesh import layout
     from engine.model.ops import computes_in_c, kernels_note
     from engine.model.weights.block_layout import KINDS
     from engine.storage.digest import describe_digests, digest
     from engine.storage.model_loader import load_model
     from engine.storage.tensor_layout import describe_kinds
-    from engine.text.detokenizer import CompletionText
 
     notes = Console(sys.stderr)
     mesh = layout.current_mesh()
-    with host_memory(mesh is not None):
-        check = functools.partial(layout.check_inference, mesh=mesh)
-        model = load_model(flags.model, on_config=check, keep_kinds=KINDS if computes_in_c() else ())
+    on_mesh = mesh is not None
+    check = functools.partial(layout.check_inference, mesh=mesh)
+    keep_kinds: Collection[str] = ()
+    if computes_in_c():
+        keep_kinds = KINDS
+    with host_memory(on_mesh):
+        model = load_model(flags.model, on_config=check, keep_kinds=keep_kinds)
     notes.print_notes(*model.notes)
-    text = flags.prompt
-    if text == "-":
-        text = decode_utf8(sys.stdin.buffer.read(), "The prompt on standard input")
-    prompt = (*model.tokenizer.bos_ids, *model.tokenizer.encode(text or "\n").tolist())
-    with host_memory(mesh is not None):
-        params = prepare_params(model.cfg, model.params, mesh is None)
+    prompt = _prompt_tokens(flags.prompt, model.tokenizer)
+    with host_memory(on_mesh):
+        params = prepare_params(model.cfg, model.params, not on_mesh)
     params = layout.place(params)
     model = dataclasses.replace(model, params=None)  # weights once
     fields, source = choose_sampling(
@@ -116,50 +114,97 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
             ("weights", f"SHA-256 {before[:16]}"),
         ]
     notes.print_rows(settings)
+    generation = print_continuations(model.cfg, params, model.tokenizer, prompt, sampling, flags.count)
+    notes.print(f"\n{generation.describe()}")
+    if before:
+        notes.print(describe_digests(before, digest(params)))
+
+
+def _prompt_tokens(text: str | None, tokenizer: "Tokenizer") -> tuple[int, ...]:
+    """Returns the tokens of the prompt, which `-` reads from standard input: a line end for none."""
+    from engine.files import decode_utf8
+
+    if text == "-":
+        text = decode_utf8(sys.stdin.buffer.read(), "The prompt on standard input")
+    return (*tokenizer.bos_ids, *tokenizer.encode(text or "\n").tolist())
+
+
+class Generation(NamedTuple):
+    """What continuations of a prompt have taken. Moments are those of `time.perf_counter`."""
+
+    begin: float
+    first: float  # when the first token came
+    tokens: int
+    # Tokens a second once each program had run; None where nothing came after that.
+    speed: float | None
+    recompiles: int  # since then
+    full_context: int  # tokens of the context that a continuation has filled, 0 where none has
+
+    def describe(self) -> str:
+        speed = ""
+        if self.speed is not None:
+            speed = f"{self.speed:,.0f} tokens/s, "
+        cut = ""
+        if self.full_context:
+            cut = f"; the context of {self.full_context} tokens is full"
+        return (
+            f"{self.tokens:,} tokens, the first {duration(self.first - self.begin)} after the prompt and "
+            f"{duration(self.first - command.process_start())} after the command, "
+            f"{speed}{self.recompiles} recompiles{cut}"
+        )
+
+
+def print_continuations(
+    cfg: "ModelConfig",
+    params: Any,
+    tokenizer: "Tokenizer",
+    prompt: tuple[int, ...],
+    sampling: SamplingParams,
+    count: int,
+) -> Generation:
+    """Prints `count` continuations of the tokens of a prompt as they are sampled."""
+    from engine.counting.xla import CompileCounter
+    from engine.inference.config import EngineConfig
+    from engine.inference.engine import Engine
+    from engine.text.detokenizer import CompletionText
 
     begin = time.perf_counter()
     compiles = CompileCounter()
-    printer = ContinuationPrinter([CompletionText(model.tokenizer.stream()) for _ in range(flags.count)])
+    printer = ContinuationPrinter([CompletionText(tokenizer.stream()) for _ in range(count)])
     # The capacity is one of few, so that another prompt compiles nothing.
     multiples = math.ceil((len(prompt) + sampling.max_tokens) / CAPACITY_MULTIPLE)
-    capacity = min(model.cfg.context, multiples * CAPACITY_MULTIPLE)
-    engine = Engine(model.cfg, params, EngineConfig.for_prompts(model.cfg, [prompt] * flags.count, capacity))
+    capacity = min(cfg.context, multiples * CAPACITY_MULTIPLE)
+    engine = Engine(cfg, params, EngineConfig.for_prompts(cfg, [prompt] * count, capacity))
     engine.runner.begin_compiling()
-    requests = [Request(prompt, row.within(capacity - len(prompt))) for row in sampling.per_row(flags.count)]
+    requests = [Request(prompt, row.within(capacity - len(prompt))) for row in sampling.per_row(count)]
     rows = {engine.submit(request): index for index, request in enumerate(requests)}
-    first = begin  # when the first token came
-    last = begin  # when the last one did
-    total = 0  # tokens
+    first = begin
+    last = begin  # when the last token came
+    tokens = 0
     settled = begin  # when each program had run
-    early = 0  # tokens until then
-    cut = ""
-    begun: set[int] = set()
+    settled_tokens = 0  # until then
+    full_context = 0
+    begun: set[int] = set()  # the requests that have a token
     while engine.busy:
-        is_settled = len(begun) == flags.count  # each program has run: nothing may compile any more
+        is_settled = len(begun) == count  # each program has run: nothing may compile any more
         for event in engine.step():
             last = time.perf_counter()
-            if first == begin:
+            if not begun:
                 first = last
             begun.add(event.id)
             length = printer.write(rows[event.id], event.tokens, event.finish_reason)
-            total += len(event.tokens)
+            tokens += len(event.tokens)
             is_cut = event.finish_reason == "length" and length < sampling.max_tokens
-            if is_cut and len(prompt) + length >= model.cfg.context:
-                cut = f"; the context of {model.cfg.context} tokens is full"
+            if is_cut and len(prompt) + length >= cfg.context:
+                full_context = cfg.context
         if not is_settled:
             settled = last
-            early = total
+            settled_tokens = tokens
             compiles.reset()
-    speed = ""
+    speed = None
     if last > settled:
-        speed = f"{(total - early) / (last - settled):,.0f} tokens/s, "
-    notes.print(
-        f"\n{total:,} tokens, the first {duration(first - begin)} after the prompt and "
-        f"{duration(first - command.process_start())} after the command, "
-        f"{speed}{compiles.count} recompiles{cut}"
-    )
-    if before:
-        notes.print(describe_digests(before, digest(params)))
+        speed = (tokens - settled_tokens) / (last - settled)
+    return Generation(begin, first, tokens, speed, compiles.count, full_context)
 
 
 class ContinuationPrinter:
