@@ -1,11 +1,12 @@
 """Counts Prometheus metrics under vLLM's names, and the programs compiled since the server was ready."""
 
 import collections
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import prometheus_client as prometheus
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from stages.serve.engine_thread import EngineThread
@@ -45,11 +46,13 @@ TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 2
 class ServerMetrics(Collector):
     """The metrics, in a registry of their own: two servers in one process share none.
 
-    Those of the engine are read when they are asked for; the others are counted here.
+    Those of the engine are read when they are asked for; the others are counted here. `adapters`:
+    those that are served, by name; they may change.
     """
 
-    def __init__(self, model: str, engine: EngineThread) -> None:
+    def __init__(self, model: str, engine: EngineThread, adapters: Mapping[str, Any]) -> None:
         self._engine = engine
+        self._adapters = adapters
         self._registry = registry = prometheus.CollectorRegistry()
         of_model: dict[str, Any] = {"labelnames": ["model_name"], "registry": registry}
 
@@ -105,7 +108,7 @@ class ServerMetrics(Collector):
         registry.register(self)
         prometheus.ProcessCollector(registry=registry)
 
-    def collect(self) -> list[CounterMetricFamily]:
+    def collect(self) -> list[Metric]:
         """Returns the metrics that no object of the library counts; the registry asks for them."""
         compiles = CounterMetricFamily(
             "thrice_compiles_after_ready",
@@ -115,7 +118,33 @@ class ServerMetrics(Collector):
         responses = CounterMetricFamily("thrice_responses", "HTTP responses by status.", labels=["status"])
         for status, count in sorted(self._responses.items()):
             responses.add_metric([str(status)], count)
-        return [compiles, responses]
+        return [compiles, responses, self._cache_info(), *self._adapter_info()]
+
+    def _cache_info(self) -> Metric:
+        """Returns how many tokens the prefix cache compares at once, and how many such pieces fit
+        into all slots: a router of Kubernetes' gateway API reads both by vLLM's names.
+        """
+        engine = self._engine.engine
+        chunk = engine.config.chunk
+        labels = {"block_size": chunk, "num_gpu_blocks": engine.config.slots * engine.capacity // chunk}
+        info = GaugeMetricFamily("vllm:cache_config_info", "Sizes of the KV cache.", labels=[*labels])
+        info.add_metric([str(value) for value in labels.values()], 1)
+        return info
+
+    def _adapter_info(self) -> list[Metric]:
+        """Returns which adapters are served, at this time; nothing where none can be."""
+        most = self._engine.engine.config.adapters
+        if not most:
+            return []
+        labels = {
+            "max_lora": str(most),
+            "running_lora_adapters": ",".join(sorted(self._adapters)),
+            "waiting_lora_adapters": "",  # an adapter is served once it is there
+        }
+        about = "The adapters that are served, and when this was so, in seconds since 1970."
+        info = GaugeMetricFamily("vllm:lora_requests_info", about, labels=[*labels])
+        info.add_metric([*labels.values()], time.time())
+        return [info]
 
     def count_response(self, status: int) -> None:
         self._responses[status] += 1

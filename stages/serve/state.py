@@ -73,8 +73,8 @@ class ServerState:
         self.tokenizer = TokenizerPool(chat, engine.capacity, engine.cfg.vocab, model.eos_ids, documents)
         self.sampling = sampling
         self.stop_token_ids = frozenset(model.eos_ids)
-        self.metrics = ServerMetrics(self.name, self.engine)
         self.adapters = AdapterTable(self.engine, base_digest, adapter_folder, adapters or {})
+        self.metrics = ServerMetrics(self.name, self.engine, self.adapters.adapters)
         self._hashing: asyncio.Task[str] | None = None
         # All that is in every fingerprint of how text becomes tokens, and tokens a text.
         self._text_facts: dict[str, Any] = {

@@ -189,6 +189,8 @@ def test_adapters_come_and_go_while_others_are_answered(client, server):
     )
     good(add(client, "sea", "sea"))
     good(add(client, "rock", "ours/rock"))
+    label = 'max_lora="2",running_lora_adapters="rock,sea",waiting_lora_adapters=""'
+    assert f"vllm:lora_requests_info{{{label}}}" in client.get("/metrics").text
     body = ask("Hello", 120, ignore_eos=True, logprobs=1)
     alone = [
         good(client.post("/v1/completions", json=body | {"model": name}))["choices"]

@@ -396,8 +396,11 @@ def test_metrics(client):
     good(client.post("/v1/score", json={"prompt": "Hello", "candidates": [" there", "!"]}))
     assert value("vllm:generation_tokens_total") == before
     names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+    text = client.get("/metrics").text
     for name in (*names, "thrice_compiles_after_ready_total"):
-        assert re.search(rf"^{name}[{{ ]", client.get("/metrics").text, re.M)
+        assert re.search(rf"^{name}[{{ ]", text, re.M)
+    assert re.search(r'^vllm:cache_config_info{block_size="\d+",num_gpu_blocks="[1-9]\d*"} 1\.0$', text, re.M)
+    assert "lora_requests_info" not in text, "this server takes no adapters"
 
 
 @pytest.mark.parametrize("form", ["short", "json"])
