@@ -22,7 +22,7 @@ class AdapterTable:
     """The adapters by their names, in the stacks of an engine.
 
     `base`: the digest of the model that they are for. `folder`: from below which clients may add
-    some; none if None. `trees`: those that are there from the start, as `read` returns them.
+    some; none if None. `trees`: those that are there from the start, as `read_shared_adapter` has them.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class AdapterTable:
         async with self._adding:
             if name in self.adapters:
                 raise ApiError(409, f"There is an adapter {name!r} already: remove it first.", param="name")
-            live = [adapter.index for adapter in self.adapters.values()]
+            indices = [adapter.index for adapter in self.adapters.values()]
             # In the engine's thread, behind every request that has looked its adapter up.
-            index = await self._engine.call(partial(self._engine.engine.free_adapter_index, live))
+            index = await self._engine.call(partial(self._engine.engine.free_adapter_index, indices))
             if index is None:
                 message = (
                     f"At most {config.adapters} adapters are held at once (--max-adapters), "
@@ -73,9 +73,10 @@ class AdapterTable:
             self.adapters[name] = await asyncio.to_thread(self._put, index, tree)
 
     def _read(self, root: Path, name: str) -> Any:
-        tree, _ = read(
-            self._engine.cfg, below(root, name), self._base, self._engine.engine.config.adapter_rank
-        )
+        """Returns the tree of the adapter in the folder of this name below root. Raises UserError."""
+        folder = folder_below(root, name)
+        rank = self._engine.engine.config.adapter_rank
+        tree, _ = read_shared_adapter(self._engine.cfg, folder, self._base, rank)
         return tree
 
     def remove(self, name: str) -> None:
@@ -84,10 +85,11 @@ class AdapterTable:
             raise ApiError(404, f"There is no adapter {name!r:.80} here.", code="model_not_found")
 
 
-def read(cfg: ModelConfig, folder: Path, base: str, rank: int) -> tuple[Any, Sequence[str]]:
+def read_shared_adapter(cfg: ModelConfig, folder: Path, base: str, rank: int) -> tuple[Any, Sequence[str]]:
     """Returns an adapter of at most `rank` as a tree of LoRA leaves, and notes to print.
 
-    Raises UserError for one that cannot share a batch, too.
+    `base`: the digest of the model that it must be for. Raises UserError, also for an adapter that
+    cannot share a batch with others.
     """
     adapter, _, notes = read_adapter(cfg, folder, lambda: base)
     for path, leaf in leaf_paths(adapter).items():
@@ -106,20 +108,20 @@ def read(cfg: ModelConfig, folder: Path, base: str, rank: int) -> tuple[Any, Seq
     return adapter, notes
 
 
-def below(root: Path, name: str) -> Path:
+def folder_below(root: Path, name: str) -> Path:
     """Returns the folder of this name below root.
 
     Raises UserError for one that lies elsewhere, is a link or holds one.
     """
     parts = name.split("/")
     folder = root.joinpath(*parts)
-    if not set(parts).isdisjoint(("", ".", "..")) or "\\" in name or not name.isprintable():
+    leads_elsewhere = not set(parts).isdisjoint(("", ".", ".."))
+    if leads_elsewhere or "\\" in name or not name.isprintable():
         remedy = "name it from there, such as voice or ours/voice"
         raise UserError(f"{name!r:.80} is no folder below the one for adapters: {remedy}.")
     if not folder.is_dir():
         raise UserError(f"There is no folder {name!r:.80} below the one for adapters.")
-    if folder.resolve() != root.resolve().joinpath(*parts) or any(
-        path.is_symlink() for path in folder.rglob("*")
-    ):
+    is_link = folder.resolve() != root.resolve().joinpath(*parts)
+    if is_link or any(path.is_symlink() for path in folder.rglob("*")):
         raise UserError(f"{name!r:.80} is a link or holds one; copy what it leads to.")
     return folder

@@ -31,7 +31,7 @@ from engine.text.template import read_template
 from stages.cli.console import Console
 from stages.cli.flags import PLAIN_NAME
 from stages.cli.sampling import choose_sampling
-from stages.serve.adapters import read
+from stages.serve.adapters import read_shared_adapter
 from stages.serve.compile_ahead import CompileAhead
 from stages.serve.state import ServerState
 
@@ -232,11 +232,11 @@ def _check_names(names: Sequence[str], adapters: Iterable[str]) -> None:
 def _read_adapters(
     cfg: ModelConfig, folders: Mapping[str, Path], base: str, rank: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns the trees of adapters by their names, and notes to print. Raises UserError as `read`."""
+    """Returns the trees of adapters by their names, and notes to print. Raises UserError."""
     trees: dict[str, Any] = {}
     notes: list[str] = []
     for name, folder in folders.items():
-        trees[name], own_notes = read(cfg, folder, base, rank)
+        trees[name], own_notes = read_shared_adapter(cfg, folder, base, rank)
         notes += own_notes
     return trees, notes
 
