@@ -70,8 +70,8 @@ def measure_peers(flags: PeersFlags) -> Json:
     check_new(flags.new)
     # OpenMP's threads meet after every operation, and one that is put aside holds up all: beside
     # other work the same row of training read 2.5 at a load of 9 and 0.9 in a quiet moment.
-    held = f"The bars hold on two quiet cores with {family()}."
-    print(f"{device_name()}, {cores()} cores, {flags.rounds} interleaved rounds. {held}")
+    bars_hold = f"The bars hold on two quiet cores with {family()}."
+    print(f"{device_name()}, {cores()} cores, {flags.rounds} interleaved rounds. {bars_hold}")
     rows: list[Json] = []
     peers: list[Json] = []
     if "training" in flags.of:
@@ -103,7 +103,7 @@ def measure_peers(flags: PeersFlags) -> Json:
             if peer:
                 peers.append(peer.ask(about="build"))
                 rows += measure_mistral(peer, flags.new, flags.rounds)
-    return {"rows": rows, "peers": peers, "bars_hold": held}
+    return {"rows": rows, "peers": peers, "bars_hold": bars_hold}
 
 
 if __name__ == "__main__":

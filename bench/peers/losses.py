@@ -85,10 +85,23 @@ def compare_losses(peer: Peer, folder: Path) -> list[Json]:
             raise UserError(f"TRL, {objective}: {error}") from None
         ours, inputs = _train(objective, model.params, steps)
         apart = float(np.abs(np.subtract(ours, theirs)).max())
-        row = {"name": f"losses_{objective}", "apart": apart, "bar": MOST_APART, "same": apart <= MOST_APART}
-        rows.append(row | {"losses": ours, "peer_losses": theirs, "last_inputs": inputs})
-        line = f"{objective:<8} {STEPS} steps, {ours[0]:.4f} -> {ours[-1]:.4f}; TRL {theirs[-1]:.4f}, at most {apart:.1e} apart"
-        print(line + "   ** not met **" * (not row["same"]), flush=True)
+        is_same = apart <= MOST_APART
+        rows.append(
+            {
+                "name": f"losses_{objective}",
+                "apart": apart,
+                "bar": MOST_APART,
+                "same": is_same,
+                "losses": ours,
+                "peer_losses": theirs,
+                "last_inputs": inputs,
+            }
+        )
+        line = f"{objective:<8} {STEPS} steps, {ours[0]:.4f} -> {ours[-1]:.4f}; "
+        line += f"TRL {theirs[-1]:.4f}, at most {apart:.1e} apart"
+        if not is_same:
+            line += "   ** not met **"
+        print(line, flush=True)
     return rows
 
 
@@ -140,15 +153,19 @@ def _peer_rows(objective: str, pairs: Sequence[Any]) -> list[Json]:
     if objective == "answers":
         return [whole(chosen) for chosen, _ in pairs]
     if objective == "kto":
-        fields = "prompt_ids", "completion_ids", "KL_completion_ids", "label"
         return [
-            dict(zip(fields, (prompt(own), answer(own), answer(other), is_good)))
+            {
+                "prompt_ids": prompt(own),
+                "completion_ids": answer(own),
+                "KL_completion_ids": answer(other),
+                "label": is_good,
+            }
             for own, other, is_good in pairs
         ]
     if objective == "dpo":
-        names = "prompt_ids", "chosen_ids", "rejected_ids"
         return [
-            dict(zip(names, (prompt(chosen), answer(chosen), answer(rejected)))) for chosen, rejected in pairs
+            {"prompt_ids": prompt(chosen), "chosen_ids": answer(chosen), "rejected_ids": answer(rejected)}
+            for chosen, rejected in pairs
         ]
     rows = []
     for chosen, rejected in pairs:

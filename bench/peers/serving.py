@@ -278,7 +278,7 @@ def chat_calls(
         before = engine.steps_decoded
         for prompt in prompts:
             tokens: list[int] = []
-            first = 0.0  # the time of the first token, which counts as prefill
+            first = 0.0  # when the first token came, which counts as prefill; 0: it has not
             engine.submit(Request(tuple(prompt), sampling))
             while engine.busy:
                 for event in engine.step():
@@ -345,32 +345,33 @@ def measure_calls(
     peer_settings = []
     if "setting" in results.get("peer", {}):
         peer_settings.append(results["peer"]["setting"])
+    peer_speed = None
+    if "peer" in timings:
+        peer_speed = 1 / timings["peer"].median
     rows = []
     for way, least in required.items():
-        rate = 1 / timings[way].median
-        peer = over("peer", way)
-        rows.append(
-            {
-                "name": name if way == "ours" else f"{name}_{way}",
-                "streams": streams,
-                "tokens_per_second": rate,
-                "peer_tokens_per_second": 1 / timings["peer"].median if "peer" in timings else None,
-                **peer._asdict(),
-                "peer_settings": peer_settings,
-                "bar": least,
-                "met": peer.exceeds(least) if least else None,
-            }
-        )
-        line = f"{rows[-1]['name']:<21} {rate:7.0f} tokens/s"
+        speed = 1 / timings[way].median
+        over_peer = over("peer", way)
+        row: Json = {
+            "name": name if way == "ours" else f"{name}_{way}",
+            "streams": streams,
+            "tokens_per_second": speed,
+            "peer_tokens_per_second": peer_speed,
+            **over_peer._asdict(),
+            "peer_settings": peer_settings,
+            "bar": least,
+            "met": over_peer.exceeds(least) if least else None,
+        }
+        line = f"{row['name']:<21} {speed:7.0f} tokens/s"
         if way == "speculative":
             per_step = results[way]["decoded"] / results[way]["steps"]
-            rows[-1] |= {
-                "tokens_per_step": per_step,
-                "over_plain": over("plain", way)._asdict(),
-                "over_plain_bar": NEVER_BELOW,
-            }
-            line += f", {per_step:.2f} a step; {held_to(over('plain', way), NEVER_BELOW)} of plain"
-        if "peer" in timings:
-            line += f"; {peer_name} {1 / timings['peer'].median:.0f}: {held_to(peer, least)}"
+            over_plain = over("plain", way)
+            row["tokens_per_step"] = per_step
+            row["over_plain"] = over_plain._asdict()
+            row["over_plain_bar"] = NEVER_BELOW
+            line += f", {per_step:.2f} a step; {held_to(over_plain, NEVER_BELOW)} of plain"
+        if peer_speed is not None:
+            line += f"; {peer_name} {peer_speed:.0f}: {held_to(over_peer, least)}"
         print(line, flush=True)
+        rows.append(row)
     return rows
