@@ -112,12 +112,15 @@ def prefill_chunk(
     hidden, cache = hidden_states(
         cfg, params, tokens, (start + jnp.arange(T))[None], segmented_cache(segments, rows)
     )
-    summed = None if embeds is None else jnp.where(is_token[..., None], hidden.astype(jnp.float32), 0).sum(1)
+    summed = None
+    if embeds is not None:
+        summed = jnp.where(is_token[..., None], hidden.astype(jnp.float32), 0).sum(1)
     return summed, layout.pin_cache(cache.segments)
 
 
 def _like_decoded(params: Params, segments: KVSegments, counts: TokenCounts, *_: Any) -> Any:
-    return SampledTokens(*range(5)), segments, counts
+    leaf: Any = 0  # in place of an array: only the structure of the tree counts
+    return SampledTokens(leaf, leaf, leaf, leaf, leaf), segments, counts
 
 
 @jax.jit(static_argnames="cfg", donate_argnames=("segments", "counts"))
@@ -159,7 +162,8 @@ def decode_slots(
             masked = masks.steps > i
             allowed = jax.lax.cond(masked.any(), mask_logits, _unchanged, adjusted, masked, masks.allowed)
             token = sample(allowed, position + 1, sampling)
-            new = (token, jnp.isfinite(logits.max(-1)), *_log_probabilities(logits, token, X, logprobs))
+            finite = jnp.isfinite(logits.max(-1))
+            new = SampledTokens(token, finite, *_log_probabilities(logits, token, X, logprobs))
             sampled = SampledTokens(*(array.at[i].set(row) for array, row in zip(sampled, new)))
             counts = counts._replace(counts=counts.counts.at[rows.slot, token].add(position >= 0))
         return token, cache.segments, counts, sampled
@@ -234,58 +238,72 @@ def idle_programs(
 
     From shapes in place of arrays, they can be lowered, not run.
     """
-    start = np.int32(0)
-    step = np.int32(1)
-    nowhere = np.int32(segments.slots)
     sizes = {"chunk": config.chunk}
     if config.tail < config.chunk:
         sizes["tail"] = config.tail
-
-    def empty_chunk(size: int) -> Any:
-        def shape(leaf: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((2 * cfg.layers, leaf.shape[1], size, *leaf.shape[3:]), leaf.dtype)
-
-        chunk = layout.inference_shapes((), jax.tree.map(shape, segments.k[0][0]))[1]
-        if isinstance(jax.tree.leaves(segments)[0], jax.ShapeDtypeStruct):
-            return chunk
-        return jax.tree.map(_zeros_like, chunk)
-
-    def decode(R: int) -> Program:
-        nobody: Any = np.full(R, -1, np.int32)
-        arguments = (
-            cfg,
-            params,
-            segments,
-            counts,
-            np.zeros(R, np.int32),
-            make_rows(nobody, np.zeros_like(nobody), segments.slots),
-            sampling_arrays([SamplingParams()] * R),
-            make_token_masks(R, cfg.vocab),
-            step,
-            np.bool_(False),
-            row_adapters(stacks, [0] * R),
-        )
-        return Program(decode_slots, arguments, _keep_decoded)
-
-    programs = {"decode": decode(config.rows)}
+    programs = {"decode": _idle_decode(cfg, config.rows, params, segments, counts, stacks)}
     few_rows = config.backend.few_rows(config.rows, params)
     if few_rows:
-        programs["decode_few"] = decode(few_rows)
+        programs["decode_few"] = _idle_decode(cfg, few_rows, params, segments, counts, stacks)
+    start = np.int32(0)
+    one = np.int32(1)
+    nowhere = np.int32(segments.slots)  # a slot that there is not: what is written there is dropped
     embeds = EMBEDS if config.embeds else None
     for name, size in sizes.items():
         tokens = np.zeros((1, size), np.int32)
-        arguments = cfg, params, segments, tokens, embeds, nowhere, start, row_adapters(stacks, [0])
-        programs[f"prefill_{name}"] = Program(prefill_chunk, arguments, _keep_prefilled)
+        adapters = row_adapters(stacks, [0])
+        to_prefill = (cfg, params, segments, tokens, embeds, nowhere, start, adapters)
+        programs[f"prefill_{name}"] = Program(prefill_chunk, to_prefill, _keep_prefilled)
     for name, (function, arguments) in config.backend.slot_programs(segments, DRAFT_ROWS).items():
         programs[name] = Program(function, arguments, _keep_segments)
-    no_prompt = count_prompt((), {}, cfg.vocab)
-    programs["set_token_counts"] = Program(set_token_counts, (counts, nowhere, *no_prompt), _keep_counts)
+    bias, prompt_counts = count_prompt((), {}, cfg.vocab)
+    to_count = (counts, nowhere, bias, prompt_counts)
+    programs["set_token_counts"] = Program(set_token_counts, to_count, _keep_counts)
     if config.prefix_cache_bytes:
         for name, size in sizes.items():
-            programs[f"read_{name}"] = Program(read_chunk, (segments, start, start, size), _keep_nothing)
-            to_write = segments, empty_chunk(size), nowhere, start, step
+            to_read = (segments, start, start, size)
+            to_write = (segments, _empty_chunk(cfg, segments, size), nowhere, start, one)
+            programs[f"read_{name}"] = Program(read_chunk, to_read, _keep_nothing)
             programs[f"write_{name}"] = Program(write_chunk, to_write, _keep_segments)
     return programs
+
+
+def _idle_decode(
+    cfg: ModelConfig,
+    rows: int,
+    params: Params,
+    segments: KVSegments,
+    counts: TokenCounts,
+    stacks: Params | None,
+) -> Program:
+    """Returns the program that decodes in so many rows, of which none is in use."""
+    nobody: Any = np.full(rows, -1, np.int32)
+    arguments = (
+        cfg,
+        params,
+        segments,
+        counts,
+        np.zeros(rows, np.int32),
+        make_rows(nobody, np.zeros_like(nobody), segments.slots),
+        sampling_arrays([SamplingParams()] * rows),
+        make_token_masks(rows, cfg.vocab),
+        np.int32(1),
+        np.bool_(False),
+        row_adapters(stacks, [0] * rows),
+    )
+    return Program(decode_slots, arguments, _keep_decoded)
+
+
+def _empty_chunk(cfg: ModelConfig, segments: KVSegments, size: int) -> Any:
+    """Returns a chunk of `size` positions, as `read_chunk` does: zeros, or shapes if `segments` are."""
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((2 * cfg.layers, leaf.shape[1], size, *leaf.shape[3:]), leaf.dtype)
+
+    _, chunk = layout.inference_shapes((), jax.tree.map(shape, segments.k[0][0]))
+    if isinstance(jax.tree.leaves(segments)[0], jax.ShapeDtypeStruct):
+        return chunk
+    return jax.tree.map(_zeros_like, chunk)
 
 
 def _zeros_like(shape: jax.ShapeDtypeStruct) -> Array:
@@ -355,8 +373,9 @@ def make_rows(
     target: Any = np.full(R + (1 + DRAFT_ROWS) * DRAFT_ROWS, slots, np.int32)
     source: Any = np.arange(len(target), dtype=np.int32) % R
     target[:R] = slot
-    for write, draft in enumerate(draft_writes, R):
-        source[write], target[write] = draft
+    for write, (row, draft_slot) in enumerate(draft_writes, R):
+        source[write] = row
+        target[write] = draft_slot
     return CacheRows(position, slot, source, target)
 
 
@@ -430,7 +449,8 @@ class ModelRunner:
 
     def copy(self, slot: int, targets: Sequence[int], max_positions: int) -> None:
         """Copies the segments that begin below `max_positions` from a slot to at most DRAFT_ROWS others."""
-        padded = np.array([*targets, *[self.segments.slots] * (DRAFT_ROWS - len(targets))], np.int32)
+        padded = np.full(DRAFT_ROWS, self.segments.slots, np.int32)  # a slot that there is not
+        padded[: len(targets)] = targets
         self.segments = copy_slot(self.segments, np.int32(slot), padded, np.int32(max_positions))
 
     def set_counts(self, slot: int, prompt: Sequence[int], logit_bias: Mapping[int, float]) -> None:
@@ -469,8 +489,10 @@ class ModelRunner:
         )
         # As NumPy arrays: indexing a JAX array would compile a program. `device_get` takes four
         # times as long here.
-        fetched = map(np.asarray, sampled if logprobs else sampled[:2])
-        return sampled._replace(**dict(zip(sampled._fields, fetched)))
+        names = ["token", "finite"]
+        if logprobs:
+            names += ["logprob", "top_tokens", "top_logprobs"]
+        return sampled._replace(**{name: np.asarray(getattr(sampled, name)) for name in names})
 
     def warm(
         self,
