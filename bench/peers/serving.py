@@ -26,11 +26,12 @@ from engine.inference.config import EngineConfig
 from engine.inference.engine import Engine
 from engine.inference.request import Request, SamplingParams
 from engine.inference.scheduler import DRAFT_ROWS
+from engine.model.config import ModelConfig
 from engine.model.native.library import native_problem
 from engine.model.weights.block_layout import KINDS
 from engine.processor import cores
 from engine.storage.assets import fetch
-from engine.storage.model_loader import load_model, locate
+from engine.storage.model_loader import LoadedModel, load_model, locate
 from engine.storage.tensor_layout import describe_kinds
 from engine.text.chat_tokenizer import ChatTokenizer
 
@@ -86,6 +87,26 @@ REQUIRED = {
     "repeating": (None, bar(1.2, 1.5, 1.5)),
 }
 NEVER_BELOW = 0.97
+PASSAGES = 32  # evenly spaced in the held-out plays: the prompts of as many streams
+
+
+class Sides(NamedTuple):
+    """Our model and the peer that reads the same file, None where there is none; and how they are timed."""
+
+    model: LoadedModel
+    cfg: ModelConfig  # of our engine
+    weights: Any  # as our engine multiplies them
+    file: Path
+    peer: Peer | None
+    peer_name: str
+    rounds: int
+    has_bars: bool
+
+    def with_peer(self, calls: dict[str, PeerCall], **spec: Any) -> dict[str, PeerCall]:
+        """Returns the calls and that of the peer, where there is one."""
+        if not self.peer:
+            return calls
+        return calls | {"peer": _peer_call(self.peer, self.peer_name, file=str(self.file), **spec)}
 
 
 def choose_rows(names: Collection[str], quick: bool) -> set[str]:
@@ -141,59 +162,82 @@ def measure_streams(
     ((kind, _),) = Counter(model.kinds.values()).most_common(1)
     facts = {"model": model.name, "file": location.path.name, "format": kind, "kinds": kinds}
     facts |= {"peer": peer_name, **about}
-
-    def passage(place: int, length: int) -> list[int]:
-        """Returns the tokens from one of 32 places on, evenly spaced in the held-out plays."""
-        start = place * (len(text) // 32)
-        return model.tokenizer.encode(text[start : start + 8 * length]).tolist()[:length]
-
-    def add_peer(calls: dict[str, PeerCall], **spec: Any) -> dict[str, PeerCall]:
-        """Returns the calls and that of the peer, where there is one."""
-        if not peer:
-            return calls
-        return calls | {"peer": _peer_call(peer, peer_name, file=str(location.path), **spec)}
-
+    sides = Sides(
+        model=model,
+        cfg=cfg,
+        weights=weights,
+        file=location.path,
+        peer=peer,
+        peer_name=peer_name,
+        rounds=rounds,
+        has_bars=has_bars,
+    )
     rows = []
     for row in ROWS:
-        if row.name not in names:
-            continue
-        progress(f"compiling {row.name}")
-        prompts = [passage(place, row.prompt) for place in range(row.streams)]
-        tokens = 2 if row.prefills else new
-        calls = add_peer(
-            {"ours": stream_call(cfg, weights, prompts, tokens)},
-            prompts=prompts,
-            text=model.tokenizer.decode(prompts[0]),
-            new=tokens,
-            phase="prefill" if row.prefills else "decode",
-        )
-        rows += measure_calls(
-            row.name,
-            calls,
-            {"ours": row.bar if has_bars else None},
-            rounds,
-            peer_name=peer_name,
-            streams=row.streams,
-            prefilled=row.prompt if row.prefills else 0,
-        )
+        if row.name in names:
+            progress(f"compiling {row.name}")
+            rows += _measure_row(sides, row, text, new)
     chat = ChatTokenizer(model.tokenizer)
-    ends = {*model.eos_ids, *chat.eot_ids}
-    for name in filter(names.__contains__, PROMPTS):
-        texts = PROMPTS[name]
-        prompts = [chat.prompt([{"role": "user", "content": text}]).tolist() for text in texts]
-        most = min(new, MOST_TOKENS)
-        calls = add_peer(
-            chat_calls(cfg, weights, prompts, most, ends),
-            prompts=prompts,
-            new=most,
-            ends=sorted(ends),
-            phase="decode",
-        )
-        bars = REQUIRED[name] if has_bars else (None, None)
-        required = dict(zip(("plain", "speculative"), bars))
-        rows += measure_calls(name, calls, required, rounds, peer_name=peer_name)
+    for name in PROMPTS:
+        if name in names:
+            rows += _measure_chat(sides, name, chat, min(new, MOST_TOKENS))
     chat.close()
     return [facts | row for row in rows]
+
+
+def _measure_row(sides: Sides, row: StreamRow, text: str, new: int) -> list[Json]:
+    """Times a row on passages of a text, of which `new` tokens are decoded, or two where the row is of
+    prefill.
+    """
+    tokenizer = sides.model.tokenizer
+    prompts = []
+    for number in range(row.streams):
+        start = number * (len(text) // PASSAGES)
+        # Eight letters a token are enough.
+        passage = tokenizer.encode(text[start : start + 8 * row.prompt])
+        prompts.append(passage.tolist()[: row.prompt])
+    if row.prefills:
+        tokens = 2
+        phase = "prefill"
+        prefilled = row.prompt
+    else:
+        tokens = new
+        phase = "decode"
+        prefilled = 0
+    calls = sides.with_peer(
+        {"ours": stream_call(sides.cfg, sides.weights, prompts, tokens)},
+        prompts=prompts,
+        text=tokenizer.decode(prompts[0]),
+        new=tokens,
+        phase=phase,
+    )
+    return measure_calls(
+        row.name,
+        calls,
+        {"ours": row.bar if sides.has_bars else None},
+        sides.rounds,
+        peer_name=sides.peer_name,
+        streams=row.streams,
+        prefilled=prefilled,
+    )
+
+
+def _measure_chat(sides: Sides, name: str, chat: ChatTokenizer, most: int) -> list[Json]:
+    """Times the answers to a set of PROMPTS, of `most` tokens at most, with and without speculation."""
+    prompts = [chat.prompt([{"role": "user", "content": text}]).tolist() for text in PROMPTS[name]]
+    ends = {*sides.model.eos_ids, *chat.eot_ids}
+    calls = sides.with_peer(
+        chat_calls(sides.cfg, sides.weights, prompts, most, ends),
+        prompts=prompts,
+        new=most,
+        ends=sorted(ends),
+        phase="decode",
+    )
+    required: dict[str, float | None] = {"plain": None, "speculative": None}
+    if sides.has_bars:
+        plain, speculative = REQUIRED[name]
+        required = {"plain": plain, "speculative": speculative}
+    return measure_calls(name, calls, required, sides.rounds, peer_name=sides.peer_name)
 
 
 def _peer_call(peer: Peer, name: str, **spec: Any) -> PeerCall:
