@@ -52,12 +52,16 @@ class CompletionRequest(CompletionFields, kw_only=True):
             raise InvalidField("echo", "echo is answered whole: leave stream out.")
         texts = prompt_texts("prompt", self.prompt, MAX_PROMPTS)
         prompt = TextPrompts("prompt", texts, special=self.add_special_tokens is not False)
-        max_tokens = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        max_tokens = self.max_tokens
+        if max_tokens is None:
+            max_tokens = DEFAULT_MAX_TOKENS
         self.check_stream_options()
         sampling = self.sampling(defaults, max_tokens or None, self.logprobs)
-        job = self.make_job(prompt, sampling, self.n or 1)
-        scores = bool(self.echo and self.logprobs is not None)
-        return dataclasses.replace(job, n=job.n if max_tokens else 0, scores=scores)
+        n = self.n or 1
+        if max_tokens == 0:  # the reply has the prompts alone
+            n = 0
+        job = self.make_job(prompt, sampling, n)
+        return dataclasses.replace(job, scores=bool(self.echo and self.logprobs is not None))
 
 
 class CompletionLogProbs(msgspec.Struct):
@@ -88,6 +92,8 @@ class CompletionReply(ReplyFields, kw_only=True):
 
 
 class CompletionWriter(ChoicesWriter):
+    """Writes completions of texts."""
+
     id_prefix = "cmpl"
     reply_type = CompletionReply
     chunk_type = CompletionReply
@@ -106,21 +112,25 @@ class CompletionWriter(ChoicesWriter):
             yield self.chunk([self.choice(piece)])
 
     def _logprobs(self, piece: Piece) -> CompletionLogProbs | None:
+        """Returns the log-probabilities of a piece, if the body asks for them, as columns."""
         if self.body.logprobs is None:
             return None
-        columns = CompletionLogProbs([], [], [] if self.body.logprobs else None, [])
+        columns = CompletionLogProbs(tokens=[], token_logprobs=[], top_logprobs=None, text_offset=[])
+        tops: list[dict[str, float] | None] = []
         for logprob in piece.logprobs:
             columns.tokens.append(self._name(logprob.token))
             value = None if math.isnan(logprob.logprob) else logprob.logprob
             columns.token_logprobs.append(value)
-            if columns.top_logprobs is not None:
-                top = {self._name(token): nats for token, nats in logprob.top}
-                columns.top_logprobs.append(top or None)
+            top = {self._name(token): nats for token, nats in logprob.top}
+            tops.append(top or None)
             columns.text_offset.append(self._offsets[piece.choice])  # part of a character: its offset
             self._offsets[piece.choice] += len(self._streams[piece.choice].push(logprob.token))
+        if self.body.logprobs > 0:
+            columns.top_logprobs = tops
         return columns
 
     def _name(self, token: int) -> str:
+        """Returns the text of a token, as `token_text` has it."""
         text, _ = self.token_text(token)
         return text
 
@@ -133,20 +143,25 @@ class EchoWriter(CompletionWriter):
         self._prompts = prompts
 
     def reply(self, pieces: list[Piece], usage: Usage) -> Any:
+        # As `make_requests` orders them: for each prompt its scores, if any, and its completions, if any.
         rest = iter(pieces)
-        echoed: list[Piece] = []
+        choices: list[Piece] = []
         for prompt in self._prompts:
-            scores: Sequence[LogProb] = ()
+            prompt_text = self.tokenizer.decode(prompt)
+            prompt_logprobs = [LogProb(prompt[0], math.nan, ())]
             if self.body.logprobs is not None and len(prompt) > 1:
-                scores = next(rest).logprobs
+                prompt_logprobs += next(rest).logprobs
             for _ in range(self.body.n or 1):
                 piece = Piece(0, "", [], "length")
                 if self.body.max_tokens != 0:
                     piece = next(rest)
-                logprobs = [LogProb(prompt[0], math.nan, ()), *scores, *piece.logprobs]
-                text = self.tokenizer.decode(prompt) + piece.text
-                echoed.append(piece._replace(choice=len(echoed), text=text, logprobs=logprobs))
-        return super().reply(echoed, usage._replace(prompt=sum(map(len, self._prompts))))
+                choice = piece._replace(
+                    choice=len(choices),
+                    text=prompt_text + piece.text,
+                    logprobs=[*prompt_logprobs, *piece.logprobs],
+                )
+                choices.append(choice)
+        return super().reply(choices, usage._replace(prompt=sum(map(len, self._prompts))))
 
 
 async def create_completion(call: ApiCall[CompletionRequest]) -> ASGIApp:
