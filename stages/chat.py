@@ -29,7 +29,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from engine.device import start_jax
+from engine.device import Device, start_jax
 from engine.errors import UserError
 from engine.format import duration, join_words
 from engine.inference.request import Event, Request, SamplingParams
@@ -52,6 +52,7 @@ from stages.cli.sampling import choose_sampling
 if TYPE_CHECKING:
     from engine.inference.engine import Engine
     from engine.model.config import ModelConfig
+    from engine.storage.model_loader import LoadedModel
     from engine.text.chat_tokenizer import ChatTokenizer
     from engine.text.documents import Documents, Passage
 
@@ -83,12 +84,7 @@ def chat(flags: ChatFlags) -> int:
     signals.set_phase("before a turn was begun.")
     device = start_jax(flags.device, one_arena=False)
     # These import JAX, here and below, which must be started first.
-    from engine.inference.decode import prepare_params
-    from engine.model.ops import computes_in_c, kernels_note
-    from engine.model.weights.block_layout import KINDS
     from engine.storage.digest import describe_digests, digest
-    from engine.storage.model_loader import load_model, with_adapters
-    from engine.storage.tensor_layout import describe_kinds
     from engine.text.chat_tokenizer import ChatTokenizer
     from engine.text.documents import Documents
     from engine.text.template import read_template
@@ -100,44 +96,26 @@ def chat(flags: ChatFlags) -> int:
     documents = None
     if flags.documents:
         documents = Documents(flags.documents)
-    keep_kinds: Collection[str] = ()
-    if computes_in_c() and not flags.adapter:
-        keep_kinds = KINDS
-    with notes.task(f"loading {flags.model or 'the newest finished run'}") as report:
-        # As `serve` does: a file's blocks stay, but for those that an adapter is merged into.
-        model = load_model(flags.model, report=report, keep_kinds=keep_kinds)
-    params, adapter_notes = with_adapters(model.cfg, model.params, flags.adapter)
-    notes.print_notes(*model.notes, *adapter_notes)
-    params = prepare_params(model.cfg, params)
-    model = dataclasses.replace(model, params=None)  # weights once
-    tokenizer = ChatTokenizer(
-        model.tokenizer, template, now=datetime.datetime.now().isoformat(timespec="seconds")
-    )
+    model = _load(flags, notes)
+    now = datetime.datetime.now().isoformat(timespec="seconds")
+    tokenizer = ChatTokenizer(model.tokenizer, template, now)
     fields, source = choose_sampling(model.sampling, flags.sampling.overrides, DEFAULT_SAMPLING, notes)
-    sampling = SamplingParams(flags.sampling.max_tokens, seed=flags.sampling.seed, **fields)
     session = ChatSession(
-        model.cfg, params, tokenizer, model.eos_ids, sampling, flags.system or "", documents
+        cfg=model.cfg,
+        params=model.params,
+        chat=tokenizer,
+        eos_ids=model.eos_ids,
+        sampling=SamplingParams(flags.sampling.max_tokens, seed=flags.sampling.seed, **fields),
+        system=flags.system or "",
+        documents=documents,
     )
     if documents:
         notes.print_notes(documents.note)
     if chatty:
-        before = digest(params)
-        served = str(model)
-        if flags.adapter:
-            served += f" with {join_words([*map(str, flags.adapter)])}"
-        rows = [
-            ("model", served),
-            ("file", describe_kinds(model.kinds, params)),
-            ("device", f"{device}{kernels_note()}"),
-            ("template", tokenizer.template_name),
-        ]
-        if documents:
-            rows.append(("documents", documents.summary))
-        rows += [
-            ("sampling", source),
-            ("weights", f"SHA-256 {before[:16]}, context {model.cfg.context:,} tokens"),
-        ]
-        notes.print_rows(rows)
+        before = digest(model.params)
+        notes.print_rows(
+            _banner_rows(flags, device, model, session, sampling_source=source, digest_before=before)
+        )
     with notes.task("compiling", always=terminal):
         session.warm()
     if terminal:
@@ -152,8 +130,56 @@ def chat(flags: ChatFlags) -> int:
     if not is_whole:
         return MISTAKE
     if chatty:
-        notes.print(describe_digests(before, digest(params)))
+        notes.print(describe_digests(before, digest(model.params)))
     return 0
+
+
+def _load(flags: ChatFlags, notes: Console) -> "LoadedModel":
+    """Loads the model with its adapters merged in, prepared for inference."""
+    from engine.inference.decode import prepare_params
+    from engine.model.ops import computes_in_c
+    from engine.model.weights.block_layout import KINDS
+    from engine.storage.model_loader import load_model, with_adapters
+
+    # As `serve` does: a file's blocks stay, but for those that an adapter is merged into.
+    keep_kinds: Collection[str] = ()
+    if computes_in_c() and not flags.adapter:
+        keep_kinds = KINDS
+    with notes.task(f"loading {flags.model or 'the newest finished run'}") as report:
+        model = load_model(flags.model, report=report, keep_kinds=keep_kinds)
+    params, adapter_notes = with_adapters(model.cfg, model.params, flags.adapter)
+    notes.print_notes(*model.notes, *adapter_notes)
+    # The weights as they were loaded are let go.
+    return dataclasses.replace(model, params=prepare_params(model.cfg, params))
+
+
+def _banner_rows(
+    flags: ChatFlags,
+    device: Device,
+    model: "LoadedModel",
+    session: "ChatSession",
+    *,
+    sampling_source: str,
+    digest_before: str,
+) -> list[tuple[str, str]]:
+    from engine.model.ops import kernels_note
+    from engine.storage.tensor_layout import describe_kinds
+
+    name = str(model)
+    if flags.adapter:
+        name += f" with {join_words([*map(str, flags.adapter)])}"
+    documents = ""
+    if session.documents:
+        documents = session.documents.summary
+    return [
+        ("model", name),
+        ("file", describe_kinds(model.kinds, model.params)),
+        ("device", f"{device}{kernels_note()}"),
+        ("template", session.chat.template_name),
+        ("documents", documents),
+        ("sampling", sampling_source),
+        ("weights", f"SHA-256 {digest_before[:16]}, context {model.cfg.context:,} tokens"),
+    ]
 
 
 def _talk(session: "ChatSession", notes: Console, terminal: bool, chatty: bool) -> bool:
