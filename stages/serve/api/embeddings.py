@@ -96,11 +96,13 @@ async def embed(
     sampling = SamplingParams(max_tokens=1)
     requests = [make_request(call, prompts.field, tokens, sampling, embed=True) for tokens in texts]
 
-    def unit(embedding: Any) -> Any:
-        cut = embedding[:dimensions]
-        return (cut / max(np.linalg.norm(cut), np.finfo(np.float32).tiny)).astype("<f4")
-
     def reply_to(pieces: list[Piece], usage: Usage) -> msgspec.Struct:
-        return reply([unit(piece.embedding) for piece in pieces], usage)
+        return reply([_unit_vector(piece.embedding[:dimensions]) for piece in pieces], usage)
 
     return Generation(call, choices_of(call, requests), reply_to, ignored=ignored)
+
+
+def _unit_vector(vector: Any) -> Any:
+    """Returns a vector (D,) at length 1, little-endian float32; zeros stay zeros."""
+    length = max(np.linalg.norm(vector), np.finfo(np.float32).tiny)
+    return (vector / length).astype("<f4")

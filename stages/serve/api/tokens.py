@@ -59,30 +59,42 @@ async def tokenizer_info(call: ApiCall) -> TokenizerInfo:
 
 async def tokenize(call: ApiCall[TokenizeRequest]) -> TokenizeReply:
     """The tokens of a text, or of a conversation."""
-    state = call.state
     body = call.body
     if (body.prompt is UNSET) == (body.messages is UNSET):
         raise InvalidField("prompt", "Either prompt or messages is to be given.")
     if isinstance(body.messages, list):
-        if body.add_special_tokens is not UNSET:
-            others = "the special tokens of messages are those of the chat template"
-            message = f"add_special_tokens is about a prompt; {others}."
-            raise InvalidField("add_special_tokens", message)
-        prompt = chat_prompt(
-            body.messages,
-            tool_use([tool.function for tool in body.tools or ()]),
-            begins=body.add_generation_prompt,
-            goes_on=body.continue_final_message,
-        )
-        (tokens,) = (await prompt.encode(state)).tokens
+        tokens = await _conversation_tokens(call, body.messages)
     else:
-        if body.add_generation_prompt is not None or body.continue_final_message is not None:
-            message = "add_generation_prompt and continue_final_message are about messages, not a prompt."
-            raise InvalidField("continue_final_message", message)
-        (tokens,) = await state.tokenizer.encode(
-            [str(body.prompt)], special=body.add_special_tokens is not False
-        )
-    return TokenizeReply(len(tokens), state.engine.capacity, tokens)
+        tokens = await _text_tokens(call, str(body.prompt))
+    return TokenizeReply(len(tokens), call.state.engine.capacity, tokens)
+
+
+async def _conversation_tokens(call: ApiCall[TokenizeRequest], messages: Messages) -> Sequence[int]:
+    """Returns the tokens of a conversation. Raises InvalidField."""
+    body = call.body
+    if body.add_special_tokens is not UNSET:
+        others = "the special tokens of messages are those of the chat template"
+        message = f"add_special_tokens is about a prompt; {others}."
+        raise InvalidField("add_special_tokens", message)
+    prompt = chat_prompt(
+        messages,
+        tool_use([tool.function for tool in body.tools or ()]),
+        begins=body.add_generation_prompt,
+        goes_on=body.continue_final_message,
+    )
+    (tokens,) = (await prompt.encode(call.state)).tokens
+    return tokens
+
+
+async def _text_tokens(call: ApiCall[TokenizeRequest], text: str) -> Sequence[int]:
+    """Returns the tokens of a text. Raises InvalidField."""
+    body = call.body
+    if body.add_generation_prompt is not None or body.continue_final_message is not None:
+        message = "add_generation_prompt and continue_final_message are about messages, not a prompt."
+        raise InvalidField("continue_final_message", message)
+    is_special = body.add_special_tokens is not False
+    (tokens,) = await call.state.tokenizer.encode([text], special=is_special)
+    return tokens
 
 
 async def detokenize(call: ApiCall[DetokenizeRequest]) -> DetokenizeReply:
