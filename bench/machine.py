@@ -52,14 +52,14 @@ def describe_machine() -> Json:
 
 def read_model_numbers(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
     """Returns those of MODEL_NUMBERS that the system names for its first processor."""
-    found: dict[str, str] = {}
+    numbers: dict[str, str] = {}
     if not cpuinfo.exists():
-        return found
+        return numbers
     for line in cpuinfo.read_text(errors="replace").splitlines():
         name, _, value = line.partition(":")
         if name.strip() in MODEL_NUMBERS:
-            found.setdefault(name.strip(), value.strip())
-    return found
+            numbers.setdefault(name.strip(), value.strip())
+    return numbers
 
 
 class Watch:
@@ -75,8 +75,8 @@ class Watch:
         apart, and `taken_by_others`, a share of the cores' time, None where the system does not
         count it. Takes five seconds.
         """
-        taken = share_of_others(self.start, core_time())
-        return {"reached_before": self.before, "reached_after": _measure_rates(), "taken_by_others": taken}
+        share = share_of_others(self.start, core_time())
+        return {"reached_before": self.before, "reached_after": _measure_rates(), "taken_by_others": share}
 
 
 def share_of_others(start: CoreTime | None, end: CoreTime | None) -> float | None:
