@@ -28,6 +28,7 @@ from engine.device import host_memory, start_jax
 from engine.errors import UserError
 from engine.format import format_count
 from engine.mesh import processes
+from engine.mesh.shape import MeshShape
 from stages.cli import signals
 from stages.cli.command import leave, run_command
 from stages.cli.console import Console, ReportProgress
@@ -55,11 +56,12 @@ if TYPE_CHECKING:
     from stages.runs.text_data import Source
 
 WINDOW = 1024  # tokens by default: more tell little and take much longer
+LARGEST_EXPONENT = 700  # whose power of e a float holds
 Rows = list[tuple[str, str]]  # to print
 
 
 def perplexity(nats: float) -> str:
-    return f"{math.exp(min(nats, 700)):.3f}"
+    return f"{math.exp(min(nats, LARGEST_EXPONENT)):.3f}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,33 +95,17 @@ def evaluate(flags: EvaluateFlags) -> None:
     device = start_jax(flags.device, connect=flags.mesh.connect)
     # These import JAX, here and below, which must be started first.
     import jax
-    from jax.experimental.multihost_utils import process_allgather
 
-    from engine.inference.config import EngineConfig
-    from engine.mesh import layout
     from engine.model.attention import attention_path
-    from engine.model.weights.block_layout import KINDS
     from engine.storage import run_folder
-    from engine.storage.digest import digest
-    from engine.storage.model_loader import load_model
     from engine.storage.tensor_layout import describe_kinds
     from engine.text.conversations import SHIPPED
     from stages.runs.answers import AnswerMetrics
     from stages.runs.mesh import device_with_mesh, make_mesh_here
     from stages.runs.text_data import check_text_name
 
-    def digest_in_memory(params: Any) -> str:
-        if processes.process_count() > 1:
-            params = process_allgather(params, tiled=True)
-        return digest(params)
-
     shape = flags.mesh.shape()
-    if shape and flags.weights:
-        raise UserError("--weights is for one device; leave --mesh out.")
-    if flags.metric and (shape or flags.weights):
-        raise UserError(
-            "--metric is for the weights as loaded, on one device; leave --mesh and --weights out."
-        )
+    _check_together(flags, shape)
     metrics = AnswerMetrics(flags.metric)
     mesh = None
     if shape:
@@ -131,33 +117,16 @@ def evaluate(flags: EvaluateFlags) -> None:
             data = _read_conversations(flags.data)
             if data is None:
                 check_text_name(flags.data, [*SHIPPED])
-        with processes.process_0_first(), console.task("loading"), host_memory(mesh is not None):
-            keep_kinds: Collection[str] = ()
-            if flags.weights in ("file", "q4"):
-                keep_kinds = KINDS
-            model = load_model(
-                flags.model, on_config=lambda cfg: layout.check_inference(cfg, mesh), keep_kinds=keep_kinds
-            )
-        console.print_notes(*model.notes)
-        if processes.process_count() > 1:
-            options = {
-                f"--{name}": str(getattr(flags, name)) for name in ("data", "context", "stride", "batch")
-            }
-            processes.refuse_differences(options | {"--mesh": str(shape), "model": digest(model.params)})
-        model = dataclasses.replace(model, params=layout.place(model.params))
-        if flags.weights:  # as `stages.serve --weights` stores them
-            config = EngineConfig(weights=flags.weights)  # type: ignore[arg-type]
-            cfg = config.model_config(model.cfg)
-            model = dataclasses.replace(model, cfg=cfg, params=config.prepare_params(cfg, model.params))
-        by = f"attention {attention_path(model.cfg, model.cfg.context)}"
+        model = _load(flags, shape, console)
+        attention = f"attention {attention_path(model.cfg, model.cfg.context)}"
         console.print_rows(
             [
-                ("device", f"{device}; {by}"),
+                ("device", f"{device}; {attention}"),
                 ("model", str(model)),
                 ("file", describe_kinds(model.kinds, model.params)),
             ]
         )
-        before = digest_in_memory(model.params)
+        before = _digest_in_memory(model.params)
         record = {}
         if model.run:
             record = run_folder.read_json(model.run / "run.json")
@@ -168,11 +137,70 @@ def evaluate(flags: EvaluateFlags) -> None:
         else:
             if flags.metric:
                 raise UserError("--metric compares with the answers of conversations; a text has none.")
-            rows = evaluate_text(model, flags.data, record, flags.context, flags.stride, flags.batch, console)
-        after = digest_in_memory(model.params)
+            rows = evaluate_text(
+                model,
+                flags.data,
+                record,
+                console,
+                context=flags.context,
+                stride=flags.stride,
+                batch=flags.batch,
+            )
+        after = _digest_in_memory(model.params)
         if before != after:
             raise RuntimeError(f"Evaluation changed the weights: their SHA-256 was {before} and is {after}.")
         console.print_rows([*rows, ("weights", f"unchanged, SHA-256 {after[:16]} before and after")])
+
+
+def _check_together(flags: EvaluateFlags, shape: MeshShape | None) -> None:
+    """Raises UserError for flags that do not go with a mesh, or with each other."""
+    if shape and flags.weights:
+        raise UserError("--weights is for one device; leave --mesh out.")
+    if flags.metric and (shape or flags.weights):
+        raise UserError(
+            "--metric is for the weights as loaded, on one device; leave --mesh and --weights out."
+        )
+
+
+def _load(flags: EvaluateFlags, shape: MeshShape | None, console: Console) -> "LoadedModel":
+    """Loads the model onto the mesh, with its weights in the type of --weights.
+
+    Raises UserError when several processes evaluate different things.
+    """
+    from engine.inference.config import EngineConfig
+    from engine.mesh import layout
+    from engine.model.weights.block_layout import KINDS
+    from engine.storage.digest import digest
+    from engine.storage.model_loader import load_model
+
+    mesh = layout.current_mesh()
+    check = functools.partial(layout.check_inference, mesh=mesh)
+    keep_kinds: Collection[str] = ()
+    if flags.weights in ("file", "q4"):
+        keep_kinds = KINDS
+    with processes.process_0_first(), console.task("loading"), host_memory(mesh is not None):
+        model = load_model(flags.model, on_config=check, keep_kinds=keep_kinds)
+    console.print_notes(*model.notes)
+    if processes.process_count() > 1:
+        options = {f"--{name}": str(getattr(flags, name)) for name in ("data", "context", "stride", "batch")}
+        processes.refuse_differences(options | {"--mesh": str(shape), "model": digest(model.params)})
+    model = dataclasses.replace(model, params=layout.place(model.params))
+    if flags.weights:  # as `stages.serve --weights` stores them
+        config = EngineConfig(weights=flags.weights)  # type: ignore[arg-type]
+        cfg = config.model_config(model.cfg)
+        model = dataclasses.replace(model, cfg=cfg, params=config.prepare_params(cfg, model.params))
+    return model
+
+
+def _digest_in_memory(params: Any) -> str:
+    """Returns the digest of params, whole ones of several processes."""
+    from jax.experimental.multihost_utils import process_allgather
+
+    from engine.storage.digest import digest
+
+    if processes.process_count() > 1:
+        params = process_allgather(params, tiled=True)
+    return digest(params)
 
 
 def _read_conversations(data: str) -> "Conversations | None":
@@ -191,13 +219,16 @@ def evaluate_text(
     model: "LoadedModel",
     data: str | None,
     record: dict[str, Any],
+    console: Console,
+    *,
     context: int | None,
     stride: int | None,
     batch: int | None,
-    console: Console,
 ) -> Rows:
     """Scores every token of a text but the first, each after context - stride tokens or more.
-    Raises UserError."""
+
+    The text is `data`, else what the run of `record` was validated on. Raises UserError.
+    """
     from engine.mesh import layout
     from stages.runs import text_data
 
@@ -208,7 +239,9 @@ def evaluate_text(
             source = _validation_source(model, record, console)
         text = text_data.encode_text(source, model.tokenizer, console)
     cfg = model.cfg
-    seq = min(context or min(cfg.context, WINDOW), max(2, len(text.tokens) - 1))
+    if context is None:
+        context = min(cfg.context, WINDOW)
+    seq = min(context, max(2, len(text.tokens) - 1))
     stride = stride or max(1, seq // 2)
     if stride > seq:
         raise UserError(
@@ -281,28 +314,34 @@ def evaluate_conversations(
     seq = min(context or record.get("recipe", {}).get("context") or WINDOW, model.cfg.context)
     is_whole = not data and record.get("full_loss", False)
     if data:
-        given = _given_conversations(data, chat, seq)
+        conversations = _tokenize_conversations(data, chat, seq)
     else:
-        given = _held_out_conversations(model, record, chat, seq, is_whole, console)
+        conversations = _held_out_conversations(model, record, chat, seq, is_whole, console)
         if not context:
-            _refuse_other_split(model, record, given)
+            _refuse_other_split(model, record, conversations)
     console.print_rows(
-        [("data", given.name), *(("", note) for note in given.notes), ("template", chat.template_name)]
+        [
+            ("data", conversations.name),
+            *(("", note) for note in conversations.notes),
+            ("template", chat.template_name),
+        ]
     )
-    processes.refuse_differences({"data": given.digest})
+    processes.refuse_differences({"data": conversations.digest})
     begin = time.perf_counter()
     with console.task("evaluating", always=True) as report:
-        if isinstance(given.examples[0], RatedPair):
-            rows = _score_ratings(model, given.examples, seq, report)
-        elif isinstance(given.examples[0], Pair):
-            rows = _score_pairs(model, given.examples, seq, report)
+        if isinstance(conversations.examples[0], RatedPair):
+            rows = _score_ratings(model, conversations.examples, seq, report)
+        elif isinstance(conversations.examples[0], Pair):
+            rows = _score_pairs(model, conversations.examples, seq, report)
         else:
-            rows = _score_answers(model, given.examples, seq, is_whole, report)
+            rows = _score_answers(model, conversations.examples, seq, is_whole, report)
     with console.task("scoring answers") as report:
-        stops = {*model.eos_ids, *chat.eot_ids}
-        scores = metrics.score(model.cfg, model.params, chat, given.references, stops, report)
+        stop_token_ids = {*model.eos_ids, *chat.eot_ids}
+        scores = metrics.score(
+            model.cfg, model.params, chat, conversations.references, stop_token_ids, report
+        )
     for task, score in scores.items():
-        rows.append((task, f"{score:.4f} of {len(given.references):,} answers"))
+        rows.append((task, f"{score:.4f} of {len(conversations.references):,} answers"))
     seconds = time.perf_counter() - begin
     if not data and not context:
         rows += _before_finetuning(model, record, console)
@@ -310,15 +349,21 @@ def evaluate_conversations(
     return [*rows, ("seconds", f"{seconds:.1f}")]
 
 
-def _given_conversations(data: "Conversations", chat: "ChatTokenizer", seq: int) -> ConversationSet:
+def _tokenize_conversations(data: "Conversations", chat: "ChatTokenizer", seq: int) -> ConversationSet:
     from engine.text.examples import make_examples, make_pairs
     from stages.runs.conversation_data import digest_examples, references_of
 
-    make = make_pairs if data.kind == "preference" else make_examples
-    dataset = make(data, chat, seq)
-    examples = dataset.examples
-    name = f"{data.name} ({data.kind})"
-    return ConversationSet(name, dataset.describe(), examples, references_of(data), digest_examples(examples))
+    if data.kind == "preference":
+        dataset = make_pairs(data, chat, seq)
+    else:
+        dataset = make_examples(data, chat, seq)
+    return ConversationSet(
+        name=f"{data.name} ({data.kind})",
+        notes=dataset.describe(),
+        examples=dataset.examples,
+        references=references_of(data),
+        digest=digest_examples(dataset.examples),
+    )
 
 
 def _held_out_conversations(
@@ -338,9 +383,15 @@ def _held_out_conversations(
     split = prepare_conversations(
         text["data"], text["validation"], objective, seq, record["seed"], chat, console, is_whole
     )
-    notes = [note for note in (split.overlap,) if note]
+    notes = []
+    if split.overlap:
+        notes.append(split.overlap)
     return ConversationSet(
-        split.held_out_name, notes, split.held_out, split.references, split.held_out_digest
+        name=split.held_out_name,
+        notes=notes,
+        examples=split.held_out,
+        references=split.references,
+        digest=split.held_out_digest,
     )
 
 
