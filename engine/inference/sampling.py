@@ -17,8 +17,10 @@ from engine.model.config import ModelConfig
 
 CANDIDATES = 256  # largest logits, searched first
 BLOCK = 128  # tokens whose weights are summed first
+BITS = 32  # of a word of a mask
+SMALLEST_TEMPERATURE = 1e-6  # by which rows without one are divided: their samples are not used
 IN_PROMPT = 1 << 20  # a prompt token's count in `TokenCounts.counts`, above any count in the output
-# of columns, else float32
+# of SamplingArrays' fields, else float32
 DTYPES = {"top_k": np.int32, "seed": np.uint32, "adjusts_logits": np.bool_}
 
 
@@ -65,7 +67,7 @@ def sampling_arrays(rows: Sequence[SamplingParams]) -> SamplingArrays:
 
 def make_token_masks(rows: int, vocab: int) -> TokenMasks:
     zeros: Any = np.zeros  # in place of JAX's arrays
-    return TokenMasks(zeros(rows, np.int32), zeros((rows, -(-vocab // 32)), np.uint32))
+    return TokenMasks(zeros(rows, np.int32), zeros((rows, -(-vocab // BITS)), np.uint32))
 
 
 def make_token_counts(cfg: ModelConfig, slots: int) -> TokenCounts:
@@ -108,7 +110,7 @@ def mask_logits(logits: Array, masked: Array, allowed: Array) -> Array:
     """Returns logits (R, V), -inf for the tokens that are not allowed in rows that are masked (R,);
     others are unchanged.
     """
-    bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    bits = (allowed[:, :, None] >> jnp.arange(BITS, dtype=jnp.uint32)) & 1
     is_allowed = bits.reshape(len(logits), -1)[:, : logits.shape[1]] > 0
     return jnp.where(is_allowed | ~masked[:, None], logits, -jnp.inf)
 
@@ -130,18 +132,19 @@ def sample(logits: Array, positions: Array, sampling: SamplingArrays) -> Array:
 
 
 def _sample(logits: Array, positions: Array, sampling: SamplingArrays, best: Array) -> Array:
-    scaled = logits / jnp.maximum(sampling.temperature, 1e-6)[:, None]
+    """As `sample`, for rows with a temperature; `best` (B,) int32 are the most probable tokens."""
+    scaled = logits / jnp.maximum(sampling.temperature, SMALLEST_TEMPERATURE)[:, None]
     top = scaled.max(-1)
-    cut = (sampling.top_k > 0) | (sampling.top_p < 1)
+    has_threshold = (sampling.top_k > 0) | (sampling.top_p < 1)
 
     def threshold() -> Array:
         return _threshold(scaled, sampling)
 
-    def none() -> Array:
-        return jnp.full(cut.shape, -jnp.inf)
+    def no_threshold() -> Array:
+        return jnp.full(has_threshold.shape, -jnp.inf)
 
-    lowest = jax.lax.cond(jnp.any(cut), threshold, none)
-    lowest = jnp.maximum(jnp.where(cut, lowest, -jnp.inf), top + jnp.log(sampling.min_p))
+    lowest = jax.lax.cond(jnp.any(has_threshold), threshold, no_threshold)
+    lowest = jnp.maximum(jnp.where(has_threshold, lowest, -jnp.inf), top + jnp.log(sampling.min_p))
     weights = jnp.where(scaled >= lowest[:, None], jnp.exp(scaled - top[:, None]), 0.0)
 
     def draw(seed: Array, position: Array) -> Array:
@@ -163,21 +166,24 @@ def _threshold(scaled: Array, sampling: SamplingArrays) -> Array:
     # tests/laws/test_barriers.py.
     ranked, _ = jax.lax.optimization_barrier(jax.lax.top_k(scaled, min(CANDIDATES, V)))
     size = ranked.shape[-1]
+    # The weights of the candidates that pass top-k, and the sum that top-p wants of them.
     share = jnp.where(jnp.arange(size) < k[:, None], jnp.exp(ranked - ranked[:, :1]), 0.0)
     goal = sampling.top_p * jnp.where(k < V, share.sum(-1), weights.sum(-1))
-    count = jnp.sum((jnp.cumsum(share, -1) - share < goal[:, None]) & (share > 0), axis=-1)
+    # A candidate passes if those above it do not sum to the goal yet.
+    above = jnp.cumsum(share, -1) - share
+    count = jnp.sum((above < goal[:, None]) & (share > 0), axis=-1)
     lowest = jnp.take_along_axis(ranked, jnp.maximum(count - 1, 0)[:, None], axis=-1)[:, 0]
-    enough = (k <= size) | ((k == V) & (count < size))
+    has_all = (k <= size) | ((k == V) & (count < size))  # whether all that pass are candidates
 
     def search() -> Array:
         kth = _largest(scaled, jnp.ones_like(scaled), k.astype(jnp.float32))
         among_k = jnp.where(scaled >= kth[:, None], weights, 0.0)
-        return jnp.where(enough, lowest, _largest(scaled, among_k, sampling.top_p * among_k.sum(-1)))
+        return jnp.where(has_all, lowest, _largest(scaled, among_k, sampling.top_p * among_k.sum(-1)))
 
-    def found() -> Array:
+    def among_candidates() -> Array:
         return lowest
 
-    return jax.lax.cond(jnp.all(enough), found, search)
+    return jax.lax.cond(jnp.all(has_all), among_candidates, search)
 
 
 def _largest(x: Array, weights: Array, goal: Array) -> Array:
@@ -197,8 +203,8 @@ def _largest(x: Array, weights: Array, goal: Array) -> Array:
         low, high = bounds
         # (low + high + 1) / 2 without the sum
         middle = (low >> 1) + (high >> 1) + ((low | high) & 1)
-        enough = jnp.where(keys >= middle[:, None], weights, 0.0).sum(-1) >= goal
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
+        reaches_goal = jnp.where(keys >= middle[:, None], weights, 0.0).sum(-1) >= goal
+        return jnp.where(reaches_goal, middle, low), jnp.where(reaches_goal, high, middle - 1)
 
     least = in_order(jax.lax.bitcast_convert_type(jnp.float32(-jnp.inf), jnp.int32))
     low, _ = jax.lax.fori_loop(0, 32, bisect, (jnp.full_like(goal, least, jnp.int32), keys.max(-1)))
@@ -214,13 +220,15 @@ def _pick(weights: Array, u: Array, otherwise: Array) -> Array:
     blocks = jnp.pad(weights, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
     edges = jnp.cumsum(blocks.sum(-1), axis=-1)
     target = u * edges[:, -1]
+    # First the block in which the target lies, by the sums of blocks.
     block = jnp.minimum(jnp.sum(edges <= target[:, None], axis=-1), edges.shape[-1] - 1)
-    before = jnp.where(
-        block > 0, jnp.take_along_axis(edges, jnp.maximum(block - 1, 0)[:, None], axis=-1)[:, 0], 0.0
-    )
+    has_before = block > 0
+    edge_before = jnp.take_along_axis(edges, jnp.maximum(block - 1, 0)[:, None], axis=-1)[:, 0]
+    before = jnp.where(has_before, edge_before, 0.0)
+    # Then the token in it, by the sums of the block's tokens.
     inner = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    within = jnp.minimum(
-        jnp.sum(jnp.cumsum(inner, axis=-1) <= (target - before)[:, None], axis=-1), BLOCK - 1
-    )
+    inner_edges = jnp.cumsum(inner, axis=-1)
+    is_below = inner_edges <= (target - before)[:, None]
+    within = jnp.minimum(jnp.sum(is_below, axis=-1), BLOCK - 1)
     weight = jnp.take_along_axis(inner, within[:, None], axis=-1)[:, 0]
     return jnp.where(weight > 0, block * BLOCK + within, otherwise).astype(jnp.int32)
