@@ -30,6 +30,12 @@ from engine.device import start_jax
 from engine.errors import UserError
 
 PAGE = Path(__file__).parent / "stages" / "page"
+QUESTIONS = {
+    "What does this machine reach?": ("step",),
+    "What does my model take, and give?": ("plan", "serving", "documents", "tones"),
+    "How does it stand beside others?": ("peers",),
+}
+OTHERS = "For those who change the code"
 PARTS = [PAGE / "report.html", PAGE / "report.css", *LOG_CHARTS, PAGE / "report.js"]
 
 
@@ -61,8 +67,7 @@ def measure(flags: StageTableFlags) -> Json:
     """Measures the stage table, or lists the measurements."""
     if flags.list:
         names = measurements()
-        for name, line in names.items():
-            print(f"  python -m bench.{name:<{max(map(len, names))}}  {line}")
+        print_measurements(names)
         return {"measurements": names}
     check_flags(flags)
     platforms = os.environ.get("JAX_PLATFORMS")
@@ -123,6 +128,17 @@ def check_flags(flags: StageTableFlags) -> None:
             "--batch must be even and at least 2, for preferences come in pairs, "
             f"and --context a multiple of 64, the tokens of a prefill: got {flags.batch} and {flags.context}."
         )
+
+
+def print_measurements(names: dict[str, str]) -> None:
+    """Prints the other measurements by the questions that they answer; `names`: of
+    `measurements`."""
+    grouped = {name for group in QUESTIONS.values() for name in group}
+    width = max(map(len, names))
+    for question, group in (QUESTIONS | {OTHERS: sorted(names.keys() - grouped)}).items():
+        print(f"{question}:")
+        for name in group:
+            print(f"  python -m bench.{name:<{width}}  {names[name]}")
 
 
 def measurements() -> dict[str, str]:
