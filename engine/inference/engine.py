@@ -32,7 +32,7 @@ from engine.inference.request import (
     check_request,
 )
 from engine.inference.runner import ModelRunner, SampledTokens, make_rows
-from engine.inference.sampling import TokenMasks, make_token_masks
+from engine.inference.sampling import BITS, TokenMasks, make_token_masks
 from engine.inference.scheduler import STEPS, Decode, Prefill, Scheduler, Sequence
 from engine.inference.step_times import StepTimes
 from engine.model.config import ModelConfig
@@ -220,13 +220,14 @@ class Engine:
         tokens = np.random.default_rng(0).integers(self.cfg.vocab, size=(1, chunk), dtype=np.int32)
         results = []
         stacks = self.runner.stacks
-        adapter = int(self.config.adapters > 0)
-        if adapter:
+        adapter = 0
+        if self.config.adapters > 0:
+            adapter = 1
             self.runner.put_adapter(adapter, self.random_adapter())
         self.used_slots.add(0)
         for size in (chunk, tail):
-            for at in range(0, chunk, size):
-                self.runner.prefill(tokens[:, at : at + size], 0, at, adapter)
+            for start in range(0, chunk, size):
+                self.runner.prefill(tokens[:, start : start + size], 0, start, adapter)
             computed = jax.device_get(self.runner.read(0, 0, chunk))
             results.append([leaf.tobytes() for leaf in jax.tree.leaves(computed)])
         self.runner.stacks = stacks
@@ -445,7 +446,7 @@ class Engine:
                     allowed = ~masks.allowed[row]
                     steps = STEPS
                 for token in sequence.request.sampling.stop_token_ids:
-                    allowed[token // 32] &= ~np.uint32(1 << token % 32)
+                    allowed[token // BITS] &= ~np.uint32(1 << token % BITS)
                 # Where the grammar allows nothing but stop tokens, the text ends before `min_tokens`.
                 if allowed.any():
                     masks.allowed[row] = allowed
@@ -453,22 +454,42 @@ class Engine:
         return masks
 
     def _event(self, sequence: Sequence, batch: Decode, sampled: SampledTokens) -> Event:
+        """Returns the event of a sequence after a dispatch, and takes it out if it has ended."""
         samples = []  # (step, row) of each token, in order
         values: list[int | None] = []
         for row in batch.rows_of(sequence):
             for step in range(batch.steps):
                 samples.append((step, row))
-                values.append(int(sampled.token[step, row]) if sampled.finite[step, row] else None)
+                value = None
+                if sampled.finite[step, row]:
+                    value = int(sampled.token[step, row])
+                values.append(value)
         tokens, reason = sequence.accept(values, batch.drafts_of(sequence))
+        logprobs: list[LogProb] = []
         count = sequence.request.sampling.logprobs
-        logprobs = []
         if count is not None:
-            for at in samples[: len(tokens)]:
-                top = zip(sampled.top_tokens[at][:count].tolist(), sampled.top_logprobs[at][:count].tolist())
-                logprobs.append(LogProb(int(sampled.token[at]), float(sampled.logprob[at]), tuple(top)))
+            logprobs = [_log_prob(sampled, sample, count) for sample in samples[: len(tokens)]]
         if reason:
             self.scheduler.finish(sequence)
-        return Event(sequence.id, tokens, reason, logprobs, sequence.cached_tokens, sequence.stop_token)
+        return Event(
+            id=sequence.id,
+            tokens=tokens,
+            finish_reason=reason,
+            logprobs=logprobs,
+            cached_tokens=sequence.cached_tokens,
+            stop_token=sequence.stop_token,
+        )
+
+
+def _log_prob(sampled: SampledTokens, sample: tuple[int, int], count: int) -> LogProb:
+    """Returns the log-probability of a sample, (step, row), and of the `count` most probable tokens."""
+    top_tokens = sampled.top_tokens[sample][:count].tolist()
+    top_logprobs = sampled.top_logprobs[sample][:count].tolist()
+    return LogProb(
+        token=int(sampled.token[sample]),
+        logprob=float(sampled.logprob[sample]),
+        top=tuple(zip(top_tokens, top_logprobs)),
+    )
 
 
 def complete(
