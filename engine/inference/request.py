@@ -17,7 +17,6 @@ FinishReason = Literal["stop", "length", "error", "grammar"]
 MAX_LOGPROBS = 20  # alternatives a token, at most
 SEEDS = 2**32
 
-
 RANGES = {
     "max_tokens": Range(1, 2**31 - 1, integer=True),
     "min_tokens": Range(0, 2**31 - 1, integer=True),
@@ -39,30 +38,38 @@ class SamplingParams:
     """How one completion is sampled, and which tokens end it: some fields of vLLM's, with its
     defaults.
 
-    Temperature 0 is greedy. top_k keeps the k most probable tokens (0 or -1: all), top_p the
-    smallest set whose probability reaches p (Holtzman et al. 2019, 1904.09751), min_p those at
-    least min_p times as probable as the best (Nguyen et al. 2024, 2407.01082); ties with the last
-    one stay too. Before temperature, `presence_penalty` is subtracted once from the logit of every
-    token in the completion, `frequency_penalty` once for each time it is there;
-    `repetition_penalty` divides positive and multiplies negative logits of tokens of prompt and
-    completion (Keskar et al. 2019, 1909.05858); `logit_bias` is added. `logprobs`: how many of the
-    most probable tokens get their log-probabilities beside each sampled one, before any of this and
-    before a grammar's mask. A token of `stop_token_ids` ends the completion and is not part of it;
-    none is sampled before `min_tokens`. Raises InvalidField for a value out of RANGES.
+    Bias and penalties change the logits first. Then they are divided by the temperature, and the
+    thresholds choose among the tokens; those as probable as the last one that passes pass too.
+    Raises InvalidField for a value out of RANGES.
     """
 
+    # Tokens of the completion, at most.
     max_tokens: int = 16
+    # 0 is greedy.
     temperature: float = 1.0
+    # The k most probable tokens pass (0 or -1: all).
     top_k: int = 0
+    # The smallest set whose probability reaches p passes (Holtzman et al. 2019, 1904.09751).
     top_p: float = 1.0
+    # Tokens at least min_p times as probable as the best pass (Nguyen et al. 2024, 2407.01082).
     min_p: float = 0.0
+    # Of the keys by which tokens are drawn.
     seed: int = 0
+    # Subtracted once from the logit of every token in the completion.
     presence_penalty: float = 0.0
+    # Subtracted once for each time that the token is in the completion.
     frequency_penalty: float = 0.0
+    # Divides positive and multiplies negative logits of tokens of prompt and completion (Keskar et al.
+    # 2019, 1909.05858).
     repetition_penalty: float = 1.0
+    # Added to the logits of tokens.
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    # How many of the most probable tokens get their log-probabilities beside each sampled one, before
+    # any of this and before a grammar's mask; None for no log-probabilities at all.
     logprobs: int | None = None
+    # Each ends the completion, and is not part of it.
     stop_token_ids: Collection[int] = ()
+    # No token of `stop_token_ids` is sampled before so many.
     min_tokens: int = 0
 
     def __post_init__(self) -> None:
