@@ -1,7 +1,7 @@
 """The plan of a fine-tuning: by flags, data and the model's architecture, what is trained, how and for how long."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from engine.errors import UserError
 from engine.format import quantity
@@ -45,6 +45,8 @@ MANY_READINGS_NOTE = (
 )
 CONTEXT = 256  # tokens of a row when nobody asks for a context
 EXPECTED_MFU = 0.4
+LEARNING_RATE = 2e-4
+ADAPTER_LEARNING_RATE = 2e-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,9 +100,7 @@ def plan_tuning(flags: FinetuneFlags, options: RunOptions, console: Console) -> 
     template = read_template(examples.template)
     on_mesh = options.mesh is not None
     opened = open_model(flags.model, flags.trainable, options.folder, console, template, on_mesh)
-    # once before the data are read, which may take minutes
-    plan, _ = plan_for_model(flags, options, opened.model.cfg, opened.lora, opened.blocks)
-    require_room_for_step(plan, flags, is_adapter=opened.lora is not None)
+    plan_for_model(flags, options, opened)  # raises before the data are read, which may take minutes
     context = choose_context(flags, opened.model.cfg)
     dataset = prepare_conversations(
         examples.data,
@@ -118,16 +118,15 @@ def plan_tuning(flags: FinetuneFlags, options: RunOptions, console: Console) -> 
     if opened.lora and not opened.continued_base and not flags.trainable.lora:
         lora, rank_rows = choose_adapter(opened.model.cfg, opened.lora, dataset, is_preference)
         opened = dataclasses.replace(opened, lora=lora)
-    plan, matches = plan_for_model(flags, options, opened.model.cfg, opened.lora, opened.blocks)
-    require_room_for_step(plan, flags, is_adapter=opened.lora is not None)
+    plan, matches = plan_for_model(flags, options, opened)
     plan = dataclasses.replace(plan, name=opened.model.name)
-    objective = NEXT_TOKEN
-    has_reference = False
-    packed = None
     if is_preference:
         objective = preference_objective(tuning.loss, tuning.beta)
         has_reference = LOSSES[tuning.loss].has_reference
+        packed = None
     else:
+        objective = NEXT_TOKEN
+        has_reference = False
         packed = PackedBatches(dataset.train, context, tuning.rows, flags.seed, not examples.no_pack)
     planned = TuningPlan(
         plan=plan,
@@ -147,36 +146,41 @@ def plan_tuning(flags: FinetuneFlags, options: RunOptions, console: Console) -> 
         answer_metrics=answer_metrics,
         peak_flops=mesh_ceilings(find_ceilings(console), plan.mesh).peak_flops(plan.cfg.dtype),
     )
-    is_small = READINGS * planned.steps_a_reading() <= MOST_STEPS_TO_MIX
-    has_answers = not is_preference and dataset.kind != "text"
-    mixes_general = is_small and has_answers and not (examples.no_mix or on_mesh)
+    mixes_general = needs_general(planned) and not examples.no_mix
     return with_length(dataclasses.replace(planned, mixes_general=mixes_general))
+
+
+def needs_general(planned: TuningPlan) -> bool:
+    """Whether general questions can be mixed in, and the data are so few that they should be."""
+    has_answers = planned.packed is not None and planned.dataset.kind != "text"
+    if planned.opened.on_mesh or not has_answers:
+        return False
+    return READINGS * planned.steps_a_reading() <= MOST_STEPS_TO_MIX
 
 
 def choose_context(flags: FinetuneFlags, cfg: ModelConfig) -> int:
     return flags.tuning.context or min(CONTEXT, cfg.context)
 
 
-def plan_for_model(
-    flags: FinetuneFlags, options: RunOptions, cfg: ModelConfig, lora: LoraConfig | None, blocks: Any
-) -> tuple[RunPlan, Rows]:
-    """Plans the run by a model's architecture; returns also what each rule matched. Raises
-    UserError for one that cannot be."""
+def plan_for_model(flags: FinetuneFlags, options: RunOptions, opened: OpenedModel) -> tuple[RunPlan, Rows]:
+    """Plans the run of an opened model; returns also what each rule matched. Raises UserError for
+    one that cannot be, or for which there is no room."""
     tuning = flags.tuning
     trainable = flags.trainable
+    cfg = opened.model.cfg
     is_preference = tuning.objective == "preference"
     context = choose_context(flags, cfg)
     if context > cfg.context:
         raise UserError(
             f"--context {context:,} is more than the {cfg.context:,} tokens {flags.model} was made for."
         )
-    rate = 2e-4
-    rows = tuning.rows
+    rate = LEARNING_RATE
+    rows_of_tokens = tuning.rows
     if trainable.adapter:
-        rate = 2e-3
+        rate = ADAPTER_LEARNING_RATE
     if is_preference:
         rate /= 10
-        rows *= 2  # of tokens: both answers
+        rows_of_tokens *= 2  # both answers
     optimizer = OptimizerConfig(
         learning_rate=tuning.learning_rate or rate,
         warmup=tuning.warmup,
@@ -187,14 +191,17 @@ def plan_for_model(
     recipe = Recipe(
         tokenizer="the model's",
         context=context,
-        batch=rows,
+        batch=rows_of_tokens,
         optimizer=optimizer,
         accumulate=flags.microbatches,
         scan=tuning.scan,
         remat=tuning.remat,
     )
-    cfg = dataclasses.replace(cfg, scan=tuning.scan, remat="block" if tuning.remat else "none")
-    paths, matches = choose_trainable(cfg, lora, trainable.train, trainable.freeze)
+    remat: Literal["none", "block"] = "none"
+    if tuning.remat:
+        remat = "block"
+    cfg = dataclasses.replace(cfg, scan=tuning.scan, remat=remat)
+    paths, matches = choose_trainable(cfg, opened.lora, trainable.train, trainable.freeze)
     plan = RunPlan(
         name=flags.model,
         cfg=cfg,
@@ -205,8 +212,9 @@ def plan_for_model(
         trainable=paths,
         base=trainable.base,
         mesh=options.mesh or ONE_DEVICE,
-        blocks=blocks,
+        blocks=opened.blocks,
     )
+    require_room_for_step(plan, flags, is_adapter=opened.lora is not None)
     return plan, matches
 
 
@@ -287,18 +295,9 @@ def tuning_rows(planned: TuningPlan, mix: str, trained_numbers: int = 0) -> Rows
     plan = planned.plan
     recipe = plan.recipe
     dataset = planned.dataset
-    steps, long = plan.predict(plan.step_flops / (EXPECTED_MFU * planned.peak_flops))
-    readings = steps / planned.steps_a_reading()
-    length = f"{plan.length()}; about "
-    if plan.seconds:  # else the steps are said already
-        length += f"{quantity(steps, plan.step_name)}, "
-    length += f"{long}, {readings:,.1f} times the data"
     packing = ""
     if planned.packed:
         packing = planned.packed.describe()
-    many = ""
-    if readings >= MANY_READINGS:
-        many = MANY_READINGS_NOTE
     rows, *problems = dataset.summary
     unit = {"text": "piece", "preference": "pair"}.get(dataset.kind, "example")
     if isinstance(dataset.train[0], RatedPair):
@@ -323,9 +322,23 @@ def tuning_rows(planned: TuningPlan, mix: str, trained_numbers: int = 0) -> Rows
             f"{recipe.batch} x {recipe.context} tokens, "
             f"adamw, learning rate {recipe.optimizer.learning_rate:g}",
         ),
-        ("length", length),
-        ("", many),
+        *_length_rows(planned),
     ]
+
+
+def _length_rows(planned: TuningPlan) -> Rows:
+    """Returns the length of the run, and a note where it reads the data often."""
+    plan = planned.plan
+    steps, long = plan.predict(plan.step_flops / (EXPECTED_MFU * planned.peak_flops))
+    readings = steps / planned.steps_a_reading()
+    length = f"{plan.length()}; about "
+    if plan.seconds:  # else the steps are said already
+        length += f"{quantity(steps, plan.step_name)}, "
+    length += f"{long}, {readings:,.1f} times the data"
+    note = ""
+    if readings >= MANY_READINGS:
+        note = MANY_READINGS_NOTE
+    return [("length", length), ("", note)]
 
 
 def print_first_example(planned: TuningPlan, console: Console) -> None:
