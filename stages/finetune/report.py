@@ -11,6 +11,7 @@ from engine.format import quantity
 from stages.finetune.plan import TuningPlan
 from stages.runs.answers import JudgedAnswer, compare, describe_faults
 from stages.runs.general_questions import compare_known
+from stages.runs.model_stage import Rows
 from stages.runs.stage import Finished, RunReport
 
 QUICK_EXAMPLES = 64  # of a quick evaluation
@@ -41,43 +42,29 @@ def tuning_report(
 ) -> RunReport:
     """Reports scores before and after. `step`: the checkpoint that the run stands for; `path`:
     where it was saved."""
-    plan = tuning.plan
     before: Scores = finished.before.scores
     now = after.scores
     last_step = finished.loop_state.step
-    seconds = finished.loop_state.seconds
-    rate = last_step / max(seconds, 1e-9)
-    speed = rate * plan.step_tokens
-    share_of_ceiling = (finished.warm_rate or rate) * plan.step_flops / tuning.peak_flops
-    doubt_ceilings(share_of_ceiling)
+    speed = training_speed(tuning, finished)
+    doubt_ceilings(speed.share_of_ceiling)
     result = {
         "before": dataclasses.asdict(before),
         "after": dataclasses.asdict(now),
         "unit": after.unit,
-        "train_seconds": seconds,
-        "tokens_per_second": speed,
-        "flops_share_of_ceiling": share_of_ceiling,
+        "train_seconds": finished.loop_state.seconds,
+        "tokens_per_second": speed.tokens_a_second,
+        "flops_share_of_ceiling": speed.share_of_ceiling,
         "general": tuning.general,
         "kept_step": None,
     }
-    rows = [
-        (
-            "held out",
-            f"{before.held_out:.3f} -> {now.held_out:.3f} {after.unit} on {tuning.dataset.held_out_name}",
-        )
-    ]
-    scored = f"of {quantity(len(tuning.dataset.references[:QUICK_EXAMPLES]), 'held-out answer')}"
-    for name, value in now.metrics.items():
-        rows.append((name, f"{before.metrics[name]:.3f} -> {value:.3f} {scored}"))
-    forgotten = "not measured"
-    if before.general is not None:
-        forgotten = f"{before.general:.3f} -> {now.general:.3f} bits per byte on {tuning.general}"
-    rows.append(("forgotten", forgotten))
+    rows = score_rows(tuning, before, after)
     if before.known is not None:
         kept_answers = compare_known(before.known, now.known)
         result["kept_answers"] = dataclasses.asdict(kept_answers)
         rows += kept_answers.rows()
-    rows.append(("speed", f"{speed:,.0f} tokens/s, {share_of_ceiling:.0%} of the ceiling"))
+    rows.append(
+        ("speed", f"{speed.tokens_a_second:,.0f} tokens/s, {speed.share_of_ceiling:.0%} of the ceiling")
+    )
     if now.answers:
         rows.append(("answers", describe_faults(now.answers)))
     if step != last_step:
@@ -98,5 +85,47 @@ def tuning_report(
     as_trained = ""
     if tuning.opened.in_blocks:
         as_trained = " --weights q4"
-    next_stages = ["chat", f"serve{as_trained}", f"evaluate{as_trained}", "export"]
-    return RunReport(result, texts, rows, f"{path} ({trained_count:,} parameters)", next_stages)
+    return RunReport(
+        result=result,
+        texts=texts,
+        rows=rows,
+        saved=f"{path} ({trained_count:,} parameters)",
+        next_stages=["chat", f"serve{as_trained}", f"evaluate{as_trained}", "export"],
+    )
+
+
+class Speed(NamedTuple):
+    """How fast a run trained."""
+
+    tokens_a_second: float
+    share_of_ceiling: float  # of this machine's FLOP/s
+
+
+def training_speed(tuning: TuningPlan, finished: Finished) -> Speed:
+    """Returns the mean speed of a run, and the share of the ceiling that its warm steps reach."""
+    plan = tuning.plan
+    steps_a_second = finished.loop_state.step / max(finished.loop_state.seconds, 1e-9)
+    warm_steps_a_second = finished.warm_rate or steps_a_second
+    return Speed(
+        tokens_a_second=steps_a_second * plan.step_tokens,
+        share_of_ceiling=warm_steps_a_second * plan.step_flops / tuning.peak_flops,
+    )
+
+
+def score_rows(tuning: TuningPlan, before: Scores, after: Measured) -> Rows:
+    """Returns the summary's rows of scores before and after training, but those of general questions."""
+    now = after.scores
+    rows = [
+        (
+            "held out",
+            f"{before.held_out:.3f} -> {now.held_out:.3f} {after.unit} on {tuning.dataset.held_out_name}",
+        )
+    ]
+    scored = f"of {quantity(len(tuning.dataset.references[:QUICK_EXAMPLES]), 'held-out answer')}"
+    for name, value in now.metrics.items():
+        rows.append((name, f"{before.metrics[name]:.3f} -> {value:.3f} {scored}"))
+    forgotten = "not measured"
+    if before.general is not None:
+        forgotten = f"{before.general:.3f} -> {now.general:.3f} bits per byte on {tuning.general}"
+    rows.append(("forgotten", forgotten))
+    return rows
