@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 from engine.inference.config import EngineConfig
 from engine.inference.decode import prepare_params
@@ -70,7 +71,9 @@ def shared_openings(answers: Sequence[str]) -> list[str]:
         shared = [words for words in sizes if counts[words] >= OPENING_SHARE * len(answers)]
         if shared:
             openings.append(" ".join(shared[-1]))
-    return openings if len(openings) >= COVERED_SHARE * len(answers) else []
+    if len(openings) < COVERED_SHARE * len(answers):
+        return []
+    return openings
 
 
 def shared_closings(answers: Sequence[str]) -> list[str]:
@@ -90,6 +93,23 @@ def close(answer: str, closing: str) -> str:
 def _last_word(answer: str) -> str:
     words = re.findall(r"\w+", answer.casefold())
     return words[-1] if words else ""
+
+
+class Case(NamedTuple):
+    """A general question, and how its answer should be."""
+
+    question: str
+    expected: str  # what the answer must hold
+    opening: str  # which the model is given
+    closing: str  # which is added where the model writes none
+
+
+def _for_each_question(shared: Sequence[str]) -> list[str]:
+    """Returns a shared opening or closing for each general question, spread over all of them; the
+    empty string where none is shared."""
+    choices = shared or [""]
+    count = len(QUESTIONS_TO_TRAIN_ON)
+    return [choices[number * len(choices) // count] for number in range(count)]
 
 
 def write_general_answers(
@@ -112,33 +132,34 @@ def write_general_answers(
     if not demonstrations or len(chat.prompt(demonstrations)) + MAX_TOKENS > cfg.context:
         return []
     answers = [messages[-1]["content"] for messages in conversations]
-    openings = shared_openings(answers) or [""]
-    closings = shared_closings(answers)
-    endings = closings or [""]
-    last_words = set(map(_last_word, closings))
-    cases = []  # a question, what its answer holds, the answer's beginning and its end
+    openings = _for_each_question(shared_openings(answers))
+    shared = shared_closings(answers)
+    closings = _for_each_question(shared)
+    last_words = set(map(_last_word, shared))
+    cases = []
     prompts = []
-    for number, (question, expected, sentence) in enumerate(QUESTIONS_TO_TRAIN_ON):
-        opening = openings[number * len(openings) // len(QUESTIONS_TO_TRAIN_ON)]
-        closing = endings[number * len(endings) // len(QUESTIONS_TO_TRAIN_ON)]
+    for entry, opening, closing in zip(QUESTIONS_TO_TRAIN_ON, openings, closings, strict=True):
+        question, expected, sentence = entry
         hinted: Message = {"role": "user", "content": f"{question} ({sentence})"}
-        cases.append((question, expected, opening, closing))
+        cases.append(Case(question, expected, opening, closing))
         prompts.append(tuple(chat.prompt([*demonstrations, hinted], opening).tolist()))
     if max(map(len, prompts)) + MAX_TOKENS > cfg.context:
         return []
     pairs = []
     completions = _complete_with_shared_prefix(cfg, params, prompts, stop_token_ids, report)
-    for (question, expected, opening, closing), completion in zip(cases, completions, strict=True):
+    for case, completion in zip(cases, completions, strict=True):
         if completion is None:
             continue
-        answer = (opening + chat.tokenizer.decode(completion)).strip()
-        if not is_right(answer, expected):
+        answer = (case.opening + chat.tokenizer.decode(completion)).strip()
+        if not is_right(answer, case.expected):
             continue
-        if closings and _last_word(answer) not in last_words:
-            answer = close(answer, closing)
+        if shared and _last_word(answer) not in last_words:
+            answer = close(answer, case.closing)
         if answer:
-            pairs.append((question, answer))
-    return pairs if len(pairs) >= LEAST_ANSWERS else []
+            pairs.append((case.question, answer))
+    if len(pairs) < LEAST_ANSWERS:
+        return []
+    return pairs
 
 
 def _complete_with_shared_prefix(
