@@ -1,7 +1,7 @@
 """The plan of a reinforcement learning: by flags, task and the model's architecture, what a round does and takes."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.counting.flops import forward_flops, prefill_flops
 from engine.counting.memory import inference_memory
@@ -25,6 +25,8 @@ LEAST_ROUNDS = 20  # that such a run makes however long they take
 TOKENS = 48  # of a completion, where the context has room for them
 MULTIPLE = 32  # tokens that a row's length is rounded up to
 MICROBATCH_TOKENS = 1024  # more hold more logits and are no faster
+LEARNING_RATE = 2e-5
+LORA_LEARNING_RATE = 5e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +98,12 @@ def plan_reinforcement(flags: ReinforceFlags, options: RunOptions, console: Cons
     if not flags.length.max_time and not flags.length.rounds:
         seconds = SECONDS
         least_rounds = LEAST_ROUNDS
+    default_rate = LEARNING_RATE
+    if opened.lora:
+        default_rate = LORA_LEARNING_RATE
     rate = update.learning_rate
     if rate is None:
-        rate = 5e-4 if opened.lora else 2e-5
+        rate = default_rate
     plan = RunPlan(
         name=opened.model.name,
         cfg=cfg,
@@ -112,9 +117,7 @@ def plan_reinforcement(flags: ReinforceFlags, options: RunOptions, console: Cons
         least_steps=least_rounds,
         blocks=opened.blocks,
     )
-    # A step, beside the weights that sample and their cache.
-    inference = inference_memory(cfg, plan.recipe.batch, config.capacity)
-    memory = plan.memory.total + inference.params + inference.cache
+    memory = round_memory(plan, config)
     remedy = "give fewer --prompts, a smaller --group, fewer --max-tokens, or a smaller model."
     require_room(plan, memory, "A round would need about", remedy)
     metadata = {
@@ -136,6 +139,12 @@ def plan_reinforcement(flags: ReinforceFlags, options: RunOptions, console: Cons
     )
 
 
+def round_memory(plan: RunPlan, config: RoundConfig) -> int:
+    """Returns the bytes of a step, beside the weights that sample and their cache."""
+    inference = inference_memory(plan.cfg, plan.recipe.batch, config.capacity)
+    return plan.memory.total + inference.params + inference.cache
+
+
 def choose_max_tokens(rollout: RolloutFlags, cfg: ModelConfig, longest: int) -> int:
     """Returns the tokens of a completion, at most. Raises UserError where the longest prompt leaves
     no room for them."""
@@ -144,7 +153,9 @@ def choose_max_tokens(rollout: RolloutFlags, cfg: ModelConfig, longest: int) -> 
         return min(TOKENS, room)
     if rollout.max_tokens is not None and rollout.max_tokens <= room:
         return rollout.max_tokens
-    advice = "a lower --max-tokens or shorter prompts" if room > 0 else "shorter prompts"
+    advice = "shorter prompts"
+    if room > 0:
+        advice = "a lower --max-tokens or shorter prompts"
     raise UserError(
         f"The longest prompt has {longest:,} tokens, "
         f"which leaves {max(0, room):,} of the model's context of {cfg.context:,} for an answer; "
@@ -153,6 +164,8 @@ def choose_max_tokens(rollout: RolloutFlags, cfg: ModelConfig, longest: int) -> 
 
 
 def round_recipe(config: RoundConfig, learning_rate: float) -> Recipe:
+    """Returns the recipe of a round's updates. The batch is read in the fewest equal parts of at
+    most MICROBATCH_TOKENS, or of one row."""
     # The rate falls in the second half, without which the reward falls again: a round's gradient is
     # mostly noise.
     optimizer = OptimizerConfig(
@@ -174,7 +187,7 @@ def reinforce_rows(planned: ReinforcePlan, trained_numbers: int = 0) -> Rows:
     config = planned.round
     prompts = planned.prompts
     rewards = planned.rewards
-    inference, training = round_flops(plan, config)
+    flops = round_flops(plan, config)
     return [
         *model_rows(planned.opened, plan, trained_numbers),
         *planned.matches,
@@ -186,10 +199,10 @@ def reinforce_rows(planned: ReinforcePlan, trained_numbers: int = 0) -> Rows:
             f"{config.prompts} prompts, {config.group} completions each, "
             f"of at most {config.max_tokens} tokens, at temperature {config.temperature:g}",
         ),
-        ("inference", f"samples them: up to {format_count(inference)}FLOPs, forward only"),
+        ("inference", f"samples them: up to {format_count(flops.inference)}FLOPs, forward only"),
         (
             "training",
-            f"{quantity(config.updates, 'step')} on them: up to {format_count(training)}FLOPs; "
+            f"{quantity(config.updates, 'step')} on them: up to {format_count(flops.training)}FLOPs; "
             f"clip {config.clip:g}, KL {config.kl:g}, fluency {config.fluency:g}, "
             f"adamw {plan.recipe.optimizer.learning_rate:g}",
         ),
@@ -198,15 +211,27 @@ def reinforce_rows(planned: ReinforcePlan, trained_numbers: int = 0) -> Rows:
     ]
 
 
-def round_flops(plan: RunPlan, config: RoundConfig) -> tuple[int, int]:
-    """Returns the most FLOPs of inference and of training in a round: those of the longest
-    completions."""
+class RoundFlops(NamedTuple):
+    """The most FLOPs of a round: those of the longest completions."""
+
+    inference: int
+    training: int
+
+
+def round_flops(plan: RunPlan, config: RoundConfig) -> RoundFlops:
     cfg = plan.cfg
-    new = config.max_tokens
+    rows = plan.recipe.batch
     prefill = prefill_flops(cfg, config.longest, attention="causal").total
-    decode = (new - 1) * forward_flops(cfg, config.longest + new // 2, attention="full").total
+    # The first token comes from the prefill; the others attend to half of them on average.
+    decoded = config.max_tokens - 1
+    mean_context = config.longest + config.max_tokens // 2
+    decode = decoded * forward_flops(cfg, mean_context, attention="full").total
     # Passes that give log-probabilities: by the model before training, and before the first of
     # several updates by the model as it sampled.
-    passes = 2 if config.updates > 1 else 1
+    passes = 1
+    if config.updates > 1:
+        passes = 2
     scoring = passes * plan.step_tokens * forward_flops(cfg, plan.recipe.context, attention="full").total
-    return plan.recipe.batch * (prefill + decode), config.updates * plan.step_flops + scoring
+    return RoundFlops(
+        inference=rows * (prefill + decode), training=config.updates * plan.step_flops + scoring
+    )
