@@ -26,6 +26,7 @@ BACKLOG = 1024
 
 
 def is_local(host: str) -> bool:
+    """Whether only this machine can reach an address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -59,6 +60,7 @@ def listen(sock: socket.socket) -> None:
 
 @contextlib.contextmanager
 def _explained(sock: socket.socket, host: str, port: int) -> Iterator[None]:
+    """Closes the socket where the block raises OSError, and raises UserError, which says what to do."""
     try:
         yield
     except OSError as error:
@@ -148,29 +150,34 @@ class HttpProtocol(H11Protocol):
         """
         is_head = self.conn.our_state is h11.IDLE
         if is_head or self.conn.our_state is h11.SEND_RESPONSE:
-            status = HTTPStatus.BAD_REQUEST
-            message = "This is no HTTP request."
-            if getattr(sys.exception(), "error_status_hint", 400) == 431:
-                status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-                limit = f"may have at most {MAX_HEAD_BYTES:,} bytes"
-                message = f"The head of a request, its first line and headers, {limit}."
-            body = ApiError(status, message, code="bad_request").body
-            head = [
-                ("content-type", "application/json"),
-                ("content-length", str(len(body))),
-                ("connection", "close"),
-            ]
-            response = h11.Response(status_code=status, headers=head, reason=status.phrase.encode())
-            with contextlib.suppress(h11.LocalProtocolError):
-                for event in (response, h11.Data(data=body), h11.EndOfMessage()):
-                    self.transport.write(self.conn.send(event) or b"")
+            self._send_refusal()
         if is_head:
             self.transport.write_eof()
             self._wait()
         else:
             self.transport.close()
 
+    def _send_refusal(self) -> None:
+        """Sends why a request is refused, which the error of h11 says that is being handled."""
+        status = HTTPStatus.BAD_REQUEST
+        message = "This is no HTTP request."
+        if getattr(sys.exception(), "error_status_hint", 400) == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
+            status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            limit = f"may have at most {MAX_HEAD_BYTES:,} bytes"
+            message = f"The head of a request, its first line and headers, {limit}."
+        body = ApiError(status, message, code="bad_request").body
+        headers = [
+            ("content-type", "application/json"),
+            ("content-length", str(len(body))),
+            ("connection", "close"),
+        ]
+        response = h11.Response(status_code=status, headers=headers, reason=status.phrase.encode())
+        with contextlib.suppress(h11.LocalProtocolError):
+            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+
     def _wait(self) -> None:
+        """Hangs up when HEAD_SECONDS have passed, unless it is called again or stopped."""
         self._stop_waiting()
         self._waiting = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
 
