@@ -34,29 +34,34 @@ class Rewards:
         self.seconds = seconds
         self.remedy = remedy
         self.names: set[str] = set()  # of rules, "own" for a function
-        self._tasks: list[tuple[float, Callable[[Cases], list[float]]]] = []
+        self._tasks: list[tuple[float, Callable[[Cases], list[float]]]] = []  # weight and reward
         for text in tasks:
-            ((weight, task),) = re.findall(r"\A(?:(-?\d*\.?\d+)\*)?(.*)\Z", text, re.DOTALL)
-            if weight and not 0 < float(weight) <= MAX_WEIGHT:
-                wanted = f"above 0 and at most {MAX_WEIGHT:,.0f}"
-                raise UserError(f"The weight of the task {task!r} should be {wanted}, not {weight[:40]}.")
-            own = re.fullmatch(r"(.+\.py):(\w+)", task)
-            if own:
-                file = str(Path(own[1]).expanduser())
-                if not Path(file).is_file():
-                    raise UserError(f"There is no file {file}; a function of your own is FILE.py:FUNCTION.")
-                self._call(file, own[2], [])
-                reward = functools.partial(self._call, file, own[2])
-                self.names.add("own")
-            else:
-                reward = functools.partial(_by_rule, make_reward(task))
-                self.names.add(task.partition(":")[0])
-            self._tasks.append((float(weight or 1), reward))
+            weight, task = _split_weight(text)
+            self._tasks.append((weight, self._make_reward(task)))
+
+    def _make_reward(self, task: str) -> Callable[[Cases], list[float]]:
+        """Returns the rewards of rows by a task, and notes its name."""
+        own = re.fullmatch(r"(.+\.py):(\w+)", task)
+        if not own:
+            reward = make_reward(task)
+            self.names.add(task.partition(":")[0])
+            return functools.partial(_by_rule, reward)
+        path, function = own.groups()
+        file = str(Path(path).expanduser())
+        if not Path(file).is_file():
+            raise UserError(f"There is no file {file}; a function of your own is FILE.py:FUNCTION.")
+        self._call(file, function, [])  # raises for a file that cannot be run
+        self.names.add("own")
+        return functools.partial(self._call, file, function)
 
     def describe(self) -> str:
         phrases = []
         for name in sorted(self.names):
-            phrases.append(TASKS[name].partition(", ")[2] if name in TASKS else "by your own function")
+            if name in TASKS:
+                _, _, phrase = TASKS[name].partition(", ")
+            else:
+                phrase = "by your own function"
+            phrases.append(phrase)
         return "; ".join(phrases)
 
     def __call__(
@@ -99,6 +104,22 @@ class Rewards:
         if "error" in reply:
             raise UserError(reply["error"])
         return reply["values"]
+
+
+def _split_weight(text: str) -> tuple[float, str]:
+    """Splits `[WEIGHT*]TASK` into the weight, 1 where there is none, and the task.
+
+    Raises UserError for a weight that is not above 0 or is beyond MAX_WEIGHT.
+    """
+    match = re.fullmatch(r"(?:(-?\d*\.?\d+)\*)?(.*)", text, re.DOTALL)
+    assert match  # as every text does
+    weight, task = match.groups()
+    if weight is None:
+        return 1.0, task
+    if not 0 < float(weight) <= MAX_WEIGHT:
+        wanted = f"above 0 and at most {MAX_WEIGHT:,.0f}"
+        raise UserError(f"The weight of the task {task!r} should be {wanted}, not {weight[:40]}.")
+    return float(weight), task
 
 
 def _by_rule(reward: Reward, rows: Cases) -> list[float]:
