@@ -36,7 +36,9 @@ class MeshBatches:
 
 def temporary_bytes(compiled: Compiled) -> int:
     """Returns the bytes of a step's temporary buffer in the host's memory, 0 for a small one."""
-    analysis = compiled.memory_analysis() if jax.default_backend() == "cpu" else None
+    if jax.default_backend() != "cpu":
+        return 0
+    analysis = compiled.memory_analysis()
     if analysis is None or analysis.temp_size_in_bytes < LARGE_BUFFER:
         return 0
     return analysis.temp_size_in_bytes
@@ -96,8 +98,12 @@ class BatchSteps:
             self.next_batch = self.batches.at(following)
         # Wait before the next dispatch: two steps in flight would take twice the memory.
         metrics = jax.device_get(metrics)
-        told = BatchMetrics(float(metrics.loss), float(metrics.grad_norm))
-        return StepResult(state, [bool(metrics.refused)], told, batch)
+        return StepResult(
+            state=state,
+            refused=[bool(metrics.refused)],
+            metrics=BatchMetrics(float(metrics.loss), float(metrics.grad_norm)),
+            trained_batch=batch,
+        )
 
     def is_exhausted(self, loop_state: LoopState) -> bool:
         return False
@@ -119,13 +125,16 @@ class BatchSteps:
         last = metrics or NO_METRICS
         plan = self.plan
         epoch = self.batches.epoch(loop_state.step)
+        shown_epoch = f"{epoch:,.0f}"
+        if epoch < 10:
+            shown_epoch = f"{epoch:.2f}"
         return [
             f"loss {last.loss:.3f}",
             f"lr {self._learning_rate_factor(loop_state):.0%}",
             f"grad {last.grad_norm:.2f}",
             f"{plan.step_tokens / step_seconds:,.0f} tokens/s",
             f"MFU {plan.step_flops / step_seconds / self.peak_flops:.0%}",
-            f"epoch {epoch:.2f}" if epoch < 10 else f"epoch {epoch:,.0f}",
+            f"epoch {shown_epoch}",
         ]
 
     def _learning_rate_factor(self, loop_state: LoopState) -> float:
