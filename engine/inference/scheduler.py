@@ -253,12 +253,8 @@ class Sequence:
                 self.stop_token = token
                 break
             accepted.append(token)
-            if self.constraint:
-                reason = self.constraint.accept(token)
-                if reason:
-                    break
-            if len(accepted) == self.remaining:
-                reason = "length"
+            reason = self._end_after(token, len(accepted))
+            if reason:
                 break
             if drafts:
                 # The next token was sampled after a draft, if one is left. It counts if that is this token.
@@ -270,6 +266,18 @@ class Sequence:
             self.drafter.extend(accepted)
         self.output_tokens += accepted
         return accepted, reason
+
+    def _end_after(self, token: int, count: int) -> FinishReason | None:
+        """Follows the grammar by an accepted token, the `count`th of a dispatch. Returns why the
+        sequence ends with it, or None.
+        """
+        if self.constraint:
+            reason = self.constraint.accept(token)
+            if reason:
+                return reason
+        if count == self.remaining:
+            return "length"
+        return None
 
     def _is_out_of_grammar(self, token: int | None) -> bool:
         """Whether a token that was sampled without the grammar's mask is to be sampled again with it.
