@@ -58,6 +58,7 @@ def make_inference_mesh(text: str | None) -> Mesh | None:
 
 
 def check_inference(cfg: ModelConfig, mesh: Mesh | None) -> None:
+    """Raises UserError when a mesh does not divide a model."""
     if mesh is not None:
         shape = MeshShape(**mesh.shape)
         check_mesh(shape, cfg, batch=shape.row_shards)
@@ -94,11 +95,11 @@ def sharded_shapes(begin: Callable[..., Any], *like: Any) -> Any:
     return _shapes_on(shapes, shardings(shapes))
 
 
-def _shapes_on(tree: Any, wheres: Any) -> Any:
-    def placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+def _shapes_on(tree: Any, tree_of_shardings: Any) -> Any:
+    def shape_on(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    return jax.tree.map(placed, tree, wheres)
+    return jax.tree.map(shape_on, tree, tree_of_shardings)
 
 
 def make_sharded_cache(make: Callable[[], Any]) -> Any:
@@ -126,10 +127,11 @@ def inference_shapes(params: Any, state: Any) -> tuple[Any, Any]:
     """Returns the shapes of parameters and of KV caches, with shardings on the mesh or this
     process's device.
     """
-    wheres: Any = shardings(params), shardings(state, cache_specs)
+    tree = (params, state)
     if current_mesh() is None:
-        wheres = jax.tree.map(lambda _: SingleDeviceSharding(own_device()), (params, state))
-    return _shapes_on((params, state), wheres)
+        alone = SingleDeviceSharding(own_device())
+        return _shapes_on(tree, jax.tree.map(lambda _: alone, tree))
+    return _shapes_on(tree, (shardings(params), shardings(state, cache_specs)))
 
 
 def init_sharded(begin: Callable[..., Any], *args: Any) -> Any:
@@ -138,7 +140,8 @@ def init_sharded(begin: Callable[..., Any], *args: Any) -> Any:
     """
     if current_mesh() is None:
         return begin(*args)
-    return jax.jit(begin, out_shardings=shardings(jax.eval_shape(begin, *args)))(*args)
+    out_shardings = shardings(jax.eval_shape(begin, *args))
+    return jax.jit(begin, out_shardings=out_shardings)(*args)
 
 
 def place(params: Any) -> Any:
@@ -169,11 +172,13 @@ def batch_share(rows: int) -> tuple[int, int]:
     index = NamedSharding(mesh, P(ROWS)).devices_indices_map((rows,))
     ranges = sorted({index[device][0].indices(rows)[:2] for device in mesh.local_devices})
     count = sum(stop - start for start, stop in ranges)
-    if ranges[-1][1] - ranges[0][0] != count or ranges[0][0] % count:
+    first = ranges[0][0]
+    end = ranges[-1][1]
+    if end - first != count or first % count:
         raise UserError(
             "The rows of this process do not lie side by side: let tensor divide the devices of each process."
         )
-    return rows // count, ranges[0][0] // count
+    return rows // count, first // count
 
 
 def global_batch(batch: Any) -> Any:
@@ -340,22 +345,29 @@ def map_whole_matrices(f: Callable[[Array], Array], tree: Any) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.tree.map(f, tree)
+    leaves, treedef = jax.tree.flatten(tree)
+    specs = jax.tree.leaves(leaf_specs(tree, mesh.shape))
+    indices_by_kind: dict[Any, list[int]] = {}
+    for index, (leaf, spec) in enumerate(zip(leaves, specs)):
+        indices_by_kind.setdefault((leaf.shape, spec), []).append(index)
+    results: dict[int, Array] = {}
+    for (_, spec), indices in indices_by_kind.items():
+        stack = jnp.stack([leaves[index] for index in indices])
+        stack = jnp.pad(stack, ((0, -len(indices) % mesh.size), (0, 0), (0, 0)))
+        results |= zip(indices, _map_stack(f, stack, spec))
+    return jax.tree.unflatten(treedef, [results[index] for index in range(len(leaves))])
+
+
+def _map_stack(f: Callable[[Array], Array], stack: Array, spec: P) -> Array:
+    """Returns f of each matrix of a stack, as many as a multiple of the devices, which `spec` cuts."""
     # in which the matrices are dealt out; `data` has them all already
     order = ("fsdp", "tensor", "data")
+    steps = [P(None, *spec), P("fsdp", *tensor_alone(spec)), P(order[:2])]
     own_share = functools.partial(jax.lax.map, f)
-    each = jax.shard_map(own_share, in_specs=P(order), out_specs=P(order), check_vma=False)
-    leaves, treedef = jax.tree.flatten(tree)
-    kinds = list(zip((leaf.shape for leaf in leaves), jax.tree.leaves(leaf_specs(tree, mesh.shape))))
-    results: dict[int, Array] = {}
-    for kind in dict.fromkeys(kinds):
-        places = [place for place, other in enumerate(kinds) if other == kind]
-        between = [P(None, *kind[1]), P("fsdp", *tensor_alone(kind[1])), P(order[:2])]
-        stack = jnp.stack([leaves[place] for place in places])
-        stack = jnp.pad(stack, ((0, -len(places) % mesh.size), (0, 0), (0, 0)))
-        for spec in between:
-            stack = jax.lax.with_sharding_constraint(stack, spec)
-        stack = each(stack)
-        for spec in reversed(between):
-            stack = jax.lax.with_sharding_constraint(stack, spec)
-        results |= zip(places, stack)
-    return jax.tree.unflatten(treedef, [results[place] for place in range(len(leaves))])
+    f_of_each = jax.shard_map(own_share, in_specs=P(order), out_specs=P(order), check_vma=False)
+    for step in steps:
+        stack = jax.lax.with_sharding_constraint(stack, step)
+    stack = f_of_each(stack)
+    for step in reversed(steps):
+        stack = jax.lax.with_sharding_constraint(stack, step)
+    return stack

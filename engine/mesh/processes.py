@@ -17,9 +17,8 @@ from typing import Any
 
 from engine.errors import UserError
 
-MISTAKE = 2
-# exit codes: of an error that the user can mend; that asks for a restart, EX_TEMPFAIL of sysexits.h
-RESTART = 75
+MISTAKE = 2  # the exit code of an error that the user can mend
+RESTART = 75  # the exit code that asks for a restart, EX_TEMPFAIL of sysexits.h
 FOREVER = 7 * 24 * 3600  # seconds: process 0 may read a large corpus first
 
 
@@ -34,23 +33,23 @@ class _Group:
 
 
 group = _Group()
-# a topic -> the numbers of its keys
+# for each topic, the numbers of its keys in JAX's store
 _calls: defaultdict[str, itertools.count] = defaultdict(itertools.count)
 
 
 def in_cluster() -> bool:
-    """Whether SLURM, Open MPI or a TPU slice started several processes, of which this is one."""
-    if any(int(os.environ.get(name) or 1) > 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")):
-        return True
+    """Returns whether SLURM, Open MPI or a TPU slice started several processes, of which this is one."""
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        if int(os.environ.get(name) or 1) > 1:
+            return True
     from jax._src import cloud_tpu_init, clusters
 
-    if cloud_tpu_init.running_in_cloud_tpu_vm:
-        kinds = clusters.ClusterEnv._cluster_types
-    else:
-        kinds = []
-    return any(
-        "tpu" in kind.name and kind.is_env_present() and kind.get_process_count() > 1 for kind in kinds
-    )
+    if not cloud_tpu_init.running_in_cloud_tpu_vm:
+        return False
+    for cluster in clusters.ClusterEnv._cluster_types:
+        if "tpu" in cluster.name and cluster.is_env_present() and cluster.get_process_count() > 1:
+            return True
+    return False
 
 
 def refuse_cluster(what: str) -> None:
@@ -63,7 +62,7 @@ def refuse_cluster(what: str) -> None:
 
 
 def is_first() -> bool:
-    """Whether this is process 0, which writes files and prints."""
+    """Returns whether this is process 0, which writes files and prints."""
     return group.process == 0
 
 
@@ -94,11 +93,9 @@ def gather_strings(value: str = "", topic: str = "run") -> list[str]:
     key = f"thrice/{topic}/{next(_calls[topic])}"
     client = group.client
     if is_first():
-        others = range(1, group.processes)
-        values = [
-            value,
-            *(client.blocking_key_value_get(f"{key}/{process}", 1000 * FOREVER) for process in others),
-        ]
+        values = [value]
+        for process in range(1, group.processes):
+            values.append(client.blocking_key_value_get(f"{key}/{process}", 1000 * FOREVER))
         client.key_value_set(key, json.dumps(values))
         return values
     client.key_value_set(f"{key}/{group.process}", value)
@@ -111,12 +108,15 @@ def refuse_differences(facts: dict[str, str]) -> None:
     """
     first, *others = map(json.loads, gather_strings(json.dumps(facts)))
     for process, other in enumerate(others, 1):
-        names = [name for name in first | other if other.get(name) != first.get(name)]
-        if names:
-            more = f", and another {', '.join(names[1:4])}" if names[1:] else ""
+        differing = [name for name in first | other if other.get(name) != first.get(name)]
+        if differing:
+            name, *more_names = differing
+            more = ""
+            if more_names:
+                more = f", and another {', '.join(more_names[:3])}"
             raise UserError(
-                f"Process {process} has another {names[0]} ({other.get(names[0])}) than process 0 "
-                f"({first.get(names[0])}){more}. All processes of a run must have the same flags and data."
+                f"Process {process} has another {name} ({other.get(name)}) than process 0 "
+                f"({first.get(name)}){more}. All processes of a run must have the same flags and data."
             )
 
 
@@ -128,15 +128,17 @@ def refuse_unshared(folder: Path) -> None:
     mark = folder / gather_strings(f".shared-{os.getpid()}-{time.time_ns()}")[0]
     if is_first():
         mark.touch()
-    gather_strings()
-    unshared = [
-        str(process) for process, seen in enumerate(gather_strings("seen" * mark.exists())) if not seen
-    ]
+    gather_strings()  # the mark is there before any process looks
+    own_answer = ""
+    if mark.exists():
+        own_answer = "seen"
+    answers = gather_strings(own_answer)
     if is_first():
         mark.unlink()
-    if unshared:
+    blind = [str(process) for process, answer in enumerate(answers) if not answer]
+    if blind:
         raise UserError(
-            f"{where} is not shared: process {', '.join(unshared)} does not see what process 0 writes there. "
+            f"{where} is not shared: process {', '.join(blind)} does not see what process 0 writes there. "
             "Choose an output folder on a file system that all hosts mount."
         )
 

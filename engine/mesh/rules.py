@@ -36,15 +36,28 @@ def leaf_spec(path: str, shape: tuple[int, ...], sizes: Any) -> P:
     `sizes`: axis -> devices. An axis that does not divide the leaf does not cut it. Raises
     ValueError without a rule.
     """
-    match = LEAF.fullmatch(path)
-    spec = next((spec for pattern, spec in RULES if match and re.fullmatch(pattern, match["path"])), None)
     if len(shape) < 2:
         return P()
+    match = LEAF.fullmatch(path)
+    spec = None
+    if match:
+        spec = _rule_of(match["path"])
     if match is None or spec is None:
         raise ValueError(f"No rule says where {path!r} {shape} lies on a mesh.")
-    # their long axis over all that cut the matrix
-    thin = {"a": P(("tensor", "fsdp"), None), "b": P(None, ("tensor", "fsdp"))}
-    return fitting_spec(thin.get(match["part"], spec), shape, sizes)
+    # a LoRA pair: its long axis over all axes that cut the matrix
+    if match["part"] == "a":
+        spec = P(("tensor", "fsdp"), None)
+    elif match["part"] == "b":
+        spec = P(None, ("tensor", "fsdp"))
+    return fitting_spec(spec, shape, sizes)
+
+
+def _rule_of(path: str) -> P | None:
+    """Returns the axes of the first of RULES that matches a parameter's path; None without one."""
+    for pattern, spec in RULES:
+        if re.fullmatch(pattern, path):
+            return spec
+    return None
 
 
 def tensor_axes(path: str) -> tuple[str | None, ...]:
@@ -64,17 +77,20 @@ def tensor_alone(spec: P) -> tuple[str | None, ...]:
 
 
 def fitting_spec(spec: P, shape: tuple[int, ...], sizes: Any) -> P:
-    fitting = []
+    """Returns a spec without the axes that do not divide the array's: these stay whole."""
+    axes: list[Any] = []
     for names, size in zip(spec, shape):
         if isinstance(names, str):
             count = sizes[names]
         else:
             count = math.prod(sizes[name] for name in names or ())
-        fitting.append(names if size % count == 0 else None)
-    return P(*fitting)
+        axes.append(names if size % count == 0 else None)
+    return P(*axes)
 
 
 def leaf_specs(tree: Any, sizes: Any) -> Any:
+    """Returns a tree of the axes that cut each leaf."""
+
     def spec(keys: Any, leaf: Any) -> P:
         return leaf_spec(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf.shape, sizes)
 

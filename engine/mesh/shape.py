@@ -48,6 +48,7 @@ def parse_mesh(text: str) -> MeshShape:
 
 
 def check_mesh(shape: MeshShape, cfg: ModelConfig, batch: int, microbatches: int = 1) -> None:
+    """Raises UserError when an axis of the mesh does not divide what it cuts of the batch or the model."""
     rows = batch // microbatches
     if microbatches == 1:
         whole = f"a batch of {batch}"
@@ -62,14 +63,23 @@ def check_mesh(shape: MeshShape, cfg: ModelConfig, batch: int, microbatches: int
         count = math.prod(getattr(shape, axis) for axis in axes)
         if size % count:
             names = " x ".join(f"{axis}={getattr(shape, axis)}" for axis in axes)
-            fitting = divisors(size)
-            near = sorted({max(n for n in fitting if n < count), *[n for n in fitting if n > count][:1]})
+            nearest = _nearest_divisors(size, count)
             raise UserError(
                 f"{names} of the mesh {shape} does not divide {what}: "
-                f"{' times '.join(axes)} may be {' or '.join(map(str, near))}."
+                f"{' times '.join(axes)} may be {' or '.join(map(str, nearest))}."
             )
 
 
+def _nearest_divisors(number: int, count: int) -> list[int]:
+    """Returns the divisors of `number` next to `count`, which is none: below it, and above it if there
+    is one.
+    """
+    below = [n for n in divisors(number) if n < count]
+    above = [n for n in divisors(number) if n > count]
+    return below[-1:] + above[:1]
+
+
 def divisors(number: int) -> list[int]:
+    """Returns all divisors of a number, from 1 up."""
     low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return sorted({*low, *(number // n for n in low)})
