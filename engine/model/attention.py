@@ -22,12 +22,12 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
         fused = layout.attend_by_head(kernel, q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask)
         if fused is not None:
             return fused
-    lone = q.shape[1] * q.shape[2] == k.shape[1]
-    if not (lone and ops().pads_lone_row):
+    has_lone_row = q.shape[1] * q.shape[2] == k.shape[1]  # one query for each key head
+    if not (has_lone_row and ops().pads_lone_row):
         return layers.attention(q, k, v, mask)
-    return layers.attention(jnp.concatenate([q, q], axis=1), k, v, jnp.concatenate([mask, mask], axis=1))[
-        :, :1
-    ]
+    two_queries = jnp.concatenate([q, q], axis=1)
+    two_masks = jnp.concatenate([mask, mask], axis=1)
+    return layers.attention(two_queries, k, v, two_masks)[:, :1]
 
 
 def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
@@ -41,19 +41,23 @@ def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Ar
 
 
 def has_fused_attention(cfg: ModelConfig, tokens: int) -> bool:
-    """Whether a fused kernel computes a model's attention over texts of `tokens`, on JAX's platform."""
+    """Returns whether a fused kernel computes a model's attention over texts of `tokens` on JAX's
+    platform.
+    """
     kernel = ops().fused_attention
     if kernel is None:
         return False
-    q, k = (
-        jax.ShapeDtypeStruct((1, tokens, heads, cfg.head_dim), cfg.dtype)
-        for heads in (cfg.heads, cfg.kv_heads)
-    )
+    q = jax.ShapeDtypeStruct((1, tokens, cfg.heads, cfg.head_dim), cfg.dtype)
+    k = jax.ShapeDtypeStruct((1, tokens, cfg.kv_heads, cfg.head_dim), cfg.dtype)
     return jax.eval_shape(lambda q, k: kernel(q, k, k, None), q, k) is not None
 
 
 def attention_path(cfg: ModelConfig, tokens: int) -> str:
-    """Returns what computes it, in words: paths agree within rounding, and each by itself to the bit."""
+    """Returns in words what computes attention over texts of `tokens`. Paths agree within rounding, and
+    each with itself to the bit.
+    """
     if not has_fused_attention(cfg, tokens):
         return "by XLA"
-    return "in C" if platform() == "cpu" else "by a fused kernel"
+    if platform() == "cpu":
+        return "in C"
+    return "by a fused kernel"

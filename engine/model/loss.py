@@ -1,5 +1,6 @@
 """Next-token cross-entropy, float32. Chooses how many logits exist at once: all, a few rows, or a chunk of the vocabulary."""
 
+import math
 from typing import Any
 
 import jax
@@ -11,12 +12,12 @@ from engine.model.config import ModelConfig
 from engine.model.loss_in_parts import CHUNK, chunked_losses, row_losses
 from engine.model.transformer import Params, hidden_states, logits_of
 
-# Bytes of float32 logits a device that a trained head makes at once, else chunk by chunk.
+# The most bytes of float32 logits that a device makes at once: of a head that trains, else chunk by
+# chunk; of a frozen head, else a few rows at a time; and of `score`, by rows too.
 LOGITS_LIMIT = 512 * 2**20
-# The same of a frozen head, else a few rows at a time.
 ROWS_LIMIT = 32 * 2**20
-# The same of `score`.
 SCORED_LIMIT = 64 * 2**20
+LOGIT_BYTES = 4
 
 
 def target_losses(
@@ -32,17 +33,17 @@ def target_losses(
         limit = LOGITS_LIMIT if head_trains else ROWS_LIMIT
     targets = jnp.where(batch.mask, batch.targets, 0)
     hidden, _ = hidden_states(cfg, params, batch.tokens, batch.positions, segments=batch.segments)
-    if 4 * targets.size * cfg.vocab <= limit * layout.spread_shards(len(targets)):
+    if LOGIT_BYTES * targets.size * cfg.vocab <= limit * layout.spread_shards(len(targets)):
         losses = token_losses(logits_of(cfg, params, layout.spread_rows(hidden)), targets)
     elif head_trains:
         losses = chunked_losses(cfg, params, hidden, targets, CHUNK)
     else:
-        rows = layout.spread_rows(layout.spread_rows(hidden).reshape(-1, cfg.width)), targets.reshape(-1)
+        rows = layout.spread_rows(layout.spread_rows(hidden).reshape(-1, cfg.width))
+        labels = targets.reshape(-1)
         head = layout.replicate(params[cfg.head_path])
+        rows_at_once = max(2, limit // (LOGIT_BYTES * cfg.vocab))
         with jax.named_scope("head"):
-            losses = row_losses(head, *rows, cfg.tied, max(2, limit // (4 * cfg.vocab))).reshape(
-                targets.shape
-            )
+            losses = row_losses(head, rows, labels, cfg.tied, rows_at_once).reshape(targets.shape)
     return jnp.where(batch.mask, losses, 0.0)
 
 
@@ -64,10 +65,12 @@ def score(cfg: ModelConfig, params: Params, batch: Any) -> Array:
 
 def loss_chunks(cfg: ModelConfig, rows: int, head_trains: bool) -> int:
     """Returns the number of pieces of `target_losses`' logits for `rows` tokens on a device."""
-    size = 4 * rows * cfg.vocab
+    size = LOGIT_BYTES * rows * cfg.vocab
     if not head_trains:
-        return -(-size // ROWS_LIMIT)
-    return 1 if size <= LOGITS_LIMIT else -(-cfg.vocab // CHUNK)
+        return math.ceil(size / ROWS_LIMIT)
+    if size <= LOGITS_LIMIT:
+        return 1
+    return math.ceil(cfg.vocab / CHUNK)
 
 
 def token_losses(logits: Array, targets: Array) -> Array:

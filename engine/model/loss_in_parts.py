@@ -49,27 +49,29 @@ def row_losses(weight: Any, hidden: Array, targets: Array, tied: bool, size: int
 
 
 def _parts(size: int, *arrays: Array) -> list[tuple[Array, ...]]:
+    """Cuts arrays (M, ...) into parts of `size` rows of each device; a part has its rows of each array."""
     length = len(arrays[0]) // layout.spread_shards(len(arrays[0]))
     return [tuple(layout.cut_rows(array, at, size) for array in arrays) for at in range(0, length, size)]
 
 
 def _normalizer(pieces: list[_Columns]) -> Array:
-    """(rows,): log sum exp of all columns."""
+    """Returns log sum exp of all columns, (rows,)."""
     return functools.reduce(jnp.logaddexp, [jax.nn.logsumexp(piece.values, axis=-1) for piece in pieces])
 
 
 def _picked(pieces: list[_Columns], targets: Array) -> Array:
-    """(rows,): the logit of each target."""
+    """Returns the logit of each target, (rows,)."""
     picked = jnp.zeros(len(targets))
     for start, values in pieces:
         at = jnp.clip(targets - start, 0, values.shape[1] - 1)
-        picked = jnp.where(
-            at == targets - start, jnp.take_along_axis(values, at[:, None], axis=-1)[:, 0], picked
-        )
+        is_here = at == targets - start
+        logits_here = jnp.take_along_axis(values, at[:, None], axis=-1)[:, 0]
+        picked = jnp.where(is_here, logits_here, picked)
     return picked
 
 
 def _logits(head: Any, x: Array) -> list[_Columns]:
+    """Returns the logits of x (rows, D), all columns at once or of an int8 head COLUMNS at a time."""
     starts = head.column_starts(COLUMNS)
     if not starts:
         return [_Columns(0, head.times(x, jnp.float32))]
@@ -84,7 +86,7 @@ def _logits(head: Any, x: Array) -> list[_Columns]:
 
 
 def _slope(pieces: list[_Columns], targets: Array) -> list[_Columns]:
-    """p - one-hot, the gradient of each row's loss by its logits."""
+    """Returns p - one-hot, the gradient of each row's loss by its logits."""
     whole = _normalizer(pieces)[:, None]
     slopes = []
     for start, values in pieces:
@@ -123,12 +125,14 @@ def _backward(tied: bool, size: int, residuals: tuple[Any, Array, Array, Array],
     head = as_weight(weight, axis=int(not tied))
     # XLA drops this loop unless the head trains.
     dweight: Array | None = None
-    for rows, labels, count in _parts(size, hidden, targets, g):
-        counted = [
-            _Columns(start, values * count[:, None]) for start, values in _slope(_logits(head, rows), labels)
-        ]
-        part = _head_backward(head, rows, counted)[1]
-        dweight = part if dweight is None or part is None else dweight + part
+    for rows, labels, row_g in _parts(size, hidden, targets, g):
+        slopes = _slope(_logits(head, rows), labels)
+        dlogits = [_Columns(start, values * row_g[:, None]) for start, values in slopes]
+        _, part = _head_backward(head, rows, dlogits)
+        if dweight is None or part is None:
+            dweight = part
+        else:
+            dweight = dweight + part
     return dweight, (slope.astype(jnp.float32) * g[:, None]).astype(hidden.dtype), None
 
 

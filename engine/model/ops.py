@@ -29,27 +29,26 @@ LANES = 128  # numbers in a row of a TPU's vector unit: the kernel's blocks are 
 
 def cudnn(q: Array, k: Array, v: Array, segments: Array | None) -> Array | None:
     """cuDNN's attention, in 16 bits, on an NVIDIA GPU from Ampere on, where JAX has found cuDNN."""
-    mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])
+    mask = None
+    if segments is not None:
+        mask = segments[:, :, None] == segments[:, None, :]
     return cudnn_masked(q, k, v, mask, causal=True)
 
 
 def cudnn_masked(q: Array, k: Array, v: Array, mask: Array | None, *, causal: bool = False) -> Array | None:
     """As `cudnn`, with keys (B, S, K, H) and a mask (B, T, S) that is True where a query may attend."""
-    if mask is not None and (
-        q.shape[1] % 2 or k.shape[1] % 2
-    ):  # cuDNN has no gradient for it, and says so too late
-        return None
-    heads = None if mask is None else mask[:, None]
+    mask_by_head = None
+    if mask is not None:
+        # cuDNN has no gradient for a mask of an odd length, and says so too late.
+        if q.shape[1] % 2 or k.shape[1] % 2:
+            return None
+        mask_by_head = mask[:, None]
     try:
         out = jax.nn.dot_product_attention(
-            q, k, v, mask=heads, is_causal=causal, scale=1.0, implementation="cudnn"
+            q, k, v, mask=mask_by_head, is_causal=causal, scale=1.0, implementation="cudnn"
         )
-    except (
-        NotImplementedError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # of cuDNN, the card, the type or the shape
+    # for want of cuDNN or of a card that it knows, or because of the type or the shape
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         if jax.default_backend() == "gpu":
             warnings.warn(
                 f"cuDNN's attention cannot serve {q.dtype}{q.shape}, so plain products do: {error}",
@@ -86,7 +85,9 @@ def splash(q: Array, k: Array, v: Array, segments: Array | None, *, interpret: b
     def attend(q: Array, k: Array, v: Array, *ids: Array) -> Array:
         return kernel(q, k, v, *(pallas.SegmentIds(each, each) for each in ids))
 
-    ids = [] if segments is None else [jnp.pad(segments, ((0, 0), (0, padded - T)))]
+    ids: list[Array] = []
+    if segments is not None:
+        ids = [jnp.pad(segments, ((0, 0), (0, padded - T)))]
     out = jax.vmap(attend)(by_head(q), by_head(k), by_head(v), *ids)
     return out.transpose(0, 2, 1, 3)[:, :T].reshape(B, T, -1)
 
@@ -110,10 +111,11 @@ def _native_forward(q: Array, k: Array, v: Array, segments: Array) -> tuple[Arra
     computes the weights anew.
     """
     B, T, N, H = q.shape
-    shapes = jax.ShapeDtypeStruct((B, T, N * H), q.dtype), jax.ShapeDtypeStruct((B, N, 2, T), jnp.float32)
-    out, sums = jax.ffi.ffi_call(target("causal_attention"), shapes, vmap_method="sequential")(
-        q, k, v, segments
-    )
+    result = jax.ShapeDtypeStruct((B, T, N * H), q.dtype)
+    sums_of_weights = jax.ShapeDtypeStruct((B, N, 2, T), jnp.float32)
+    shapes = (result, sums_of_weights)
+    kernel = jax.ffi.ffi_call(target("causal_attention"), shapes, vmap_method="sequential")
+    out, sums = kernel(q, k, v, segments)
     return out, (q, k, v, segments, out, sums)
 
 
@@ -127,37 +129,50 @@ _native.defvjp(_native_forward, _native_backward)
 
 
 class Ops(NamedTuple):
-    transposes_in_memory: bool  # see `transpose`
-    pads_lone_row: (
-        # to two: with one row the CPU's product converts the whole weight at each call, 18 times
-        # slower
-        bool
-    )
-    fused_attention: Kernel | None  # causal, of whole texts
-    fused_prefill: Kernel | None = None  # of a prompt's chunk over cached keys, by a mask
+    """What a platform needs, and which kernels it has."""
+
+    # see `transpose`
+    transposes_in_memory: bool
+    # A product with one row gets a second: with one the CPU converts the whole weight at each call,
+    # which is 18 times slower.
+    pads_lone_row: bool
+    # causal, of whole texts
+    fused_attention: Kernel | None
+    # of a prompt's chunk over cached keys, by a mask
+    fused_prefill: Kernel | None = None
 
 
 PLATFORMS = {
-    "cpu": Ops(True, True, native),
-    "gpu": Ops(False, False, cudnn, cudnn_masked),
-    "tpu": Ops(False, False, splash),
+    "cpu": Ops(transposes_in_memory=True, pads_lone_row=True, fused_attention=native),
+    "gpu": Ops(
+        transposes_in_memory=False,
+        pads_lone_row=False,
+        fused_attention=cudnn,
+        fused_prefill=cudnn_masked,
+    ),
+    "tpu": Ops(transposes_in_memory=False, pads_lone_row=False, fused_attention=splash),
 }
 
 
 def platform() -> str:
+    """Returns the platform that JAX computes on by default: a key of PLATFORMS."""
     device = jax.config.jax_default_device or jax.default_backend()
-    return device if isinstance(device, str) else device.platform
+    if isinstance(device, str):
+        return device
+    return device.platform
 
 
 def computes_in_c() -> bool:
-    """Whether kernels in C compute: on one CPU where they can be built. XLA computes near what they
-    do elsewhere.
+    """Returns whether kernels in C compute: on one CPU where they can be built. XLA computes near
+    what they do elsewhere.
     """
     return _on_one_cpu() and not native_problem()
 
 
 def kernels_note() -> str:
-    """Returns what a banner says of them behind the device: with and without them the last bits differ."""
+    """Returns what a banner says of the kernels in C behind the device: with and without them the last
+    bits differ.
+    """
     if not _on_one_cpu():
         return ""
     problem = native_problem()
