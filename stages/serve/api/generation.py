@@ -43,7 +43,7 @@ class Choice:
     strips_space: bool = False
     # Whether the text ends with the stop string, and not before it.
     keeps_stop: bool = False
-    # Of the calls in the text, if there may be any.
+    # Takes the calls of tools out of the text, if there may be any.
     parser: CallParser | None = None
     # When the first token came, by time.monotonic.
     first_token: float = 0.0
@@ -326,7 +326,7 @@ class Generation:
             metrics.count_prompt(tokens, looked_up, choice.cached)
 
     def _error(self, event: Event) -> ApiError:
-        """Returns the error for an event that ends a completion by one."""
+        """Returns the error for an event by which a completion fails."""
         if event.finish_reason == "grammar":
             return ApiError(
                 400, "The grammar became too complex to be followed any further: give a simpler one."

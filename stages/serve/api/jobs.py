@@ -24,11 +24,11 @@ class PromptTokens(NamedTuple):
     """The tokens of one request's prompts, and what follows from them for its completions."""
 
     tokens: Sequence[Sequence[int]]
-    # Each ends a completion.
+    # Tokens each of which ends a completion.
     stop_token_ids: frozenset[int]
-    # Whether a completion begins with a space that is none of it.
+    # Whether a completion begins with a space that is not part of its text.
     strips_space: bool = False
-    # Of documents, which are a part of the tokens.
+    # Passages of documents, whose tokens are in the prompt.
     passages: Sequence[Passage] = ()
     # Names of the body's fields that change no prompt.
     ignored: Sequence[str] = ()
@@ -38,12 +38,12 @@ class PromptTokens(NamedTuple):
 class ChatPrompt:
     """A conversation, up to the assistant's next turn, and what else its template reads."""
 
-    # The name of the body's field that has it.
+    # The name of the body's field that has the conversation.
     field: str
     turns: Sequence[Turn]
     # The beginning of the assistant's turn, which the completion continues.
     answer: str = ""
-    # Those that a completion may call.
+    # The tools that a completion may call.
     tools: ToolUse = NO_TOOLS
     # What the template reads beside the turns and the tools.
     variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -71,7 +71,7 @@ class TextPrompts:
     """Texts to be continued, each a string, or each a list of token ids."""
 
     tools: ClassVar[ToolUse] = NO_TOOLS
-    # The name of the body's field that has them.
+    # The name of the body's field that has the texts.
     field: str
     texts: Sequence[str] | Sequence[Sequence[int]]
     # Whether a string begins with the model's start tokens.
@@ -104,8 +104,8 @@ class Job:
     """What a request for completions asks for."""
 
     prompt: ChatPrompt | TextPrompts
-    # Of a completion of the first prompt; the others have the seeds after its own. As many tokens
-    # are generated as fit, and at most `max_tokens`.
+    # How the first completion of the first prompt is sampled; the others have the seeds after its
+    # own. As many tokens are generated as fit, and at most `max_tokens`.
     sampling: SamplingParams
     # Completions of each prompt; 0 where only the prompts' scores are asked for.
     n: int = 1
@@ -115,12 +115,12 @@ class Job:
     keeps_stop: bool = False
     # Whether a completion goes on after the tokens by which the model ends a text.
     ignores_eos: bool = False
-    # Of every completion.
+    # The grammar that every completion keeps to.
     grammar: Grammar | None = None
     # Whether the log-probabilities of each prompt's tokens but its first come before its
     # completions.
     scores: bool = False
-    # Only requests with the same one share the prefix cache.
+    # Only requests with the same salt share the prefix cache.
     cache_salt: str = ""
     # Whether the reply is a stream.
     streams: bool = False
@@ -168,9 +168,9 @@ async def compile_grammar(state: ServerState, job: Job) -> Constraint | None:
 def make_requests(
     call: ApiCall, job: Job, prompts: PromptTokens, constraint: Constraint | None
 ) -> list[Request]:
-    """Returns the engine's requests of a job: for each prompt its scores, if asked for, and its completions.
+    """Returns the engine's requests of a job.
 
-    Raises ApiError and InvalidField.
+    For each prompt: one for its scores, if they are asked for, then one for each completion. Raises ApiError and InvalidField.
     """
     capacity = call.state.engine.capacity
     field = job.prompt.field
@@ -248,6 +248,6 @@ def make_scored(
     if count > capacity:
         raise context_overflow(count, capacity, field, "prompt and answer have")
     check_ids(field, tokens, vocab)  # a mask has no bit for those above
-    # As those of a completion's own tokens are, in the same program.
+    # The log-probabilities come from the program that samples, as those of a completion do.
     sampling = SamplingParams(max_tokens=len(tokens), temperature=0.0, logprobs=top)
     return make_request(call, prompt_field, prompt, sampling, ForcedTokens(tokens))

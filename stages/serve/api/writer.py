@@ -24,9 +24,9 @@ class Piece(NamedTuple):
     finish_reason: Reason | None
     # The stop string that ended it.
     stop: str | None = None
-    # Calls of tools, or their next parts, which are none of the text.
+    # Calls of tools, or their next parts, which are not part of the text.
     calls: Sequence[ToolCall] = ()
-    # Of the prompt, if that is asked for.
+    # The embedding (D,) of the prompt, if it is asked for.
     embedding: Any = None
 
 
@@ -42,7 +42,7 @@ class Usage(NamedTuple):
     first_seconds: float
     # From the request's arrival until now.
     seconds: float
-    # Of documents, which are a part of the prompts.
+    # Passages of documents, whose tokens are in the prompts.
     passages: Sequence[Passage] = ()
 
 
