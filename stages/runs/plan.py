@@ -33,13 +33,24 @@ class Recipe:
 
         One part stays one.
         """
-        most = self.batch * self.context // self.accumulate
-        parts = [1]
+        accumulate = 1
         if self.accumulate > 1:
-            parts = [n for n in divisors(batch) if batch % (n * devices) == 0] or parts
-        fitting = [n for n in parts if batch // (n * devices) * context <= most]
-        accumulate = fitting[0] if fitting else parts[-1]
+            accumulate = self._fewest_parts(batch, context, devices)
         return dataclasses.replace(self, batch=batch, context=context, accumulate=accumulate)
+
+    def _fewest_parts(self, batch: int, context: int, devices: int) -> int:
+        """Returns the fewest parts of a batch that have no more tokens a device than the parts of
+        this recipe; the most there can be where none are so small, and 1 where none divide it.
+        """
+        most_tokens = self.batch * self.context // self.accumulate
+        most_parts = 1
+        for parts in divisors(batch):
+            if batch % (parts * devices):
+                continue
+            if batch // (parts * devices) * context <= most_tokens:
+                return parts
+            most_parts = parts
+        return most_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +99,9 @@ class RunPlan:
 
     @property
     def compiler_options(self) -> dict[str, Any] | None:
-        return LORA_COMPILER_OPTIONS if self.trainable and self.trainable.adapted else None
+        if self.trainable and self.trainable.adapted:
+            return LORA_COMPILER_OPTIONS
+        return None
 
     def progress(self, step: int, elapsed: float) -> float:
         """Returns the share of the run that is done, by steps or by time, whichever is larger."""
