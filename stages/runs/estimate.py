@@ -63,7 +63,9 @@ def find_ceilings(console: Console) -> Ceilings:
     if saved:
         return saved
     with console.task("measuring this machine's ceilings, once", always=True) as report:
-        ceilings = measure_apart() if jax.default_backend() == "cpu" else None
+        ceilings = None
+        if jax.default_backend() == "cpu":
+            ceilings = measure_apart()
         if ceilings is None:
             ceilings = measure_ceilings(report)
     return save_ceilings(ceilings)
@@ -72,7 +74,9 @@ def find_ceilings(console: Console) -> Ceilings:
 def mesh_ceilings(ceilings: Ceilings, mesh: MeshShape) -> Ceilings:
     """Returns what all devices of a mesh reach together, of one's `ceilings`; a machine's CPUs
     share its cores."""
-    count = mesh.devices if jax.default_backend() != "cpu" else processes.machine_count()
+    count = mesh.devices
+    if jax.default_backend() == "cpu":
+        count = processes.machine_count()
     return dataclasses.replace(ceilings, **{rate: count * getattr(ceilings, rate) for rate in RATES})
 
 

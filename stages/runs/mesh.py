@@ -43,28 +43,31 @@ def connect_devices(mesh: Mesh) -> Mesh:
     process compiles longer than another: so the processes meet once each has compiled this. In a
     connected group a collective waited 45 s without error.
     """
-    if processes.process_count() > 1:
-        names = mesh.axis_names
-        axes = range(len(names))
-        groups: list[tuple[int, ...]] = []
-        for size in range(1, len(axes) + 1):
-            groups += itertools.combinations(axes, size)
-        results = []
-        for group in groups:
-            others = [names[axis] for axis in axes if axis not in group]
-            results.append(NamedSharding(mesh, PartitionSpec(*others)))
-        ones = np.ones(mesh.devices.shape, np.float32)
-        over_all = NamedSharding(mesh, PartitionSpec(*names))
-        numbers = jax.make_array_from_callback(ones.shape, over_all, ones.__getitem__)
-        program = jax.jit(lambda numbers: [numbers.sum(group) for group in groups], out_shardings=results)
-        compiled = program.lower(numbers).compile()
-        processes.refuse_differences({"--mesh": str(MeshShape(**mesh.shape))})
-        jax.block_until_ready(compiled(numbers))
+    if processes.process_count() == 1:
+        return mesh
+    names = mesh.axis_names
+    axes = range(len(names))
+    groups: list[tuple[int, ...]] = []  # axes that a sum goes over
+    for size in range(1, len(axes) + 1):
+        groups += itertools.combinations(axes, size)
+    results = []
+    for group in groups:
+        others = [names[axis] for axis in axes if axis not in group]
+        results.append(NamedSharding(mesh, PartitionSpec(*others)))
+    ones = np.ones(mesh.devices.shape, np.float32)
+    over_all = NamedSharding(mesh, PartitionSpec(*names))
+    numbers = jax.make_array_from_callback(ones.shape, over_all, ones.__getitem__)
+    program = jax.jit(lambda numbers: [numbers.sum(group) for group in groups], out_shardings=results)
+    compiled = program.lower(numbers).compile()
+    processes.refuse_differences({"--mesh": str(MeshShape(**mesh.shape))})
+    jax.block_until_ready(compiled(numbers))
     return mesh
 
 
 def device_with_mesh(device: Device, shape: MeshShape) -> Device:
-    in_processes = f" in {processes.process_count()} processes" if processes.process_count() > 1 else ""
+    in_processes = ""
+    if processes.process_count() > 1:
+        in_processes = f" in {processes.process_count()} processes"
     return dataclasses.replace(device, mesh=f"{shape.devices} devices{in_processes}, {shape}")
 
 
@@ -82,10 +85,13 @@ def fits_one_device(tree: Any) -> bool:
     if shardings(tree) is None:
         return True
     device = jax.local_devices()[0]
-    shared = device.platform == "cpu"  # memory, by all devices of a machine
-    copies = jax.device_count() // processes.machine_count() if shared else 1
-    free = device_memory_bytes() - (device.memory_stats() or {}).get("bytes_in_use", 0)
-    fits = 1.5 * copies * sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) <= free
+    copies = 1
+    if device.platform == "cpu":  # the devices of a machine share its memory
+        copies = jax.device_count() // processes.machine_count()
+    statistics = device.memory_stats() or {}
+    free = device_memory_bytes() - statistics.get("bytes_in_use", 0)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    fits = 1.5 * copies * size <= free
     return all(process_fits for [process_fits] in processes.gather_numbers(fits))
 
 
