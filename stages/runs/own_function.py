@@ -16,6 +16,8 @@ import sys
 import traceback
 
 LARGEST = 1e9  # of a value: the squares of such values are finite in float32
+MESSAGE_CHARACTERS = 300  # of an error's own text
+VALUE_CHARACTERS = 80  # of a value, completion or prompt in a sentence
 
 
 def main(file: str, name: str, seconds: str) -> None:
@@ -53,23 +55,30 @@ def call(file: str, name: str, rows: list[dict[str, object]]) -> dict[str, objec
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not abs(number) <= LARGEST:  # NaN too
-            wanted = f"{str(value)[:80]!r}, where a number from -1e9 to 1e9 is wanted"
-            row_is = (
-                f"the completion {str(row['completion'])[:80]!r} of the prompt {str(row['prompt'])[:80]!r}"
-            )
-            return {"error": f"{file}: {name} returned {wanted}, for {row_is}."}
+            wanted = f"{_shortened(value)}, where a number from -1e9 to 1e9 is wanted"
+            case = f"the completion {_shortened(row['completion'])} of the prompt {_shortened(row['prompt'])}"
+            return {"error": f"{file}: {name} returned {wanted}, for {case}."}
         values.append(number)
     return {"values": values}
 
 
+def _shortened(value: object) -> str:
+    return repr(str(value)[:VALUE_CHARACTERS])
+
+
 def _describe(file: str, error: BaseException) -> str:
-    lines = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == file]
+    """Returns the sentence for an error, with the last line of the file that it came through."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     if isinstance(error, SyntaxError) and error.filename == file:
         lines.append(error.lineno)
-    place = f"{file}:{lines[-1]}" if lines and lines[-1] else file
-    text = " ".join(str(error).split())[:300]
-    said = f": {text.rstrip('.')}" if text else ""
-    return f"{place}: {type(error).__name__}{said}."
+    place = file
+    if lines and lines[-1]:
+        place = f"{file}:{lines[-1]}"
+    text = " ".join(str(error).split())[:MESSAGE_CHARACTERS]
+    message = type(error).__name__
+    if text:
+        message += f": {text.rstrip('.')}"
+    return f"{place}: {message}."
 
 
 if __name__ == "__main__":
