@@ -41,6 +41,8 @@ LESS_MEMORY = {
 # New objects between two collections: importing JAX and tracing a program make fewer, nearly all of
 # which stay. Looking at them every 2,000 is 7% of the time to a first token.
 STARTING_OBJECTS = 300_000
+NOBODY_READS = 141  # the exit code of a command whose output nobody reads: 128 + SIGPIPE
+START_FIELD = 22  # of /proc/PID/stat: when the process started, in ticks since boot (proc(5))
 _arguments: list[str] = []
 _IMPORTED = time.perf_counter()
 
@@ -59,7 +61,7 @@ def run_command[Flags](
     `name` is the stage's; `about` heads its help; `one_arena`: see `keep_freed_memory`.
     `check_together` of the flags and of their groups raises UserError for flags that do not go
     together. The code is MISTAKE for an error that `explain_error` explains, 128 + the signal when
-    stopped, 141 when nobody reads the output any more.
+    stopped, NOBODY_READS when nobody reads the output any more.
     """
     _arguments[:] = sys.argv[1:] if args is None else args
     options = None
@@ -89,11 +91,11 @@ def run_command[Flags](
     except SystemExit as exit:  # tyro has printed the help, or the mistake in a flag
         return int(exit.code or 0)
     except BrokenPipeError:
-        lifecycle.end(141, "nobody reads its output.")
+        lifecycle.end(NOBODY_READS, "nobody reads its output.")
         # Python flushes stdout on its way out and would complain once more.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return NOBODY_READS
     except Exception as error:
         sentence = explain_error(error, options)
         if sentence is None:
@@ -177,9 +179,10 @@ def process_start() -> float:
     import.
     """
     with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
-        # Field 22 of stat, in ticks since boot (proc(5)); the command's name before it may hold
-        # spaces.
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        # The second field, the command's name in brackets, may hold spaces; the third is the first
+        # behind it.
+        _, _, behind_name = Path("/proc/self/stat").read_text().rpartition(")")
+        ticks = int(behind_name.split()[START_FIELD - 3])
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
         return time.perf_counter() - age
     return _IMPORTED

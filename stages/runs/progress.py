@@ -11,6 +11,7 @@ from engine.format import clock_time, duration, format_bytes, quantity
 from engine.mesh import processes
 from engine.processor import CoreTime, core_time
 from stages.cli import signals
+from stages.cli.command import NOBODY_READS
 from stages.cli.console import Console
 from stages.runs.folder import JsonLines
 from stages.runs.options import RunOptions
@@ -90,7 +91,9 @@ class Stop:
 
     def _own_code(self) -> int:
         if self.failure:
-            return 141 if isinstance(self.failure, BrokenPipeError) else processes.MISTAKE
+            if isinstance(self.failure, BrokenPipeError):
+                return NOBODY_READS
+            return processes.MISTAKE
         if self.deferral.received:
             return 128 + self.deferral.received
         return 0
