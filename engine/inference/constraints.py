@@ -188,7 +188,7 @@ def json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
     bytes.
     """
     options = JSON_OPTIONS | {"lenient": lenient}
-    text = json.dumps({**_checked(schema, 0, lenient), "x-guidance": options}, ensure_ascii=False)
+    text = json.dumps({**_check_schema(schema, 0, lenient), "x-guidance": options}, ensure_ascii=False)
     check_size(text)
     return f"%json {text}"
 
@@ -255,14 +255,14 @@ def lark_grammar(text: str) -> str:
         raise UserError(f"it is neither Lark nor GBNF: {error}") from None
 
 
-def _checked(schema: Any, depth: int, lenient: bool) -> Any:
+def _check_schema(schema: Any, depth: int, lenient: bool) -> Any:
     """Returns a schema, or a part of one, at this depth, without what need not be enforced. Raises as
     `json_rule`.
     """
     if depth > MAX_DEPTH:
         raise UserError(f"it is nested more than {MAX_DEPTH} deep")
     if isinstance(schema, list):
-        return [_checked(value, depth + 1, lenient) for value in schema]
+        return [_check_schema(value, depth + 1, lenient) for value in schema]
     if not isinstance(schema, dict):
         return schema
     if not _can_enforce_multiple(schema):
@@ -275,23 +275,23 @@ def _checked(schema: Any, depth: int, lenient: bool) -> Any:
         raise UserError(
             f"minProperties {least} cannot be enforced, for a name that is not required may come twice"
         )
-    checked: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, value in schema.items():
         if name == "format" and isinstance(value, str) and value not in FORMATS:
             continue
         if name == "pattern" and isinstance(value, str):
-            checked[name] = _rust_pattern(value)
+            fields[name] = _rust_pattern(value)
         elif name == "patternProperties" and isinstance(value, dict):
             by_pattern = {}
             for pattern, inner in value.items():
-                by_pattern[_rust_pattern(pattern)] = _checked(inner, depth + 2, lenient)
-            checked[name] = by_pattern
+                by_pattern[_rust_pattern(pattern)] = _check_schema(inner, depth + 2, lenient)
+            fields[name] = by_pattern
         else:
-            inner = _checked(value, depth + 1, lenient)
-            if name in ("const", "enum"):  # values, not schemas: only their depth is checked
+            inner = _check_schema(value, depth + 1, lenient)
+            if name in ("const", "enum"):  # values, not schemas: only their depth is fields
                 inner = value
-            checked[name] = inner
-    return checked
+            fields[name] = inner
+    return fields
 
 
 def _can_enforce_multiple(schema: dict[str, Any]) -> bool:
