@@ -101,8 +101,8 @@ def load_tokenizer(folder: Path, vocab: int | None = None, eos: Any = None) -> M
     config = _read_tokenizer_config(folder)
     if config.get("eos_token") is None and eos_ids:
         config["eos_token"] = inner.id_to_token(eos_ids[0])
-    known = {name: value for name, value in config.items() if value is not None}
-    tokenizer = build_tokenizer(lambda: Tokenizer(inner, known, folder), folder)
+    fields = {name: value for name, value in config.items() if value is not None}
+    tokenizer = build_tokenizer(lambda: Tokenizer(inner, fields, folder), folder)
     if vocab is not None and tokenizer.vocab > vocab:
         raise UserError(
             f"{source} has a token {tokenizer.vocab - 1:,} and the model only {vocab:,}: "

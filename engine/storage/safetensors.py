@@ -26,6 +26,7 @@ from engine.untrusted import (
 )
 
 MAX_HEADER = 2 * 2**20  # bytes: ten thousand tensors
+MAX_AXES = 8  # of a tensor
 BLOCK = 2**22  # bytes of a tensor read at a time
 FLOATS = ("F32", "F16", "BF16")  # of the weights of a model
 
@@ -74,19 +75,25 @@ def _is_count(value: Any) -> bool:
 
 
 def _tensor(path: Path, name: str, entry: Any, begin: int) -> StoredTensor:
+    """Returns the tensor that an entry of the header describes, of which offsets count from `begin`."""
     match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if (
-            len(entry) == 3
-            and dtype in DTYPES
-            and len(shape) <= 8
-            and all(map(_is_count, [*shape, start, stop]))
-        ):
-            tensor = StoredTensor(path, dtype, tuple(shape), begin + start)
-            if stop - start == tensor.nbytes:
-                return tensor
-            sizes = f"{dtype} {list(shape)} should have {tensor.nbytes:,} bytes and has {stop - start:,}"
-            raise UserError(f"{path} is damaged: the tensor {quote(name)}, {sizes}.")
-    raise UserError(f"{path} is damaged: its header does not say what the tensor {quote(name)} is.")
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if len(entry) == 3:
+            numbers = [*shape, start, stop]
+        case _:
+            raise _not_described(path, name)
+    if dtype not in DTYPES or len(shape) > MAX_AXES or not all(map(_is_count, numbers)):
+        raise _not_described(path, name)
+    tensor = StoredTensor(path, dtype, tuple(shape), begin + start)
+    if stop - start != tensor.nbytes:
+        raise UserError(
+            f"{path} is damaged: the tensor {quote(name)}, {dtype} {shape} "
+            f"should have {tensor.nbytes:,} bytes and has {stop - start:,}."
+        )
+    return tensor
+
+
+def _not_described(path: Path, name: str) -> UserError:
+    return UserError(f"{path} is damaged: its header does not say what the tensor {quote(name)} is.")
 
 
 def read_slice(stored: StoredTensor, start: int, stop: int) -> np.ndarray:
