@@ -82,7 +82,7 @@ def open_model(path: Path) -> StoredModel:
     shapes = {name: tensor.shape for name, tensor in header.tensors.items() if name != FREQUENCIES}
     leaves = check_tensors(layout_of(cfg, GGUF_NAMES), shapes, path)
     architecture = header.metadata["general.architecture"]
-    paired = {leaf.name for leaf in leaves if leaf.paired and architecture == "llama"}
+    interleaved = {leaf.name for leaf in leaves if leaf.head_rows and architecture == "llama"}
     kinds = {name: tensor.kind.name for name, tensor in header.tensors.items() if len(tensor.shape) == 2}
 
     def rows(name: str, start: int, stop: int) -> np.ndarray:
@@ -96,14 +96,14 @@ def open_model(path: Path) -> StoredModel:
         blocks = data.size // GGML_QUANT_SIZES[tensor.kind][1]
         lines = _largest_divisor(blocks, LINES)
         values = dequantize(data.reshape(lines, -1), tensor.kind).reshape(stop - start, -1)
-        if name in paired:
+        if name in interleaved:
             return regroup_rows(values, cfg.head_dim // 2, 2)
         return values
 
     def packed(name: str) -> np.ndarray:
         tensor = header.tensors[name]
         data = read_at(path, tensor.offset, tensor.size).reshape(tensor.shape[0], -1)
-        if name in paired:
+        if name in interleaved:
             data = regroup_rows(data, cfg.head_dim // 2, 2)
         try:
             return pack_blocks(data, tensor.kind.name)
@@ -199,7 +199,7 @@ def save_gguf(
     writer.write_ti_data_to_file()
     for leaf, array in file_tensors(leaves, params, report):
         rows = np.ascontiguousarray(array, None if array.dtype == np.uint8 else np.float32)
-        if leaf.paired and architecture == "llama":
+        if leaf.head_rows and architecture == "llama":
             rows = regroup_rows(rows, 2, cfg.head_dim // 2)
         if array.dtype != np.uint8:
             rows = _encode(rows, kinds[leaf.name])

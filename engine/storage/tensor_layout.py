@@ -44,13 +44,13 @@ class Leaf(NamedTuple):
     """A leaf of the params tree, at `path`, and the `name` and shape, `stored`, of the tensor that
     holds it in a file.
 
-    `paired`: rows a head of q and k, read together, for GGUF interleaves them.
+    `head_rows`: of a head of q and k, read together, for GGUF interleaves them; 0 of other parts.
     """
 
     path: str
     name: str
     stored: tuple[int, ...]
-    paired: int = 0
+    head_rows: int = 0
 
     @property
     def transposed(self) -> bool:
@@ -110,10 +110,10 @@ def layout_of(cfg: ModelConfig, names: Mapping[str, str]) -> Iterator[Leaf]:
     yield Leaf("embed", names["embed"], shapes["embed"])
     for layer in range(cfg.layers):
         for part, shape in block.items():
-            paired = 0
+            head_rows = 0
             if part in ("q", "k", "q_bias", "k_bias"):
-                paired = cfg.head_dim
-            yield Leaf(f"blocks/{layer}/{part}", names[part].format(layer), shape[::-1], paired)
+                head_rows = cfg.head_dim
+            yield Leaf(f"blocks/{layer}/{part}", names[part].format(layer), shape[::-1], head_rows)
     yield Leaf("norm", names["norm"], shapes["norm"])
     if not cfg.tied:
         yield Leaf("head", names["head"], shapes["head"][::-1])
@@ -285,7 +285,7 @@ def read_leaf(model: StoredModel, leaf: Leaf, dtype: str) -> np.ndarray:
     if leaf.transposed:
         view = view.T
     rows = leaf.stored[0]
-    unit = leaf.paired or 1  # a head's rows belong together
+    unit = leaf.head_rows or 1  # a head's rows belong together
     step = max(1, CHUNK // math.prod(leaf.stored[1:]) // unit) * unit
     for start in range(0, rows, step):
         stop = min(start + step, rows)
