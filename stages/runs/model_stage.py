@@ -7,7 +7,7 @@ prepared = PreparedModel.load(planned, console, advice)    trainable and frozen 
 import copy
 import dataclasses
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -84,14 +84,7 @@ def open_model(
         unread = peek_model(name, dtype=dtype, report=report, keep_kinds=ROUNDED if in_blocks else ())
         model = unread.describe()
     _refuse_own_folder(model, folder)
-    base, continued = _find_adapter(name, model.cfg, options)
-    if continued:
-        console.print_notes(f"The adapter {name} is continued, on its base {base}.")
-    elif base:
-        console.print_notes(
-            f"A new adapter is trained on {name}, which stays as it is: "
-            "it has several ranks or scales, a DoRA, or weights trained whole, and cannot be continued."
-        )
+    adapter = _choose_adapter(name, model.cfg, options, console)
     console.print_notes(*model.notes)
     chat = ChatTokenizer(model.tokenizer, template)
     tokenizer = copy.copy(model.tokenizer)
@@ -104,23 +97,40 @@ def open_model(
         unread=unread,
         in_blocks=in_blocks,
         blocks=unread.blocks,
-        lora=continued or options.adapter,
-        continued_base=base if continued else "",
+        lora=adapter.lora,
+        continued_base=adapter.continued_base,
         chat=chat,
         tokenizer=tokenizer,
         stop_token_ids=tuple(dict.fromkeys((*model.eos_ids, *chat.eot_ids))),
     )
 
 
-def _find_adapter(name: str, cfg: ModelConfig, options: TrainableFlags) -> tuple[str, LoraConfig | None]:
-    """Returns the base of the LoRA that a model is, "" where it is none, and its configuration, if
-    it can be continued.
+class ChosenAdapter(NamedTuple):
+    """The adapter that is trained; the fields are those of OpenedModel."""
 
-    It is not asked for where --lora gives a new one, or weights themselves are trained.
+    lora: LoraConfig | None
+    continued_base: str
+
+
+def _choose_adapter(name: str, cfg: ModelConfig, options: TrainableFlags, console: Console) -> ChosenAdapter:
+    """Returns the model's own adapter, if it is one that can be continued, or else a new one, and
+    prints which.
+
+    The model is not asked for its own where --lora gives a new one, or weights themselves are
+    trained.
     """
     if options.lora or not options.adapter:
-        return "", None
-    return adapter_origin(name, cfg) or ("", None)
+        return ChosenAdapter(options.adapter, continued_base="")
+    base, continued = adapter_origin(name, cfg) or ("", None)
+    if continued:
+        console.print_notes(f"The adapter {name} is continued, on its base {base}.")
+        return ChosenAdapter(continued, continued_base=base)
+    if base:
+        console.print_notes(
+            f"A new adapter is trained on {name}, which stays as it is: "
+            "it has several ranks or scales, a DoRA, or weights trained whole, and cannot be continued."
+        )
+    return ChosenAdapter(options.adapter, continued_base="")
 
 
 def _refuse_own_folder(model: LoadedModel, folder: Path) -> None:
@@ -368,15 +378,28 @@ def choose_trainable(
 ) -> tuple[TrainablePaths, Rows]:
     """Returns the trainable paths, and rows with what each rule matched. Raises UserError for a
     rule that matches nothing."""
-    total = count_params(cfg).total
     if lora:
         trainable = lora_only(cfg, lora)
-        count = count_trainable(cfg, trainable)
-        return trainable, [
-            ("LoRA", f"{', '.join(lora.adapted_matrices)} of {cfg.layers} layers, rank {lora.rank}"),
-            ("trainable", f"{count:,} parameters beside {total:,} frozen ones ({count / total:.1%})"),
-        ]
-    trainable, matches = select_trainable(cfg, [] if train == ("all",) else train, freeze)
+        return trainable, _adapter_rows(cfg, lora, trainable)
+    rules: Sequence[str] = train
+    if train == ("all",):
+        rules = []
+    trainable, matches = select_trainable(cfg, rules, freeze)
+    return trainable, _match_rows(cfg, trainable, matches)
+
+
+def _adapter_rows(cfg: ModelConfig, lora: LoraConfig, trainable: TrainablePaths) -> Rows:
+    total = count_params(cfg).total
+    count = count_trainable(cfg, trainable)
+    return [
+        ("LoRA", f"{', '.join(lora.adapted_matrices)} of {cfg.layers} layers, rank {lora.rank}"),
+        ("trainable", f"{count:,} parameters beside {total:,} frozen ones ({count / total:.1%})"),
+    ]
+
+
+def _match_rows(cfg: ModelConfig, trainable: TrainablePaths, matches: Mapping[str, Collection[str]]) -> Rows:
+    """Returns a row for each rule, with the leaves that it matched, and one for all that trains."""
+    total = count_params(cfg).total
     rows = []
     for rule, paths in matches.items():
         leaves = "leaf" if len(paths) == 1 else "leaves"
@@ -384,4 +407,4 @@ def choose_trainable(
         rows.append((rule, f"{len(paths)} {leaves}, {count:,} parameters"))
     count = count_trainable(cfg, TrainablePaths(trainable.weights))
     rows.append(("trainable", f"{count:,} of {total:,} parameters ({count / total:.1%})"))
-    return trainable, rows
+    return rows
