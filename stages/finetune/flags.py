@@ -98,12 +98,18 @@ class TuningFlags:
     @property
     def examples(self) -> str:
         """The kind of examples that the objective trains on: answers, preference, or kto."""
-        return "kto" if (self.objective, self.loss) == ("preference", "kto") else self.objective
+        if self.objective == "preference" and self.loss == "kto":
+            return "kto"
+        return self.objective
 
     @property
     def rows(self) -> int:
         """Rows a step. KTO estimates KL by a batch's rows."""
-        return self.batch or (4 if self.examples == "kto" else 2)
+        if self.batch:
+            return self.batch
+        if self.examples == "kto":
+            return 4
+        return 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,4 +145,8 @@ class FinetuneFlags(ModelRunFlags):
     @property
     def microbatches(self) -> int:
         """Parts the batch is read in: over an int8 base a row each, which takes least memory."""
-        return self.tuning.accumulate or (self.tuning.rows if self.trainable.base == "int8" else 1)
+        if self.tuning.accumulate:
+            return self.tuning.accumulate
+        if self.trainable.base == "int8":
+            return self.tuning.rows
+        return 1
