@@ -18,6 +18,7 @@ from engine.files import open_regular, write_text
 from stages.runs.page import SHELL, whole_page
 
 LINES = 300  # of metrics, of a life
+BEGINNING = b'{"event": '  # of a recording
 FOLDER = Path(__file__).parent
 CHECKOUT = FOLDER.parents[3]
 LIVES = [
@@ -68,8 +69,9 @@ def page_html(document: dict[str, Any], parts: Sequence[Path] = LIVES) -> str:
         raise UserError(
             "The recording holds a number that is not finite: null is what should stand there."
         ) from None
+    recording = recording.replace("<", "\\u003c")  # which would end the script that it stands in
     # The document last: nothing in it is taken for a place of the shell.
-    return html.replace('id="recording">{}', f'id="recording">{recording.replace("<", "\\u003c")}')
+    return html.replace('id="recording">{}', f'id="recording">{recording}')
 
 
 @functools.cache
@@ -104,7 +106,7 @@ def read_recording(path: Path) -> dict[str, Any] | None:
     """Returns the document of a file that `--record` wrote, of one life; None for another file."""
     life: dict[str, Any] = {}
     with open_regular(path) as file:
-        if not file.read(10).startswith(b'{"event": '):
+        if file.read(len(BEGINNING)) != BEGINNING:
             return None
         file.seek(0)
         for line in file:
@@ -127,9 +129,9 @@ def write_page(document: dict[str, Any], path: Path, parts: Sequence[Path] = LIV
 def write_train_page(folder: Path) -> Path:
     """Writes `folder`/train.html; returns its path. The library in it is text until somebody
     presses a button."""
-    licence, library = (
-        (TRAIN[0].parent / "vendor" / name).read_text("utf-8") for name in ("LICENSE-jax", "jax.js")
-    )
+    vendor = TRAIN[0].parent / "vendor"
+    licence = (vendor / "LICENSE-jax").read_text("utf-8")
+    library = (vendor / "jax.js").read_text("utf-8")
     html = page_html({}, TRAIN).replace('id="library">', f'id="library">\n/*\n{licence}*/\n{library}')
     policy = f'<meta http-equiv="Content-Security-Policy" content="{TRAIN_POLICY}">\n'
     write_text(folder / "train.html", html.replace("<title>", policy + "<title>", 1))
@@ -173,18 +175,19 @@ def _smaller_frames(life: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns a life's frames with lists in place of values by path. What is as in the frame before
     is null there."""
     paths = [tensor["path"] for tensor in life.get("begin", {}).get("tensors", [])]
-    last: dict[int, tuple[Any, Any]] = {}
+    last_pictures: dict[int, tuple[Any, Any]] = {}  # a tensor's mosaic and limit
     frames = []
     for frame in life.get("frames", []):
         listed: dict[str, list[Any]] = {}
         for field in BY_TENSOR:
             if field in frame:
                 listed[field] = [_rounded(frame[field].get(path), 3) for path in paths]
-        for at, picture in enumerate([*zip(listed.get("mosaic", []), listed.get("limits", []))]):
-            if last.get(at) == picture:
+        pictures = [*zip(listed.get("mosaic", []), listed.get("limits", []))]
+        for at, picture in enumerate(pictures):
+            if last_pictures.get(at) == picture:
                 listed["mosaic"][at] = None
                 listed["limits"][at] = None
-            last[at] = picture
+            last_pictures[at] = picture
         frames.append(frame | listed)
     return frames
 
