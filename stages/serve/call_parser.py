@@ -114,7 +114,7 @@ class CallParser:
     def __init__(self, form: ToolFormat, tools: ToolUse, is_free: bool) -> None:
         self._names = [tool.name for tool in tools.tools]
         self._openings = tuple(map(form.opening, self._names))
-        self._closing = "}" + form.end
+        self._closing = "}" + form.end  # of the call, behind its arguments
         self._text = ""  # not yet read
         self._state: Literal["start", "text", "opening", "arguments", "closing"] = "start"
         self._mark = ""  # of calls that may stand anywhere in the text
@@ -126,8 +126,8 @@ class CallParser:
             self._mark = form.mark
             self._bare = BareCall(self._names)
         self._arguments = JsonEnd()
-        self._after_call = False
-        self.calls = 0
+        self._after_call = False  # whether no text has come since the last call
+        self.calls = 0  # how many have begun
 
     @property
     def has_whole_calls(self) -> bool:
@@ -149,6 +149,10 @@ class CallParser:
             self._bare = None
             if may_be_call and (is_cut or bare.is_whole):
                 return "", self._take_bare(bare)
+        return self._take_all(last, is_cut)
+
+    def _take_all(self, last: bool, is_cut: bool) -> tuple[str, list[ToolCall]]:
+        """Takes out text and calls in turn, until it is not certain yet what the rest is."""
         content = ""
         calls: list[ToolCall] = []
         while self._text:
@@ -175,7 +179,7 @@ class CallParser:
         self.calls = 1
         if not call.is_whole:
             self._state = "arguments"
-        return [ToolCall(0, make_call_id(), call.name, call.arguments)]
+        return [ToolCall(number=0, id=make_call_id(), name=call.name, arguments=call.arguments)]
 
     def _start(self, last: bool, is_cut: bool) -> None:
         """Decides whether an answer begins with a call, once enough of its text is there."""
@@ -214,7 +218,7 @@ class CallParser:
                 self._state = "arguments"
                 self._arguments = JsonEnd()
                 self.calls += 1
-                return [ToolCall(self.calls - 1, make_call_id(), name, "")]
+                return [ToolCall(number=self.calls - 1, id=make_call_id(), name=name, arguments="")]
         if last:
             self._text = ""
         return []
@@ -226,7 +230,7 @@ class CallParser:
         self._text = self._text[size:]
         if self._arguments.is_reached:
             self._state = "closing"
-        return ToolCall(self.calls - 1, "", "", part)
+        return ToolCall(number=self.calls - 1, id="", name="", arguments=part)
 
     def _close(self, last: bool) -> None:
         """Takes out the closing of a call, once it is whole; or what there is of it, if no more comes."""
