@@ -18,8 +18,9 @@ from engine.text.chat_tokenizer import PLAIN, ChatTokenizer
 from engine.text.documents import Documents, Passage, prompt_with
 from engine.text.tokenizer import Tokenizer
 from stages.serve.errors import ApiError
+from stages.serve.grammar import Grammar
 from stages.serve.tool_format import describe_tools, tool_format
-from stages.serve.tools import Function, Grammar, Turn
+from stages.serve.tools import Function, Turn
 
 # Texts of more go to the worker for long texts. Admission bounds the bytes that wait for both.
 SHORT_CHARACTERS = 16_384

@@ -4,8 +4,9 @@ import json
 from collections.abc import Sequence
 
 from engine.inference.constraints import json_rule
+from stages.serve.grammar import Grammar
 from stages.serve.tool_format import ToolFormat
-from stages.serve.tools import Function, Grammar, ToolUse
+from stages.serve.tools import Function, ToolUse
 
 MAX_CALLS = 8  # in an answer that must call: a small model repeats its call until the context is full
 JSON_START = "start: %json"

@@ -2,31 +2,15 @@
 
 import contextlib
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
 from engine.errors import InvalidField
-from engine.inference.constraints import json_grammar
 
 Turn = dict[str, Any]  # a message as templates read it
-
-
-class Grammar(NamedTuple):
-    """The grammar for which the field of a request asks; `make` returns it."""
-
-    field: str
-    make: Callable[[], str]
-
-
-def answer_grammar(field: str, schema: dict[str, Any] | None) -> Grammar:
-    """Returns the grammar of JSON that satisfies a schema, or of any object without one."""
-    return Grammar(field, partial(json_grammar, schema or {"type": "object"}))
-
-
 ToolName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$(?!\n)")]
 
 

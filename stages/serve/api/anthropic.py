@@ -30,13 +30,12 @@ from stages.serve.api.requests import ApiCall, ignored_header, json_reply
 from stages.serve.api.unsupported import UNSUPPORTED
 from stages.serve.api.writer import EventWriter, Piece, Usage
 from stages.serve.errors import ApiError, ErrorDetails
+from stages.serve.grammar import Grammar, answer_grammar
 from stages.serve.tools import (
     Function,
-    Grammar,
     ToolCall,
     ToolUse,
     Turn,
-    answer_grammar,
     call_turn,
     make_turn,
     parse_arguments,

@@ -28,17 +28,8 @@ from stages.serve.api.jobs import ChatPrompt, Job
 from stages.serve.api.logprobs import TokenLogProb, token_logprob
 from stages.serve.api.requests import ApiCall
 from stages.serve.api.writer import Piece, Reason, Usage
-from stages.serve.tools import (
-    NO_TOOLS,
-    Function,
-    Grammar,
-    ToolUse,
-    Turn,
-    answer_grammar,
-    call_turn,
-    make_turn,
-    tool_use,
-)
+from stages.serve.grammar import Grammar, answer_grammar
+from stages.serve.tools import NO_TOOLS, Function, ToolUse, Turn, call_turn, make_turn, tool_use
 
 
 class FunctionCall(msgspec.Struct):

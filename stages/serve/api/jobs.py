@@ -12,10 +12,11 @@ from engine.inference.request import SEEDS, Request, SamplingParams, check_reque
 from engine.text.documents import Passage
 from stages.serve.api.requests import ApiCall
 from stages.serve.api.template_variables import unread_variables
+from stages.serve.grammar import Grammar
 from stages.serve.state import ServerState
 from stages.serve.tokenizer_pool import context_overflow
 from stages.serve.tool_grammar import tool_grammar
-from stages.serve.tools import NO_TOOLS, Grammar, ToolUse, Turn
+from stages.serve.tools import NO_TOOLS, ToolUse, Turn
 
 AS_MANY_AS_FIT = 2**31 - 1  # tokens of a completion
 

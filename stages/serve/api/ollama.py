@@ -36,17 +36,9 @@ from stages.serve.api.logprobs import TokenLogProb, token_logprob
 from stages.serve.api.requests import ApiCall, ignored_header, json_reply
 from stages.serve.api.writer import Piece, Reason, Usage, Writer
 from stages.serve.errors import ApiError
+from stages.serve.grammar import answer_grammar
 from stages.serve.tokenizer_pool import token_text
-from stages.serve.tools import (
-    ToolCall,
-    Turn,
-    answer_grammar,
-    call_turn,
-    join_calls,
-    make_turn,
-    parse_arguments,
-    tool_use,
-)
+from stages.serve.tools import ToolCall, Turn, call_turn, join_calls, make_turn, parse_arguments, tool_use
 
 MAX_NAMED = 32  # unknown options that a header names
 ZERO_DURATION = re.compile(r"0+(\.0*)?(ns|us|µs|ms|s|m|h)?")  # a `keep_alive` that unloads

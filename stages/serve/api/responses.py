@@ -30,17 +30,9 @@ from stages.serve.api.requests import ApiCall, ignored_header, json_reply
 from stages.serve.api.sampling_fields import SamplingFields
 from stages.serve.api.writer import EventWriter, Piece, Usage
 from stages.serve.errors import ApiError
+from stages.serve.grammar import Grammar, answer_grammar
 from stages.serve.tokenizer_pool import token_text
-from stages.serve.tools import (
-    Function,
-    Grammar,
-    ToolCall,
-    Turn,
-    answer_grammar,
-    call_turn,
-    make_turn,
-    tool_use,
-)
+from stages.serve.tools import Function, ToolCall, Turn, call_turn, make_turn, tool_use
 
 
 class InputText(StrictFields):

@@ -23,7 +23,7 @@ from stages.serve.api.fields import (
 from stages.serve.api.jobs import ChatPrompt, Job, TextPrompts, only_grammar, sampling_of
 from stages.serve.api.structured_outputs import GRAMMARS, AllowedTexts, StructuredOutputs
 from stages.serve.api.unsupported import UsualFields
-from stages.serve.tools import Grammar
+from stages.serve.grammar import Grammar
 
 BiasedToken = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,8})$(?!\n)")]  # one spelling of each token
 

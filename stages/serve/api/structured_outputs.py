@@ -16,7 +16,7 @@ from engine.inference.constraints import (
     tag_grammar,
 )
 from stages.serve.api.fields import JsonObject, Several, StopText, StrictFields
-from stages.serve.tools import Grammar
+from stages.serve.grammar import Grammar
 
 AllowedTexts = Annotated[list[StopText], Meta(min_length=1)]  # of which a completion is to be one
 
