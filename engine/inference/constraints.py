@@ -288,7 +288,7 @@ def _check_schema(schema: Any, depth: int, lenient: bool) -> Any:
             fields[name] = by_pattern
         else:
             inner = _check_schema(value, depth + 1, lenient)
-            if name in ("const", "enum"):  # values, not schemas: only their depth is fields
+            if name in ("const", "enum"):  # values, not schemas: they stay as they are
                 inner = value
             fields[name] = inner
     return fields
