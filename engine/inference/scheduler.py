@@ -119,27 +119,23 @@ class Drafter:
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
-    """A request, its priority (the lowest is served first), its slot (-1 while it waits for one),
-    the number of its prompt's prefilled tokens, and its output so far.
+    """A request on its way: its slot, how far its prompt is prefilled, and its output so far.
 
-    `cached_tokens` of those came from the prefix cache, in which `prefix_key` is the last prefilled
-    chunk's. `constraint` follows its output through the request's grammar. `stop_token`: the one
-    that ended it. `hidden_sum`: for an embedding, over the prefilled tokens. `patience`: tokens
-    still to be allowed by its grammar until it runs ahead.
+    `constraint` follows the output through the request's grammar, if it has one.
     """
 
     id: int
     request: Request
-    priority: int = 0
-    slot: int = -1
-    prefilled_tokens: int = 0
-    cached_tokens: int = 0
-    prefix_key: bytes = b""
+    priority: int = 0  # the lowest is served first
+    slot: int = -1  # -1 while it waits for one
+    prefilled_tokens: int = 0  # of the prompt
+    cached_tokens: int = 0  # of those, from the prefix cache
+    prefix_key: bytes = b""  # of the last prefilled chunk in the prefix cache
     output_tokens: list[int] = dataclasses.field(default_factory=list)
-    drafter: Drafter | None = None
-    stop_token: int | None = None
-    hidden_sum: Any = 0
-    patience: int = PATIENCE
+    drafter: Drafter | None = None  # made when draft tokens are first wanted
+    stop_token: int | None = None  # that ended the output
+    hidden_sum: Any = 0  # for an embedding: the head's input, summed over the prefilled tokens
+    patience: int = PATIENCE  # tokens still to be allowed by its grammar until it runs ahead
 
     def __post_init__(self) -> None:
         self.constraint = self.request.constraint and self.request.constraint.begin()

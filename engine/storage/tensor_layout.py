@@ -143,23 +143,19 @@ def check_tensors(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]],
 
 
 class StoredModel(NamedTuple):
-    """An opened GGUF or Hugging Face model, weights unread.
-
-    rows: (tensor, start, stop) -> those rows, in any float dtype, q and k in our order of RoPE's
-    pairs. context: what the file claims; `cfg` has less where attention is in windows. hub_id:
-    empty when unknown. notes: on unknown fields. kinds: of a GGUF file's matrices, by name; packed:
-    the name of one that may stay in blocks -> the array of Blocks.
-    """
+    """An opened GGUF or Hugging Face model, weights unread."""
 
     name: str
     cfg: ModelConfig
     leaves: list[Leaf]
+    # (tensor, start, stop) -> those rows, in any float dtype, q and k in our order of RoPE's pairs
     rows: Callable[[str, int, int], np.ndarray]
-    tokenizer: Callable[[], ModelTokenizer]
-    context: int
-    hub_id: str
-    notes: tuple[str, ...]
-    kinds: Mapping[str, str] = {}
+    tokenizer: Callable[[], ModelTokenizer]  # reads it
+    context: int  # what the file claims; `cfg` has less where attention is in windows
+    hub_id: str  # empty when unknown
+    notes: tuple[str, ...]  # on unknown fields
+    kinds: Mapping[str, str] = {}  # of a GGUF file's matrices, by name
+    # the name of a matrix that may stay in blocks -> the array of Blocks
     packed: Callable[[str], np.ndarray] | None = None
 
 

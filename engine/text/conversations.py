@@ -54,19 +54,14 @@ FORMS = (
 
 
 class Conversation(NamedTuple):
-    """Messages in order, and the line they are from; which of the assistant's are context alone,
-    and the weight of the loss.
-
-    The answer at the end is a good one or not by `label`, where the row says so, and is preferred
-    to `rejected`, where there is one.
-    """
+    """A row's messages, in order, and what is to be trained on of them."""
 
     messages: tuple[Message, ...]
     where: str  # file:line
-    context: frozenset[int] = frozenset()
-    weight: float = 1.0
-    label: bool | None = None
-    rejected: str | None = None
+    context: frozenset[int] = frozenset()  # the assistant's messages that are not trained on, by index
+    weight: float = 1.0  # of the loss
+    label: bool | None = None  # whether the answer at the end is a good one, where the row says so
+    rejected: str | None = None  # an answer to which the one at the end is preferred
 
     @property
     def text(self) -> str:
@@ -81,9 +76,11 @@ class Conversation(NamedTuple):
 
 
 class Text(NamedTuple):
+    """A plain text, all of which is trained on."""
+
     text: str
-    where: str
-    weight: float = 1.0
+    where: str  # file:line, or a whole file
+    weight: float = 1.0  # of the loss
 
 
 # Fields that say what to train on and cannot be granted here, and why: training without them would

@@ -55,12 +55,19 @@ class Tokenizer:
     """A BPE tokenizer. `encode` and `decode` are inverse on every string UTF-8 can carry.
 
     Control tokens (`<|endoftext|>` and a chat template's) are never made from text and stand for no
-    text: put their ids in. `vocab` is the number of ids, `eos_id` the id that ends a document,
-    `bos_ids` the ids before a text, (bos,) or (), which `encode` leaves out, `controls` the control
-    tokens by id, `special_names` the texts of bos_token, eos_token and the like, `digest` the
-    SHA-256 of the vocabulary, merges and split, `config` the contents of `tokenizer_config.json`,
-    `inner` the tokenizers library's own. Raises UserError, which begins with `where`, for a
-    tokenizer that does not know every byte or has no token that ends a text.
+    text: put their ids in.
+
+    inner: the tokenizers library's own.
+    config: the contents of tokenizer_config.json.
+    vocab: the number of ids.
+    controls: the control tokens, by id.
+    eos_id: the id that ends a document.
+    bos_ids: the ids before a text, (bos,) or (), which `encode` leaves out.
+    special_names: the texts of bos_token, eos_token and the like.
+    digest: the SHA-256 of the vocabulary, merges and split.
+
+    Raises UserError, which begins with `where`, for a tokenizer that does not know every byte or
+    has no token that ends a text.
     """
 
     def __init__(
