@@ -75,7 +75,9 @@ def grpo(clip: float = 0.2, kl_weight: float = 0.0) -> Objective:
 
     def summed(cfg: ModelConfig, params: Params, rollouts: PolicyBatch, head_trains: bool = True) -> Array:
         new = -target_losses(cfg, params, rollouts.batch, head_trains)
-        old = jax.lax.stop_gradient(new) if rollouts.old_logprobs is None else rollouts.old_logprobs
+        old = rollouts.old_logprobs
+        if old is None:
+            old = jax.lax.stop_gradient(new)
         ratio = jnp.exp(new - old)
         advantage = rollouts.advantage[:, None]
         loss = -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
@@ -83,7 +85,8 @@ def grpo(clip: float = 0.2, kl_weight: float = 0.0) -> Objective:
             log_ratio = rollouts.reference_logprobs - new
             loss = loss + kl_weight * (jnp.exp(log_ratio) - log_ratio - 1)
         mask = rollouts.batch.mask
-        return (jnp.where(mask, loss, 0.0).sum(1) / jnp.maximum(mask.sum(1), 1)).sum()
+        means = jnp.where(mask, loss, 0.0).sum(1) / jnp.maximum(mask.sum(1), 1)  # of each completion
+        return means.sum()
 
     return Objective(summed, _count_rows)
 
@@ -101,6 +104,7 @@ TASKS = {
     "sum": "sum, an answer that ends with the right number",
     "yes-no": "yes-no, an answer that begins with Yes or No",
 }
+MAX_WORDS = 1000  # that a task of a length may ask for
 LONGEST = 4000  # characters of a completion that a pattern is searched in
 
 
@@ -108,7 +112,7 @@ def make_reward(task: str) -> Reward:
     """Makes the reward of `length:12`, `regex:PATTERN`, `exact`, `sum` or `yes-no`. Raises
     UserError for anything else."""
     name, _, rest = task.partition(":")
-    if name == "length" and rest.isdecimal() and 1 <= int(rest) <= 1000:
+    if name == "length" and rest.isdecimal() and 1 <= int(rest) <= MAX_WORDS:
         return length_reward(int(rest))
     if name == "regex" and rest:
         return regex_reward(rest)
@@ -119,7 +123,9 @@ def make_reward(task: str) -> Reward:
     if task == "yes-no":
         return regex_reward(r"^(Yes|No)\b")
     if name in TASKS:
-        limits = " from 1 to 1000" if name == "length" else ""
+        limits = ""
+        if name == "length":
+            limits = f" from 1 to {MAX_WORDS}"
         raise UserError(f"The task {task!r} should be {TASKS[name]}{limits}.")
     there_are = "; ".join([*TASKS.values(), "FILE.py:FUNCTION"])
     raise UserError(f"There is no task {task!r}; there are {there_are}.{did_you_mean(name, [*TASKS])}")
@@ -164,4 +170,6 @@ def sum_reward(completion: str, right: int | None) -> float:
     thousands are skipped."""
     text = re.sub(r"(?<=\d),(?=\d{3})", "", completion[-LONGEST:])
     integers = re.findall(r"(?:(?<!\w)-)?\d+", text)  # a dash after a word or a number is no sign
-    return float(bool(integers) and right is not None and int(integers[-1]) == right)
+    if not integers or right is None:
+        return 0.0
+    return float(int(integers[-1]) == right)
