@@ -81,7 +81,9 @@ class Admission:
             raise ApiError(503, "The server is shutting down.", code="draining", headers={"Retry-After": "5"})
 
     def check(self, sender: Sender, now: float, tries: int | None = None) -> Sender:
-        """Returns who in the line comes again, or the sender, if a place is free beside those held for others.
+        """Returns who in the line comes again, or the sender itself, if there is a place for it.
+
+        There is one if more are free than are held for those ahead of it in line.
 
         `tries`: how often the request was sent before, by the client's own count; such a client may
         send many requests over one connection. Raises ApiError without a place.

@@ -171,7 +171,8 @@ def make_requests(
 ) -> list[Request]:
     """Returns the engine's requests of a job.
 
-    For each prompt: one for its scores, if they are asked for, then one for each completion. Raises ApiError and InvalidField.
+    For each prompt: one for its scores, if they are asked for, then one for each completion.
+    Raises ApiError and InvalidField.
     """
     capacity = call.state.engine.capacity
     field = job.prompt.field

@@ -1,4 +1,4 @@
-"""Ollama's routes about the served models: GET /api/tags, /api/ps, /api/version, POST /api/show, /api/pull."""
+"""Ollama's routes about served models: GET /api/tags, /api/ps, /api/version, POST /api/show, /api/pull."""
 
 import datetime
 from typing import Any, Literal
