@@ -11,7 +11,7 @@ import dataclasses
 import gc
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ from stages.runs.folder import RUN_FILES, clear_run, holds_run, lock_run, replac
 from stages.runs.loop import LoopEnd, run_steps
 from stages.runs.options import RunOptions
 from stages.runs.plan import RunPlan
-from stages.runs.stage import Finished, LoopState, Plan, Prepared, RunReport
+from stages.runs.stage import Finished, LoopState, Plan, Prepared
 
 if TYPE_CHECKING:  # a run that nobody watches or records, or that is new, does without
     from stages.runs.previous_run import PreviousRun
@@ -71,7 +71,9 @@ def execute[P: Plan](
         if options.shows_weights or options.tensorboard:
             from stages.runs.watch.recorder import open_recorder
 
-            tensorboard = options.folder / "tensorboard" if options.tensorboard else None
+            tensorboard = None
+            if options.tensorboard:
+                tensorboard = options.folder / "tensorboard"
             recorder = stack.enter_context(open_recorder(options.record, tensorboard, options.watch, console))
         processes.refuse_unshared(options.folder)
         with processes.process_0_first():
@@ -201,21 +203,28 @@ def report(
     )
     if recorder:
         recorder.event("measure", step=loop_state.step, seconds=loop_state.seconds)
-    told = prepared.report(finished, console)
+    run_report = prepared.report(finished, console)
     peak = peak_rss_bytes()
-    result = told.result | {
+    result = run_report.result | {
         f"{step_name}s": loop_state.step,
         "refused_steps": loop_state.refused,
         "peak_rss_bytes": peak,
         "best_step": loop_state.best_step,
-        "summary": " ".join(told.rows[0]),
+        "summary": " ".join(run_report.rows[0]),
     }
     if processes.is_first():
         with updating(folder):
             write_json(folder / "run.json", metadata | {"result": result})
     if recorder:
         recorder.end(loop_state.step, loop_state.seconds, result)
-    print_summary(told, step_name, loop_state, peak, folder, metadata["text"]["data"], console, busy_note)
+    rows = [
+        *run_report.rows,
+        *loop_rows(loop_state, step_name, folder, busy_note),
+        ("memory", f"{format_bytes(peak)} at most"),
+        ("saved", run_report.saved),
+    ]
+    commands = next_commands(run_report.next_stages, folder, metadata["text"]["data"])
+    print_summary(run_report.texts, rows, commands, console)
 
 
 def run_metadata(options: RunOptions, plan: RunPlan, stage_metadata: dict[str, Any]) -> dict[str, Any]:
@@ -252,8 +261,15 @@ def find_previous(options: RunOptions, plan: RunPlan, metadata: dict[str, Any]) 
 
         names = ("save_every", "eval_every", "log_every", "keep", "mesh")
         shared = {name: str(getattr(options, name)) for name in names}
-        refuse_different_runs(metadata, plan.cfg, shared, previous.loop_state.step if previous else 0)
+        refuse_different_runs(metadata, plan.cfg, shared, newest_step(previous))
     return previous
+
+
+def newest_step(previous: "PreviousRun | None") -> int:
+    """Returns the step of the newest checkpoint of the run to resume, 0 without one."""
+    if previous is None:
+        return 0
+    return previous.loop_state.step
 
 
 def refuse_to_begin(options: RunOptions, plan: RunPlan, previous: "PreviousRun | None") -> None:
@@ -262,9 +278,12 @@ def refuse_to_begin(options: RunOptions, plan: RunPlan, previous: "PreviousRun |
     if options.record:
         from stages.runs.watch.recorder import refuse_other_file
 
-        step = previous.loop_state.step if previous else 0
         refuse_other_file(
-            options.record, step, stage=options.stage, name=plan.name, folder=str(options.folder)
+            options.record,
+            newest_step(previous),
+            stage=options.stage,
+            name=plan.name,
+            folder=str(options.folder),
         )
     if previous:
         from stages.runs.previous_run import refuse_other_order
@@ -293,39 +312,41 @@ def print_finished(options: RunOptions, plan: RunPlan, previous: "PreviousRun", 
         console.print(f"Nothing was recorded in {options.record}: no step was left.")
 
 
-def print_summary(
-    report: RunReport,
-    step_name: str,
-    loop_state: LoopState,
-    peak: int,
-    folder: Path,
-    data: str,
-    console: Console,
-    busy_note: str,
-) -> None:
-    """Prints the report of a run of steps or rounds (`step_name`), and `peak`, the most bytes that
-    it took."""
-    for heading, text in report.texts:
-        console.print(f"\n{heading}", style="bold")
-        console.print(textwrap.indent(text.strip("\n"), "  | ", lambda line: True))
-    console.print()
+def loop_rows(loop_state: LoopState, step_name: str, folder: Path, busy_note: str) -> list[tuple[str, str]]:
+    """Returns the summary's rows of how long a loop of steps or rounds (`step_name`) trained, and
+    of its best step."""
     trained = f"{quantity(loop_state.step, step_name)} in {duration(loop_state.seconds)}"
     if loop_state.predicted:
         steps, seconds = loop_state.predicted
         trained += f" ({steps:,} in {duration(seconds)} predicted)"
     trained += busy_note
     if loop_state.refused:
-        trained += f"; {quantity(loop_state.refused, 'step')} refused: not finite, the last in batch {loop_state.refused_batch}"
-    rows = [*report.rows, ("trained", trained)]
+        refused = quantity(loop_state.refused, "step")
+        trained += f"; {refused} refused: not finite, the last in batch {loop_state.refused_batch}"
+    rows = [("trained", trained)]
     if step_name == "step" and loop_state.best_step is not None:
         best = folder / "checkpoints" / str(loop_state.best_step)
         rows.append(("best", f"quick validation {loop_state.best:.3f}: {best}"))
-    rows.append(("memory", f"{format_bytes(peak)} at most"))
-    rows.append(("saved", report.saved))
-    console.print_rows(rows)
-    console.print("\nnext", style="bold")
+    return rows
+
+
+def next_commands(stages: Sequence[str], folder: Path, data: str) -> list[str]:
+    """Returns the commands of stages that take a run's model. `data`: what it was trained on."""
     more: dict[str, tuple[object, ...]] = {"export": ("--out", Path("exported", folder.name))}
     if data == "shakespeare":
         more["generate"] = ("--prompt", "ROMEO:")
-    for name in report.next_stages:
-        console.print(f"  {command_line(name, '--model', folder, *more.get(name, ()))}")
+    return [command_line(stage, "--model", folder, *more.get(stage, ())) for stage in stages]
+
+
+def print_summary(
+    texts: Sequence[tuple[str, str]], rows: list[tuple[str, str]], commands: Sequence[str], console: Console
+) -> None:
+    """Prints texts under their headings, the summary's rows, and the commands that may come next."""
+    for heading, text in texts:
+        console.print(f"\n{heading}", style="bold")
+        console.print(textwrap.indent(text.strip("\n"), "  | ", lambda line: True))
+    console.print()
+    console.print_rows(rows)
+    console.print("\nnext", style="bold")
+    for command in commands:
+        console.print(f"  {command}")
