@@ -63,7 +63,9 @@ def find_sources(data: str, validation: Path | None, console: Console) -> tuple[
     """Returns the training and the validation text; None for the latter when it is to be cut from a
     .bin."""
     check_text_name(data)
-    held_out = _source(validation, console) if validation else None
+    held_out = None
+    if validation:
+        held_out = _source(validation, console)
     if data in TEXTS:
         with console.task(f"fetching {data}") as report:
             files = assets.fetch(data, report)
@@ -88,7 +90,9 @@ def check_text_name(data: str, conversations: Collection[str] = ()) -> None:
         )
     if data not in TEXTS and not Path(data).exists():
         names = (*TEXTS, *conversations)
-        also = ", nor a file of conversations" if conversations else ""
+        also = ""
+        if conversations:
+            also = ", nor a file of conversations"
         hint = did_you_mean(data, names) or f" Give a file, a folder, or one of {', '.join(names)}."
         raise UserError(f"There is no text at {data}{also}.{hint}")
 
@@ -124,13 +128,13 @@ def prepare_text(data: str, validation: Path | None, spec: str, console: Console
         held_out = encode_text(validation_source, tokenizer, console)
         name = source_name(validation_source)
     return TextData(
-        train,
-        held_out,
-        tokenizer,
-        digest_tokens(train),
-        digest_tokens(held_out),
-        source_name(train_source),
-        name,
+        train=train,
+        validation=held_out,
+        tokenizer=tokenizer,
+        digest=digest_tokens(train),
+        validation_digest=digest_tokens(held_out),
+        name=source_name(train_source),
+        validation_name=name,
     )
 
 
@@ -154,7 +158,9 @@ def make_tokenizer(spec: str, source: Source, console: Console) -> Tokenizer:
             raise UserError(
                 f"--tokenizer is `bytes`, `bpe:2048` or a folder with a tokenizer.json, not {spec!r}."
             )
-        return load_tokenizer(path.parent if path.is_file() else path).tokenizer
+        if path.is_file():
+            path = path.parent
+        return load_tokenizer(path).tokenizer
     if not vocab.isdigit() or not 257 <= int(vocab) <= 1_000_000:
         raise UserError(f"--tokenizer bpe:N wants a vocabulary of 257 to 1,000,000 tokens, not {vocab!r}.")
     if isinstance(source, Path):
@@ -202,9 +208,11 @@ def _part(whole: TokenFile, tokens: np.ndarray, tokenizer: Tokenizer) -> TokenFi
 
 
 def digest_tokens(text: TokenFile) -> str:
-    # The cache names a folder by the digest of text and tokenizer, and checks it.
-    is_cached = text.path.is_relative_to(cache_folder("tokens"))
-    digest = text.path.parent.name if is_cached else _digest_file(text.path)
+    """Returns the digest of a file of tokens, and of how many of them are used."""
+    if text.path.is_relative_to(cache_folder("tokens")):
+        digest = text.path.parent.name  # that of text and tokenizer, which the cache has checked
+    else:
+        digest = _digest_file(text.path)
     return hashlib.sha256(f"{digest} {len(text.tokens)}".encode()).hexdigest()
 
 
@@ -212,7 +220,9 @@ _digest_file = functools.cache(manifest.sha256_of)
 
 
 def source_name(source: Source) -> str:
-    return str(source) if isinstance(source, Path) else source.name
+    if isinstance(source, Path):
+        return str(source)
+    return source.name
 
 
 def rows_in_memory(cfg: ModelConfig, seq: int) -> int:
@@ -308,13 +318,20 @@ def quick_evaluator(
         rows = min(rows, -(-len(starts) // shards)) * shards
         first = np.pad(starts, (0, -len(starts) % rows), constant_values=-1).reshape(-1, rows, 1)
         mask = np.broadcast_to(first >= 0, (*first.shape[:2], seq))
+        windows = np.maximum(first, 0) + np.arange(seq)
         batches = [
-            window_batch(text.tokens, *part) for part in zip(np.maximum(first, 0) + np.arange(seq), mask)
+            window_batch(text.tokens, batch_windows, batch_mask)
+            for batch_windows, batch_mask in zip(windows, mask)
         ]
     else:
         batches = [next(evaluation_windows(text.tokens, seq, seq, rows))]
-    size = sum(tokenizer.count_bytes(np.asarray(b.targets)[np.asarray(b.mask)]) for b in batches)
-    bits = math.log(2) * max(size, 1)
+    size = 0  # bytes
+    for batch in batches:
+        size += tokenizer.count_bytes(np.asarray(batch.targets)[np.asarray(batch.mask)])
     return Evaluator(
-        batches, functools.partial(nats_of, cfg), bits, "bits/byte (quick)", "quick_val_bits_per_byte"
+        batches=batches,
+        summed_loss=functools.partial(nats_of, cfg),
+        size=math.log(2) * max(size, 1),  # nats by this are bits per byte
+        unit="bits/byte (quick)",
+        key="quick_val_bits_per_byte",
     )
