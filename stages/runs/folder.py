@@ -128,15 +128,17 @@ class JsonLines:
         self._path = path
         if not processes.is_first():
             return
-        lines = []
+        earlier_lines: list[bytes] = []
         if self._path.exists():
             with open_regular(self._path) as file:
-                written = file.read().splitlines() if step else []
-            for line in written:
-                # A line may be half written when a run is killed.
-                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-                    if json.loads(line)["step"] <= step:
-                        lines.append(line + b"\n")
+                if step:
+                    earlier_lines = file.read().splitlines()
+        lines = []
+        for line in earlier_lines:
+            # A line may be half written when a run is killed.
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                if json.loads(line)["step"] <= step:
+                    lines.append(line + b"\n")
         with atomic_file(self._path) as file:
             file.writelines(lines)
 
