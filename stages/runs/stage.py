@@ -71,9 +71,11 @@ class LoopState:
             self.intervals.setdefault(name, (self.step, self.seconds))
 
     def is_due(self, name: str, length: int | float) -> bool:
+        """Whether an interval is over: `length` in steps (int) or in seconds (float)."""
         step, seconds = self.intervals[name]
-        passed = self.step - step if isinstance(length, int) else self.seconds - seconds
-        return passed >= length
+        if isinstance(length, int):
+            return self.step - step >= length
+        return self.seconds - seconds >= length
 
     def begin(self, name: str) -> None:
         self.intervals = self.intervals | {name: (self.step, self.seconds)}
