@@ -211,13 +211,16 @@ def _without_copies(held_out: UsedRows, train: UsedRows, name: str, data: str) -
     if not count:
         return Split(train, held_out, name, overlap="")
     exact = sum(row.text in texts for row, _ in held_out)
-    found = f"{count:,} of the {len(held_out):,} rows of {name} are in {data} too, {exact:,} of them to the letter"
+    overlap = (
+        f"{count:,} of the {len(held_out):,} rows of {name} are in {data} too, "
+        f"{exact:,} of them to the letter"
+    )
     if not others:
         raise UserError(
-            f"{found}: nothing is held out. "
+            f"{overlap}: nothing is held out. "
             f"Give another --validation, or none, to hold out a tenth of {data}."
         )
-    return Split(train, others, name, overlap=f"{found}: left out")
+    return Split(train, others, name, overlap=f"{overlap}: left out")
 
 
 def _split(used: UsedRows, seed: int, data: str) -> Split:
@@ -238,7 +241,9 @@ def _split(used: UsedRows, seed: int, data: str) -> Split:
         )
     copies = collections.Counter(normalize(row.text) for row, _ in used)
     if len(copies) < 2:
-        different = ", 1 of them different" if rows > 1 else ""
+        different = ""
+        if rows > 1:
+            different = ", 1 of them different"
         raise UserError(
             f"{data} has {quantity(rows, 'usable row')}{different}: "
             "too few to hold any out; give others with --validation."

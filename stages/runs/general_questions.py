@@ -151,8 +151,8 @@ QUESTIONS_TO_TRAIN_ON: tuple[tuple[str, str, str], ...] = (
 def is_right(answer: str, expected: str) -> bool:
     """Whether an answer holds one of the `expected` texts between bars, as whole words, whatever
     its case and punctuation."""
-    said = _words(answer)
-    return any(_words(text) in said for text in expected.split("|"))
+    answer_words = _words(answer)
+    return any(_words(text) in answer_words for text in expected.split("|"))
 
 
 def _words(text: str) -> str:

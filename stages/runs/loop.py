@@ -186,9 +186,10 @@ def save_if_due(loop: Loop, state: TrainState, has_evaluated: bool) -> bool:
     is_due = loop_state.is_due("save", loop.options.save_every) or loop_state.best_step == loop_state.step
     if is_due:
         loop_state.begin("save")
-    # Perhaps it is saved by a stop before the restart, without this evaluation.
-    is_saved = loop.checkpoints.step == loop_state.step
-    needs_saving = has_evaluated if is_saved else is_due
+    needs_saving = is_due
+    if loop.checkpoints.step == loop_state.step:
+        # It is saved, perhaps by a stop before the restart, without this evaluation.
+        needs_saving = has_evaluated
     if needs_saving:
         loop.checkpoints.save(state, loop_state)
     return is_due

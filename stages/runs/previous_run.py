@@ -275,7 +275,9 @@ def resume(
         return prepared.to_saved(state.trainable), state.opt_state
 
     params_like, optimizer_like = sharded_shapes(saved_parts)
-    adapter_of = prepared.plan.cfg if prepared.adapted else None
+    adapter_of = None
+    if prepared.adapted:
+        adapter_of = prepared.plan.cfg
     with console.task("loading the checkpoint"):
         loaded = checkpoint_reader.load(previous.folder, params_like, optimizer_like, adapter_of)
     loop_state = _loop_state(loaded)
