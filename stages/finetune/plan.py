@@ -99,18 +99,20 @@ def plan_tuning(flags: FinetuneFlags, options: RunOptions, console: Console) -> 
 
     template = read_template(examples.template)
     on_mesh = options.mesh is not None
-    opened = open_model(flags.model, flags.trainable, options.folder, console, template, on_mesh)
+    opened = open_model(
+        flags.model, flags.trainable, options.folder, console, template=template, on_mesh=on_mesh
+    )
     plan_for_model(flags, options, opened)  # raises before the data are read, which may take minutes
     context = choose_context(flags, opened.model.cfg)
     dataset = prepare_conversations(
         examples.data,
         examples.validation,
-        tuning.examples,
-        context,
-        flags.seed,
-        opened.chat,
-        console,
-        examples.full_loss,
+        objective=tuning.examples,
+        seq=context,
+        seed=flags.seed,
+        chat=opened.chat,
+        console=console,
+        full=examples.full_loss,
     )
     answer_metrics.check(dataset.references)
     is_preference = tuning.objective == "preference"
@@ -127,7 +129,9 @@ def plan_tuning(flags: FinetuneFlags, options: RunOptions, console: Console) -> 
     else:
         objective = NEXT_TOKEN
         has_reference = False
-        packed = PackedBatches(dataset.train, context, tuning.rows, flags.seed, not examples.no_pack)
+        packed = PackedBatches(
+            dataset.train, seq=context, batch=tuning.rows, seed=flags.seed, pack=not examples.no_pack
+        )
     planned = TuningPlan(
         plan=plan,
         opened=opened,
