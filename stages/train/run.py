@@ -210,7 +210,7 @@ def plan_training(flags: TrainFlags, options: RunOptions, console: Console) -> T
         plan=plan,
         folder=options.folder,
         data=data,
-        batches=TextBatches(data.train.tokens, recipe.context, recipe.batch, plan.seed),
+        batches=TextBatches(tokens=data.train.tokens, seq=recipe.context, batch=recipe.batch, seed=plan.seed),
         metadata=training_metadata(plan, text, data),
         has_default_length=has_default_length,
         ceilings=mesh_ceilings(find_ceilings(console), mesh),
@@ -319,8 +319,8 @@ def predict_step_seconds(plan: RunPlan, best: Ceilings) -> float:
 
 
 def prepare_training(planned: TrainingPlan, console: Console) -> "PreparedTraining":
-    """Raises UserError when weights, gradients and optimizer state alone do not fit; weights
-    begin random."""
+    """Prepares a training, whose weights begin random. Raises UserError when weights, gradients and
+    optimizer state alone do not fit."""
     plan = planned.plan
     least = plan.memory.params + plan.memory.gradients + plan.memory.optimizer
     needs = f"Training {plan.name} needs at least"
@@ -364,7 +364,9 @@ class PreparedTraining(Prepared):
         return self.make_first_state()
 
     def prompt(self) -> tuple[str, list[int]]:
-        text = "ROMEO:" if self.training.data.name == "shakespeare" else "\n"
+        text = "\n"
+        if self.training.data.name == "shakespeare":
+            text = "ROMEO:"
         return text, self.tokenizer.encode(text).tolist()
 
     def begin_compiling(self, beside_reading: bool) -> Compiling:
@@ -381,7 +383,9 @@ class PreparedTraining(Prepared):
 
         def compile_on_mesh() -> Compiled:
             try:
-                with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+                with contextlib.ExitStack() as stack:
+                    if mesh:
+                        stack.enter_context(jax.set_mesh(mesh))
                     return compile_step(plan, state, self.frozen, batch, on_traced=traced.set)
             finally:
                 traced.set()
