@@ -110,11 +110,14 @@ def read_conversations(source: Path | str) -> Conversations:
     name = str(source)
     path = SHIPPED.get(name) or Path(source).expanduser()
     if not path.is_file():
-        problem = "is not a file" if path.exists() else "does not exist"
         if path.is_dir():
             problem = (
                 "is a folder, and one file is read: join its texts into a .txt, or its rows into a .jsonl"
             )
+        elif path.exists():
+            problem = "is not a file"
+        else:
+            problem = "does not exist"
         raise UserError(
             f"{path} {problem}; wanted {FORMS}, "
             f"or one of {', '.join(SHIPPED)}.{did_you_mean(name, [*SHIPPED])}"
@@ -128,20 +131,23 @@ def read_conversations(source: Path | str) -> Conversations:
     first = next(read_rows(path), None)
     if first is None:
         raise UserError(f"{path} is empty; wanted {FORMS}.")
-    kind = _kind(*first)
-    return Conversations(name, functools.partial(_read, path, kind, first[1]), kind)
+    first_row, where = first
+    kind = _kind(first_row, where)
+    return Conversations(name, functools.partial(_read, path, kind, where), kind)
 
 
 def _read_whole(path: Path) -> Iterator[Record]:
     yield Text(decode_utf8(path.read_bytes(), path), str(path))
 
 
-def _read(path: Path, kind: str, first: str) -> Iterator[Record]:
+def _read(path: Path, kind: str, where_first: str) -> Iterator[Record]:
+    """Yields the records of a file of rows, which are all of one kind, that of the first."""
     for row, where in read_rows(path):
-        this = _kind(row, where)
-        if this != kind:
+        own_kind = _kind(row, where)
+        if own_kind != kind:
             raise UserError(
-                f"{where} is of the kind {this}, and {first} was {kind}; keep each kind in a file of its own."
+                f"{where} is of the kind {own_kind}, and {where_first} was {kind}; "
+                "keep each kind in a file of its own."
             )
         for name in KINDS[kind]:
             if row.get(name) is None:
@@ -152,10 +158,13 @@ def _read(path: Path, kind: str, first: str) -> Iterator[Record]:
 
 
 def _kind(row: dict[str, Any], where: str) -> str:
-    for fits in (all, any):  # the second: names are missing
-        for kind, names in KINDS.items():
-            if fits(name in row for name in names):
-                return kind
+    """Returns the kind of a row: the first whose fields it has, or else of which it has one."""
+    for kind, names in KINDS.items():
+        if all(name in row for name in names):
+            return kind
+    for kind, names in KINDS.items():
+        if any(name in row for name in names):
+            return kind
     names_there = _quote_names(list(row)[:8]) or "nothing"
     raise UserError(f"{where} has {names_there}, by which no kind of data is known; wanted {FORMS}.")
 
@@ -249,7 +258,7 @@ def _parse_preference(row: dict[str, Any], where: str) -> tuple[tuple[Message, .
     name = "messages" if row.get("prompt") is None else "prompt"
     if row.get(name) is not None:
         prompt, _ = _messages(row[name], name, where, text_role="user")
-        if before in ((), prompt[-len(before) :]):
+        if not before or prompt[-len(before) :] == before:
             before = prompt
     elif not before:
         raise UserError(f"{where}: `prompt` is missing, the text or messages that both answers are for.")
