@@ -405,14 +405,15 @@ def open_token_file(
     all. Raises UserError for a text that UTF-8 cannot carry, and for one that is changed while it
     is read.
     """
-    digest, text = _digest_documents(documents)
-    size = text.size
+    digest, text_digest = _digest_documents(documents)
+    size = text_digest.size
     key = hashlib.sha256(f"{digest} {tokenizer.digest}".encode()).hexdigest()[:32]
     folder = cache_folder("tokens", room=2 * size + 2**20) / key
     dtype = np.dtype("<u2" if tokenizer.vocab <= 1 << 16 else "<u4")
 
     def build(building: Path) -> None:
-        if _write_tokens(building, documents, tokenizer, dtype, size, report) != text.hexdigest():
+        written = _write_tokens(building, documents, tokenizer, dtype, size, report)
+        if written != text_digest.hexdigest():
             raise UserError(
                 "The text was changed while it was read, so its tokens were not kept. Run the command again."
             )
