@@ -514,12 +514,13 @@ class ModelRunner:
             pending = {*programs}
             with contextlib.closing(compile_programs(programs)) as compiled:
                 for name, count in itertools.chain(ahead, compiled):
-                    if name in pending:
-                        pending.remove(name)
-                        if name not in to_run_later:
-                            self._run_idle(name)
-                        if report:
-                            report(count - len(pending), count)
+                    if name not in pending:
+                        continue
+                    pending.remove(name)
+                    if name not in to_run_later:
+                        self._run_idle(name)
+                    if report:
+                        report(count - len(pending), count)
                     if not pending:
                         break
 
