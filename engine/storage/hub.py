@@ -161,7 +161,7 @@ def fetch(name: str, cached_only: bool, check_config: Callable[[Path], object], 
     hub_id, _, revision = name.partition("@")
     with _connection(name, cached_only, report) as fetch_file:
 
-        def fetch_if_there(file: str) -> Path | None:
+        def fetch_if_there(file: str, commit: str) -> Path | None:
             cached = try_to_load_from_cache(hub_id, file, revision=commit)
             if isinstance(cached, str):
                 return Path(cached)
@@ -179,8 +179,8 @@ def fetch(name: str, cached_only: bool, check_config: Callable[[Path], object], 
             commit = config.parent.name
             check_config(config.parent)
             for small in SMALL:
-                fetch_if_there(small)
-            index = fetch_if_there("model.safetensors.index.json")
+                fetch_if_there(small, commit)
+            index = fetch_if_there("model.safetensors.index.json", commit)
             if index:
                 for shard in sorted(set(read_index(index).values())):
                     fetch_file(shard, commit)
