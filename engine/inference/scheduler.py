@@ -418,7 +418,17 @@ class Scheduler:
         self._last_was_prefill = False
         if not decoding:
             return None
-        rows = [DecodeRow(each.slot, each.slot, each, each.last_token, each.position) for each in decoding]
+        rows = []
+        for sequence in decoding:
+            rows.append(
+                DecodeRow(
+                    row=sequence.slot,
+                    slot=sequence.slot,
+                    sequence=sequence,
+                    token=sequence.last_token,
+                    position=sequence.position,
+                )
+            )
         drafts: dict[int, list[int]] = {}
         count = self._draft_count()
         if count > 0:
@@ -431,7 +441,7 @@ class Scheduler:
         if drafts:
             return self._check_drafts(rows, drafts)
         may_draft_soon = count > 0 and decoding[0].may_draft_soon
-        return Decode(rows, self._steps(may_draft_soon), {}, self.copies, False)
+        return Decode(rows, self._steps(may_draft_soon), drafts={}, copies=self.copies, copies_are_new=False)
 
     def _steps(self, may_draft_soon: bool) -> int:
         """Returns how many steps the next dispatch takes, if it checks no draft tokens."""
@@ -473,7 +483,7 @@ class Scheduler:
                 if not spare:
                     slot = row  # a copy's slot has a row of its own
                 checking.append(DecodeRow(row, slot, own.sequence, token, own.position + n))
-        return Decode([*rows, *checking], 1, drafts, self.copies, copies_are_new)
+        return Decode([*rows, *checking], 1, drafts=drafts, copies=self.copies, copies_are_new=copies_are_new)
 
     def _runs_ahead(self, sequence: Sequence) -> bool:
         """Whether the sequence's next tokens may be sampled without a grammar's mask.
