@@ -87,7 +87,10 @@ class Collective(NamedTuple):
         (Patarasu & Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of
         workstations".)
         """
-        share = 1.0 if self.kind.startswith("collective-") else 1 - 1 / len(self.group)
+        if self.kind.startswith("collective-"):
+            share = 1.0
+        else:
+            share = 1 - 1 / len(self.group)
         if self.kind == "all-reduce":
             share *= 2
         return self.times * self.bytes * share
@@ -101,9 +104,8 @@ def read_collectives(hlo: str) -> list[Collective]:
     """
     computations = _COMPUTATION.findall(hlo)
     bodies = {name: text.splitlines() for _, name, text in computations}
-    devices = math.prod(
-        map(int, re.findall(r"(?:num_partitions|replica_count)=(\d+)", hlo.partition("\n")[0]))
-    )
+    header = hlo.partition("\n")[0]
+    devices = math.prod(map(int, re.findall(r"(?:num_partitions|replica_count)=(\d+)", header)))
 
     @functools.cache
     def inside(name: str) -> list[Collective]:
@@ -114,18 +116,19 @@ def read_collectives(hlo: str) -> list[Collective]:
                 collectives.append(_parse_collective(line, match, devices))
             elif not _SECOND_HALF.search(line):
                 inner = list(itertools.chain.from_iterable(map(inside, _callees(line))))
+                rounds = 1
                 if inner and " while(" in line:
                     rounds = _trip_count(line, bodies)
-                else:
-                    rounds = 1
-                collectives += [one._replace(times=rounds * one.times) for one in inner]
-        return [one for one in collectives if len(one.group) > 1]
+                for collective in inner:
+                    collectives.append(collective._replace(times=rounds * collective.times))
+        return [collective for collective in collectives if len(collective.group) > 1]
 
     entries = [name for entry, name, _ in computations if entry]
     return list(itertools.chain.from_iterable(map(inside, entries)))
 
 
 def _callees(line: str) -> list[str]:
+    """Returns the names of the computations that an instruction calls."""
     names = []
     for several, one in _CALL.findall(line):
         names += (several or one).split(", ")
@@ -136,9 +139,9 @@ def _trip_count(line: str, bodies: dict[str, list[str]]) -> int:
     """Returns how often a loop runs: as the compiler noted, else the one constant that its counter
     stays below.
     """
-    noted = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
-    if noted:
-        return int(noted[1])
+    note = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
+    if note:
+        return int(note[1])
     condition = bodies[line.partition("condition=")[2].lstrip("%").partition(",")[0]]
     lines = [*condition]
     for outer in condition:
@@ -159,16 +162,17 @@ def _parse_collective(line: str, match: re.Match[str], devices: int) -> Collecti
         result = _RESULT.match(shape)
         if result:
             shape = result[1]
-    sizes = [math.prod(_integers(sides)) * int(bits or 8) / 8 for _, bits, sides in _ARRAY.findall(shape)]
+    size = 0.0
+    for _, bits, sides in _ARRAY.findall(shape):
+        size += math.prod(_integers(sides)) * int(bits or 8) / 8  # a pred is a byte
     group: tuple[int, ...]
     if kind == "collective-permute":
         group = (0, 1)
     else:
         group = _first_group(line.partition("replica_groups=")[2], devices)
-    size = round(sum(sizes))
     if kind == "reduce-scatter":
-        size *= len(group)
-    return Collective(kind, size, group, 1)
+        return Collective(kind, round(size) * len(group), group, times=1)
+    return Collective(kind, round(size), group, times=1)
 
 
 def _first_group(text: str, devices: int) -> tuple[int, ...]:
@@ -177,29 +181,47 @@ def _first_group(text: str, devices: int) -> tuple[int, ...]:
     """
     if text.startswith("{{"):
         return tuple(_integers(text.partition("}")[0]))
-    # so many groups of so many, in the order of a box that is counted through and transposed
     box = _BOX.match(text)
     if box:
-        sizes = _integers(box[3])
-        order = np.arange(math.prod(sizes)).reshape(sizes).transpose(_integers(box[4] or "") or None)
-        return tuple(order.flatten()[: int(box[2])].tolist())
+        return _first_group_of_box(box)
     mesh = _AXES.match(text)
     if mesh:
-        axes = {name: int(size) for name, size in re.findall(r"('\w+')=(\d+)", mesh[1])}
-        names = [*axes]
-        group = [0]
-        for name, before, size in _SUB_AXIS.findall(mesh[2]):
-            count = int(size or axes[name])
-            stride = math.prod(axes[other] for other in names[names.index(name) + 1 :])
-            stride *= axes[name] // (int(before or 1) * count)
-            steps = range(0, stride * count, stride)
-            group = [place + step for place, step in itertools.product(group, steps)]
-        return tuple(sorted(group))
+        return _first_group_of_axes(mesh)
     if text and not text.startswith("{}"):
         raise UserError(
             f"The groups of a collective are written in a way that is not known here: {text[:60]!r}."
         )
     return tuple(range(devices))
+
+
+def _first_group_of_box(match: re.Match[str]) -> tuple[int, ...]:
+    """Reads `[2,4]<=[4,2]T(1,0)`: so many groups of so many, in the order of a box that is counted
+    through and transposed.
+    """
+    _, group_size, sides, transposition = match.groups()
+    sizes = _integers(sides)
+    axes = _integers(transposition or "") or None
+    order = np.arange(math.prod(sizes)).reshape(sizes).transpose(axes)
+    return tuple(order.flatten()[: int(group_size)].tolist())
+
+
+def _first_group_of_axes(match: re.Match[str]) -> tuple[int, ...]:
+    """Reads `mesh['x'=2,'y'=4] {'y':(2)2}`: a group is all places along these axes, or along the part
+    of an axis that `_SUB_AXIS` describes.
+    """
+    mesh_axes, group_axes = match.groups()
+    sizes = {name: int(size) for name, size in re.findall(r"('\w+')=(\d+)", mesh_axes)}
+    names = [*sizes]
+    group = [0]
+    for name, before, size in _SUB_AXIS.findall(group_axes):
+        count = int(size or sizes[name])
+        # Neighbours are as far apart as what varies faster has places: the axes after this one, and
+        # the rest of this one.
+        stride = math.prod(sizes[other] for other in names[names.index(name) + 1 :])
+        stride *= sizes[name] // (int(before or 1) * count)
+        steps = range(0, stride * count, stride)
+        group = [place + step for place in group for step in steps]
+    return tuple(sorted(group))
 
 
 def _integers(text: str) -> list[int]:
