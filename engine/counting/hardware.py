@@ -32,6 +32,7 @@ from engine.processor import cores, processor
 
 _CPU_SIDE = 2048  # of the matrices
 _CPU_NUMBERS = 2**26  # float32: 256 MiB, beyond the caches
+_ACCELERATOR_NUMBERS = 2**28
 _MIN_ROUNDS = 3
 _MAX_ROUNDS = 12
 _SECONDS = 2.0  # after which no round begins beyond the fewest
@@ -97,32 +98,42 @@ def measure_ceilings(report: Callable[[int, int], None] | None = None) -> Ceilin
     total)` counts rounds.
     """
     device = jax.local_devices()[0]
-    numbers = _CPU_NUMBERS if device.platform == "cpu" else 2**28
-    products = {rate: square_product(dtype) for dtype, rate in _RATE_OF_DTYPE.items()}
-    programs = {name: program for name, (program, _) in products.items()} | _streams(numbers)
-    work = {name: flops for name, (_, flops) in products.items()} | {
-        "read_gbs": 4.0 * numbers,
-        "update_gbs": 8.0 * numbers,
-    }
+    numbers = _ACCELERATOR_NUMBERS
+    if device.platform == "cpu":
+        numbers = _CPU_NUMBERS
+    programs: dict[str, Callable[[], Any]] = {}
+    work = {"read_gbs": 4.0 * numbers, "update_gbs": 8.0 * numbers}  # FLOPs or bytes of one call
+    for dtype, rate in _RATE_OF_DTYPE.items():
+        programs[rate], work[rate] = square_product(dtype)
+    programs |= _streams(numbers)
+    rates = dict.fromkeys(RATES, 0.0)
+    for rate, seconds in _time_programs(programs, report).items():
+        rates[rate] = work[rate] / seconds / 1e9
+    return Ceilings(device_name(), device.platform, cores(), jax.__version__, **rates)
+
+
+def _time_programs(
+    programs: dict[str, Callable[[], Any]], report: Callable[[int, int], None] | None
+) -> dict[str, float]:
+    """Returns the least seconds of a call of each program, of interleaved rounds; none of a program
+    that the backend refuses.
+    """
     best = {}
     for name, program in programs.items():
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             jax.block_until_ready(program())
             best[name] = math.inf
     start = clock()
-    for done in range(1, _MAX_ROUNDS + 1):
+    for rounds in range(1, _MAX_ROUNDS + 1):
         for name in best:
             begin = clock()
             jax.block_until_ready(programs[name]())
             best[name] = min(best[name], clock() - begin)
         if report:
-            report(done, _MAX_ROUNDS)
-        if done >= _MIN_ROUNDS and clock() - start > _SECONDS:
+            report(rounds, _MAX_ROUNDS)
+        if rounds >= _MIN_ROUNDS and clock() - start > _SECONDS:
             break
-    rates = dict.fromkeys(RATES, 0.0)
-    for name, seconds in best.items():
-        rates[name] = work[name] / seconds / 1e9
-    return Ceilings(device_name(), device.platform, cores(), jax.__version__, **rates)
+    return best
 
 
 def measure_apart() -> Ceilings | None:
@@ -149,7 +160,9 @@ def square_product(dtype: str) -> tuple[Callable[[], Any], float]:
         tile = (32 * tile).clip(-127, 126)
     left = jnp.asarray(np.tile(tile, (side // 512, side // 512)), dtype)
     right = left + jnp.ones((), dtype)
-    result_dtype = "int32" if dtype == "int8" else dtype
+    result_dtype = dtype
+    if dtype == "int8":
+        result_dtype = "int32"
     multiply = jax.jit(functools.partial(jnp.dot, preferred_element_type=result_dtype))
 
     def call() -> Any:
@@ -159,6 +172,7 @@ def square_product(dtype: str) -> tuple[Callable[[], Any], float]:
 
 
 def _streams(numbers: int) -> dict[str, Callable[[], Any]]:
+    """Returns the calls that read, and that update, an array of so many float32 numbers."""
     array = jnp.ones((numbers // 1024, 1024), jnp.float32)
     # In blocks: one core would sum a grand total.
     total = jax.jit(lambda x: x.reshape(64, -1).sum(1))
@@ -173,9 +187,9 @@ def _streams(numbers: int) -> dict[str, Callable[[], Any]]:
 
 
 def best_ceilings(first: Ceilings, second: Ceilings) -> Ceilings:
-    return dataclasses.replace(
-        first, **{rate: max(getattr(first, rate), getattr(second, rate)) for rate in RATES}
-    )
+    """Returns the higher of each rate."""
+    best = {rate: max(getattr(first, rate), getattr(second, rate)) for rate in RATES}
+    return dataclasses.replace(first, **best)
 
 
 def saved_ceilings() -> Ceilings | None:
@@ -207,19 +221,22 @@ def doubt_ceilings(share: float) -> None:
 
 
 def _load() -> float:
+    """Returns how many threads want each core: the machine's mean of the last minute."""
     return os.getloadavg()[0] / cores()
 
 
 def _read_ceilings() -> tuple[Ceilings | None, float]:
+    """Returns the saved ceilings and the load of the machine when they were measured; None and the
+    largest number where there are none.
+    """
     with contextlib.suppress(
         OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError
     ):
         saved = json.loads(read_limited(_ceilings_file(), MAX_BYTES))
         load = float(saved.pop("load"))
         ceilings = Ceilings(**saved)
-        if all(
-            math.isfinite(rate) and rate >= 0 for rate in (load, *(getattr(ceilings, rate) for rate in RATES))
-        ):
+        numbers = [load, *(getattr(ceilings, rate) for rate in RATES)]
+        if all(math.isfinite(number) and number >= 0 for number in numbers):
             return ceilings, load
     return None, sys.float_info.max
 
@@ -235,7 +252,7 @@ def _ceilings_file() -> Path:
 
 
 def _proc_bytes(file: str, name: str) -> int | None:
-    """Returns what a file in /proc says in kB; None elsewhere than on Linux."""
+    """Returns the bytes of a line `name: ... kB` of a file in /proc; None elsewhere than on Linux."""
     with contextlib.suppress(OSError):
         match = re.search(rf"^{name}:\s+(\d+)", Path("/proc", file).read_text(), re.MULTILINE)
         if match:
@@ -244,6 +261,7 @@ def _proc_bytes(file: str, name: str) -> int | None:
 
 
 def peak_rss_bytes() -> int:
+    """Returns the most memory that this process has had."""
     # on Linux getrusage also counts the parent's peak; this file does not
     peak = _proc_bytes("self/status", "VmHWM")
     if peak:
