@@ -50,15 +50,18 @@ def in_range(allowed: Range) -> Callable[[str], Any]:
 
     def parse(text: str) -> int | float:
         with contextlib.suppress(ValueError, OverflowError):
-            if allowed.integer:
-                whole = float(text) if "e" in text.lower() else int(text)
-                if allowed.holds(whole):
-                    return int(whole)
+            value: int | float
+            if allowed.integer and "e" not in text.lower():
+                value = int(text)
             else:
                 value = float(text)
-                if allowed.holds(value):
-                    return value
-        kind = "an integer" if allowed.integer else "a number"
+            if allowed.holds(value) and allowed.integer:
+                return int(value)
+            if allowed.holds(value):
+                return value
+        kind = "a number"
+        if allowed.integer:
+            kind = "an integer"
         raise ValueError(f"wanted {kind}, {allowed}, got {text!r}")
 
     return parse
