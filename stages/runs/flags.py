@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from engine.errors import UserError
 from engine.model.config import LoraConfig
@@ -19,6 +19,9 @@ from stages.cli.flags import (
     path,
     seconds,
 )
+
+BaseType = Literal["float", "int8"]
+TrainedType = Literal["float", "q4"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +89,9 @@ class TrainableFlags:
         ),
     ] = None
     """rank=8,alpha=16,targets=q,v: a new adapter beside a frozen model."""
-    base: Annotated[Literal["float", "int8"], one_of("float", "int8")] = "float"
+    base: Annotated[BaseType, one_of(*get_args(BaseType))] = "float"
     """The type of the frozen model under an adapter: `int8` takes half the memory."""
-    weights: Annotated[Literal["float", "q4"], one_of("float", "q4")] = "float"
+    weights: Annotated[TrainedType, one_of(*get_args(TrainedType))] = "float"
     """`q4`: train weights, all or those of --train and --freeze, while they are rounded as `serve --weights q4` rounds them."""
 
     def check_together(self) -> None:
