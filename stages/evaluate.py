@@ -381,7 +381,7 @@ def _held_out_conversations(
     if objective == "preference" and record.get("loss") == "kto":
         objective = "kto"
     split = prepare_conversations(
-        text["data"], text["validation"], objective, seq, record["seed"], chat, console, is_whole
+        text["data"], text["validation"], objective, seq, record["seed"], chat, console, full=is_whole
     )
     notes = []
     if split.overlap:
