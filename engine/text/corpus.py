@@ -412,8 +412,8 @@ def open_token_file(
     dtype = np.dtype("<u2" if tokenizer.vocab <= 1 << 16 else "<u4")
 
     def build(building: Path) -> None:
-        written = _write_tokens(building, documents, tokenizer, dtype, size, report)
-        if written != text_digest.hexdigest():
+        digest_of_tokens = _write_tokens(building, documents, tokenizer, dtype, size, report)
+        if digest_of_tokens != text_digest.hexdigest():
             raise UserError(
                 "The text was changed while it was read, so its tokens were not kept. Run the command again."
             )
