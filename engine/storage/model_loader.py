@@ -94,6 +94,14 @@ class ReadWeights(NamedTuple):
     merged: tuple[str, ...] = ()  # as of LoadedModel
 
 
+class ReadAdapter(NamedTuple):
+    """An adapter that was read, as `load_adapter` returns it."""
+
+    adapter: Any
+    path: Path  # that it was read from
+    notes: tuple[str, ...]  # to print
+
+
 class UnreadModel(NamedTuple):
     """A model that was found, and whose headers were checked. No weight of it is read yet."""
 
@@ -500,10 +508,10 @@ def _peek_adapted(location: Location, adapted_by: tuple[Path, ...]) -> UnreadMod
         with _reading_base(folder, name):
             below = base.read(None)
         digest_base = functools.partial(base_digest, below.params)
-        adapter, source, notes = _read_located_adapter(base.cfg, location, digest_base)
-        whole = [path for path, leaf in leaf_paths(adapter).items() if not isinstance(leaf, LoRA)]
-        params = _apply_adapter(below.params, adapter, source)
-        return ReadWeights(params, source, below.notes + notes, (*below.merged, *whole))
+        own = _read_located_adapter(base.cfg, location, digest_base)
+        whole = [path for path, leaf in leaf_paths(own.adapter).items() if not isinstance(leaf, LoRA)]
+        params = _apply_adapter(below.params, own.adapter, own.path)
+        return ReadWeights(params, own.path, notes=below.notes + own.notes, merged=(*below.merged, *whole))
 
     return UnreadModel(base.cfg, {}, base.shapes, describe, read)
 
@@ -535,7 +543,7 @@ def adapter_origin(name: str, cfg: ModelConfig) -> tuple[str, LoraConfig | None]
     location = locate(name)
     if location.format != "adapter":
         return None
-    adapter, _, _ = _read_located_adapter(cfg, location)
+    adapter = _read_located_adapter(cfg, location).adapter
     return _base_of(location), config_of(cfg, leaf_paths(adapter))
 
 
@@ -548,21 +556,17 @@ def with_adapters(cfg: ModelConfig, params: Any, folders: Sequence[Path]) -> tup
     adapted = params
     notes = tuple[str, ...]()
     for folder in folders:
-        adapter, path, more = read_adapter(cfg, folder, functools.partial(base_digest, params))
-        adapted = _apply_adapter(adapted, adapter, path)
-        notes = notes + more
+        own = read_adapter(cfg, folder, functools.partial(base_digest, params))
+        adapted = _apply_adapter(adapted, own.adapter, own.path)
+        notes = notes + own.notes
     return adapted, notes
 
 
-def read_adapter(
-    cfg: ModelConfig, folder: Path, digest_base: Callable[[], str]
-) -> tuple[Any, Path, tuple[str, ...]]:
-    """Returns an adapter as `load_adapter` does, from a folder as of `with_adapters`; its path; and
-    notes to print.
-    """
+def read_adapter(cfg: ModelConfig, folder: Path, digest_base: Callable[[], str]) -> ReadAdapter:
+    """Reads an adapter from a folder as of `with_adapters`."""
     location = _locate_adapter(folder)
-    adapter, path, notes = _read_located_adapter(cfg, location, digest_base)
-    return adapter, path, location.notes + notes
+    own = _read_located_adapter(cfg, location, digest_base)
+    return own._replace(notes=location.notes + own.notes)
 
 
 def _locate_adapter(folder: Path) -> Location:
@@ -576,19 +580,20 @@ def _locate_adapter(folder: Path) -> Location:
 
 def _read_located_adapter(
     cfg: ModelConfig, location: Location, digest_base: Callable[[], str] | None = None
-) -> tuple[Any, Path, tuple[str, ...]]:
+) -> ReadAdapter:
     folder = location.path
     if location.run:
         checkpoint, damaged = checkpoint_reader.find_intact(folder)
         checkpoint_reader.check_is_adapter(checkpoint)
-        return read_leaves(checkpoint, cfg, digest_base), checkpoint, _damage(checkpoint, damaged)
+        leaves = read_leaves(checkpoint, cfg, digest_base)
+        return ReadAdapter(leaves, checkpoint, _damage(checkpoint, damaged))
     notes: tuple[str, ...] = ()
     if not (folder / manifest.NAME).exists():
         notes = (
             f"{folder} has no {manifest.NAME}, as other programs' adapters: "
             "a change of its weights goes unnoticed",
         )
-    return load_adapter(folder, cfg, digest_base), folder, notes
+    return ReadAdapter(load_adapter(folder, cfg, digest_base), folder, notes)
 
 
 def _apply_adapter(params: Any, adapter: Any, path: Path) -> Any:
