@@ -72,10 +72,12 @@ def train_flops(cfg: ModelConfig, tokens: int, **options: Any) -> Flops:
     With `attention="full"` those are the 6 N + 12 L D T of MFU (PaLM, 2204.02311, appendix B): N is
     `count_params(cfg).matmul`, D heads x head_dim.
     """
-    return add_layers(flops_by_layer(dataclasses.replace(cfg, scan=False, remat="none"), tokens, **options))
+    plain = dataclasses.replace(cfg, scan=False, remat="none")
+    return add_layers(flops_by_layer(plain, tokens, **options))
 
 
 def add_layers(layers: Iterable[Flops]) -> Flops:
+    """Returns the sum of all layers, by component."""
     parts = dict.fromkeys((*MATRICES, "attention", "head", "lora"), PassFlops())
     for layer in layers:
         parts |= {name: parts[name] + part for name, part in layer.parts.items()}
@@ -107,32 +109,39 @@ def flops_by_layer(
     """
     if trainable is None:
         trainable = all_trainable(cfg)
-    for paths, known in ((trainable.weights, leaf_shapes(cfg)), (trainable.adapted, target_shapes(cfg))):
-        unknown = sorted(paths - known.keys())
-        if unknown:
-            raise UserError(
-                f"The model has no parameter {unknown[0]!r}.{did_you_mean(unknown[0], list(known))}"
-            )
+    _require_paths(trainable.weights, leaf_shapes(cfg))
+    _require_paths(trainable.adapted, target_shapes(cfg))
     if cfg.scan:
         weights = _in_every_block(cfg, trainable.weights)
         trainable = TrainablePaths(weights, _in_every_block(cfg, trainable.adapted), trainable.rank)
     live = "embed" in trainable.weights or (cfg.scan and lowest_gradient(cfg, trainable) == 0)
     counter = _Counter(cfg, trainable, rows, live)
-    square = 2 * rows * cfg.heads * cfg.head_dim * twice_mean_keys(tokens, attention)
-    tallies = [counter.block(f"blocks/{layer}/", square) for layer in range(cfg.layers)]
+    # of q k^T and P v: each takes 2 operations for a query and a key, in every number of every head
+    attention_flops = 2 * rows * cfg.heads * cfg.head_dim * twice_mean_keys(tokens, attention)
+    tallies = [counter.block(f"blocks/{layer}/", attention_flops) for layer in range(cfg.layers)]
     return list(map(Flops, [*tallies, counter.head(loss_chunk)]))
 
 
+def _require_paths(paths: Collection[str], known: Collection[str]) -> None:
+    """Raises UserError when one of the paths is not known."""
+    unknown = sorted(set(paths) - set(known))
+    if unknown:
+        raise UserError(f"The model has no parameter {unknown[0]!r}.{did_you_mean(unknown[0], list(known))}")
+
+
 def _in_every_block(cfg: ModelConfig, paths: Collection[str]) -> frozenset[str]:
-    spread = set()
+    """Returns the paths, and those of a block also with the number of every other block."""
+    all_paths = set()
     for layer in range(cfg.layers):
         for path in paths:
-            spread.add(re.sub(r"^blocks/\d+/", f"blocks/{layer}/", path))
-    return frozenset(spread)
+            all_paths.add(re.sub(r"^blocks/\d+/", f"blocks/{layer}/", path))
+    return frozenset(all_paths)
 
 
 @dataclasses.dataclass
 class _Counter:
+    """Counts a training step from the bottom up, layer after layer."""
+
     cfg: ModelConfig
     trainable: TrainablePaths
     rows: int
@@ -150,8 +159,9 @@ class _Counter:
         self.add(name, PassFlops(forward=size, dx=size * self.live, dw=size * trains))
         adapted = path in self.trainable.adapted
         if adapted:
+            down = 2 * self.rows * self.trainable.rank * inputs  # x a
+            up = 2 * self.rows * self.trainable.rank * columns  # its product with b
             # da needs g bᵀ even where no gradient goes further down.
-            down, up = (2 * self.rows * self.trainable.rank * side for side in (inputs, columns))
             pairs = PassFlops(forward=down + up, dx=up + down * self.live, dw=down + up)
             if self.is_merged(inputs, columns):
                 # The backward pass computes x a for db, and merges again the weight that dX goes
@@ -162,56 +172,69 @@ class _Counter:
         return trains or adapted
 
     def is_merged(self, inputs: int, columns: int) -> bool:
+        """Returns whether a LoRA pair is merged into its base, as `merged_product.is_merged`."""
         return self.rows * (inputs + columns) > inputs * columns
 
     def norm_and_multiply(self, prefix: str, gain: str, names: tuple[str, ...]) -> None:
         """Counts the products of one norm's result.
 
-        A gain that trains needs its gradient, but where its own is found in that of the matrices
-        (`norm_and_project`).
+        A gain that trains needs the gradient of the norm's result, unless the matrices take the gain
+        with them: then its own gradient follows from theirs (`norm_and_project`).
         """
         weights = self.trainable.weights
         shapes = self.cfg.matrices
-        folded = self.cfg.dtype != "float32" and all(
+        matrices_take_gain = self.cfg.dtype != "float32" and all(
             prefix + name in weights and self.rows > shapes[name][1] for name in names
         )
-        self.live |= prefix + gain in weights and not folded
-        trained = [self.multiply(prefix + name, *shapes[name]) for name in names]
-        self.live |= any(trained)
+        self.live |= prefix + gain in weights and not matrices_take_gain
+        trains = [self.multiply(prefix + name, *shapes[name]) for name in names]
+        self.live |= any(trains)
 
-    def block(self, prefix: str, square: int) -> dict[str, PassFlops]:
+    def block(self, prefix: str, attention_flops: int) -> dict[str, PassFlops]:
+        """Counts the block whose paths begin with `prefix`. `attention_flops`: of both its products."""
         cfg = self.cfg
-        weights = self.trainable.weights
         self.tally = {}
-        below = self.live or prefix + "attn_norm" in weights
+        below = self.live or prefix + "attn_norm" in self.trainable.weights
         self.norm_and_multiply(prefix, "attn_norm", JOINED["qkv"])
+        self.attend(prefix, below, attention_flops)
+        self.live |= self.multiply(prefix + "out", *cfg.matrices["out"])
+        self.norm_and_multiply(prefix, "mlp_norm", JOINED["gate_up"])
+        self.live |= self.multiply(prefix + "down", *cfg.matrices["down"])
+        if cfg.remat == "block" and self.live:
+            self.recompute_block(prefix)
+        return self.tally
+
+    def attend(self, prefix: str, below: bool, attention_flops: int) -> None:
+        """Counts attention. `below`: whether the norm, or something below the block, trains."""
+        weights = self.trainable.weights
 
         def trains(name: str) -> bool:
             own = {prefix + name, f"{prefix}{name}_bias"}
             return below or bool(own & (weights | self.trainable.adapted))
 
+        queries = trains("q") or f"{prefix}q_norm" in weights
+        keys = trains("k") or f"{prefix}k_norm" in weights
         values = trains("v")
-        queries, keys = (trains(name) or f"{prefix}{name}_norm" in weights for name in "qk")
         self.live |= queries or keys or values
-        # Each half of the forward: dV, dP (on which dQ and dK depend), dQ, dK.
-        self.add(
-            "attention", PassFlops(square, dx=square // 2 * sum((values, queries or keys, queries, keys)))
-        )
-        self.live |= self.multiply(prefix + "out", *cfg.matrices["out"])
-        self.norm_and_multiply(prefix, "mlp_norm", JOINED["gate_up"])
-        self.live |= self.multiply(prefix + "down", *cfg.matrices["down"])
-        if not (cfg.remat == "block" and self.live):
-            return self.tally
-        inputs, columns = cfg.matrices["down"]
+        # dV, dP (on which dQ and dK depend), dQ and dK: each costs one of the two forward products.
+        backward_products = sum((values, queries or keys, queries, keys))
+        dx = attention_flops // 2 * backward_products
+        self.add("attention", PassFlops(forward=attention_flops, dx=dx))
+
+    def recompute_block(self, prefix: str) -> None:
+        """Counts the block's forward pass again, but for the products that end it, which nothing in its
+        backward pass reads.
+        """
+        inputs, columns = self.cfg.matrices["down"]
         unread = {"down": self.tally["down"].forward}
         if prefix + "down" in self.trainable.adapted:
             rows = inputs if self.is_merged(inputs, columns) else self.rows
             unread["lora"] = 2 * rows * self.trainable.rank * columns
         for name, part in self.tally.items():
             self.tally[name] += PassFlops(recompute=part.forward - unread.get(name, 0))
-        return self.tally
 
     def head(self, loss_chunk: int | None) -> dict[str, PassFlops]:
+        """Counts the head, on `loss_chunk` columns at a time, or all at once."""
         if loss_chunk is None:
             columns = self.cfg.vocab
         else:
@@ -287,13 +310,14 @@ def decode_program_flops(
     attention with one query head a key head, as one row.
     """
     parts = forward_flops(cfg, capacity, attention="full").parts
-    counted = {}
+    parts_as_computed = {}
     for name, part in parts.items():
-        times = _times(cfg.groups) if name == "attention" else _times(slots)
+        rows = cfg.groups if name == "attention" else slots
+        times = _times(rows)
         if name in int16_activations:
             times *= 2
-        counted[name] = part * times
-    return Flops(counted) * slots
+        parts_as_computed[name] = part * times
+    return Flops(parts_as_computed) * slots
 
 
 def _times(rows: int) -> int:
