@@ -48,8 +48,12 @@ class TrainingMemory:
         Residuals shrink through the backward pass while gradients grow, so the peak is at one of
         its ends.
         """
-        start = self.residuals + max(self.logits, self.block if self.remat else 0)
-        return self.copies + self.accumulated + max(start, self.gradients + self.block)
+        recomputed = 0  # residuals of the block that the backward pass begins with
+        if self.remat:
+            recomputed = self.block
+        at_start = self.residuals + max(self.logits, recomputed)
+        at_end = self.gradients + self.block
+        return self.copies + self.accumulated + max(at_start, at_end)
 
     @property
     def update_peak(self) -> int:
@@ -107,15 +111,7 @@ def training_memory(
     adapters = sum(trainable.rank * sum(targets[path]) for path in trainable.adapted)
     numbers = sum(sizes[path] for path in trainable.weights) + adapters
     by_muon = adapters + sum(sizes[path] for path in matrices if path.startswith("blocks/"))
-    width = dtype_bytes(cfg)
     rows = batch * tokens
-    products = sum(sizes[path] for path in matrices if cfg.tied or path != "embed")
-    wide = 0
-    if base == "int8":
-        # the head's columns in the compute type
-        wide = (1 + width) * min(COLUMNS, cfg.vocab) * cfg.width
-    elif cfg.tied and "embed" not in trainable.weights:
-        products += sizes["embed"]  # a frozen head, transposed
     lowest = lowest_gradient(cfg, trainable)
     paths = trainable.weights | trainable.adapted
     blocks = [
@@ -128,23 +124,46 @@ def training_memory(
     moments = 2 * numbers  # AdamW's
     if optimizer == "muon":
         moments -= by_muon  # on the matrices of the blocks Muon holds one
-    copies = wide
-    if width != FLOAT32:
-        copies += width * products
+    accumulated = 0
+    if microbatches > 1:
+        accumulated = FLOAT32 * numbers
     return TrainingMemory(
         params=_param_bytes(cfg, base == "int8", trainable.weights) + FLOAT32 * adapters,
         optimizer=FLOAT32 * moments,
-        copies=copies,
+        copies=_copied_bytes(cfg, trainable, base == "int8"),
         gradients=FLOAT32 * numbers,
         residuals=residuals,
         block=max(blocks, default=0),
-        logits=round(rows * cfg.vocab * (width + FLOAT32) / loss_chunks),
+        logits=round(rows * cfg.vocab * (dtype_bytes(cfg) + FLOAT32) / loss_chunks),
         remat=remat,
-        accumulated=FLOAT32 * numbers if microbatches > 1 else 0,
+        accumulated=accumulated,
     )
 
 
+def _copied_bytes(cfg: ModelConfig, trainable: TrainablePaths, int8: bool) -> int:
+    """Returns the bytes of copies in the compute type: of the trainable matrices that multiply, of a
+    tied head that is frozen, which is transposed, and of the columns of an int8 head that are widened
+    at once.
+    """
+    width = dtype_bytes(cfg)
+    copied_numbers = 0
+    for path, shape in leaf_shapes(cfg).items():
+        if path in trainable.weights and len(shape) == 2 and (cfg.tied or path != "embed"):
+            copied_numbers += math.prod(shape)
+    widened_bytes = 0
+    if int8:
+        widened_bytes = (1 + width) * min(COLUMNS, cfg.vocab) * cfg.width
+    elif cfg.tied and "embed" not in trainable.weights:
+        copied_numbers += cfg.vocab * cfg.width
+    if width == FLOAT32:
+        return widened_bytes
+    return widened_bytes + width * copied_numbers
+
+
 def _param_bytes(cfg: ModelConfig, int8: bool, trainable: Collection[str] = ()) -> int:
+    """Returns the bytes of all weights: float32 where they train and of vectors, else int8 with its
+    scales, or the compute type.
+    """
     total = 0
     for path, shape in leaf_shapes(cfg).items():
         if path in trainable or len(shape) == 1:
@@ -204,11 +223,14 @@ def inference_memory(
     # compute type.
     attending = cfg.qkv_width * width + cfg.heads * max(length, tokens) * (FLOAT32 + width)
     block = 2 * cfg.width * FLOAT32 + max(attending, 3 * cfg.ff * width)
+    logit_rows = slots
+    if every_logit:
+        logit_rows = rows
     return InferenceMemory(
         params=_param_bytes(cfg, int8),
         cache=2 * cfg.layers * slots * cfg.kv_heads * length * cfg.head_dim * width,
         activations=rows * block,
-        logits=FLOAT32 * cfg.vocab * (rows if every_logit else slots),
+        logits=FLOAT32 * cfg.vocab * logit_rows,
     )
 
 
@@ -244,31 +266,36 @@ def train_bytes(
     once for dX and once for remat.
     """
     memory = training_memory(cfg, batch, tokens, trainable=trainable)
-    parts = add_layers(
-        flops_by_layer(dataclasses.replace(cfg, scan=False), 1, attention="full", trainable=trainable)
-    ).parts
-    read = (
-        sum(
-            parts[name].forward + parts[name].recompute + parts[name].dx
-            for name in (*MATRICES, "head", "lora")
-        )
-        // 2
-    )
     width = dtype_bytes(cfg)
     # trainable matrices, read in one type and written in the other
-    converted = memory.copies // width * (FLOAT32 + width)
+    converted_bytes = memory.copies // width * (FLOAT32 + width)
     block = training_memory(cfg, batch, tokens).block
-    reached = cfg.layers
+    blocks_backward = cfg.layers
     if trainable:
-        reached -= lowest_gradient(cfg, trainable)
-    again = reached if cfg.remat == "block" else 0
+        blocks_backward -= lowest_gradient(cfg, trainable)
+    blocks_forward = cfg.layers
+    if cfg.remat == "block":
+        blocks_forward += blocks_backward
     return Traffic(
-        weights=width * read + converted,
-        activations=block * (2 * (cfg.layers + again) + reached),
+        weights=width * _weights_read(cfg, trainable) + converted_bytes,
+        activations=block * (2 * blocks_forward + blocks_backward),
         logits=2 * memory.logits,
         gradients=memory.gradients,
         optimizer=3 * memory.gradients + 2 * memory.optimizer,
     )
+
+
+def _weights_read(cfg: ModelConfig, trainable: TrainablePaths | None) -> int:
+    """Returns how many weights the products of a training step read; one that is read twice counts
+    twice. In a product with one row a weight costs a multiply and an add: 2 operations.
+    """
+    unrolled = dataclasses.replace(cfg, scan=False)
+    parts = add_layers(flops_by_layer(unrolled, 1, attention="full", trainable=trainable)).parts
+    operations = 0
+    for name in (*MATRICES, "head", "lora"):
+        part = parts[name]
+        operations += part.forward + part.recompute + part.dx
+    return operations // 2
 
 
 def inference_bytes(
@@ -288,17 +315,15 @@ def inference_bytes(
     """
     memory = inference_memory(cfg, slots, length, tokens=tokens, int8=int8, every_logit=every_logit)
     width = dtype_bytes(cfg)
-    # Rows of a lookup table, which is never int8.
-    if cfg.tied:
-        unread = 0
-    else:
-        unread = max(0, cfg.vocab - slots * tokens) * cfg.width * width
-    written = 0  # keys and values
+    unread_bytes = 0  # rows of a lookup table, which is never int8
+    if not cfg.tied:
+        unread_bytes = max(0, cfg.vocab - slots * tokens) * cfg.width * width
+    written_bytes = 0  # keys and values
     if length:
-        written = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * width * slots * tokens
+        written_bytes = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * width * slots * tokens
     return Traffic(
-        weights=memory.params - unread,
+        weights=memory.params - unread_bytes,
         activations=2 * cfg.layers * memory.activations,
         logits=2 * memory.logits,
-        cache=memory.cache + written,
+        cache=memory.cache + written_bytes,
     )
