@@ -8,7 +8,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,46 +82,66 @@ def open_model(path: Path) -> StoredModel:
     shapes = {name: tensor.shape for name, tensor in header.tensors.items() if name != FREQUENCIES}
     leaves = check_tensors(layout_of(cfg, GGUF_NAMES), shapes, path)
     architecture = header.metadata["general.architecture"]
-    interleaved = {leaf.name for leaf in leaves if leaf.head_rows and architecture == "llama"}
+    weights = _Weights(header, _interleaved(leaves, architecture), cfg.head_dim)
     kinds = {name: tensor.kind.name for name, tensor in header.tensors.items() if len(tensor.shape) == 2}
-
-    def rows(name: str, start: int, stop: int) -> np.ndarray:
-        tensor = header.tensors[name]
-        if len(tensor.shape) == 1:  # a row of its own
-            return dequantize(read_at(path, tensor.offset, tensor.size), tensor.kind)[start:stop]
-        row = tensor.size // tensor.shape[0]
-        data = read_at(path, tensor.offset + start * row, (stop - start) * row)
-        # The library goes by 16 rows: for short ones the calls take as long as the computing, so
-        # they are joined to at most LINES, of as many blocks each.
-        blocks = data.size // GGML_QUANT_SIZES[tensor.kind][1]
-        lines = _largest_divisor(blocks, LINES)
-        values = dequantize(data.reshape(lines, -1), tensor.kind).reshape(stop - start, -1)
-        if name in interleaved:
-            return regroup_rows(values, cfg.head_dim // 2, 2)
-        return values
-
-    def packed(name: str) -> np.ndarray:
-        tensor = header.tensors[name]
-        data = read_at(path, tensor.offset, tensor.size).reshape(tensor.shape[0], -1)
-        if name in interleaved:
-            data = regroup_rows(data, cfg.head_dim // 2, 2)
-        try:
-            return pack_blocks(data, tensor.kind.name)
-        except ValueError:
-            raise infinite_weights(name) from None
-
     return StoredModel(
         name=_model_name(header),
         cfg=cfg,
         leaves=leaves,
-        rows=rows,
+        rows=weights.rows,
         tokenizer=functools.partial(read_tokenizer, header, cfg.vocab),
         context=header.metadata[f"{architecture}.context_length"],
         hub_id="",
         notes=note_unknown_gguf(header),
         kinds=kinds,
-        packed=packed,
+        packed=weights.packed,
     )
+
+
+def _interleaved(leaves: Iterable[Leaf], architecture: str) -> set[str]:
+    """Returns the names of the tensors in which a file has RoPE's pairs side by side."""
+    if architecture != "llama":
+        return set()
+    return {leaf.name for leaf in leaves if leaf.head_rows}
+
+
+class _Weights:
+    """Reads the tensors of a file. `interleaved`: those in which RoPE's pairs lie side by side."""
+
+    def __init__(self, header: Header, interleaved: set[str], head_dim: int) -> None:
+        self._path = header.path
+        self._tensors = header.tensors
+        self._interleaved = interleaved
+        self._head_dim = head_dim
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Returns rows of a tensor as numbers: see StoredModel."""
+        tensor = self._tensors[name]
+        if len(tensor.shape) == 1:  # a row of its own
+            return dequantize(read_at(self._path, tensor.offset, tensor.size), tensor.kind)[start:stop]
+        row = tensor.size // tensor.shape[0]
+        data = read_at(self._path, tensor.offset + start * row, (stop - start) * row)
+        # The library goes by 16 rows: for short ones the calls take as long as the computing, so
+        # they are joined to at most LINES, of as many blocks each.
+        blocks = data.size // GGML_QUANT_SIZES[tensor.kind][1]
+        lines = _largest_divisor(blocks, LINES)
+        values = dequantize(data.reshape(lines, -1), tensor.kind).reshape(stop - start, -1)
+        return self._in_our_order(name, values)
+
+    def packed(self, name: str) -> np.ndarray:
+        """Returns a matrix's blocks, as Blocks hold them."""
+        tensor = self._tensors[name]
+        data = read_at(self._path, tensor.offset, tensor.size).reshape(tensor.shape[0], -1)
+        rows = self._in_our_order(name, data)
+        try:
+            return pack_blocks(rows, tensor.kind.name)
+        except ValueError:
+            raise infinite_weights(name) from None
+
+    def _in_our_order(self, name: str, rows: np.ndarray) -> np.ndarray:
+        if name in self._interleaved:
+            return regroup_rows(rows, self._head_dim // 2, 2)
+        return rows
 
 
 def _largest_divisor(number: int, most: int) -> int:
@@ -197,11 +217,13 @@ def save_gguf(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    interleaved = _interleaved(leaves, architecture)
     for leaf, array in file_tensors(leaves, params, report):
-        rows = np.ascontiguousarray(array, None if array.dtype == np.uint8 else np.float32)
-        if leaf.head_rows and architecture == "llama":
+        is_encoded = array.dtype == np.uint8  # bytes of blocks
+        rows = np.ascontiguousarray(array, None if is_encoded else np.float32)
+        if leaf.name in interleaved:
             rows = regroup_rows(rows, 2, cfg.head_dim // 2)
-        if array.dtype != np.uint8:
+        if not is_encoded:
             rows = _encode(rows, kinds[leaf.name])
         writer.write_tensor_data(rows)
     if cfg.rope_scaling:
