@@ -113,6 +113,8 @@ _OPAQUE = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class JaxprCost:
+    """Operations of a program, by kind."""
+
     matmul: int = 0
     elementwise: int = 0
     transcendental: int = 0
@@ -137,27 +139,35 @@ def jaxpr_cost(f: Callable[..., Any], *args: Any) -> JaxprCost:
     To count a backward pass, pass a function that differentiates. Raises UserError for a `while`
     loop or a kernel.
     """
-    # A TPU's kernel shows nothing of its shapes; a GPU's program without cuDNN is the same but for
-    # attention in blocks.
-    device = jax.default_device("gpu") if platform() == "tpu" else contextlib.nullcontext()
+    device: Any = contextlib.nullcontext()
+    if platform() == "tpu":
+        # A TPU's kernel shows nothing of its shapes; a GPU's program without cuDNN is the same but
+        # for attention in blocks.
+        device = jax.default_device("gpu")
     with device:
         closed = jax.make_jaxpr(f)(*args)
-    return _program(partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[0])
+    all_results = [True] * len(closed.jaxpr.outvars)
+    jaxpr, *_ = partial_eval.dce_jaxpr(closed.jaxpr, all_results)
+    return _program_cost(jaxpr)
 
 
-def _program(jaxpr: Jaxpr) -> JaxprCost:
-    read = {id(result) for result in jaxpr.outvars}
+def _program_cost(jaxpr: Jaxpr) -> JaxprCost:
+    variables_read = {id(result) for result in jaxpr.outvars}
     for equation in jaxpr.eqns:
-        read.update(map(id, equation.invars))
-    return sum((_step(equation, read) for equation in jaxpr.eqns), JaxprCost())
+        variables_read.update(map(id, equation.invars))
+    costs = [_equation_cost(equation, variables_read) for equation in jaxpr.eqns]
+    return sum(costs, JaxprCost())
 
 
-def _step(equation: JaxprEqn, read: Collection[int]) -> JaxprCost:
-    """`read`: the identities of the results that the program reads."""
+def _equation_cost(equation: JaxprEqn, variables_read: Collection[int]) -> JaxprCost:
+    """`variables_read`: the identities of the variables that the program reads."""
     name = equation.primitive.name
-    kernel = name if name != "ffi_call" else equation.params["target_name"]
+    kernel = name
+    if name == "ffi_call":
+        kernel = equation.params["target_name"]
     if kernel.startswith(("dot_product_attention", target("causal_attention"), target("prefill_attention"))):
-        products = _fused_attention(equation, kernel, [id(result) in read for result in equation.outvars])
+        is_read = [id(result) in variables_read for result in equation.outvars]
+        products = _fused_attention(equation, kernel, is_read)
         return JaxprCost(matmul=products, in_kernels=products)
     if name == "while" or name in _OPAQUE:
         if name == "while":
@@ -168,12 +178,13 @@ def _step(equation: JaxprEqn, read: Collection[int]) -> JaxprCost:
     if name == "dot_general":
         return JaxprCost(matmul=_dot(equation))
     if name == "cond":
-        return max(
-            map(_program, equation.params["branches"]), key=lambda work: (work.flops, work.transcendental)
-        )
-    inner = [] if name in _ATOMS else list(jaxprs_in_params(equation.params))
-    if inner:
-        cost = sum(map(_program, inner), JaxprCost())
+        branches = map(_program_cost, equation.params["branches"])
+        return max(branches, key=lambda cost: (cost.flops, cost.transcendental))
+    inner_programs = []
+    if name not in _ATOMS:
+        inner_programs = list(jaxprs_in_params(equation.params))
+    if inner_programs:
+        cost = sum(map(_program_cost, inner_programs), JaxprCost())
         if name == "scan":
             return cost * equation.params["length"]
         return cost
@@ -181,6 +192,9 @@ def _step(equation: JaxprEqn, read: Collection[int]) -> JaxprCost:
 
 
 def _dot(equation: Any) -> int:
+    """Returns the operations of a `dot_general`: 2 for each number of the result and of the axes that
+    are summed.
+    """
     (contracted, _), _ = equation.params["dimension_numbers"]
     left = equation.invars[0].aval
     result = equation.outvars[0].aval
@@ -188,14 +202,15 @@ def _dot(equation: Any) -> int:
 
 
 def _fused_attention(equation: Any, kernel: str, is_read: list[bool]) -> int:
-    """The products of attention, in blocks if causal: q k^T and p v; in the backward pass dq, dk,
-    dp for both, and dv.
+    """Returns the operations of attention's products, in blocks if causal: q k^T and p v; in the
+    backward pass dq, dk, dp for both, and dv. `is_read`: of each result, whether something reads it.
 
     What a kernel computes beside does not count: there q k^T again, and gradients that nothing
     reads. Over a KV cache every place counts, though a kernel reads only those that the text has
     reached: they are not known here.
     """
     B, T, N, H = equation.invars[0].aval.shape
+    # `keys`: twice the mean number that a query meets
     if kernel == target("prefill_attention"):
         keys = 2 * equation.invars[3].aval.shape[2]
     elif "CAUSAL" in str(equation.params.get("mask_type", "CAUSAL")):
@@ -204,7 +219,7 @@ def _fused_attention(equation: Any, kernel: str, is_read: list[bool]) -> int:
         keys = 2 * equation.invars[1].aval.shape[1]
     q, k, v = (is_read + [True] * 3)[:3]
     if "bwd" in kernel or "backward" in kernel:
-        products = q + k + (q or k) + v
+        products = q + k + (q or k) + v  # a bool counts as 1
     else:
         products = 2
     return products * B * N * H * T * keys
@@ -232,6 +247,7 @@ _ATOMS = frozenset(
 
 
 def _elementwise(name: str, equation: Any) -> JaxprCost:
+    """Returns the cost of an equation that is neither a product nor holds a program."""
     if name in _MOVES:
         return JaxprCost()
     size = equation.outvars[0].aval.size
