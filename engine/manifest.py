@@ -26,6 +26,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def make_manifest(folder: Path, names: Iterable[str]) -> bytes:
+    """Returns a manifest of the files of these names below a folder."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
         entries = {name: pool.submit(describe, folder / name) for name in names}
         return render({name: entry.result() for name, entry in entries.items()})
@@ -44,20 +45,22 @@ def write_read_back(path: Path, encode: Callable[[], Iterable[np.ndarray]]) -> d
     hasher = hashlib.sha256()
     # Mapped, for training goes on: blocks in the heap could take a part of the place that a step's
     # buffer has just left.
-    back, same = (np.frombuffer(mmap.mmap(-1, BLOCK), dtype) for dtype in (np.uint8, bool))
+    block_on_disk = np.frombuffer(mmap.mmap(-1, BLOCK), np.uint8)
+    is_same = np.frombuffer(mmap.mmap(-1, BLOCK), bool)
     with open_regular(path) as file:
         for block in _blocks(encode()):
             size = len(block)
-            is_whole = file.readinto(back[:size]) == size
-            if not is_whole or not np.equal(back[:size], block, out=same[:size]).all():
+            is_whole = file.readinto(block_on_disk[:size]) == size
+            if not is_whole or not np.equal(block_on_disk[:size], block, out=is_same[:size]).all():
                 raise OSError(errno.EIO, OTHER_BITS.format(path.name))
-            hasher.update(back[:size])
+            hasher.update(block_on_disk[:size])
         if file.read(1):
             raise OSError(errno.EIO, OTHER_BITS.format(path.name))
         return {"bytes": file.tell(), "sha256": hasher.hexdigest()}
 
 
 def _blocks(arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yields the arrays in pieces of at most BLOCK bytes."""
     for array in arrays:
         for start in range(0, len(array), BLOCK):
             yield array[start : start + BLOCK]
@@ -74,8 +77,8 @@ def verify(folder: Path, skip: str | None = None, *, extra: bool = True) -> list
         return [f"{listing} is missing"]
     try:
         data = read_limited(listing, MAX_BYTES)
-        wanted = json.loads(data)["files"]
-        if data != render(wanted):
+        entries = json.loads(data)["files"]
+        if data != render(entries):
             raise ValueError
     except OSError as error:
         return [f"{listing} cannot be read: {error.strerror}"]
@@ -86,13 +89,13 @@ def verify(folder: Path, skip: str | None = None, *, extra: bool = True) -> list
         path = folder / name
         if not path.is_file():  # a folder in its place too
             return f"{path} is missing"
-        if name not in wanted:
+        if name not in entries:
             return f"{path} does not belong there"
         try:
             size = path.stat().st_size
-            if size != wanted[name]["bytes"]:
-                return f"{path} has {size:,} bytes instead of {wanted[name]['bytes']:,}"
-            if describe(path) == wanted[name]:
+            if size != entries[name]["bytes"]:
+                return f"{path} has {size:,} bytes instead of {entries[name]['bytes']:,}"
+            if describe(path) == entries[name]:
                 return None
             return f"{path} is damaged: its SHA-256 is another"
         except UserError as error:
@@ -100,7 +103,7 @@ def verify(folder: Path, skip: str | None = None, *, extra: bool = True) -> list
         except OSError as error:
             return f"{path} cannot be read: {error.strerror}"
 
-    names = {*wanted}
+    names = {*entries}
     if extra:
         names |= _files(folder)
     if skip:
@@ -135,10 +138,13 @@ def build_once(
 
 
 def _files(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - {NAME}
+    """Returns the names of all files below a folder but its manifest."""
+    files = [path for path in folder.rglob("*") if not path.is_dir()]
+    return {path.relative_to(folder).as_posix() for path in files} - {NAME}
 
 
 def describe(path: Path) -> dict[str, Any]:
+    """Returns a file's entry in a manifest."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
@@ -148,6 +154,7 @@ def sha256_of(path: Path) -> str:
 
 
 def render(files: dict[str, Any]) -> bytes:
+    """Returns the bytes of a manifest with these entries."""
     body = json.dumps(files, indent=1, sort_keys=True)
     own = hashlib.sha256(body.encode()).hexdigest()
     return json.dumps({"sha256": own, "files": files}, indent=1, sort_keys=True).encode() + b"\n"
