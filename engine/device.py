@@ -16,11 +16,16 @@ from pathlib import Path
 
 from engine.allocator import keep_freed_memory
 from engine.errors import UserError
-from engine.files import cache_folder, remove, trust_problem, warn_of_cache, write_problem
+from engine.files import (
+    SHA256_BYTES,
+    cache_folder,
+    remove,
+    trust_problem,
+    warn_of_cache,
+    write_problem,
+)
 from engine.format import quantity
 from engine.processor import cores, processor
-
-SHA256_BYTES = 32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,12 +20,14 @@ from typing import Any, BinaryIO
 from engine.errors import UserError
 
 UNFINISHED = ".unfinished"  # the end of the name of a file or folder that is being written
-DAY = 24 * 60 * 60
-# by this process: each with the path at which it is to appear
+DAY = 24 * 60 * 60  # seconds
+SHA256_BYTES = 32
+# what this process is writing: each with the path at which it is to appear
 _being_written: dict[Path, Path] = {}
 
 
 def warn_of_cache(variable: str, folder: Path, problem: str) -> None:
+    """Warns that a cache folder has a problem; `variable` is what the user may set to another."""
     sentence = f"The cache folder {folder} {problem}, so what is compiled or fetched now is not kept"
     warnings.warn(f"{sentence}: set {variable} to a folder that you alone can write.", stacklevel=2)
 
@@ -115,19 +117,25 @@ def _temporary_cache(root: Path, room: int, links: bool) -> Path:
     If none can be made, returns `root`, or without `links` a path where nothing can be.
     """
     # the second can be written in a container whose root, with /tmp, cannot
-    for place in (None, "/dev/shm"):
+    for parent in (None, "/dev/shm"):
         with contextlib.suppress(OSError):
-            folder = Path(tempfile.mkdtemp(prefix="thrice-", dir=place))
+            folder = Path(tempfile.mkdtemp(prefix="thrice-", dir=parent))
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             if not write_problem(folder, room):
-                for entry in root.glob("*/*") if links else ():
-                    link = folder / entry.relative_to(root)
-                    link.parent.mkdir(exist_ok=True, mode=0o700)
-                    link.symlink_to(entry.absolute())
+                if links:
+                    _link_entries(root, folder)
                 return folder
     if links:
         return root
     return Path(os.devnull, "cache")
+
+
+def _link_entries(root: Path, folder: Path) -> None:
+    """Makes links in `folder` to all that lies two levels below `root`."""
+    for entry in root.glob("*/*"):
+        link = folder / entry.relative_to(root)
+        link.parent.mkdir(exist_ok=True, mode=0o700)
+        link.symlink_to(entry.absolute())
 
 
 def sync(path: str | Path) -> None:
@@ -186,8 +194,10 @@ def read_checked(path: Path, limit: int) -> bytes:
     """
     with contextlib.suppress(OSError, UserError), open_regular(path) as file:
         data = file.read(limit)
-        if _digest(path, data[:-32]) == data[-32:] and not trust_problem(file.fileno()):
-            return data[:-32]
+        content = data[:-SHA256_BYTES]
+        digest = data[-SHA256_BYTES:]
+        if _digest(path, content) == digest and not trust_problem(file.fileno()):
+            return content
     return b""
 
 
@@ -322,9 +332,9 @@ def discard_unfinished() -> None:
             discard(temporary, path)
     for descriptor in Path("/proc/self/fd").glob("*"):
         with contextlib.suppress(OSError):
-            fetched = os.readlink(descriptor)
-            if fetched.endswith(".incomplete"):
-                os.unlink(fetched)
+            open_file = os.readlink(descriptor)
+            if open_file.endswith(".incomplete"):
+                os.unlink(open_file)
 
 
 def discard(temporary: Path, path: Path) -> None:
@@ -358,13 +368,16 @@ def folder_lock(folder: Path, wait: bool = True) -> Iterator[None]:
     """Locks a folder for the block, if its file system has locks. Unless `wait`, raises
     BlockingIOError if another holds it.
     """
+    mode = fcntl.LOCK_EX
+    if not wait:
+        mode |= fcntl.LOCK_NB
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(handle, mode)
         except BlockingIOError:
             raise
-        except OSError:
+        except OSError:  # the file system has no locks
             pass
         yield
     finally:
