@@ -120,7 +120,9 @@ def loss_and_gradient(
 
 def residual_count(cfg: ModelConfig, B: int, T: int) -> int:
     """Returns how many numbers the residuals hold: a block's fields in the order of `block.py`, times L."""
-    norms = (cfg.heads + cfg.kv_heads) * cfg.head_dim if cfg.qk_norm else 0
+    norms = 0
+    if cfg.qk_norm:
+        norms = (cfg.heads + cfg.kv_heads) * cfg.head_dim
     attention = 2 * cfg.width + norms + cfg.qkv_width + cfg.heads * T + cfg.heads * cfg.head_dim
     swiglu = 2 * cfg.width + 3 * cfg.ff
     return B * T * (cfg.layers * (attention + swiglu) + 2 * cfg.width)
@@ -147,9 +149,8 @@ def _tables(
     T = tokens.shape[1]
     if positions is None:
         positions = np.arange(T)[None]
-    return block.PositionTables(
-        *layers.rope_tables(cfg, positions, params["embed"].dtype), layers.causal_mask(segments, T)
-    )
+    cos, sin = layers.rope_tables(cfg, positions, params["embed"].dtype)
+    return block.PositionTables(cos, sin, layers.causal_mask(segments, T))
 
 
 def generate(
@@ -203,15 +204,17 @@ def to_numpy(params: Any) -> Params:
 
 
 def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
+    """Returns a tree of f(leaf, ...), of leaves at the same path in each tree."""
     if not isinstance(trees[0], dict):
         return f(*trees)
     return {name: tree_map(f, *(tree[name] for tree in trees)) for name in trees[0]}
 
 
 def leaves(tree: Any) -> list[ndarray]:
+    """Returns all arrays of a tree."""
     if not isinstance(tree, dict):
         return [tree]
-    found = []
+    arrays = []
     for value in tree.values():
-        found += leaves(value)
-    return found
+        arrays += leaves(value)
+    return arrays
