@@ -29,6 +29,7 @@ MAX_BYTES = 2**28  # that are read of a program; it has some 50 thousand
 
 
 def _lower(context: Any, *arguments: Any, program: bytes, results: tuple[ShapedArray, ...]) -> Any:
+    """Puts a stored program into the module that is lowered, and a call of it."""
     here = context.module_context
     with here.context:
         module = mlir.ir.Module.parse(program)
@@ -57,7 +58,8 @@ def _versions() -> str:
             data = Path(path).read_bytes()
         except OSError:
             return ""
-        digests.append((os.path.relpath(path, os.path.dirname(__file__)), hashlib.sha256(data).hexdigest()))
+        name = os.path.relpath(path, os.path.dirname(__file__))
+        digests.append((name, hashlib.sha256(data).hexdigest()))
     if sources.are_edited():
         return ""
     code = repr((jax.__version__, jaxlib.__version__, metadata.version("flax"), digests))
@@ -76,8 +78,11 @@ def stored(like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[
 
 
 def _call(function: Callable[..., Any], like: Callable[..., Any], cfg: Any, *args: Any) -> Any:
+    """Returns function(cfg, *args): by a stored program if it may be stored, and traced if not."""
     stores = sources.at_start and platform() == "cpu" and jax.sharding.get_abstract_mesh().empty
-    versions = _versions() if stores else ""
+    versions = ""
+    if stores:
+        versions = _versions()
     if not versions:
         return function(cfg, *args)
     leaves, tree = jax.tree.flatten(args)
@@ -91,12 +96,13 @@ def _call(function: Callable[..., Any], like: Callable[..., Any], cfg: Any, *arg
             return jax.tree.leaves(function(cfg, *jax.tree.unflatten(tree, leaves)))
 
         lowered: Any = jax.jit(flat, keep_unused=True).lower(*shapes)
-        types = json.dumps([[result.shape, str(result.dtype)] for result in lowered.out_info]).encode()
-        data = types + b"\n" + mlir.module_to_bytecode(lowered.compiler_ir())
+        shapes_and_types = [[result.shape, str(result.dtype)] for result in lowered.out_info]
+        header = json.dumps(shapes_and_types).encode()
+        data = header + b"\n" + mlir.module_to_bytecode(lowered.compiler_ir())
         if not sources.are_edited():  # tracing imports modules, and may have imported an edited one
             with contextlib.suppress(OSError):
                 write_checked(path, data)
-    types, program = data.split(b"\n", 1)
-    results = tuple(ShapedArray(tuple(shape), jnp.dtype(dtype)) for shape, dtype in json.loads(types))
+    header, program = data.split(b"\n", 1)
+    results = tuple(ShapedArray(tuple(shape), jnp.dtype(dtype)) for shape, dtype in json.loads(header))
     outputs = stored_program.bind(*leaves, program=program, results=results)
     return jax.tree.unflatten(jax.tree.structure(like(*args)), outputs)
