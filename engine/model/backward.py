@@ -35,7 +35,9 @@ def _with_backward[F: Callable[..., Any]](
 
 
 def matmul_backward(dtype: DTypeLike, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    """dx = g w^T and dw = x^T g, summed in float32. Transposes the narrower of x and g, the cheaper copy."""
+    """Returns dx = g w^T and dw = x^T g, summed in float32. Transposes the narrower of x and g, the
+    cheaper copy.
+    """
     x, w = residuals
     w, g = layout.regather(w, g.astype(x.dtype))
     dx = jnp.einsum("mf,df->md", g, w.astype(x.dtype), preferred_element_type=x.dtype)
@@ -50,7 +52,7 @@ matmul = _with_backward(layers.matmul, matmul_backward)
 
 
 def matmul_rows_backward(dtype: DTypeLike, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    """dx = g w and dw = g^T x."""
+    """Returns dx = g w and dw = g^T x."""
     x, w = residuals
     w, g = layout.regather(w, g.astype(x.dtype))
     dx = jnp.dot(g, w.astype(x.dtype), preferred_element_type=x.dtype)
@@ -62,9 +64,11 @@ matmul_rows = _with_backward(layers.matmul_rows, matmul_rows_backward)
 
 
 def _lookup_backward(residuals: tuple[Array, Array], g: Array):
+    """Returns dembed, the sum of g over the tokens of each row, and None: tokens have no gradient."""
     embed, tokens = residuals
     flat = g.reshape(-1, g.shape[-1]).astype(jnp.float32)
-    return jnp.zeros(embed.shape, jnp.float32).at[tokens.reshape(-1)].add(flat).astype(embed.dtype), None
+    dembed = jnp.zeros(embed.shape, jnp.float32).at[tokens.reshape(-1)].add(flat)
+    return dembed.astype(embed.dtype), None
 
 
 lookup = _with_backward(layers.lookup, _lookup_backward, ())
@@ -86,17 +90,17 @@ def _rms_norm_backward(eps: float, dtype: DTypeLike, residuals: tuple[Array, Arr
 
 
 def _gain_backward(x: Array, g: Array, gain: Array, eps: float) -> Array:
-    """The sum of g x / rms(x) over all but the gain's axes.
+    """Returns the sum of g x / rms(x) over all but the gain's axes.
 
     Each barrier keeps XLA from making one float32 copy of x or g for two loops: half of the time of
     the norm's backward pass.
     """
     x, g = jax.lax.optimization_barrier((x, g))
-    inverse = jax.lax.optimization_barrier(
-        _inverse_rms(jax.lax.optimization_barrier(x).astype(jnp.float32), eps)
-    )
+    x_for_rms = jax.lax.optimization_barrier(x)
+    inverse = jax.lax.optimization_barrier(_inverse_rms(x_for_rms.astype(jnp.float32), eps))
     x32, g32 = (a.astype(jnp.float32) for a in jax.lax.optimization_barrier((x, g)))
-    return jnp.sum(g32 * x32 * inverse, axis=tuple(range(x.ndim - gain.ndim))).astype(gain.dtype)
+    leading_axes = tuple(range(x.ndim - gain.ndim))
+    return jnp.sum(g32 * x32 * inverse, axis=leading_axes).astype(gain.dtype)
 
 
 def _inverse_rms(x: Array, eps: float) -> Array:
@@ -119,11 +123,11 @@ swiglu = _with_backward(layers.swiglu, _swiglu_backward)
 
 
 def _rotate(x: Array, cos: Array, sin: Array, scale: float, dtype: DTypeLike) -> Array:
-    """scale * x rotated, with x (B, T, N, H) as (B, T, N, 2, H / 2): exchanging halves is reversing
+    """Returns scale * x rotated, with x (B, T, N, H) as (B, T, N, 2, H / 2): exchanging halves is reversing
     an axis, ten times as fast as inside H. The barrier keeps the loop to this shape.
     """
     pairs = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
-    # or each head would compute them
+    # The barrier keeps each head from computing the tables anew.
     cos, sin = jax.lax.optimization_barrier((cos, jnp.stack([-sin, sin], axis=2)))
     cos = cos[:, :, None, None]
     sin = sin[:, :, None]

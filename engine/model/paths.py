@@ -25,7 +25,10 @@ def leaf_paths(params: Params, prefix: str = "") -> dict[str, Any]:
 
 
 def _by_number(name: str) -> tuple[int, int, str]:
-    return (0, int(name), "") if name.isdigit() else (1, 0, name)
+    """Returns the key by which names are sorted: numbers first, by value."""
+    if name.isdigit():
+        return (0, int(name), "")
+    return (1, 0, name)
 
 
 def array_paths(tree: Any) -> dict[str, Any]:
@@ -45,6 +48,7 @@ def array_paths(tree: Any) -> dict[str, Any]:
 
 
 def path_of(keys: Any) -> str:
+    """Returns JAX's keys of a leaf as a path."""
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
@@ -61,6 +65,7 @@ def unflatten(leaves: dict[str, Any]) -> Params:
 
 
 def map_paths(f: Callable[[str, Any], Any], params: Params) -> Params:
+    """Returns the nested dict of f(path, leaf)."""
     return unflatten({path: f(path, leaf) for path, leaf in leaf_paths(params).items()})
 
 
@@ -85,13 +90,16 @@ def merge(trainable: Params, frozen: Params) -> Params:
     """
     leaves = leaf_paths(frozen)
     for path, leaf in leaf_paths(trainable).items():
-        leaves[path] = _over(path, leaf, leaves[path]) if path in leaves else leaf
+        if path in leaves:
+            leaf = _merge_leaves(path, leaf, leaves[path])
+        leaves[path] = leaf
     return unflatten(leaves)
 
 
-def _over(path: str, trained: Any, frozen: Any) -> Any:
-    if isinstance(trained, Weight):
-        return trained.on(frozen)
+def _merge_leaves(path: str, trainable: Any, frozen: Any) -> Any:
+    """Returns the weight of two leaves at one path, as `merge`."""
+    if isinstance(trainable, Weight):
+        return trainable.on(frozen)
     if isinstance(frozen, TrainingForm):
-        return frozen.weight_of(trained)
+        return frozen.weight_of(trainable)
     raise ValueError(f"Both trees hold a weight at {path!r}.")

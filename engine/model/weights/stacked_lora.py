@@ -107,14 +107,16 @@ def adapter_product(x: Array, weight: StackedLoRA) -> Array:
     if x.shape[1] == 1 and computes_in_c():
         shape = jax.ShapeDtypeStruct((len(x), edges[-1]), jnp.float32)
         kernel = jax.ffi.ffi_call(target("adapter_matmul"), shape)
-        added = kernel(x[:, 0].astype(jnp.float32), *weight.pairs)
-        return added[:, None]
-    a, b, scale = (stack[weight.index] for stack in (weight.a, weight.b, weight.scale))
+        sums = kernel(x[:, 0].astype(jnp.float32), *weight.pairs)
+        return sums[:, None]
+    a = weight.a[weight.index]
+    b = weight.b[weight.index]
+    scale = weight.scale[weight.index]
     inner = (einsum32("bti,bri->btr", x, a.astype(x.dtype)) * scale[:, None]).astype(x.dtype)
-    parts = [
-        einsum32("btr,bro->bto", inner[..., n * rank : (n + 1) * rank], b[..., start:stop].astype(x.dtype))
-        for n, (start, stop) in enumerate(itertools.pairwise(edges))
-    ]
+    parts = []
+    for n, (start, stop) in enumerate(itertools.pairwise(edges)):
+        inner_part = inner[..., n * rank : (n + 1) * rank]
+        parts.append(einsum32("btr,bro->bto", inner_part, b[..., start:stop].astype(x.dtype)))
     return jnp.where(weight.index[:, None, None] > 0, jnp.concatenate(parts, axis=-1), -0.0)
 
 
@@ -146,7 +148,7 @@ def put_adapter(cfg: ModelConfig, stacks: Params, index: int, adapter: Params) -
     """
     leaves = leaf_paths(adapter)
 
-    def put(path: str, stack: Any) -> Any:
+    def with_adapter(path: str, stack: Any) -> Any:
         block, _, name = path.rpartition("/")
         a, b, scale = map(np.array, stack)
         a[index] = 0
@@ -166,7 +168,7 @@ def put_adapter(cfg: ModelConfig, stacks: Params, index: int, adapter: Params) -
             column += columns
         return a, b, scale
 
-    return map_paths(put, stacks)
+    return map_paths(with_adapter, stacks)
 
 
 def _round_rows(values: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, Any]:
@@ -185,16 +187,17 @@ def with_stacks(cfg: ModelConfig, params: Params, stacks: Params | None, index: 
     """
     if stacks is None:
         return params
-    of = leaf_paths(stacks)
+    stacks_by_path = leaf_paths(stacks)
 
     def stack(path: str, leaf: Any) -> Any:
-        if path not in of:
+        if path not in stacks_by_path:
             return leaf
-        a, b, scale = of[path]
+        a, b, scale = stacks_by_path[path]
         return StackedLoRA(leaf, a, b, scale, index, _columns(cfg, path.rpartition("/")[2]))
 
     return map_paths(stack, params)
 
 
 def _columns(cfg: ModelConfig, name: str) -> tuple[int, ...]:
+    """Returns the columns of each matrix of a weight of PARTS."""
     return tuple(cfg.matrices[part][1] for part in PARTS[name])
