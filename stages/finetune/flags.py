@@ -73,7 +73,7 @@ class TuningFlags:
     ] = None
     """Tokens a row."""
     learning_rate: Annotated[float | None, positive(1), default("2e-3, or 2e-4 without LoRA")] = None
-    """AdamW's. The default for preference is a tenth of these."""
+    """The learning rate of AdamW. The default for preference is a tenth of these."""
     warmup: Annotated[float, parser(number(0, 1), "SHARE")] = 0.05
     """Share of the run in which the learning rate rises; then it falls by a cosine."""
     weight_decay: Annotated[float, parser(number(0, 10), "X")] = 0.0

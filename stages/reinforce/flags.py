@@ -35,7 +35,7 @@ class UpdateFlags:
     """The optimizer steps of a round."""
 
     learning_rate: Annotated[float | None, positive(1), default("5e-4, or 2e-5 without LoRA")] = None
-    """AdamW's."""
+    """The learning rate of AdamW."""
     updates: Annotated[int, parser(integer(1, 64), "N")] = 1
     """Steps on each round's completions."""
     clip: Annotated[float, positive(10)] = 0.2
@@ -48,7 +48,7 @@ class UpdateFlags:
 
 @dataclasses.dataclass(frozen=True)
 class DurationFlags:
-    """The length of the run. Of both, whichever ends first."""
+    """The length of the run. With both, the run ends at whichever comes first."""
 
     max_time: Annotated[
         float | None, parser(seconds, "TIME"), default("2m, but at least 20 rounds, when neither is given")

@@ -71,7 +71,7 @@ class OptimizerFlags:
     optimizer: Annotated[str | None, one_of("muon", "adamw"), RECIPE] = None
     """`muon` (on the matrices inside blocks, AdamW on the rest) or `adamw`."""
     learning_rate: Annotated[float | None, positive(10), RECIPE] = None
-    """AdamW's; a recipe may have a factor on it for the embedding, and one for the head."""
+    """The learning rate of AdamW; a recipe may have a factor on it for the embedding, and one for the head."""
     matrix_learning_rate: Annotated[float | None, positive(10), RECIPE] = None
     """Muon's."""
     schedule: Annotated[str | None, one_of("cosine", "wsd"), RECIPE] = None
