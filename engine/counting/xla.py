@@ -220,7 +220,7 @@ def _first_group_of_axes(match: re.Match[str]) -> tuple[int, ...]:
         stride = math.prod(sizes[other] for other in names[names.index(name) + 1 :])
         stride *= sizes[name] // (int(before or 1) * count)
         steps = range(0, stride * count, stride)
-        group = [place + step for place in group for step in steps]
+        group = [place + step for place, step in itertools.product(group, steps)]
     return tuple(sorted(group))
 
 
