@@ -19,7 +19,9 @@ class LayerInC(SegmentedLayer):
         are not finite.
         """
         R, T, _, _ = q.shape
-        return decode_attention(q, k, v, self) if T == 1 < R else prefill_attention(q, k, v, self)
+        if T == 1 and R > 1:
+            return decode_attention(q, k, v, self)
+        return prefill_attention(q, k, v, self)
 
 
 class KVInC(KVSegments):
@@ -39,10 +41,10 @@ def decode_attention(q: Array, k: Array, v: Array, layer: LayerInC) -> tuple[Arr
     stored, tree = jax.tree.flatten((layer.k, layer.v))
     inputs = [queries.astype(jnp.float32), *layer.rows[:4], *jax.tree.leaves(new)]
     shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (inputs[0], *stored)]
+    # Each stored array, behind the inputs, is written in place: it is a result behind the first.
     aliases = {len(inputs) + i: 1 + i for i in range(len(stored))}
-    out, *stored = jax.ffi.ffi_call(target("decode_attention"), shapes, input_output_aliases=aliases)(
-        *inputs, *stored
-    )
+    kernel = jax.ffi.ffi_call(target("decode_attention"), shapes, input_output_aliases=aliases)
+    out, *stored = kernel(*inputs, *stored)
     keys, values = jax.tree.unflatten(tree, stored)
     return join_heads(out[:, :, :, None]).astype(q.dtype), layer._replace(k=keys, v=values)
 
@@ -55,7 +57,8 @@ def prefill_attention(q: Array, k: Array, v: Array, layer: LayerInC) -> tuple[Ar
     new = stored_heads(k, v, layer)
     queries = q.astype(layer.query_dtype)
     layer = write_new(layer, *new)
-    kernel = jax.ffi.ffi_call(target("prefill_attention"), jax.ShapeDtypeStruct((R, T, N * H), queries.dtype))
+    shape = jax.ShapeDtypeStruct((R, T, N * H), queries.dtype)
+    kernel = jax.ffi.ffi_call(target("prefill_attention"), shape)
     out = kernel(queries, layer.rows.position, layer.rows.slot, *jax.tree.leaves((layer.k, layer.v)))
     return mask_padding(out.astype(q.dtype), jnp.nan, layer.rows.is_token), layer
 

@@ -9,6 +9,7 @@ row's bits depend on its own tokens alone. `in_c.py` attends by kernels in C.
 
 import functools
 import itertools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -132,8 +133,10 @@ def segment_edges(capacity: int, first: int, chunk: int) -> tuple[int, ...]:
     The first has `first` positions, each other one as many as all before it, but the last perhaps
     fewer. A `first` of at least the capacity makes one segment.
     """
-    end = -(-capacity // chunk) * chunk
-    edges = [0, end if first >= capacity else first]
+    end = math.ceil(capacity / chunk) * chunk
+    if first >= capacity:
+        return (0, end)
+    edges = [0, first]
     while edges[-1] < end:
         edges.append(min(2 * edges[-1], end))
     return tuple(edges)
@@ -170,10 +173,9 @@ def read_chunk(segments: KVSegments, slot: Array, start: Array, length: int) -> 
     def read(segment: int) -> KVArray:
         @jax.jit(inline=True)  # traced once for all layers
         def cut(array: Array) -> Array:
+            starts = (slot, 0, start - edges[segment], *[0] * (array.ndim - 3))
             sizes = (1, array.shape[1], length, *array.shape[3:])
-            return jax.lax.dynamic_slice(
-                array, (slot, 0, start - edges[segment], *[0] * (array.ndim - 3)), sizes
-            )[0]
+            return jax.lax.dynamic_slice(array, starts, sizes)[0]
 
         def stack(*arrays: Array) -> Array:
             return jnp.stack([cut(array) for array in arrays])
@@ -181,8 +183,9 @@ def read_chunk(segments: KVSegments, slot: Array, start: Array, length: int) -> 
         layers = (layer[segment] for layer in (*segments.k, *segments.v))
         return jax.tree.map(stack, *layers)
 
-    which = jnp.sum(start >= jnp.array(edges[1:-1], jnp.int32))
-    return jax.lax.switch(which, [functools.partial(read, segment) for segment in range(len(edges) - 1)])
+    segment_of_start = jnp.sum(start >= jnp.array(edges[1:-1], jnp.int32))
+    readers = [functools.partial(read, segment) for segment in range(len(edges) - 1)]
+    return jax.lax.switch(segment_of_start, readers)
 
 
 def write_chunk(segments: KVSegments, chunk: KVArray, slot: Array, start: Array, count: Array) -> KVSegments:
@@ -241,12 +244,12 @@ def copy_slot(segments: KVSegments, slot: Array, targets: Array, max_positions: 
     at = jnp.stack([targets, jnp.zeros_like(targets)], axis=1)
 
     @jax.jit(inline=True)
-    def copied(array: Array) -> Array:
+    def copy_array(array: Array) -> Array:
         content = jax.lax.dynamic_index_in_dim(array, slot, 0)
         return _scatter(array, jnp.broadcast_to(content, (len(targets), *array.shape[1:])), at)
 
     def copy_all(layers: tuple[KVArray, ...]) -> Any:
-        return jax.tree.map(copied, layers)
+        return jax.tree.map(copy_array, layers)
 
     def copy_segment(layers: tuple[KVArray, ...], start: int) -> Any:
         return jax.lax.cond(start < max_positions, copy_all, _unchanged, layers)
@@ -314,17 +317,26 @@ def _attend(q: Array, positions: Array, layer: SegmentedLayer) -> Array:
     """q (R, K, M, H), positions (R, M) -> (R, K, M, H) float32."""
     R, K, M, H = q.shape
     if M == 1 and ops().pads_lone_row:
-        return _attend(jnp.concatenate([q, q], axis=2), jnp.concatenate([positions] * 2, axis=1), layer)[
-            :, :, :1
-        ]
-    slot = layer.rows.slot[0] if R == 1 else None
-    state = Mixture(jnp.full((R, K, M), MASKED), jnp.zeros((R, K, M)), jnp.zeros((R, K, M, H)))
-    queries = two_digit_rows(q) if isinstance(layer.k[0], QuantizedKV) else q
+        two_queries = jnp.concatenate([q, q], axis=2)
+        two_positions = jnp.concatenate([positions, positions], axis=1)
+        return _attend(two_queries, two_positions, layer)[:, :, :1]
+    slot = None
+    if R == 1:
+        slot = layer.rows.slot[0]
+    state = Mixture(
+        best=jnp.full((R, K, M), MASKED), total=jnp.zeros((R, K, M)), mixed=jnp.zeros((R, K, M, H))
+    )
+    queries: Any = q
+    if isinstance(layer.k[0], QuantizedKV):
+        queries = two_digit_rows(q)
     longest = positions.max()
     for keys, values, start in zip(layer.k, layer.v, _edges(layer.k)):
         add = functools.partial(attend_segment, queries, positions - start, keys, values, slot)
         with jax.named_scope(f"segment_{start}"):
-            state = jax.lax.cond(longest >= start, add, _unchanged, state) if start else add(state)
+            if start == 0:
+                state = add(state)
+            else:
+                state = jax.lax.cond(longest >= start, add, _unchanged, state)
     return state.mixed / state.total[..., None]
 
 
@@ -347,20 +359,23 @@ def attend_segment(
     stays, to the bit. `slot` is that of a single row; without it row r reads slot r.
     """
     if slot is not None:
-        keys, values = jax.tree.map(
-            lambda array: jax.lax.dynamic_index_in_dim(array, slot, 0), (keys, values)
-        )
+
+        def of_slot(array: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(array, slot, 0)
+
+        keys = jax.tree.map(of_slot, keys)
+        values = jax.tree.map(of_slot, values)
     mask = (jnp.arange(jax.tree.leaves(keys)[0].shape[2]) <= last[:, :, None])[:, None]
     scores = jnp.where(mask, _scores(q, keys), MASKED)
     best = jnp.maximum(state.best, scores.max(-1))
     weights = jnp.exp(scores - best[..., None])
     factor = jnp.exp(state.best - best)
     mixed = state.mixed * factor[..., None] + _mix(weights, values, mask)
-    reached = (last >= 0)[:, None]
+    is_reached = (last >= 0)[:, None]
     return Mixture(
-        jnp.where(reached, best, state.best),
-        jnp.where(reached, state.total * factor + weights.sum(-1), state.total),
-        jnp.where(reached[..., None], mixed, state.mixed),
+        best=jnp.where(is_reached, best, state.best),
+        total=jnp.where(is_reached, state.total * factor + weights.sum(-1), state.total),
+        mixed=jnp.where(is_reached[..., None], mixed, state.mixed),
     )
 
 
@@ -388,7 +403,9 @@ def _unchanged(tree: Any) -> Any:
 
 
 def _edges(layer: LayerSegments) -> tuple[int, ...]:
-    return tuple(itertools.accumulate((jax.tree.leaves(segment)[0].shape[2] for segment in layer), initial=0))
+    """Returns the position at which each segment starts, and S."""
+    lengths = [jax.tree.leaves(segment)[0].shape[2] for segment in layer]
+    return tuple(itertools.accumulate(lengths, initial=0))
 
 
 def _destinations(edges: tuple[int, ...], slots: Array, positions: Array) -> tuple[Array, ...]:
