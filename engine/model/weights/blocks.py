@@ -91,9 +91,14 @@ class Blocks(Weight, TrainingForm):
         pairs: tuple[Any, ...] = (),
     ) -> Array:
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        gain = jnp.zeros(0) if gain is None else gain.astype(jnp.float32)
-        result = jax.ShapeDtypeStruct((len(rows), self.columns), jnp.float32)
-        shapes = [result, result] if pairs else [result]  # of the weight, and of its adapters
+        if gain is None:
+            gain = jnp.zeros(0)
+        else:
+            gain = gain.astype(jnp.float32)
+        shape = jax.ShapeDtypeStruct((len(rows), self.columns), jnp.float32)
+        shapes = [shape]
+        if pairs:
+            shapes = [shape, shape]  # of the weight, and of its adapters
         kernel = jax.ffi.ffi_call(target("block_matmul"), shapes)
         parts = kernel(rows, self.packed, gain, np.float32(eps), *pairs)
         product = parts[0]
@@ -119,7 +124,9 @@ def served_kind(path: str, kind: str = "Q4_0") -> str:
     Q4_1 takes a ninth more than Q4_0 and costs no less: 0.0025 bits per byte for 0.0012 (the
     default model after 300 steps).
     """
-    return "Q8_0" if path in ("embed", "head") else kind
+    if path in ("embed", "head"):
+        return "Q8_0"
+    return kind
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "axis"))
@@ -141,12 +148,11 @@ def round_to_blocks(weight: Array, kind: str, axis: int = 1) -> Blocks:
         """values (out, groups, n) -> their bytes (out / 16, groups, 16 n), so many values of a
         column side by side.
         """
-        data = jax.lax.bitcast_convert_type(values, jnp.uint8).reshape(
-            *values.shape[:2], -1, together * values.dtype.itemsize
-        )
-        strips = jnp.pad(data, ((0, -len(data) % COLUMNS), (0, 0), (0, 0), (0, 0))).reshape(
-            -1, COLUMNS, *data.shape[1:]
-        )
+        bytes_together = together * values.dtype.itemsize
+        data = jax.lax.bitcast_convert_type(values, jnp.uint8)
+        data = data.reshape(*values.shape[:2], -1, bytes_together)
+        padded = jnp.pad(data, ((0, -len(data) % COLUMNS), (0, 0), (0, 0), (0, 0)))
+        strips = padded.reshape(-1, COLUMNS, *data.shape[1:])
         return strips.transpose(0, 2, 3, 1, 4).reshape(len(strips), data.shape[1], -1)
 
     packed = [pack(numbers, 4), *(pack(factor, 1) for factor in factors)]
@@ -195,9 +201,9 @@ def factors_to_train(weight: Blocks) -> Array:
 
 @jax.jit
 def with_factors(weight: Blocks, trained: Array) -> Blocks:
-    factors = jax.lax.bitcast_convert_type(
-        _round_factors(trained, weight.kind).astype(jnp.float16), jnp.uint8
-    )
+    """Returns the weight with trained factors, those of `factors_to_train`, rounded to float16."""
+    halves = _round_factors(trained, weight.kind).astype(jnp.float16)
+    factors = jax.lax.bitcast_convert_type(halves, jnp.uint8)
     data = factors.reshape(*weight.packed.shape[:2], -1)
     return dataclasses.replace(weight, packed=weight.packed.at[..., -data.shape[2] :].set(data))
 
@@ -206,9 +212,8 @@ def _round_factors(trained: Array, kind: str) -> Array:
     """Returns scales and minima of float16 in float32, with the gradient of what is trained."""
     quarter, *center = jnp.moveaxis(trained, -2, 0)
     scale = _to_half(quarter / QUARTER_STEPS[kind])
-    return jnp.stack(
-        [scale, *(_to_half(2 * (part - QUARTER_STEPS[kind] * scale)) for part in center)], axis=-2
-    )
+    minimum = [_to_half(2 * (part - QUARTER_STEPS[kind] * scale)) for part in center]
+    return jnp.stack([scale, *minimum], axis=-2)
 
 
 def _to_half(x: Array) -> Array:
@@ -270,8 +275,9 @@ def round_groups(x: Array) -> Array:
 def lookup_blocks(weight: Blocks, rows: Array) -> Array:
     """weight of axis 0 (V, D), rows (...) int32 -> those rows of the matrix, (..., D) float32."""
     flat = rows.reshape(-1)
-    chosen = dataclasses.replace(weight, packed=weight.packed[flat // COLUMNS], columns=COLUMNS * len(flat))
-    strips = dense_blocks(chosen).reshape(len(flat), COLUMNS, -1)
+    packed = weight.packed[flat // COLUMNS]  # the 16 columns among which each row is
+    strips = dense_blocks(dataclasses.replace(weight, packed=packed, columns=COLUMNS * len(flat)))
+    strips = strips.reshape(len(flat), COLUMNS, -1)
     return jnp.take_along_axis(strips, (flat % COLUMNS)[:, None, None], axis=1).reshape(*rows.shape, -1)
 
 
