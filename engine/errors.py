@@ -36,14 +36,20 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         if self.most == float("inf"):
-            return f"{'above' if self.above else 'at least'} {self.least:g}"
+            if self.above:
+                return f"above {self.least:g}"
+            return f"at least {self.least:g}"
         if self.above:
             return f"above {self.least} and at most {self.most}{self.note}"
         return f"between {self.least}{self.note} and {self.most}"
 
     def holds(self, value: float) -> bool:
-        within = self.least <= value <= self.most and not (self.above and value == self.least)
-        return within and (not self.integer or value == int(value))
+        """Returns whether a number is in range."""
+        if not self.least <= value <= self.most:
+            return False
+        if self.above and value == self.least:
+            return False
+        return not self.integer or value == int(value)
 
     def check(self, name: str, value: Any, field: str | None = None) -> None:
         """Raises InvalidField for `field` (by default `name`) when the value is out of range."""

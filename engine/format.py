@@ -38,7 +38,9 @@ def duration(seconds: float) -> str:
 
 def quantity(number: int, noun: str) -> str:
     """Formats a count of things: (1, 'step') -> '1 step', (1200, 'step') -> '1,200 steps'."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:,} {noun}s"
 
 
 def format_count(number: float) -> str:
@@ -51,8 +53,10 @@ def format_count(number: float) -> str:
 def format_bytes(bytes: float) -> str:
     """Formats bytes: 1.5e9 -> '1.5 GB' (powers of 1000)."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if bytes >= 100 * scale:
+            return f"{bytes / scale:.0f} {unit}"
         if bytes >= scale:
-            return f"{bytes / scale:.{1 if bytes < 100 * scale else 0}f} {unit}"
+            return f"{bytes / scale:.1f} {unit}"
     return f"{bytes:.0f} B"
 
 
@@ -64,6 +68,7 @@ def join_words(words: Sequence[str]) -> str:
 
 
 def finite(value: Any) -> float | None:
+    """Returns a finite number as a float, and None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
@@ -103,7 +108,9 @@ def times(value: Any) -> str:
     value = finite(value)
     if value is None:
         return ABSENT
-    return f"{value:,.{2 if abs(value) < 9.95 else 1}f}×"
+    if abs(value) < 9.95:  # what one decimal would not round to 10.0
+        return f"{value:,.2f}×"
+    return f"{value:,.1f}×"
 
 
 def percent(value: Any) -> str:
@@ -126,4 +133,5 @@ def _power(value: float) -> int:
     """Returns the power of ten of a value's prefix; what rounds up to 1000 counts as 1000."""
     if value == 0:
         return 0
-    return min(max(3 * math.floor(math.log10(abs(value) * 1.0005) / 3), min(_PREFIXES)), max(_PREFIXES))
+    power = 3 * math.floor(math.log10(abs(value) * 1.0005) / 3)
+    return min(max(power, min(_PREFIXES)), max(_PREFIXES))

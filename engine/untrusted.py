@@ -18,7 +18,9 @@ MAX_CONFIG_BYTES = 2 * 2**20
 
 def quote(value: Any) -> str:
     """Returns a file's value for an error message: quoted, printable, and short."""
-    text = ascii(value if isinstance(value, str | int | float | bool | None) else type(value).__name__)
+    if not isinstance(value, str | int | float | bool | None):
+        value = type(value).__name__
+    text = ascii(value)
     if len(text) <= MAX_QUOTED:
         return text
     return f"{text[:MAX_QUOTED]}..."
@@ -45,8 +47,8 @@ class Fields(NamedTuple):
         """Raises UserError for a field that is in `only` and whose value is none of those there."""
         for name, values in only.items():
             if name in self.values and self.values[name] not in values:
-                given = f"{self.prefix}{name} is {quote(self.values[name])}"
-                raise UserError(f"{self.path}: {given}, and only {values[0]} can be computed here.")
+                field = f"{self.prefix}{name} is {quote(self.values[name])}"
+                raise UserError(f"{self.path}: {field}, and only {values[0]} can be computed here.")
 
     def note_unknown(self, known: Collection[str], harmless: str) -> tuple[str, ...]:
         """Returns a note that names the fields which are not known, if any, and do not match the
@@ -59,7 +61,9 @@ class Fields(NamedTuple):
         ]
         if not unknown:
             return ()
-        more = f" and {len(unknown) - MAX_NAMED} more" * (len(unknown) > MAX_NAMED)
+        more = ""
+        if len(unknown) > MAX_NAMED:
+            more = f" and {len(unknown) - MAX_NAMED} more"
         return (
             f"{self.path}: fields that are not known here are ignored: "
             f"{', '.join(map(quote, unknown[:MAX_NAMED]))}{more}",
@@ -101,6 +105,7 @@ def build_tokenizer[T](make: Callable[[], T], path: Path) -> T:
 
 
 def read_exactly(file: BinaryIO, count: int, path: Path) -> bytes:
+    """Reads so many bytes from the open file at `path`. Raises UserError when it ends before."""
     data = file.read(count)
     if len(data) != count:
         raise truncation_error(path, count - len(data))
@@ -124,8 +129,11 @@ def truncation_error(path: Path, missing: int) -> UserError:
 
 
 def check_adjacent(path: Path, name: str, offset: int, end: int) -> None:
+    """Raises UserError unless a tensor begins at the `end` of the one before it."""
     if offset != end:
-        fault = "overlaps the one before it" if offset < end else "leaves a gap before it"
+        fault = "leaves a gap before it"
+        if offset < end:
+            fault = "overlaps the one before it"
         raise UserError(f"{path} is damaged: the tensor {quote(name)} {fault}.")
 
 
