@@ -7,7 +7,7 @@ from typing import Literal
 
 from engine.counting.accelerators import Accelerator
 from engine.counting.flops import train_flops
-from engine.counting.memory import TrainingMemory, dtype_bytes, train_bytes, training_memory
+from engine.counting.memory import FLOAT32, TrainingMemory, dtype_bytes, train_bytes, training_memory
 from engine.counting.params import count_params
 from engine.counting.xla import Collective
 from engine.mesh.shape import ONE_DEVICE, MeshShape
@@ -58,20 +58,15 @@ class StepPlan:
         Matrices in `blocks` count about as a LoRA pair of rank width / 32.
         """
         mesh = self.mesh
-        own = {name: getattr(self.cfg, name) // mesh.tensor for name in ("vocab", "heads", "kv_heads", "ff")}
-        cfg = dataclasses.replace(self.cfg, **own)
-        trainable = self.trainable
-        if trainable and self.blocks:
-            packed = trainable.weights.intersection(self.blocks)
-            trainable = TrainablePaths(
-                trainable.weights - packed, packed - {"embed", "head"}, cfg.width // 32
-            )
+        cut_by_tensor = ("vocab", "heads", "kv_heads", "ff")
+        own_share = {name: getattr(self.cfg, name) // mesh.tensor for name in cut_by_tensor}
+        cfg = dataclasses.replace(self.cfg, **own_share)
         memory = training_memory(
             cfg,
             self._rows,
             self.context,
             optimizer=self.optimizer,
-            trainable=trainable,
+            trainable=self._trainable_as_pairs,
             loss_chunks=loss_chunks(cfg, self._rows * self.context, self._head_trains),
             microbatches=self.microbatches,
             base=self.base,
@@ -79,14 +74,28 @@ class StepPlan:
         # The model as loaded, in float32, which the report compares with; of a LoRA the pairs; of
         # blocks what a step unpacks.
         if self.trainable is not None:
-            is_shared = self.trainable.adapted or dtype_bytes(cfg) == 4
-            loaded = memory.gradients if is_shared else 4 * count_params(cfg).total
-            memory = dataclasses.replace(memory, params=memory.params + loaded)
-        cut = ("params", "optimizer", "copies", "gradients", "accumulated")
-        shares = {name: getattr(memory, name) // mesh.fsdp for name in cut}
+            if self.trainable.adapted or dtype_bytes(cfg) == FLOAT32:
+                loaded_bytes = memory.gradients
+            else:
+                loaded_bytes = FLOAT32 * count_params(cfg).total
+            memory = dataclasses.replace(memory, params=memory.params + loaded_bytes)
+        cut_by_fsdp = ("params", "optimizer", "copies", "gradients", "accumulated")
+        shares = {name: getattr(memory, name) // mesh.fsdp for name in cut_by_fsdp}
         if mesh.fsdp * mesh.tensor > 1:  # the whole head, gathered in float32, and its copy
-            shares["copies"] += (4 + dtype_bytes(cfg)) * self.cfg.width * self.cfg.vocab
+            shares["copies"] += (FLOAT32 + dtype_bytes(cfg)) * self.cfg.width * self.cfg.vocab
         return dataclasses.replace(memory, **shares)
+
+    @property
+    def _trainable_as_pairs(self) -> TrainablePaths | None:
+        """The parameters that train, with those in `blocks` as LoRA pairs of rank width / 32."""
+        if not self.trainable or not self.blocks:
+            return self.trainable
+        in_blocks = self.trainable.weights.intersection(self.blocks)
+        return TrainablePaths(
+            weights=self.trainable.weights - in_blocks,
+            adapted=in_blocks - {"embed", "head"},
+            rank=self.cfg.width // 32,
+        )
 
     @property
     def answering_bytes(self) -> int:
@@ -102,14 +111,12 @@ class StepPlan:
         `collectives`: of the compiled step.
         """
         flops = self.flops / self.mesh.devices
-        # Muon's products are on whole matrices, dealt out: here on a device that has the most of
-        # them.
+        # Muon's products are on whole matrices, dealt out: these are of a device that has the most.
         layers = self.cfg.layers
         flops += self.update_flops / layers * math.ceil(layers / self.mesh.devices)
         traffic = train_bytes(self.cfg, self._rows, self.context)
-        passes = (
-            self.microbatches * (traffic.weights + traffic.activations + traffic.logits) / self.mesh.tensor
-        )
+        of_one_pass = traffic.weights + traffic.activations + traffic.logits
+        passes = self.microbatches * of_one_pass / self.mesh.tensor
         update = (traffic.gradients + traffic.optimizer) / (self.mesh.fsdp * self.mesh.tensor)
         return {
             "products": flops / (1e12 * EFFICIENCY * device.bf16_tflops),
