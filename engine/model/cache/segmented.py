@@ -173,7 +173,7 @@ def read_chunk(segments: KVSegments, slot: Array, start: Array, length: int) -> 
     def read(segment: int) -> KVArray:
         @jax.jit(inline=True)  # traced once for all layers
         def cut(array: Array) -> Array:
-            starts = (slot, 0, start - edges[segment], *[0] * (array.ndim - 3))
+            starts: tuple[Any, ...] = (slot, 0, start - edges[segment], *[0] * (array.ndim - 3))
             sizes = (1, array.shape[1], length, *array.shape[3:])
             return jax.lax.dynamic_slice(array, starts, sizes)[0]
 
