@@ -23,24 +23,29 @@ def causal_attention_in_blocks(q: Array, k: Array, v: Array, segments: Array | N
     return _causal_attention_forward(q, k, v, segments)[0]
 
 
-def _tiles(T: int) -> list[tuple[int, int]]:
-    size = QUERY_BLOCK if T % QUERY_BLOCK == 0 else T
+def _query_blocks(T: int) -> list[tuple[int, int]]:
+    """Returns the first query of each block, and the one behind its last."""
+    size = T
+    if T % QUERY_BLOCK == 0:
+        size = QUERY_BLOCK
     return [(start, start + size) for start in range(0, T, size)]
 
 
 def _rows(x: Array, start: int, end: int) -> Array:
-    """Queries start..end of x (B, K, G, T, H), heads of a group side by side: (B, K, G * block, H)."""
+    """Returns queries start..end of x (B, K, G, T, H), heads of a group side by side: (B, K, G * block,
+    H).
+    """
     B, K, G, _, H = x.shape
     return x[:, :, :, start:end].reshape(B, K, G * (end - start), H)
 
 
 def _block_mask(start: int, end: int, G: int, segments: Array | None) -> Array:
-    """(1 or B, 1, S=end, G * block): the causal mask of one block, key-major."""
+    """Returns the causal mask of one block, key-major, (1 or B, 1, S=end, G * block)."""
     mask = jnp.arange(end)[:, None] <= jnp.arange(start, end)[None]
     if segments is None:
         return jnp.tile(mask, (1, G))[None, None]
-    same = segments[:, :end, None] == segments[:, None, start:end]
-    return jnp.tile(mask[None] & same, (1, 1, G))[:, None]
+    in_same_segment = segments[:, :end, None] == segments[:, None, start:end]
+    return jnp.tile(mask[None] & in_same_segment, (1, 1, G))[:, None]
 
 
 def _causal_attention_forward(q: Array, k: Array, v: Array, segments: Array | None):
@@ -52,7 +57,7 @@ def _causal_attention_forward(q: Array, k: Array, v: Array, segments: Array | No
     v_transposed = transpose(v)
     weights = []
     out = []
-    for start, end in _tiles(T):
+    for start, end in _query_blocks(T):
         scores = layers.einsum32("bksh,bkrh->bksr", k[:, :, :end], _rows(q, start, end))
         mask = _block_mask(start, end, N // K, segments)
         p = jax.nn.softmax(jnp.where(mask, scores, layers.MASKED), axis=-2).astype(v.dtype)
@@ -64,13 +69,15 @@ def _causal_attention_forward(q: Array, k: Array, v: Array, segments: Array | No
 
 
 def _causal_attention_backward(residuals: Any, g: Array):
-    """Returns the gradients of q, k and v, and None for the segments. With P the weights and o = P v:
+    """Returns the gradients of q, k and v, and None for the segments.
 
-    dv = P^T g
-    dP = g v^T
-    dS = P (dP - sum(o g))
-    dq = dS k
-    dk = dS^T q
+    With P the weights and o = P v:
+
+        dv = P^T g
+        dP = g v^T
+        dS = P (dP - sum(o g))
+        dq = dS k
+        dk = dS^T q
     """
     q, k, v, _, weights, o = residuals
     B, K, G, T, H = q.shape
@@ -79,7 +86,7 @@ def _causal_attention_backward(residuals: Any, g: Array):
     k_transposed = transpose(k)
     dq_blocks: list[Array] = []
     dk = dv = jnp.zeros(k.shape, jnp.float32)
-    for p, (start, end) in zip(weights, _tiles(T)):
+    for p, (start, end) in zip(weights, _query_blocks(T)):
         g_rows = _rows(g, start, end)
         dp = layers.einsum32("bksh,bkrh->bksr", v[:, :, :end], g_rows)
         ds = p.astype(jnp.float32) * (dp - delta[..., start:end].reshape(B, K, 1, -1))
