@@ -1,4 +1,4 @@
-"""The processor: its name and instructions, the cores that this process may use, and the time others take of them."""
+"""The processor: its name and instructions, the cores of this process, and the time that others take of them."""
 
 import contextlib
 import os

@@ -21,10 +21,12 @@ NONE_TRAINABLE = TrainablePaths(frozenset())
 
 
 def all_trainable(cfg: ModelConfig) -> TrainablePaths:
+    """Returns the paths of a model in which every weight trains."""
     return TrainablePaths(frozenset(leaf_shapes(cfg)))
 
 
 def lora_only(cfg: ModelConfig, adapter: LoraConfig) -> TrainablePaths:
+    """Returns the paths of a model in which only the pairs of an adapter train."""
     paths = set()
     for layer in range(cfg.layers):
         for name in adapter.adapted_matrices:
@@ -37,4 +39,5 @@ def lowest_gradient(cfg: ModelConfig, trainable: TrainablePaths) -> int:
     paths = trainable.weights | trainable.adapted
     if "embed" in paths:
         return 0
-    return min((int(path.split("/")[1]) for path in paths if path.startswith("blocks/")), default=cfg.layers)
+    blocks = [int(path.split("/")[1]) for path in paths if path.startswith("blocks/")]
+    return min(blocks, default=cfg.layers)

@@ -224,8 +224,9 @@ def _note_hang(candidate: Candidate, seconds: float) -> str:
     """Writes beside the library's path that its compiler hung, and returns the sentence."""
     hour = time.strftime("%Y-%m-%d %H:%M")
     path = candidate.path
+    compiler = shlex.join(candidate.compiler)
     sentence = (
-        f"{shlex.join(candidate.compiler)} was stopped at {hour} because it took longer than {seconds:.3g} s; "
+        f"{compiler} was stopped at {hour} because it took longer than {seconds:.3g} s; "
         f"it is tried again a day later, or once you delete {path.parent}/*{HUNG}"
     )
     with contextlib.suppress(OSError):  # then the next start waits for it again

@@ -117,9 +117,9 @@ def make_adapter(key: Array, shape: tuple[int, int], rank: int, alpha: float) ->
     scale alpha / rank.
     """
     rows, columns = shape
-    return LoRA(
-        None, jax.random.normal(key, (rows, rank)) * rows**-0.5, jnp.zeros((rank, columns)), alpha / rank
-    )
+    a = jax.random.normal(key, (rows, rank)) * rows**-0.5
+    b = jnp.zeros((rank, columns))
+    return LoRA(base=None, a=a, b=b, scale=alpha / rank)
 
 
 def init_lora(cfg: ModelConfig, key: Array, lora: LoraConfig) -> Params:
@@ -136,9 +136,8 @@ def init_lora(cfg: ModelConfig, key: Array, lora: LoraConfig) -> Params:
                 raise UserError(
                     f"A LoRA rank for {path} must lie between 1 and {min(shape) - 1}, not {lora.rank}."
                 )
-            adapters[path] = make_adapter(
-                jax.random.fold_in(key, len(adapters)), shape, lora.rank, lora.alpha
-            )
+            own_key = jax.random.fold_in(key, len(adapters))
+            adapters[path] = make_adapter(own_key, shape, lora.rank, lora.alpha)
     return unflatten(adapters)
 
 

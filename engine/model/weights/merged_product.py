@@ -31,8 +31,9 @@ from engine.model.weights.plain import as_weight
 
 
 def is_merged(weight: Any, x: Array) -> bool:
-    """Whether x is multiplied by the whole weight in x's dtype: where the weight is smaller than x,
-    or, if it has a pair to merge, than x and the result; not where the base multiplies integers.
+    """Returns whether x is multiplied by the whole weight in x's dtype: where the weight is smaller
+    than x, or, if it has a pair to merge, than x and the result; not where the base multiplies
+    integers.
     """
     rows, columns = weight.shape
     numbers = x.size // layout.row_shards()

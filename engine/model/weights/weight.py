@@ -78,7 +78,7 @@ class Weight(abc.ABC):
 
     @property
     def can_be_merged(self) -> bool:
-        """Whether many rows may be multiplied by its `dense` matrix, in their own type, in place of
+        """True if many rows may be multiplied by its `dense` matrix, in their own type, in place of
         `times`.
         """
         return True
