@@ -24,9 +24,9 @@ from engine.model.weights.matmul import lookup, norm_and_project, project, swigl
 # first SwiGLU random, 2.32 with all so, and with none 2.39 (an embedding of 1 / D) or 2.47 (a small
 # last gain).
 TIED_STD = 0.3
-# The most that standard deviation may be, times the square root of the vocabulary: it lowers it below
-# 744 tokens, so that the first loss is within 1% of ln V for every key. 256 tokens at TIED_STD start
-# further from ln 256 for every fourth key, and are 0.04 bits per byte ahead later.
+# That standard deviation is at most this times the square root of the vocabulary, so that the first
+# loss is within 1% of ln V for every key: it is lower for fewer than 744 tokens. 256 tokens at TIED_STD
+# start further from ln 256 for every fourth key, and are 0.04 bits per byte ahead later.
 TIED_STD_PER_ROOT_VOCAB = 0.011
 # An untied embedding starts as large as what blocks add.
 EMBED_STD = 0.5
