@@ -75,26 +75,29 @@ def _forward(x: Array, weights: tuple[Any, ...], dtype: DTypeLike):
 
 def _backward(dtype: DTypeLike, residuals: tuple[Array, tuple[Any, ...]], gs: tuple[Array, ...]):
     x, weights = residuals
-    # Else XLA would keep what the forward pass merged, or the products of the pairs: a fifth to a
-    # third more memory for a step.
-    again: list[Any] = []
+    # Each weight is merged anew once its g is there. Else XLA would keep what the forward pass merged,
+    # or the products of the pairs: a fifth to a third more memory for a step.
+    late_weights: list[Any] = []
     late_gs: list[Array] = []
     for weight, g in zip(weights, gs):
-        late = g.astype(x.dtype)
+        late_g = g.astype(x.dtype)
         if as_weight(weight).merges_late:
-            held, late = _after(weight, late)
+            late_weight, late_g = _after(weight, late_g)
         else:
-            held, late = layout.regather(weight, late)
-        again.append(as_weight(held))
-        late_gs.append(late)
-    dx = _input_gradient(late_gs, [weight.merged(x.dtype) for weight in again])
+            late_weight, late_g = layout.regather(weight, late_g)
+        late_weights.append(as_weight(late_weight))
+        late_gs.append(late_g)
+    dx = _input_gradient(late_gs, [weight.merged(x.dtype) for weight in late_weights])
     x_transposed = transpose(x)
-    pairs = [(weight, g) for weight, g in zip(weights, late_gs) if isinstance(weight, LoRA)]
-    of_pairs = iter(_pair_gradients(x, pairs))
-    gradients: list[Any] = []
-    for weight, g in zip(weights, late_gs):
+    pairs: dict[int, tuple[LoRA, Array]] = {}  # by their place among the weights
+    for place, (weight, g) in enumerate(zip(weights, late_gs)):
         if isinstance(weight, LoRA):
-            gradients.append(next(of_pairs))
+            pairs[place] = (weight, g)
+    pair_gradients = dict(zip(pairs, _pair_gradients(x, [*pairs.values()])))
+    gradients: list[Any] = []
+    for place, (weight, g) in enumerate(zip(weights, late_gs)):
+        if place in pair_gradients:
+            gradients.append(pair_gradients[place])
         elif isinstance(weight, Array):
             gradients.append(dot32(x_transposed, g).astype(weight.dtype))
         else:  # of another kind, which is frozen
@@ -108,19 +111,22 @@ def _pair_gradients(x: Array, pairs: list[tuple[LoRA, Array]]) -> list[LoRA]:
     """
     if not pairs:
         return []
-    ends = np.cumsum([weight.rank for weight, _ in pairs])[:-1].tolist()
-    side_by_side = jnp.concatenate([weight.a for weight, _ in pairs], 1).astype(x.dtype)
-    inner = jnp.split(transpose(_dot(x, side_by_side, x.dtype)), ends)
-    thin = [
-        jnp.einsum("mf,rf->mr", g, (weight.b * weight.scale).astype(x.dtype), preferred_element_type=x.dtype)
-        for weight, g in pairs
-    ]
-    da = jnp.split(transpose(dot32(transpose(jnp.concatenate(thin, axis=1)), x)), ends, axis=1)
-    db = [weight.scale * dot32(rows, g) for rows, (weight, g) in zip(inner, pairs)]
-    return [
-        dataclasses.replace(weight, base=None, a=a.astype(weight.a.dtype), b=b.astype(weight.b.dtype))
-        for (weight, _), a, b in zip(pairs, da, db)
-    ]
+    cuts = np.cumsum([weight.rank for weight, _ in pairs])[:-1].tolist()
+    all_a = jnp.concatenate([weight.a for weight, _ in pairs], 1).astype(x.dtype)
+    xa_transposed = jnp.split(transpose(_dot(x, all_a, x.dtype)), cuts)  # each (R, M)
+    gb = []  # each g (scale b)^T, (M, R)
+    for weight, g in pairs:
+        scaled_b = (weight.b * weight.scale).astype(x.dtype)
+        gb.append(jnp.einsum("mf,rf->mr", g, scaled_b, preferred_element_type=x.dtype))
+    all_gb = jnp.concatenate(gb, axis=1)
+    da = jnp.split(transpose(dot32(transpose(all_gb), x)), cuts, axis=1)
+    db = [weight.scale * dot32(rows, g) for rows, (weight, g) in zip(xa_transposed, pairs)]
+    gradients = []
+    for (weight, _), a, b in zip(pairs, da, db):
+        a = a.astype(weight.a.dtype)
+        b = b.astype(weight.b.dtype)
+        gradients.append(dataclasses.replace(weight, base=None, a=a, b=b))
+    return gradients
 
 
 def _input_gradient(gs: Sequence[Array], weights: Sequence[Array]) -> Array:
