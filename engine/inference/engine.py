@@ -338,6 +338,9 @@ class Engine:
         self.scheduler.record_prefill(sequence, len(part))
 
     def _prefill_part(self, sequence: Sequence, tokens: tuple[int, ...], size: int) -> Any:
+        """Prefills a prompt's next tokens by the program for `size` of them. Returns as
+        `ModelRunner.prefill`.
+        """
         padded: Any = np.full((1, size), -1, np.int32)
         padded[0, : len(tokens)] = tokens
         program = "prefill_chunk"
