@@ -16,7 +16,18 @@ from engine.errors import did_you_mean
 from stages.cli.command import MISTAKE, leave
 
 HERE = Path(__file__).parent
-ORDER = ("train", "finetune", "reinforce", "evaluate", "generate", "chat", "serve", "export", "by_hand")
+ORDER = (
+    "train",
+    "finetune",
+    "reinforce",
+    "evaluate",
+    "generate",
+    "chat",
+    "serve",
+    "export",
+    "by_hand",
+    "train_here",
+)
 
 
 def stage_files() -> dict[str, Path]:

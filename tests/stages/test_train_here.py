@@ -18,7 +18,7 @@ from stages.runs.watch.page import FOLDER, write_train_page
 
 @pytest.fixture
 def page(browser, tmp_path):
-    browser.get(write_train_page(tmp_path).as_uri())
+    browser.get(write_train_page(tmp_path / "train.html").as_uri())
     return Page(browser)
 
 
@@ -134,7 +134,7 @@ def test_the_library_is_as_bundled_and_the_page_reaches_no_network(browser, tmp_
     assert hashlib.sha256(library.encode()).hexdigest() == digest
     assert f"@jax-js/jax {version}, MIT" in library[:100]
     assert not re.search("</script|<!--", library)
-    html = write_train_page(tmp_path).read_text()
+    html = write_train_page(tmp_path / "train.html").read_text()
     assert (folder / "vendor/LICENSE-jax").read_text() in html
     assert not re.search(r"https?:(?!//www\.w3\.org/2000/svg)|<script src|<link rel=.stylesheet", html)
     assert "default-src 'none'" in html

@@ -53,7 +53,7 @@ def make_page(flags: PageFlags) -> None:
         write_page(document, flags.page, flags.parts)
     else:
         write_page(document, flags.page)
-        write_train_page(flags.page.parent)
+        write_train_page(flags.page.parent / "train.html")
 
 
 main = functools.partial(run_command, "runs.watch", __doc__, PageFlags, make_page)

@@ -126,17 +126,17 @@ def write_page(document: dict[str, Any], path: Path, parts: Sequence[Path] = LIV
     _link_pages(path.parent)
 
 
-def write_train_page(folder: Path) -> Path:
-    """Writes `folder`/train.html; returns its path. The library in it is text until somebody
-    presses a button."""
+def write_train_page(path: Path) -> Path:
+    """Writes the page on which a browser trains; returns its path. The library in it is text until
+    somebody presses a button."""
     vendor = TRAIN[0].parent / "vendor"
     licence = (vendor / "LICENSE-jax").read_text("utf-8")
     library = (vendor / "jax.js").read_text("utf-8")
     html = page_html({}, TRAIN).replace('id="library">', f'id="library">\n/*\n{licence}*/\n{library}')
     policy = f'<meta http-equiv="Content-Security-Policy" content="{TRAIN_POLICY}">\n'
-    write_text(folder / "train.html", html.replace("<title>", policy + "<title>", 1))
-    _link_pages(folder)
-    return folder / "train.html"
+    write_text(path, html.replace("<title>", policy + "<title>", 1))
+    _link_pages(path.parent)
+    return path
 
 
 def _link_pages(folder: Path) -> None:
