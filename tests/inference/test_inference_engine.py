@@ -29,12 +29,13 @@ from engine.errors import UserError
 from engine.inference.config import EngineConfig
 from engine.inference.constraints import ForcedTokens
 from engine.inference.decode import prefill, prepare_params
+from engine.inference.drafts import Drafter
 from engine.inference.engine import Engine
 from engine.inference.engine import complete as complete_all
 from engine.inference.prefix_cache import PrefixCache
 from engine.inference.request import Completion, Request, SamplingParams
 from engine.inference.sampling import sample, sampling_arrays
-from engine.inference.scheduler import STEPS, Decode, Drafter, Scheduler
+from engine.inference.scheduler import STEPS, Decode, Scheduler
 from engine.model import ops
 from engine.model.transformer import forward, make_cache
 

@@ -5,7 +5,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.inference.scheduler import CHANCES, MIN_CHANCE, Drafter
+from engine.inference.drafts import CHANCES, MIN_CHANCE, Drafter
 
 texts = st.lists(st.integers(0, 2), max_size=40)
 
