@@ -18,7 +18,8 @@ from engine.model.config import ModelConfig
 from engine.storage import huggingface
 from engine.text.chat_tokenizer import Example
 from engine.text.conversations import Conversation, read_conversations
-from engine.text.examples import Pair, RatedPair, Rating, example_rows, mismatch
+from engine.text.examples import Pair, RatedPair, Rating, mismatch
+from engine.text.packing import example_rows
 from engine.text.tokenizer import ModelTokenizer, byte_tokenizer
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from engine.training.preference import (

@@ -25,7 +25,8 @@ from engine.model.loss import target_losses
 from engine.model.transformer import Params
 from engine.text.batch import Batch
 from engine.text.chat_tokenizer import Example
-from engine.text.examples import Pair, RatedPair, example_rows
+from engine.text.examples import Pair, RatedPair
+from engine.text.packing import example_rows
 from engine.training.step import Objective
 
 

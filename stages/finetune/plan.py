@@ -7,7 +7,8 @@ from engine.errors import UserError
 from engine.format import quantity
 from engine.mesh.shape import ONE_DEVICE, check_mesh
 from engine.model.config import LoraConfig, ModelConfig
-from engine.text.examples import PackedBatches, Pair, RatedPair, count_targets
+from engine.text.examples import Pair, RatedPair, count_targets
+from engine.text.packing import PackedBatches
 from engine.text.template import read_template
 from engine.training.lora_rank import choose_rank, lora_bits
 from engine.training.optimizer import OptimizerConfig

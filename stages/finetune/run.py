@@ -19,7 +19,7 @@ from engine.storage.model_loader import model_name
 from engine.storage.run_folder import read_json
 from engine.text.batch import EpochOrder
 from engine.text.chat_tokenizer import Example
-from engine.text.examples import PackedBatches
+from engine.text.packing import PackedBatches
 from engine.training.preference import Preferences, preference_batch
 from engine.training.step import TrainState
 from stages.cli.console import Console

@@ -19,7 +19,7 @@ from engine.model.transformer import Params
 from engine.text.batch import Batch
 from engine.text.chat_tokenizer import ChatTokenizer, Example
 from engine.text.corpus import normalize
-from engine.text.examples import example_rows
+from engine.text.packing import example_rows
 from engine.text.rows import check_text, json_type, read_rows
 from engine.training.reinforce import log_probabilities
 

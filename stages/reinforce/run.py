@@ -23,7 +23,7 @@ from engine.model.transformer import Params
 from engine.storage.digest import digest
 from engine.storage.model_loader import model_name
 from engine.text.batch import EpochOrder
-from engine.text.examples import example_rows
+from engine.text.packing import example_rows
 from engine.training.reinforce import PolicyBatch, group_advantages
 from engine.training.step import TrainState
 from stages.cli.console import Console, ReportProgress

@@ -35,13 +35,13 @@ from engine.text.examples import (
     Pair,
     RatedPair,
     Rating,
-    evaluation_batches,
     make_examples,
     make_pairs,
     make_ratings,
     make_whole_examples,
     mismatch,
 )
+from engine.text.packing import evaluation_batches
 from engine.text.template import Message
 from engine.training.preference import pair_logprobs, preference_batch
 from engine.training.step import NEXT_TOKEN, Objective

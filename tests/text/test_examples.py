@@ -11,17 +11,8 @@ from hypothesis import strategies as st
 from engine.errors import UserError
 from engine.text.chat_tokenizer import CHATML, ChatTokenizer, Example
 from engine.text.conversations import Conversation, Text
-from engine.text.examples import (
-    PackedBatches,
-    Pair,
-    RatedPair,
-    evaluation_batches,
-    make_examples,
-    make_pairs,
-    make_ratings,
-    mismatch,
-    pack_rows,
-)
+from engine.text.examples import Pair, RatedPair, make_examples, make_pairs, make_ratings, mismatch
+from engine.text.packing import PackedBatches, evaluation_batches, pack_rows
 from engine.training.preference import preference_batch
 
 TOKENIZER = chat_tokenizer()
