@@ -15,11 +15,12 @@ from protocol import Run, serve_jobs
 UBATCH = 512  # tokens a call, its own default
 TRIED_TOKENS = 17  # decoded in each setting that is tried
 TRIED_ANSWERS = 2  # of prompts that are answered one after another
-TRIES = 3  # of each setting, in turns; the first one of all touches the weights for the first time
+TRIES = 3  # of each setting, in turns
 TRY_SECONDS = 10.0  # after which no setting is tried again
-# Tokens of all prompts together. Of longer ones, whose tries take long, each setting is tried on all
-# threads only.
-SHORT = 1024
+# Tokens of all prompts together. Of longer ones each setting is tried on all threads only: reading
+# them is bound by products, and decoding after them by attention, which half the threads compute
+# half as fast.
+SHORT = {"prefill": 128, "decode": 1024}
 
 
 class Setting(NamedTuple):
@@ -71,6 +72,10 @@ class Streams:
         llama.llama_batch_free(self.batch)
         llama.llama_free(self.context)
 
+    def touch_weights(self) -> None:
+        """Computes a token, so that no try is the first to read the weights."""
+        self._feed([(self.groups[0][0][0], 0, 0, True)])
+
     def run(self, new: int, most_groups: int | None = None) -> dict[str, Any]:
         """Prefills the prompts of each group one by one, then decodes `new` tokens of its rows
         together, or up to one of the `ends`. Takes the first `most_groups`, by default all.
@@ -110,7 +115,7 @@ class Streams:
         """Computes the prompts one by one, and the first token after each."""
         import llama_cpp as llama
 
-        llama.llama_memory_clear(self.memory, True)
+        llama.llama_memory_clear(self.memory, False)
         self.first_tokens = []
         for row, prompt in enumerate(prompts):
             last = len(prompt) - 1
@@ -189,6 +194,7 @@ class Jobs:
     def find_fastest(self, spec: dict[str, Any]) -> Streams:
         """Returns streams in the setting of the shortest try. `spec`: as in `make_streams`."""
         tried = [Streams(self.model, spec, setting) for setting in settings(spec)]
+        tried[0].touch_weights()
         shortest = [math.inf for _ in tried]
         begin = time.perf_counter()
         for _ in range(TRIES):
@@ -236,7 +242,8 @@ def make_quantizer(spec: dict[str, Any]) -> Run:
 
 def settings(spec: dict[str, Any]) -> list[Setting]:
     """Returns the settings to try: with flash attention and without, on all `threads`; and on half
-    of them, as some machines read memory no faster with all, where the prompts are short.
+    of them, as some machines read memory no faster with all, where the prompts are short in this
+    `phase`.
     """
     threads = {spec["threads"]}
     if is_short(spec):
@@ -248,7 +255,7 @@ def settings(spec: dict[str, Any]) -> list[Setting]:
 
 
 def is_short(spec: dict[str, Any]) -> bool:
-    return sum(map(len, spec["prompts"])) <= SHORT
+    return sum(map(len, spec["prompts"])) <= SHORT[spec["phase"]]
 
 
 def describe_build() -> str:

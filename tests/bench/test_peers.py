@@ -238,23 +238,30 @@ def test_llama_cpp_is_tried_with_and_without_flash_attention_and_on_half_the_thr
 ):
     monkeypatch.syspath_prepend(BENCH)
     peer = importlib.import_module("llama_cpp_peer")
-    tried = [tuple(setting) for setting in peer.settings({"threads": 4, "prompts": [[0] * 512] * 2})]
-    assert tried == [(True, 4), (False, 4), (True, 2), (False, 2)]
-    tried = [tuple(setting) for setting in peer.settings({"threads": 4, "prompts": [[0] * 2048]})]
-    assert tried == [(True, 4), (False, 4)]
-    assert len(peer.settings({"threads": 1, "prompts": [[0]]})) == 2
+
+    def tried(threads, prompts, phase):
+        spec = {"threads": threads, "prompts": prompts, "phase": phase}
+        return [tuple(setting) for setting in peer.settings(spec)]
+
+    every = [(True, 4), (False, 4), (True, 2), (False, 2)]
+    assert tried(4, [[0] * 512] * 2, "decode") == every
+    assert tried(4, [[0] * 2048], "decode") == every[:2]
+    assert tried(4, [[0] * 128], "prefill") == every
+    assert tried(4, [[0] * 512], "prefill") == every[:2]
+    assert len(tried(1, [[0]], "decode")) == 2
 
 
 @pytest.fixture
 def tries(monkeypatch):
     """The peer's module, and the tries that its `find_fastest` makes: each setting and its number of answers.
 
-    The first try of all is the slowest, which says nothing of its setting. A try takes a second for
-    each prompt.
+    The first try of all is the slowest, which says nothing of its setting where it is tried again. A
+    try takes a second for each prompt.
     """
     monkeypatch.syspath_prepend(BENCH)
     peer = importlib.import_module("llama_cpp_peer")
     runs = []
+    touched = []
     clock = [0.0]
 
     class Streams:
@@ -263,7 +270,11 @@ def tries(monkeypatch):
             self.prompts = len(spec["prompts"])
             self.open = True
 
+        def touch_weights(self):
+            touched.append(self.setting)
+
         def run(self, new, most_answers):
+            assert touched, "the weights were read before any try"
             runs.append((self.setting, most_answers))
             clock[0] += self.prompts
             seconds = 1.0 + self.setting.threads + (not self.setting.flash_attention)
