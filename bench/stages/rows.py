@@ -41,9 +41,9 @@ from engine.inference.request import SamplingParams
 from engine.inference.runner import prefill_chunk, read_chunk, write_chunk
 from engine.inference.sampling import sampling_arrays
 from engine.model.attention_in_blocks import QUERY_BLOCK
+from engine.model.chunked_loss import CHUNK as LOSS_CHUNK
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.loss import LOGITS_LIMIT, score
-from engine.model.loss_in_parts import CHUNK as LOSS_CHUNK
 from engine.model.ops import ops
 from engine.model.paths import leaf_paths, merge, split
 from engine.model.trainable import TrainablePaths, all_trainable, lora_only

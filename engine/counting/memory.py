@@ -18,8 +18,8 @@ from typing import Literal, NamedTuple
 from engine.counting.flops import add_layers, flops_by_layer, twice_mean_keys
 from engine.model.attention import has_fused_attention
 from engine.model.attention_in_blocks import QUERY_BLOCK
+from engine.model.chunked_loss import COLUMNS
 from engine.model.config import JOINED, MATRICES, ModelConfig
-from engine.model.loss_in_parts import COLUMNS
 from engine.model.shapes import leaf_shapes, target_shapes
 from engine.model.trainable import TrainablePaths, all_trainable, lowest_gradient
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from engine.mesh import layout
+from engine.model.chunked_loss import CHUNK, chunked_losses, row_losses
 from engine.model.config import ModelConfig
-from engine.model.loss_in_parts import CHUNK, chunked_losses, row_losses
 from engine.model.transformer import Params, hidden_states, logits_of
 
 # The most bytes of float32 logits that a device makes at once: of a head that trains, else chunk by

@@ -9,10 +9,10 @@ import pytest
 from jax.interpreters import partial_eval as pe
 from tiny import B, T, equations, lively_params, positions_of, tiny_config, tokens_of
 
+from engine.model import chunked_loss
 from engine.model import loss as module
-from engine.model import loss_in_parts
+from engine.model.chunked_loss import chunked_losses
 from engine.model.loss import summed_loss, token_losses
-from engine.model.loss_in_parts import chunked_losses
 from engine.model.transformer import hidden_states, logits_of
 from engine.model.weights.int8 import quantize_matrix
 from engine.text.batch import Batch
@@ -154,7 +154,7 @@ def test_a_frozen_head_makes_its_logits_a_few_rows_at_a_time_and_nothing_else_ch
     )
     expected = slopes(trained)
     monkeypatch.setattr(module, "ROWS_LIMIT", 4 * 3 * V)  # three rows, and two at the end
-    monkeypatch.setattr(loss_in_parts, "COLUMNS", 16)  # twice sixteen, and nine at the end
+    monkeypatch.setattr(chunked_loss, "COLUMNS", 16)  # twice sixteen, and nine at the end
     jax.clear_caches()
     below = lambda blocks: summed_loss(cfg, params | {"blocks": blocks}, batch_of(), head_trains=False)
     traced = jax.make_jaxpr(jax.grad(below))(params["blocks"]).jaxpr
