@@ -346,7 +346,12 @@ def _write_gguf(out: Path, model: "LoadedModel", dtype: str, console: Console) -
 
     Raises UserError, and leaves nothing, when it could not be loaded again.
     """
-    from engine.storage.gguf import FALLBACK_PRE_TOKENIZER, sampling_metadata, save_gguf, tokenizer_metadata
+    from engine.storage.gguf_writer import (
+        FALLBACK_PRE_TOKENIZER,
+        sampling_metadata,
+        save_gguf,
+        tokenizer_metadata,
+    )
     from engine.storage.model_loader import check_loads
 
     cfg = model.cfg

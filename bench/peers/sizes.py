@@ -25,7 +25,7 @@ from engine.model.paths import unflatten
 from engine.model.shapes import leaf_shapes
 from engine.processor import cores
 from engine.storage.assets import fetch
-from engine.storage.gguf import save_gguf, tokenizer_metadata
+from engine.storage.gguf_writer import save_gguf, tokenizer_metadata
 from engine.storage.model_loader import peek_model
 from engine.text.tokenizer import Tokenizer
 

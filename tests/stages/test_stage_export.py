@@ -21,7 +21,7 @@ from engine.model.weights.block_layout import KINDS
 from engine.model.weights.convert import cast_matrices, weight_types
 from engine.model.weights.lora import LoRA, init_lora
 from engine.storage.digest import digest
-from engine.storage.gguf import save_gguf, tokenizer_metadata
+from engine.storage.gguf_writer import save_gguf, tokenizer_metadata
 from engine.storage.model_loader import LoadedModel, check_loads, load_model
 from engine.text.corpus import Corpus
 from stages import evaluate, export

@@ -22,7 +22,8 @@ from engine.model.weights.blocks import Blocks
 from engine.model.weights.int8 import Int8
 from engine.model.weights.lora import to_dense
 from engine.storage import model_loader
-from engine.storage.gguf import regroup_rows, save_gguf
+from engine.storage.gguf import regroup_rows
+from engine.storage.gguf_writer import save_gguf
 from engine.storage.model_loader import load_model
 from engine.storage.tensor_layout import GGUF_NAMES, describe_kinds, file_tensors, layout_of
 from engine.text.tokenizer import train_bpe

@@ -9,7 +9,7 @@ from hf_folders import tiny_tokenizer
 from tiny import lively_params, tiny_config
 
 from engine.model.paths import leaf_paths
-from engine.storage.gguf import save_gguf
+from engine.storage.gguf_writer import save_gguf
 from engine.storage.huggingface import load_tokenizer, save_folder
 from engine.storage.model_loader import load_model
 from engine.storage.tensor_layout import DTYPE_NAMES
