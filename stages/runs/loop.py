@@ -20,8 +20,9 @@ from stages.cli.command import explain_error, process_start
 from stages.cli.console import Console
 from stages.runs.options import RunOptions
 from stages.runs.plan import RunPlan, run_fraction
-from stages.runs.progress import ProgressLog, Stop
+from stages.runs.progress import ProgressLog
 from stages.runs.stage import LoopState, Prepared, StepResult, Steps
+from stages.runs.stop import Stop
 from stages.runs.text_data import Evaluator
 
 if TYPE_CHECKING:  # a run that nobody watches or records does without
@@ -86,7 +87,7 @@ def run_steps(
         evaluate_and_save(loop, state)  # what a signal prevented
         record(loop, result)
         begin = time.perf_counter()
-        while not loop.is_done() and not stop.is_set():
+        while not loop.is_done() and not stop.poll():
             checkpoints.saver.poll()
             if not result.is_refused_whole():
                 # The state before the steps that are refused in a row now.
@@ -100,7 +101,8 @@ def run_steps(
             result = take_step(loop, state)
             state = result.state
             end = time.perf_counter()
-            count_step(loop, result, stop.agree_on(end - begin))
+            step_seconds = stop.exchange(end - begin)
+            count_step(loop, result, step_seconds)
             begin = end
             log.report_step(result, loop.is_done())
             if loop_state.refused_in_a_row >= REFUSED_IN_A_ROW:
@@ -119,7 +121,7 @@ def run_steps(
         if not stop.code:
             record(loop, result)
     if not stop.code:  # a signal may have come in the last step, or while it was saved
-        stop.agree_on(0.0)
+        stop.exchange(0.0)
     return LoopEnd(state, stop.code, log.timer.warm_rate(), log.busy_note())
 
 
@@ -201,7 +203,7 @@ def evaluate(loop: Loop, evaluator: Evaluator, state: TrainState, is_done: bool)
     begin = time.perf_counter()
 
     def stopped() -> bool:
-        return not is_done and loop.stop.is_set()
+        return not is_done and loop.stop.poll()
 
     with loop.console.task("evaluating") as report:
         value = evaluator.evaluate(state.trainable, report, stopped)

@@ -1,8 +1,6 @@
 """Reports the progress of a run: its live line, metrics.jsonl, and how long it will take."""
 
 import collections
-import contextlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from engine.counting.hardware import peak_rss_bytes
@@ -10,13 +8,12 @@ from engine.device import Device
 from engine.format import clock_time, duration, format_bytes, quantity
 from engine.mesh import processes
 from engine.processor import CoreTime, core_time
-from stages.cli import signals
-from stages.cli.command import NOBODY_READS
 from stages.cli.console import Console
 from stages.runs.folder import JsonLines
 from stages.runs.options import RunOptions
 from stages.runs.plan import RunPlan
 from stages.runs.stage import LoopState, StepResult, Steps
+from stages.runs.stop import Stop
 
 if TYPE_CHECKING:  # a run that nobody watches or records does without
     from stages.runs.watch.recorder import Recorder
@@ -56,47 +53,6 @@ class StepTimer:
         if self.count < 2:
             return None
         return (self.count - 1) / self.warm_seconds
-
-
-class Stop:
-    """Whether a loop ends early: for a signal, or a line that cannot be written. `code`: the exit
-    code it ends with, or 0."""
-
-    def __init__(self, deferral: signals.Deferral) -> None:
-        self.deferral = deferral
-        self.failure: OSError | None = None  # of the first line that could not be written
-        self.code = 0
-
-    @contextlib.contextmanager
-    def noting_failure(self) -> Iterator[None]:
-        """Has the run end, saved, when a line cannot be written: the other processes must hear of
-        it."""
-        try:
-            yield
-        except OSError as error:
-            if self.failure is None:
-                self.failure = error
-
-    def is_set(self) -> bool:
-        """Whether the loop ends early; of several processes, once all know of it."""
-        if processes.process_count() == 1:
-            self.code = self._own_code()
-        return bool(self.code)
-
-    def agree_on(self, seconds: float) -> float:
-        """Returns process 0's `seconds`, and sets `code` to anyone's, so that all decide alike."""
-        rows = processes.gather_numbers(seconds, self._own_code())
-        self.code = int(max(code for _, code in rows))
-        return rows[0][0]
-
-    def _own_code(self) -> int:
-        if self.failure:
-            if isinstance(self.failure, BrokenPipeError):
-                return NOBODY_READS
-            return processes.MISTAKE
-        if self.deferral.received:
-            return 128 + self.deferral.received
-        return 0
 
 
 class ProgressLog:
