@@ -94,10 +94,10 @@ class ProgressLog:
         if loop_state.predicted is None and is_predictable:
             self._predict()
         is_due = loop_state.is_due("line", LINE_INTERVAL) or self.timer.count == 1 or is_done
-        stays = self.steps.lines_stay and is_due
-        if stays:
+        is_permanent = self.steps.lines_stay and is_due
+        if is_permanent:
             loop_state.begin("line")
-        self.show(stays)
+        self.show(important=is_permanent)
         if any(result.refused):
             self.write({"refused_batch": loop_state.refused_batch})
         if loop_state.is_due("log", self.options.log_every):
