@@ -86,12 +86,12 @@ def run_steps(
         result = StepResult(state, refused=[])
         evaluate_and_save(loop, state)  # what a signal prevented
         record(loop, result)
+        before_refusals = dataclasses.replace(loop_state)  # before the steps that are refused in a row now
+        # A step's time, from `begin` to `end`, has the reports and log lines of the step before in it.
+        # It has no evaluation, saving or recording: after any of these `begin` is set anew.
         begin = time.perf_counter()
         while not loop.is_done() and not stop.poll():
             checkpoints.saver.poll()
-            if not result.is_refused_whole():
-                # The state before the steps that are refused in a row now.
-                resumable = dataclasses.replace(loop_state)
             progress = plan.progress(loop_state.step + 1, loop_state.seconds + log.timer.mean())
             is_recorded = recorder is not None and recorder.before_step(
                 state.trainable, loop_state.step + 1, progress
@@ -106,12 +106,14 @@ def run_steps(
             begin = end
             log.report_step(result, loop.is_done())
             if loop_state.refused_in_a_row >= REFUSED_IN_A_ROW:
-                stop_after_refusals(loop, state, resumable, prepared.advice)
+                stop_after_refusals(loop, state, before_refusals, prepared.advice)
             has_paused = evaluate_and_save(loop, state)
             if is_recorded and progress < 1:  # else it may be the last, which is recorded below
                 record(loop, result)
             if has_paused or is_recorded:
                 begin = time.perf_counter()
+            if not result.is_refused_whole():
+                before_refusals = dataclasses.replace(loop_state)
         if log.logged_step != loop_state.step:
             log.write_step()
         if stop.failure:
@@ -277,16 +279,17 @@ def _returning_freed_memory(buffer_bytes: int) -> Iterator[None]:
 # Ends that nobody wants
 
 
-def stop_after_refusals(loop: Loop, state: TrainState, resumable: LoopState, advice: str) -> NoReturn:
+def stop_after_refusals(loop: Loop, state: TrainState, before_refusals: LoopState, advice: str) -> NoReturn:
     """Raises UserError, with the run saved as it was before the refused steps, which will run
     again."""
     stopped = loop.loop_state
     step_name = loop.plan.step_name
-    if loop.checkpoints.step is None or loop.checkpoints.step < resumable.step:
-        loop.checkpoints.save(state, resumable)
+    if loop.checkpoints.step is None or loop.checkpoints.step < before_refusals.step:
+        loop.checkpoints.save(state, before_refusals)
     loop.checkpoints.saver.wait()
     if step_name == "step":
-        first = resumable.step - resumable.refused_in_a_row
+        # Some of the steps in a row may be from before a restart: a stop among them saves their count.
+        first = before_refusals.step - before_refusals.refused_in_a_row
         refused = f"{REFUSED_IN_A_ROW} steps in a row"
         where = f", in batches {first} to {stopped.step - 1} of the data,"
     else:  # several updates a round
