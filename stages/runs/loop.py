@@ -147,9 +147,10 @@ def count_step(loop: Loop, result: StepResult, seconds: float) -> None:
     if loop_state.first_step_seconds is None:
         loop_state.first_step_seconds = time.perf_counter() - process_start()
     for is_refused in result.refused:
-        loop_state.refused += is_refused
-        loop_state.refused_in_a_row += 1
-        if not is_refused:
+        if is_refused:
+            loop_state.refused += 1
+            loop_state.refused_in_a_row += 1
+        else:
             loop_state.refused_in_a_row = 0
     if any(result.refused):
         loop_state.refused_batch = loop_state.step - 1
@@ -190,11 +191,10 @@ def save_if_due(loop: Loop, state: TrainState, has_evaluated: bool) -> bool:
     is_due = loop_state.is_due("save", loop.options.save_every) or loop_state.best_step == loop_state.step
     if is_due:
         loop_state.begin("save")
-    needs_saving = is_due
-    if loop.checkpoints.step == loop_state.step:
-        # It is saved, perhaps by a stop before the restart, without this evaluation.
-        needs_saving = has_evaluated
-    if needs_saving:
+    is_on_disk = loop.checkpoints.step == loop_state.step  # perhaps by a stop before the restart
+    is_new = is_due and not is_on_disk
+    lacks_evaluation = is_on_disk and has_evaluated
+    if is_new or lacks_evaluation:
         loop.checkpoints.save(state, loop_state)
     return is_due
 
