@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -129,21 +129,14 @@ def load(
     template = read_template(options.template)
     merged_folders = [folder for name, folder in options.adapters if not name]
     folders = {name: folder for name, folder in options.adapters if name}
-    on_mesh = layout.current_mesh() is not None
-    # What an adapter is merged into is a block no more.
-    keep_kinds = () if merged_folders else engine_config.kept_kinds
+    keep_kinds = engine_config.kept_kinds
+    if merged_folders:
+        keep_kinds = ()  # what an adapter is merged into is a block no more
     ahead = CompileAhead(engine_config, device)
     with contextlib.ExitStack() as on_error:
         on_error.callback(ahead.stop)
-        loading = console.task(f"loading {model_name or 'the newest finished run'}")
-        with loading as report, host_memory(on_mesh):
-            model = load_model(
-                model_name,
-                report=report,
-                on_config=ahead.begin,
-                keep_kinds=keep_kinds,
-                on_blocks=ahead.blocks.update,
-            )
+        model = _load_weights(model_name, keep_kinds, ahead, console)
+        planned_config = ahead.config  # `engine_config` with a capacity, as loading had it planned
         console.print_notes(*model.notes)
         names = options.names or [_own_name(model)]
         _check_names(names, folders)
@@ -151,9 +144,9 @@ def load(
         with ThreadPoolExecutor(1) as beside:  # while the weights are laid out
             making = beside.submit(ChatTokenizer, model.tokenizer, template, now)
             on_error.callback(_close_chat, making)
-            base = _base_digest(model) if ahead.config.adapters else ""
-            trees, adapter_notes = _read_adapters(model.cfg, folders, base, ahead.config.adapter_rank)
-            engine, merge_notes = _make_engine(model, merged_folders, ahead.config)
+            base = _base_digest(model) if planned_config.adapters else ""
+            trees, adapter_notes = _read_adapters(model.cfg, folders, base, planned_config.adapter_rank)
+            engine, merge_notes = _make_engine(model, merged_folders, planned_config)
             sha256 = digest(engine.params)
             chat = making.result()
         on_error.pop_all()
@@ -176,42 +169,81 @@ def print_banner(
     loaded: Loaded, device: Device, console: Console, options: ServerOptions, sampling_origins: str
 ) -> None:
     """Prints what is served, and how. `sampling_origins`: as of `choose_sampling`."""
-    engine = loaded.engine
-    config = engine.config
-    context = loaded.model.cfg.context
-    context_note = ""
-    if engine.capacity != context:
-        context_note = f" (the model's context is {context:,})"
-    mesh_note = ""
-    if engine.devices > 1:
-        mesh_note = f"; {engine.devices} of them along tensor"
-    merge_note = "".join(f" with {folder}" for folder in loaded.merged_folders)
-    adapters = ""
-    if config.adapters:
-        adapter_names = ", ".join(loaded.adapters) or "none yet"
-        adapters = f"{adapter_names}; at most {config.adapters} at once, of rank {config.adapter_rank}"
+    params = loaded.engine.params
+    weights = format_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+    prefix_cache = f"prefix cache of {loaded.engine.prefix_cache.limit / 1e6:.0f} MB"
     documents_summary = ""
     documents_note = None
     if options.documents:
         documents_summary = options.documents.summary
         documents_note = options.documents.note
-    weights = format_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params)))
-    slots = f"{config.slots} of {engine.capacity:,} tokens{context_note}"
     console.print_rows(
         [
-            ("model", f"{', '.join(loaded.names)}: {loaded.model.checkpoint}{merge_note}"),
-            ("adapters", adapters),
-            ("device", f"{device}{mesh_note}{kernels_note()}"),
-            ("weights", f"{weight_types(engine.params)}, {weights}, SHA-256 {loaded.digest[:16]}"),
-            ("file", describe_kinds(loaded.model.kinds, engine.params)),
-            ("slots", f"{slots}, KV cache in {config.kv_dtype}, {format_bytes(engine.runner.cache_bytes)}"),
-            ("queue", f"{options.queue} more wait; prefix cache of {engine.prefix_cache.limit / 1e6:.0f} MB"),
+            ("model", _model_row(loaded)),
+            ("adapters", _adapters_row(loaded)),
+            ("device", _device_row(loaded.engine, device)),
+            ("weights", f"{weight_types(params)}, {weights}, SHA-256 {loaded.digest[:16]}"),
+            ("file", describe_kinds(loaded.model.kinds, params)),
+            ("slots", _slots_row(loaded)),
+            ("queue", f"{options.queue} more wait; {prefix_cache}"),
             ("template", loaded.chat.template_name),
             ("documents", documents_summary),
             ("sampling", f"{sampling_origins}; what a request says wins"),
         ]
     )
     console.print_notes(*loaded.merge_notes, documents_note, *loaded.adapter_notes)
+
+
+def _model_row(loaded: Loaded) -> str:
+    merge_note = "".join(f" with {folder}" for folder in loaded.merged_folders)
+    return f"{', '.join(loaded.names)}: {loaded.model.checkpoint}{merge_note}"
+
+
+def _adapters_row(loaded: Loaded) -> str:
+    """Returns the names of the adapters and how many fit; empty where none are served by name."""
+    config = loaded.engine.config
+    if not config.adapters:
+        return ""
+    adapter_names = ", ".join(loaded.adapters) or "none yet"
+    return f"{adapter_names}; at most {config.adapters} at once, of rank {config.adapter_rank}"
+
+
+def _device_row(engine: Engine, device: Device) -> str:
+    mesh_note = ""
+    if engine.devices > 1:
+        mesh_note = f"; {engine.devices} of them along tensor"
+    return f"{device}{mesh_note}{kernels_note()}"
+
+
+def _slots_row(loaded: Loaded) -> str:
+    engine = loaded.engine
+    context = loaded.model.cfg.context
+    context_note = ""
+    if engine.capacity != context:
+        context_note = f" (the model's context is {context:,})"
+    slots = f"{engine.config.slots} of {engine.capacity:,} tokens{context_note}"
+    cache = f"KV cache in {engine.config.kv_dtype}, {format_bytes(engine.runner.cache_bytes)}"
+    return f"{slots}, {cache}"
+
+
+def _load_weights(
+    model_name: str | None, keep_kinds: Collection[str], ahead: CompileAhead, console: Console
+) -> LoadedModel:
+    """Loads a model, into host memory where there is a mesh.
+
+    Once the architecture is known it has `ahead` plan the engine, which replaces `ahead.config`, and
+    begin to compile. Raises UserError.
+    """
+    on_mesh = layout.current_mesh() is not None
+    loading = console.task(f"loading {model_name or 'the newest finished run'}")
+    with loading as report, host_memory(on_mesh):
+        return load_model(
+            model_name,
+            report=report,
+            on_config=ahead.begin,
+            keep_kinds=keep_kinds,
+            on_blocks=ahead.blocks.update,
+        )
 
 
 def _own_name(model: LoadedModel) -> str:
