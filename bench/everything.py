@@ -173,7 +173,7 @@ def pool(documents: Sequence[Any]) -> Any:
     """Returns one document of several of the same measurement.
 
     A ratio is of the rounds of all, with its interval and verdict; a peer's settings are those of
-    all; another number is the median, and anything else the first's.
+    all; another float is the median, and anything else, an integer too, the first's.
     """
     from bench.timing import Ratio, median_ratio
 
