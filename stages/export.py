@@ -391,7 +391,8 @@ def _write_folder(out: Path, model: "LoadedModel", dtype: str, console: Console)
 
 def _write_adapter(out: Path, model: "LoadedModel", base_name: str, console: Console) -> None:
     """Writes a model's adapters and its tokenizer as a PEFT folder."""
-    from engine.storage.adapter import save_adapter, without_adapters
+    from engine.storage.adapter import without_adapters
+    from engine.storage.adapter_writer import save_adapter
     from engine.storage.digest import digest
 
     with atomic_folder(out) as building, console.task("writing", always=True):
@@ -541,7 +542,8 @@ def bits_per_byte_of(cfg: "ModelConfig", params: Any, tokens: "np.ndarray", toke
 def compare_adapter(model: "LoadedModel", out: Path) -> Comparison:
     """Compares an exported adapter with the model's, to the bit."""
     from engine.model.paths import leaf_paths
-    from engine.storage.adapter import adapter_leaves, load_adapter
+    from engine.storage.adapter import adapter_leaves
+    from engine.storage.adapter_reader import load_adapter
     from engine.storage.digest import digest
     from engine.storage.huggingface import load_tokenizer
 

@@ -41,6 +41,7 @@ from engine.mesh import processes
 from engine.model.paths import array_paths, leaf_paths
 from engine.storage import adapter, safetensors_writer
 from engine.storage.adapter import SavedAdapter
+from engine.storage.adapter_writer import adapter_tensors
 
 SAVE_TOPIC = "save"  # the thread's own, see `gather_strings`
 # the name of a part of an array
@@ -246,7 +247,7 @@ def _whole_adapter(trainable: Any) -> dict[str, np.ndarray]:
         from jax.experimental.multihost_utils import process_allgather
 
         trainable = process_allgather(trainable, tiled=True)
-    return adapter.adapter_tensors(leaf_paths(trainable))
+    return adapter_tensors(leaf_paths(trainable))
 
 
 def write(

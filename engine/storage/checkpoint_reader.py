@@ -24,7 +24,8 @@ from engine.mesh.layout import place
 from engine.model.config import ModelConfig
 from engine.model.paths import array_paths, path_of, unflatten
 from engine.storage import safetensors
-from engine.storage.adapter import CONFIG, PART, WEIGHTS, is_adapter, read_leaves
+from engine.storage.adapter import CONFIG, PART, WEIGHTS
+from engine.storage.adapter_reader import is_adapter, read_leaves
 from engine.storage.checkpoint import (
     ALIGNMENT,
     PART_NAME,

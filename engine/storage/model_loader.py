@@ -22,16 +22,8 @@ from engine.model.shapes import leaf_shapes
 from engine.model.weights.blocks import Blocks, with_factors
 from engine.model.weights.lora import LoRA, to_dense
 from engine.storage import checkpoint_reader, hub, huggingface, run_folder
-from engine.storage.adapter import (
-    CONFIG,
-    base_digest,
-    base_name,
-    config_of,
-    is_adapter,
-    load_adapter,
-    put_on,
-    read_leaves,
-)
+from engine.storage.adapter import CONFIG, base_digest, config_of, put_on
+from engine.storage.adapter_reader import base_name, is_adapter, load_adapter, read_leaves
 from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING, fetch
 from engine.storage.hub import cached_id, is_hub_name
 from engine.storage.huggingface import load_tokenizer

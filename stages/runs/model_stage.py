@@ -26,7 +26,9 @@ from engine.model.weights.blocks import Blocks
 from engine.model.weights.convert import cast_matrices, round_while_training
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import init_lora, merge_lora
-from engine.storage.adapter import SavedAdapter, base_digest, read_leaves, saved_run_adapter
+from engine.storage.adapter import SavedAdapter, base_digest
+from engine.storage.adapter_reader import read_leaves
+from engine.storage.adapter_writer import saved_run_adapter
 from engine.storage.checkpoint_reader import find_intact, load_params
 from engine.storage.digest import digest
 from engine.storage.hub import gguf_name

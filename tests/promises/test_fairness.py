@@ -22,7 +22,8 @@ from bench.serving.measure import percentile
 from engine.counting.hardware import clock
 from engine.model.paths import unflatten
 from engine.model.weights.lora import LoRA
-from engine.storage.adapter import base_digest, save_adapter
+from engine.storage.adapter import base_digest
+from engine.storage.adapter_writer import save_adapter
 
 pytestmark = pytest.mark.anyio
 

@@ -28,7 +28,8 @@ from engine.model.native.library import native_problem
 from engine.model.paths import merge, unflatten
 from engine.model.weights.convert import weight_types
 from engine.model.weights.lora import LoRA
-from engine.storage.adapter import CONFIG, WEIGHTS, base_digest, save_adapter
+from engine.storage.adapter import CONFIG, WEIGHTS, base_digest
+from engine.storage.adapter_writer import save_adapter
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model
 from stages.cli.console import Console

@@ -16,7 +16,7 @@ from tiny_runs import WORDS, Killed, at_step, command, kill, metrics, tiny
 
 from engine.model.config import preset
 from engine.storage import checkpoint, checkpoint_reader
-from engine.storage.adapter import is_adapter, read_leaves
+from engine.storage.adapter_reader import is_adapter, read_leaves
 from engine.storage.digest import digest
 from engine.storage.run_folder import read_config, read_json
 from stages.finetune import __main__ as finetune

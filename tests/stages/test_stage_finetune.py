@@ -27,7 +27,7 @@ from engine.model.weights.blocks import Blocks
 from engine.model.weights.convert import cast_matrices, matrices_to_blocks
 from engine.model.weights.lora import to_dense
 from engine.storage import checkpoint, checkpoint_reader
-from engine.storage.adapter import is_adapter
+from engine.storage.adapter_reader import is_adapter
 from engine.storage.digest import digest
 from engine.storage.model_loader import UnreadModel, load_model, peek_model, with_adapters
 from engine.text.chat_tokenizer import ChatTokenizer, Example

@@ -23,7 +23,9 @@ from engine.errors import UserError
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.weights.lora import LoRA, make_adapter
 from engine.storage import hub
-from engine.storage.adapter import base_digest, config_of, load_adapter, save_adapter, without_adapters
+from engine.storage.adapter import base_digest, config_of, without_adapters
+from engine.storage.adapter_reader import load_adapter
+from engine.storage.adapter_writer import save_adapter
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model, with_adapters
 

@@ -29,7 +29,8 @@ from engine.model.weights.block_layout import KINDS
 from engine.model.weights.blocks import Blocks, factors_to_train, round_to_blocks, with_factors
 from engine.model.weights.lora import init_lora, to_dense
 from engine.storage import checkpoint
-from engine.storage.adapter import PART, adapter_tensors, base_digest, saved_run_adapter
+from engine.storage.adapter import PART, base_digest
+from engine.storage.adapter_writer import adapter_tensors, saved_run_adapter
 from engine.storage.model_loader import LoadedModel, load_model
 from engine.storage.run_weights import expected_arrays
 from engine.text.tokenizer import byte_tokenizer, save_tokenizer

@@ -18,7 +18,7 @@ from tiny_runs import ROOT, WORDS, metrics, tiny, typed, write_text
 from engine.errors import UserError
 from engine.mesh.processes import RESTART
 from engine.storage import checkpoint, checkpoint_reader
-from engine.storage.adapter import load_adapter
+from engine.storage.adapter_reader import load_adapter
 from engine.storage.run_folder import read_config
 from stages import by_hand
 from stages.cli import lifecycle
