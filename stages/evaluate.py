@@ -290,7 +290,8 @@ class ConversationSet:
 
     name: str
     notes: list[str]  # on the rows used and left out
-    examples: Sequence[Any]  # or pairs
+    kind: str  # of `examples`: answers (Example), preference (Pair) or kto (RatedPair)
+    examples: Sequence[Any]
     references: "Sequence[Sequence[Message]]"  # each up to an answer that a metric compares with
     digest: str
 
@@ -306,7 +307,6 @@ def evaluate_conversations(
     """Scores `data`, or the held-out set of the fine-tuning `record` beside its scores from before
     fine-tuning."""
     from engine.text.chat_tokenizer import ChatTokenizer
-    from engine.text.examples import Pair, RatedPair
 
     if record.get("stage") != "finetune":
         record = {}
@@ -329,9 +329,9 @@ def evaluate_conversations(
     processes.refuse_differences({"data": conversations.digest})
     begin = time.perf_counter()
     with console.task("evaluating", always=True) as report:
-        if isinstance(conversations.examples[0], RatedPair):
+        if conversations.kind == "kto":
             rows = _score_ratings(model, conversations.examples, seq, report)
-        elif isinstance(conversations.examples[0], Pair):
+        elif conversations.kind == "preference":
             rows = _score_pairs(model, conversations.examples, seq, report)
         else:
             rows = _score_answers(model, conversations.examples, seq, is_whole, report)
@@ -354,12 +354,15 @@ def _tokenize_conversations(data: "Conversations", chat: "ChatTokenizer", seq: i
     from stages.runs.conversation_data import digest_examples, references_of
 
     if data.kind == "preference":
+        kind = "preference"
         dataset = make_pairs(data, chat, seq)
     else:
+        kind = "answers"
         dataset = make_examples(data, chat, seq)
     return ConversationSet(
         name=f"{data.name} ({data.kind})",
         notes=dataset.describe(),
+        kind=kind,
         examples=dataset.examples,
         references=references_of(data),
         digest=digest_examples(dataset.examples),
@@ -389,6 +392,7 @@ def _held_out_conversations(
     return ConversationSet(
         name=split.held_out_name,
         notes=notes,
+        kind=objective,
         examples=split.held_out,
         references=split.references,
         digest=split.held_out_digest,
@@ -470,7 +474,8 @@ def _before_finetuning(model: "LoadedModel", record: dict[str, Any], console: Co
     result = record.get("result") or {}
     before = result.get("before") or {}
     rows = []
-    if before:  # and after, for a preference loss is of a run alone
+    if before:
+        # The score at the run's end stands beside it, for a preference loss is not measured here.
         scores = f"{before['held_out']:.4f} {result['unit']} on the held-out set, before fine-tuning"
         rows.append(("before", f"{scores}; {result['after']['held_out']:.4f} at its end"))
     text = str(result.get("general"))
