@@ -24,15 +24,14 @@ from engine.counting.flops import (
     Flops,
     PassFlops,
     add_layers,
-    decode_program_flops,
     flops_by_layer,
     forward_flops,
     prefill_flops,
-    prefill_program_flops,
     train_flops,
 )
 from engine.counting.jaxpr import JaxprCost, jaxpr_cost
 from engine.counting.memory import inference_bytes, inference_memory, train_bytes, training_memory
+from engine.counting.program_flops import decode_program_flops, prefill_program_flops
 from engine.counting.xla import xla_flops, xla_peak
 from engine.inference.backend import MIN_ROWS, choose_backend
 from engine.inference.config import CHUNK as SLOT_CHUNK

@@ -8,14 +8,9 @@ import pytest
 from shapes_only import batch_of, cache_of, modes, params_of, shaped
 from tiny import B, T, tiny_config
 
-from engine.counting.flops import (
-    add_layers,
-    decode_program_flops,
-    flops_by_layer,
-    forward_flops,
-    prefill_program_flops,
-)
+from engine.counting.flops import add_layers, flops_by_layer, forward_flops
 from engine.counting.jaxpr import jaxpr_cost
+from engine.counting.program_flops import decode_program_flops, prefill_program_flops
 from engine.inference import decode
 from engine.model import loss
 from engine.model.attention_in_blocks import QUERY_BLOCK
