@@ -100,9 +100,9 @@ def flops_by_layer(
       its last product, `down`.
     - `loss_chunk`: the columns of the logits that exist at once; each chunk is computed again going
       back, the last one padded.
-    - More rows than a base has inputs and outputs have a LoRA pair merged into it, at R operations
-      a weight and none a row (`model/weights/matmul.py`). More rows than columns have a matrix take
-      the norm's gain, so that the lowest gain needs no gradient of its input.
+    - More rows than in x out / (in + out), of a base (in, out), have a LoRA pair merged into it, at
+      R operations a weight and none a row (`model/weights/matmul.py`). More rows than columns have
+      a matrix take the norm's gain, so that the lowest gain needs no gradient of its input.
     - `cfg.scan` runs one program for all blocks, so that frozen ones save nothing.
 
     Raises UserError when a path of `trainable` is not in the model.
@@ -114,12 +114,18 @@ def flops_by_layer(
     if cfg.scan:
         weights = _in_every_block(cfg, trainable.weights)
         trainable = TrainablePaths(weights, _in_every_block(cfg, trainable.adapted), trainable.rank)
-    live = "embed" in trainable.weights or (cfg.scan and lowest_gradient(cfg, trainable) == 0)
-    counter = _Counter(cfg, trainable, rows, live)
+    embedding_trains = "embed" in trainable.weights
+    # A scan runs one program for all blocks: if its backward pass runs at all, the gradient goes
+    # through each block to its input, the lowest too.
+    scan_trains = cfg.scan and lowest_gradient(cfg, trainable) == 0
+    counter = _Counter(cfg, trainable, rows, gradient_reaches_here=embedding_trains or scan_trains)
     # of q k^T and P v: each takes 2 operations for a query and a key, in every number of every head
     attention_flops = 2 * rows * cfg.heads * cfg.head_dim * twice_mean_keys(tokens, attention)
-    tallies = [counter.block(f"blocks/{layer}/", attention_flops) for layer in range(cfg.layers)]
-    return list(map(Flops, [*tallies, counter.head(loss_chunk)]))
+    layers = []
+    for layer in range(cfg.layers):  # bottom first: each finds whether something below it trains
+        layers.append(Flops(counter.block(f"blocks/{layer}/", attention_flops)))
+    layers.append(Flops(counter.head(loss_chunk)))
+    return layers
 
 
 def _require_paths(paths: Collection[str], known: Collection[str]) -> None:
@@ -145,7 +151,7 @@ class _Counter:
     cfg: ModelConfig
     trainable: TrainablePaths
     rows: int
-    live: bool  # something below trains, so the gradient must reach here
+    gradient_reaches_here: bool  # as something below trains; set anew from product to product
     tally: dict[str, PassFlops] = dataclasses.field(default_factory=dict)  # of this layer so far
 
     def add(self, name: str, flops: PassFlops) -> None:
@@ -156,23 +162,31 @@ class _Counter:
         name = name or path.rpartition("/")[2]
         size = 2 * self.rows * inputs * columns
         trains = path in self.trainable.weights
-        self.add(name, PassFlops(forward=size, dx=size * self.live, dw=size * trains))
+        self.add(name, PassFlops(forward=size, dx=size * self.gradient_reaches_here, dw=size * trains))
         adapted = path in self.trainable.adapted
         if adapted:
             down = 2 * self.rows * self.trainable.rank * inputs  # x a
             up = 2 * self.rows * self.trainable.rank * columns  # its product with b
             # da needs g bᵀ even where no gradient goes further down.
-            pairs = PassFlops(forward=down + up, dx=up + down * self.live, dw=down + up)
+            pairs = PassFlops(forward=down + up, dx=up + down * self.gradient_reaches_here, dw=down + up)
             if self.is_merged(inputs, columns):
                 # The backward pass computes x a for db, and merges again the weight that dX goes
                 # through.
                 merge = 2 * inputs * self.trainable.rank * columns
-                pairs = PassFlops(forward=merge, recompute=merge * self.live, dx=up, dw=2 * down + up)
+                pairs = PassFlops(
+                    forward=merge,
+                    recompute=merge * self.gradient_reaches_here,
+                    dx=up,
+                    dw=2 * down + up,
+                )
             self.add("lora", pairs)
         return trains or adapted
 
     def is_merged(self, inputs: int, columns: int) -> bool:
-        """Returns whether a LoRA pair is merged into its base, as `merged_product.is_merged`."""
+        """Returns whether a LoRA pair is merged into its base, as `merged_product.is_merged` on one
+        device. That also asks `can_be_merged`, which only bases that multiply integers deny: they
+        are served, and never trained on.
+        """
         return self.rows * (inputs + columns) > inputs * columns
 
     def norm_and_multiply(self, prefix: str, gain: str, names: tuple[str, ...]) -> None:
@@ -186,26 +200,33 @@ class _Counter:
         matrices_take_gain = self.cfg.dtype != "float32" and all(
             prefix + name in weights and self.rows > shapes[name][1] for name in names
         )
-        self.live |= prefix + gain in weights and not matrices_take_gain
-        trains = [self.multiply(prefix + name, *shapes[name]) for name in names]
-        self.live |= any(trains)
+        self.gradient_reaches_here |= prefix + gain in weights and not matrices_take_gain
+        any_trains = False
+        for name in names:
+            any_trains |= self.multiply(prefix + name, *shapes[name])
+        # Only now: the matrices are side by side, and none needs a gradient because another trains.
+        self.gradient_reaches_here |= any_trains
 
     def block(self, prefix: str, attention_flops: int) -> dict[str, PassFlops]:
         """Counts the block whose paths begin with `prefix`. `attention_flops`: of both its products."""
         cfg = self.cfg
         self.tally = {}
-        below = self.live or prefix + "attn_norm" in self.trainable.weights
+        # Taken before the norm's products are counted: if q, k or v train, they set
+        # `gradient_reaches_here`, and attention needs only the gradients of those that do.
+        below = self.gradient_reaches_here or prefix + "attn_norm" in self.trainable.weights
         self.norm_and_multiply(prefix, "attn_norm", JOINED["qkv"])
         self.attend(prefix, below, attention_flops)
-        self.live |= self.multiply(prefix + "out", *cfg.matrices["out"])
+        self.gradient_reaches_here |= self.multiply(prefix + "out", *cfg.matrices["out"])
         self.norm_and_multiply(prefix, "mlp_norm", JOINED["gate_up"])
-        self.live |= self.multiply(prefix + "down", *cfg.matrices["down"])
-        if cfg.remat == "block" and self.live:
+        self.gradient_reaches_here |= self.multiply(prefix + "down", *cfg.matrices["down"])
+        if cfg.remat == "block" and self.gradient_reaches_here:
             self.recompute_block(prefix)
         return self.tally
 
     def attend(self, prefix: str, below: bool, attention_flops: int) -> None:
-        """Counts attention. `below`: whether the norm, or something below the block, trains."""
+        """Counts attention. `below`: whether the norm, or something below the block, trains, as it was
+        before the block's products were counted.
+        """
         weights = self.trainable.weights
 
         def trains(name: str) -> bool:
@@ -215,7 +236,7 @@ class _Counter:
         queries = trains("q") or f"{prefix}q_norm" in weights
         keys = trains("k") or f"{prefix}k_norm" in weights
         values = trains("v")
-        self.live |= queries or keys or values
+        self.gradient_reaches_here |= queries or keys or values
         # dV, dP (on which dQ and dK depend), dQ and dK: each costs one of the two forward products.
         backward_products = sum((values, queries or keys, queries, keys))
         dx = attention_flops // 2 * backward_products
@@ -240,10 +261,10 @@ class _Counter:
         else:
             columns = -(-self.cfg.vocab // loss_chunk) * loss_chunk
         self.tally = {}
-        self.live |= "norm" in self.trainable.weights
+        self.gradient_reaches_here |= "norm" in self.trainable.weights
         path = "embed" if self.cfg.tied else "head"
-        self.live |= self.multiply(path, self.cfg.width, columns, "head")
-        if loss_chunk and self.live:
+        self.gradient_reaches_here |= self.multiply(path, self.cfg.width, columns, "head")
+        if loss_chunk and self.gradient_reaches_here:
             self.add("head", PassFlops(recompute=self.tally["head"].forward))
         return self.tally
 
