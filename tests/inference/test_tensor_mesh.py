@@ -98,7 +98,7 @@ def facts_of(weights, tied):
 
 
 def child(folder):
-    from stages import evaluate
+    from stages.evaluate import __main__ as evaluate
     from stages.generate import main
 
     results = {"float32, tied": facts_of("float32", True), "int8": facts_of("int8", False)}

@@ -11,10 +11,11 @@ from tiny_runs import command, tiny, write_text
 from engine import manifest
 from engine.counting import hardware
 from engine.storage import checkpoint
-from stages import evaluate, export, generate
+from stages import export, generate
 from stages.chat import ChatFlags
 from stages.cli.command import explain_error, run_command
-from stages.evaluate import EvaluateFlags
+from stages.evaluate import __main__ as evaluate
+from stages.evaluate.__main__ import EvaluateFlags
 from stages.export import ExportFlags
 from stages.finetune.flags import FinetuneFlags
 from stages.generate import GenerateFlags

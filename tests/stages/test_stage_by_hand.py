@@ -6,7 +6,8 @@ import numpy as np
 from tiny_runs import metrics, tiny
 
 from engine import by_hand as model
-from stages import by_hand, evaluate, generate
+from stages import by_hand, generate
+from stages.evaluate import __main__ as evaluate
 from stages.train import __main__ as train
 
 STEPS = 12

@@ -24,7 +24,8 @@ from engine.storage.digest import digest
 from engine.storage.gguf_writer import save_gguf, tokenizer_metadata
 from engine.storage.model_loader import LoadedModel, check_loads, load_model
 from engine.text.corpus import Corpus
-from stages import evaluate, export
+from stages import export
+from stages.evaluate import __main__ as evaluate
 from stages.export import compare, compare_adapter
 
 

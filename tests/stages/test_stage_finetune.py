@@ -35,8 +35,9 @@ from engine.text.conversations import Conversation, read_conversations
 from engine.text.examples import Pair
 from engine.training.preference import preference_objective
 from engine.training.step import NEXT_TOKEN
-from stages import chat, evaluate, export, generate
+from stages import chat, export, generate
 from stages.cli.console import Console
+from stages.evaluate import __main__ as evaluate
 from stages.finetune import __main__ as finetune
 from stages.finetune import general_examples
 from stages.finetune import plan as finetune_plan

@@ -29,8 +29,9 @@ from engine.storage.run_folder import read_config, read_json
 from engine.text.corpus import open_token_file
 from engine.text.detokenizer import CompletionText
 from engine.text.tokenizer import byte_tokenizer, save_tokenizer
-from stages import chat, evaluate, export, generate
+from stages import chat, export, generate
 from stages.cli.console import Console
+from stages.evaluate import __main__ as evaluate
 from stages.finetune import __main__ as finetune
 from stages.reinforce import __main__ as reinforce
 from stages.runs.folder import updating

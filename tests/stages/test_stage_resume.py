@@ -34,8 +34,8 @@ from engine.text.batch import ORDER_VERSION, TextBatches
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state
-from stages import evaluate
 from stages.cli.console import Console
+from stages.evaluate import __main__ as evaluate
 from stages.finetune.flags import FinetuneFlags
 from stages.finetune.run import plan_tuning, prepare_tuning
 from stages.runs import loop, model_stage

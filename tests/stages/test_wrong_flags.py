@@ -224,11 +224,7 @@ def test_what_cannot_be_is_said_before_anything_is_written(
         "serve": [*model, "--port", 0],
     }.get(stage, model)
     words = words[1:] if flags and not flags.startswith("--") else words  # another preset
-    name = (
-        f"stages.{stage}"
-        if stage in ("evaluate", "generate", "chat", "export")
-        else f"stages.{stage}.__main__"
-    )
+    name = f"stages.{stage}" if stage in ("generate", "chat", "export") else f"stages.{stage}.__main__"
     error = re.sub(r"[│╭╮╰╯─\s]+", " ", failing(importlib.import_module(name).main, [*words, *flags.split()]))
     assert re.search(sentence, error), error
     assert contents(tmp_path) == before
