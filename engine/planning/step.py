@@ -57,10 +57,7 @@ class StepPlan:
 
         Matrices in `blocks` count about as a LoRA pair of rank width / 32.
         """
-        mesh = self.mesh
-        cut_by_tensor = ("vocab", "heads", "kv_heads", "ff")
-        own_share = {name: getattr(self.cfg, name) // mesh.tensor for name in cut_by_tensor}
-        cfg = dataclasses.replace(self.cfg, **own_share)
+        cfg = _config_of_a_device(self.cfg, self.mesh)
         memory = training_memory(
             cfg,
             self._rows,
@@ -71,19 +68,10 @@ class StepPlan:
             microbatches=self.microbatches,
             base=self.base,
         )
-        # The model as loaded, in float32, which the report compares with; of a LoRA the pairs; of
-        # blocks what a step unpacks.
         if self.trainable is not None:
-            if self.trainable.adapted or dtype_bytes(cfg) == FLOAT32:
-                loaded_bytes = memory.gradients
-            else:
-                loaded_bytes = FLOAT32 * count_params(cfg).total
+            loaded_bytes = _bytes_as_loaded(cfg, self.trainable, memory)
             memory = dataclasses.replace(memory, params=memory.params + loaded_bytes)
-        cut_by_fsdp = ("params", "optimizer", "copies", "gradients", "accumulated")
-        shares = {name: getattr(memory, name) // mesh.fsdp for name in cut_by_fsdp}
-        if mesh.fsdp * mesh.tensor > 1:  # the whole head, gathered in float32, and its copy
-            shares["copies"] += (FLOAT32 + dtype_bytes(cfg)) * self.cfg.width * self.cfg.vocab
-        return dataclasses.replace(memory, **shares)
+        return _cut_by_fsdp(memory, self.cfg, self.mesh)
 
     @property
     def _trainable_as_pairs(self) -> TrainablePaths | None:
@@ -132,3 +120,35 @@ class StepPlan:
     @property
     def _head_trains(self) -> bool:
         return self.trainable is None or self.cfg.head_path in self.trainable.weights
+
+
+def _config_of_a_device(cfg: ModelConfig, mesh: MeshShape) -> ModelConfig:
+    """Returns the config of the share of a model that `tensor` leaves to each device: of its heads, and
+    of the columns of its MLP and its vocabulary.
+    """
+    cut_by_tensor = ("vocab", "heads", "kv_heads", "ff")
+    own_share = {name: getattr(cfg, name) // mesh.tensor for name in cut_by_tensor}
+    return dataclasses.replace(cfg, **own_share)
+
+
+def _bytes_as_loaded(cfg: ModelConfig, trainable: TrainablePaths, memory: TrainingMemory) -> int:
+    """Returns the bytes, beside those of the step, of a model in float32 as it was before the training
+    of some of its parameters: the report at the end compares with it.
+    """
+    # With a LoRA only the pairs are counted again. Else in float32 the step reads the frozen matrices as
+    # they were loaded, so that only what trains is there twice; of blocks that is what a step unpacks.
+    # Of each there are as many numbers as gradients.
+    if trainable.adapted or dtype_bytes(cfg) == FLOAT32:
+        return memory.gradients
+    return FLOAT32 * count_params(cfg).total
+
+
+def _cut_by_fsdp(memory: TrainingMemory, cfg: ModelConfig, mesh: MeshShape) -> TrainingMemory:
+    """Returns the memory of one device: `fsdp` cuts what is kept for each parameter, but not the head
+    of `cfg`, the whole model's.
+    """
+    cut_by_fsdp = ("params", "optimizer", "copies", "gradients", "accumulated")
+    shares = {name: getattr(memory, name) // mesh.fsdp for name in cut_by_fsdp}
+    if mesh.fsdp * mesh.tensor > 1:  # the whole head, gathered in float32, and its copy
+        shares["copies"] += (FLOAT32 + dtype_bytes(cfg)) * cfg.width * cfg.vocab
+    return dataclasses.replace(memory, **shares)
