@@ -163,7 +163,7 @@ def _banner_rows(
     digest_before: str,
 ) -> list[tuple[str, str]]:
     from engine.model.ops import kernels_note
-    from engine.storage.tensor_layout import describe_kinds
+    from engine.storage.kinds_in_words import describe_kinds
 
     name = str(model)
     if flags.adapter:

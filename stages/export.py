@@ -262,7 +262,7 @@ def _check_source(model: "LoadedModel", console: Console) -> "Corpus[Document]":
 
 def _rows_of_files(out: Path, model: "LoadedModel", dtype: str) -> list[tuple[str, str]]:
     """Returns the banner's rows of the file that was read and the one that is written."""
-    from engine.storage.tensor_layout import describe_kinds
+    from engine.storage.kinds_in_words import describe_kinds
 
     return [("file", describe_kinds(model.kinds, model.params)), ("writes", f"{out}, {dtype}")]
 

@@ -80,8 +80,8 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     from engine.model.ops import computes_in_c, kernels_note
     from engine.model.weights.block_layout import KINDS
     from engine.storage.digest import describe_digests, digest
+    from engine.storage.kinds_in_words import describe_kinds
     from engine.storage.model_loader import load_model
-    from engine.storage.tensor_layout import describe_kinds
 
     notes = Console(sys.stderr)
     mesh = layout.current_mesh()

@@ -31,8 +31,8 @@ from engine.model.native.library import native_problem
 from engine.model.weights.block_layout import KINDS
 from engine.processor import cores
 from engine.storage.assets import fetch
+from engine.storage.kinds_in_words import describe_kinds
 from engine.storage.model_loader import LoadedModel, load_model, locate
-from engine.storage.tensor_layout import describe_kinds
 from engine.text.chat_tokenizer import ChatTokenizer
 
 

@@ -7,7 +7,6 @@ device and, of one that is converted, about a million of the file's numbers at a
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from engine.errors import UserError, did_you_mean
-from engine.model.config import JOINED, ModelConfig
+from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.shapes import leaf_shapes
 from engine.model.weights.block_layout import ROUNDED, packed_shape, unpack_blocks
 from engine.model.weights.blocks import Blocks
-from engine.model.weights.lora import innermost_base
 from engine.model.weights.plain import as_weight
 from engine.text import OnProgress
 from engine.text.tokenizer import ModelTokenizer
@@ -162,62 +160,6 @@ class StoredModel(NamedTuple):
 def file_kinds(model: StoredModel) -> dict[str, str]:
     """Returns the kinds of a GGUF file's matrices by path, such as Q6_K and F16; none of another model."""
     return {leaf.path: model.kinds[leaf.name] for leaf in model.leaves if leaf.name in model.kinds}
-
-
-def describe_kinds(kinds: Mapping[str, str], params: Any) -> str:
-    """Returns what became of a GGUF file's matrices, of `file_kinds`: which stay as they are, and
-    which are widened or rounded.
-
-    params: the weights in use, where q, k and v, or gate and up, may lie side by side. Returns an
-    empty text without kinds.
-    """
-    leaves = leaf_paths(params)
-    groups: dict[str, Counter[str]] = {}  # how many matrices of each kind have come to the same
-    for path, kind in kinds.items():
-        leaf = innermost_base(leaves[_path_in_use(path, leaves)])
-        groups.setdefault(_change_of(kind, leaf), Counter())[kind] += 1
-    phrases = []
-    for change, counts in sorted(groups.items()):
-        count = counts.total()
-        names = ", ".join(kind for kind, _ in counts.most_common())
-        phrase = f"{_say_change(change, count)} ({names})"
-        if len(groups) == 1:
-            return f"all {count:,} matrices {phrase}"
-        phrases.append(f"{count:,} {phrase}")
-    if phrases:
-        return f"of {len(kinds):,} matrices {', '.join(phrases)}"
-    return ""
-
-
-def _path_in_use(path: str, leaves: Mapping[str, Any]) -> str:
-    """Returns the path of the leaf that holds a matrix: its own, or that of the matrices joined."""
-    if path in leaves:
-        return path
-    block, _, part = path.rpartition("/")
-    for joined, parts in JOINED.items():
-        if part in parts:
-            return f"{block}/{joined}"
-    return f"{block}/"
-
-
-def _say_change(change: str, count: int) -> str:
-    if change:
-        return f"is {change}" if count == 1 else f"are {change}"
-    return "stays as it is" if count == 1 else "stay as they are"
-
-
-def _change_of(kind: str, leaf: Any) -> str:
-    """Returns what became of a matrix of a file's `kind`, now a leaf that is no LoRA; an empty text
-    where it stays.
-    """
-    own = as_weight(leaf).kind
-    if DTYPE_NAMES.get(own, own) == kind:
-        return ""
-    is_wider = own == "float32" or (own == "bfloat16" and kind not in ("F32", "F16"))
-    change = "rounded"
-    if is_wider:
-        change = "widened"
-    return f"{change} to {own}"
 
 
 def block_leaves(model: StoredModel, kept_kinds: Collection[str]) -> dict[str, Blocks]:

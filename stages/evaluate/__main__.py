@@ -79,7 +79,7 @@ def evaluate(flags: EvaluateFlags) -> None:
 
     from engine.model.attention import attention_path
     from engine.storage import run_folder
-    from engine.storage.tensor_layout import describe_kinds
+    from engine.storage.kinds_in_words import describe_kinds
     from engine.text.conversations import SHIPPED
     from stages.evaluate.conversations import evaluate_conversations, read_if_conversations
     from stages.evaluate.text import evaluate_text

@@ -32,9 +32,9 @@ from engine.storage.adapter_writer import saved_run_adapter
 from engine.storage.checkpoint_reader import find_intact, load_params
 from engine.storage.digest import digest
 from engine.storage.hub import gguf_name
+from engine.storage.kinds_in_words import describe_kinds
 from engine.storage.model_loader import LoadedModel, UnreadModel, adapter_origin, model_name, peek_model
 from engine.storage.run_weights import TRAINED_BLOCKS, check_arrays
-from engine.storage.tensor_layout import describe_kinds
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.tokenizer import Tokenizer
 from engine.training.freeze import select_trainable

@@ -23,8 +23,8 @@ from engine.model.ops import kernels_note
 from engine.model.weights.convert import weight_types
 from engine.storage.adapter import base_digest
 from engine.storage.digest import digest
+from engine.storage.kinds_in_words import describe_kinds
 from engine.storage.model_loader import LoadedModel, load_model, with_adapters
-from engine.storage.tensor_layout import describe_kinds
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.documents import Documents
 from engine.text.template import read_template

@@ -24,8 +24,9 @@ from engine.model.weights.lora import to_dense
 from engine.storage import model_loader
 from engine.storage.gguf import regroup_rows
 from engine.storage.gguf_writer import save_gguf
+from engine.storage.kinds_in_words import describe_kinds
 from engine.storage.model_loader import load_model
-from engine.storage.tensor_layout import GGUF_NAMES, describe_kinds, file_tensors, layout_of
+from engine.storage.tensor_layout import GGUF_NAMES, file_tensors, layout_of
 from engine.text.tokenizer import train_bpe
 
 KINDS_READ = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
