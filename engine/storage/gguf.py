@@ -70,13 +70,13 @@ def open_model(path: Path) -> StoredModel:
         name=_model_name(header),
         cfg=cfg,
         leaves=leaves,
-        rows=weights.rows,
-        tokenizer=functools.partial(read_tokenizer, header, cfg.vocab),
+        read_rows=weights.read_rows,
+        read_tokenizer=functools.partial(read_tokenizer, header, cfg.vocab),
         context=header.metadata[f"{architecture}.context_length"],
         hub_id="",
         notes=note_unknown_gguf(header),
         kinds=kinds,
-        packed=weights.packed,
+        read_packed=weights.read_packed,
     )
 
 
@@ -96,7 +96,7 @@ class _Weights:
         self._interleaved = interleaved
         self._head_dim = head_dim
 
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Returns rows of a tensor as numbers: see StoredModel."""
         tensor = self._tensors[name]
         if len(tensor.shape) == 1:  # a row of its own
@@ -110,7 +110,7 @@ class _Weights:
         values = dequantize(data.reshape(lines, -1), tensor.kind).reshape(stop - start, -1)
         return self._in_our_order(name, values)
 
-    def packed(self, name: str) -> np.ndarray:
+    def read_packed(self, name: str) -> np.ndarray:
         """Returns a matrix's blocks, as Blocks hold them."""
         tensor = self._tensors[name]
         data = read_at(self._path, tensor.offset, tensor.size).reshape(tensor.shape[0], -1)

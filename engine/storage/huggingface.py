@@ -59,7 +59,7 @@ def open_model(path: Path) -> StoredModel:
             f"{path} says tie_word_embeddings but has a lm_head.weight that differs from its embedding."
         )
 
-    def rows(tensor: str, start: int, stop: int) -> np.ndarray:
+    def read_rows(tensor: str, start: int, stop: int) -> np.ndarray:
         return safetensors.read_slice(stored[tensor], start, stop)
 
     hub_id = cached_id(path)  # `_name_or_path` is often the parent's, whose weights are others
@@ -68,8 +68,8 @@ def open_model(path: Path) -> StoredModel:
         name=hub_id.partition("/")[2] or path.resolve().name,
         cfg=cfg,
         leaves=leaves,
-        rows=rows,
-        tokenizer=functools.partial(load_tokenizer, path, cfg.vocab, fields.get("eos_token_id")),
+        read_rows=read_rows,
+        read_tokenizer=functools.partial(load_tokenizer, path, cfg.vocab, fields.get("eos_token_id")),
         context=with_defaults["max_position_embeddings"],
         hub_id=hub_id,
         notes=note_unknown_json(fields, config_file),

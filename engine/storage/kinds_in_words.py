@@ -37,14 +37,16 @@ def describe_kinds(kinds: Mapping[str, str], params: Any) -> str:
 
 
 def _path_in_use(path: str, leaves: Mapping[str, Any]) -> str:
-    """Returns the path of the leaf that holds a matrix: its own, or that of the matrices joined."""
+    """Returns the path of the leaf that holds a matrix: its own, or that of the matrices joined.
+    Raises KeyError for a matrix that no leaf can hold.
+    """
     if path in leaves:
         return path
     block, _, part = path.rpartition("/")
     for joined, parts in JOINED.items():
         if part in parts:
             return f"{block}/{joined}"
-    return f"{block}/"
+    raise KeyError(f"No leaf of the model holds the matrix {path!r}, alone or joined with others.")
 
 
 def _say_change(change: str, count: int) -> str:

@@ -308,7 +308,7 @@ def _peek_file(name: str, path: Path, dtype: str | None, keep_kinds: Collection[
         return unflatten(leaf_structs(stored, in_memory) | blocks)
 
     def describe() -> LoadedModel:
-        tokenizer, eos_ids, sampling = stored.tokenizer()
+        tokenizer, eos_ids, sampling = stored.read_tokenizer()
         notes = stored.notes
         if cfg.context < stored.context:
             notes += (
@@ -440,7 +440,7 @@ def check_loads(written: Path, path: Path, report: OnProgress = None) -> None:
         remedy_of_weights = " Another type of weights, or a Hugging Face folder, may hold it."
     try:
         stored: StoredModel = _reader(written).open_model(written)
-        stored.tokenizer()
+        stored.read_tokenizer()
         remedy = remedy_of_weights
         done = 0
         total = sum(math.prod(leaf.stored) for leaf in stored.leaves)

@@ -63,28 +63,23 @@ class _Stems(NamedTuple):
     gguf: str
 
 
-# The parts of a layer, named within it.
-_LAYER = {
-    "attn_norm": ("input_layernorm", "attn_norm"),
-    "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
-    "q": ("self_attn.q_proj", "attn_q"),
-    "k": ("self_attn.k_proj", "attn_k"),
-    "v": ("self_attn.v_proj", "attn_v"),
-    "q_norm": ("self_attn.q_norm", "attn_q_norm"),
-    "k_norm": ("self_attn.k_norm", "attn_k_norm"),
-    "out": ("self_attn.o_proj", "attn_output"),
-    "gate": ("mlp.gate_proj", "ffn_gate"),
-    "up": ("mlp.up_proj", "ffn_up"),
-    "down": ("mlp.down_proj", "ffn_down"),
-}
+# `{}` stands for a layer's number.
 _STEMS = {
     "embed": _Stems("model.embed_tokens", "token_embd"),
     "norm": _Stems("model.norm", "output_norm"),
     "head": _Stems("lm_head", "output"),
+    "attn_norm": _Stems("model.layers.{}.input_layernorm", "blk.{}.attn_norm"),
+    "mlp_norm": _Stems("model.layers.{}.post_attention_layernorm", "blk.{}.ffn_norm"),
+    "q": _Stems("model.layers.{}.self_attn.q_proj", "blk.{}.attn_q"),
+    "k": _Stems("model.layers.{}.self_attn.k_proj", "blk.{}.attn_k"),
+    "v": _Stems("model.layers.{}.self_attn.v_proj", "blk.{}.attn_v"),
+    "q_norm": _Stems("model.layers.{}.self_attn.q_norm", "blk.{}.attn_q_norm"),
+    "k_norm": _Stems("model.layers.{}.self_attn.k_norm", "blk.{}.attn_k_norm"),
+    "out": _Stems("model.layers.{}.self_attn.o_proj", "blk.{}.attn_output"),
+    "gate": _Stems("model.layers.{}.mlp.gate_proj", "blk.{}.ffn_gate"),
+    "up": _Stems("model.layers.{}.mlp.up_proj", "blk.{}.ffn_up"),
+    "down": _Stems("model.layers.{}.mlp.down_proj", "blk.{}.ffn_down"),
 }
-for _part, (_hugging_face, _gguf) in _LAYER.items():
-    # `{}` stands for a layer's number
-    _STEMS[_part] = _Stems(f"model.layers.{{}}.{_hugging_face}", f"blk.{{}}.{_gguf}")
 
 
 def _tensor_names(stems: Mapping[str, str]) -> dict[str, str]:
@@ -147,14 +142,14 @@ class StoredModel(NamedTuple):
     cfg: ModelConfig
     leaves: list[Leaf]
     # (tensor, start, stop) -> those rows, in any float dtype, q and k in our order of RoPE's pairs
-    rows: Callable[[str, int, int], np.ndarray]
-    tokenizer: Callable[[], ModelTokenizer]  # reads it
+    read_rows: Callable[[str, int, int], np.ndarray]
+    read_tokenizer: Callable[[], ModelTokenizer]
     context: int  # what the file claims; `cfg` has less where attention is in windows
     hub_id: str  # empty when unknown
     notes: tuple[str, ...]  # on unknown fields
     kinds: Mapping[str, str] = {}  # of a GGUF file's matrices, by name
     # the name of a matrix that may stay in blocks -> the array of Blocks
-    packed: Callable[[str], np.ndarray] | None = None
+    read_packed: Callable[[str], np.ndarray] | None = None
 
 
 def file_kinds(model: StoredModel) -> dict[str, str]:
@@ -202,8 +197,8 @@ def read_params(
     params: dict[str, Any] = {}
     for leaf in model.leaves:
         if leaf.path in blocks:
-            assert model.packed
-            packed = jax.device_put(model.packed(leaf.name))
+            assert model.read_packed
+            packed = jax.device_put(model.read_packed(leaf.name))
             params[leaf.path] = dataclasses.replace(blocks[leaf.path], packed=packed)
         else:
             params[leaf.path] = jax.device_put(read_leaf(model, leaf, dtype))
@@ -229,7 +224,7 @@ def read_leaf(model: StoredModel, leaf: Leaf, dtype: str) -> np.ndarray:
         stop = min(start + step, rows)
         # what is not finite is named below
         with np.errstate(all="ignore"):
-            values = model.rows(leaf.name, start, stop)
+            values = model.read_rows(leaf.name, start, stop)
             # of a NaN, both are NaN
             extremes = np.array([values.min(), values.max()]).astype(value.dtype)
             values = values.astype(value.dtype, copy=False)
