@@ -76,11 +76,10 @@ def main(args: Sequence[str]) -> int:
     return importlib.import_module(module).main(words)
 
 
-def command() -> None:
-    """Runs `thrice`, the command that the package installs."""
-    start_command()
+def run_named_stage() -> None:
+    """Runs the stage that the command line names, and ends the process."""
     leave(main(sys.argv[1:]))
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    run_named_stage()

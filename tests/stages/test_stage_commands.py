@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
 import time
 
 import pytest
@@ -71,6 +72,15 @@ def test_every_stage_is_listed_with_what_it_does():
     ended = subprocess.run([sys.executable, "-m", "stages"], cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert (ended.returncode, ended.stderr) == (-signal.SIGPIPE, b"")  # as in `| head`
+
+
+def test_the_installed_command_runs_a_stage():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["thrice"].partition(":")
+    program = f"import sys; from {module} import {function}; sys.argv = ['thrice', 'generate', '--help']; {function}()"
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "python -m stages.generate" in ended.stdout
 
 
 def test_a_stage_is_run_by_its_name(capsys):
