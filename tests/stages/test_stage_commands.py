@@ -7,8 +7,8 @@ import re
 import signal
 import subprocess
 import sys
-import tomllib
 import time
+import tomllib
 
 import pytest
 from tiny_runs import ROOT, command, tiny, typed
