@@ -499,7 +499,8 @@ def compared(_: Document) -> list[str]:
             measured = [row for row in rows if row["ratio"] is not None]
             if measured:
                 slowest = min(measured, key=_over_peer)
-                ratios.append(ratio(slowest) + f", {slowest['format']}" * ("format" in slowest))
+                formats = [slowest["format"]] if "format" in slowest else []
+                ratios.append(", ".join([ratio(slowest), *formats]))
             else:
                 ratios.append("")
         cells.append((f"[{folder.name}]({folder.name})", *ratios))
@@ -532,8 +533,9 @@ def serving(document: Document) -> list[str]:
 def chat(document: Document) -> list[str]:
     """Returns the speed of a single stream of chat beside llama.cpp's, in a sentence."""
     (row,) = (row for row in document["rows"] if row["name"] == CHAT)
+    kind = row.get("format", "Q4_1")  # of documents that do not say it
     return [
-        f"A chat with SmolLM2-135M, from the same {row['format']} file, has {ratio(row)} times llama.cpp's "
+        f"A chat with SmolLM2-135M, from the same {kind} file, has {ratio(row)} times llama.cpp's "
         "tokens a second: ours with speculation, llama.cpp's without."
     ]
 
