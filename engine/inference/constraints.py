@@ -38,6 +38,8 @@ JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separ
 # The characters that both ECMAScript and Rust's regex crate count as white space, or in a negated class
 # those that either does, by the bracket that opened the class of characters, if any.
 SPACE_IN_CLASS = {"": r"[ \t\n\r\f\v]", "[": r" \t\n\r\f\v", "[^": r"\s\x{FEFF}"}
+# Those that both count as no white space, or in a negated class those that either does.
+OTHERS_IN_CLASS = {"": r"[^\s\x{FEFF}]", "[": r"[^\s\x{FEFF}]", "[^": r"\S\x{85}"}
 
 
 class Constraint:
@@ -325,8 +327,8 @@ def _rust_pattern(pattern: str) -> str:
     for part in re.findall(r"\\.|\[\^?|.", pattern, re.S):
         if part == r"\s":
             parts.append(SPACE_IN_CLASS[inside])
-        elif part == r"\S" and not inside:
-            parts.append(r"[^\s\x{FEFF}]")
+        elif part == r"\S":
+            parts.append(OTHERS_IN_CLASS[inside])
         elif part == "." and not inside:
             parts.append(r"[^\n\r\x{2028}\x{2029}]")
         else:

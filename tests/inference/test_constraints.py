@@ -23,6 +23,7 @@ from engine.errors import UserError
 from engine.inference.constraints import (
     Constraint,
     GrammarCompiler,
+    _rust_pattern,
     choice_grammar,
     json_grammar,
     json_rule,
@@ -189,6 +190,22 @@ def test_a_grammar_is_compiled_in_bounded_time_or_refused(grammar, reason):
     else:
         GrammarCompiler(LETTERS, 41, ENDS).compile(grammar())
     assert time.thread_time() - begun < 5
+
+
+@pytest.mark.parametrize(
+    ("pattern", "translated"),
+    [
+        (r"\S", r"[^\s\x{FEFF}]"),
+        (r"[\S]+", r"[[^\s\x{FEFF}]]+"),
+        (r"[a\S]", r"[a[^\s\x{FEFF}]]"),
+        (r"[^\S]", r"[^\S\x{85}]"),
+        (r"[^\s]", r"[^\s\x{FEFF}]"),
+        (r"\s[\s]", r"[ \t\n\r\f\v][ \t\n\r\f\v]"),
+    ],
+)
+def test_white_space_is_that_of_ecmascript_and_of_rust(pattern, translated):
+    assert _rust_pattern(pattern) == translated
+    constraint_of(json_grammar({"type": "string", "pattern": pattern}))
 
 
 def test_llamas_grammars_are_read_too():
