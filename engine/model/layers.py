@@ -77,7 +77,8 @@ def rope_tables(cfg: ModelConfig, positions: Array) -> tuple[Array, Array]:
 def rope(x: Array, cos: Array, sin: Array, scale: float, dtype: DTypeLike) -> Array:
     """x (B, T, N, H), cos and sin (B, T, H / 2) -> scale * x rotated by its position, in `dtype`.
 
-    Pairs are (i, i + H / 2), as in Hugging Face's files.
+    Pairs are (i, i + H / 2), as in Hugging Face's files. `backward.py` computes the same in another
+    shape, ten times as fast.
     """
     first, second = jnp.split(x.astype(jnp.float32) * scale, 2, axis=-1)
     cos = cos[:, :, None]

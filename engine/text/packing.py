@@ -47,7 +47,10 @@ class PackedBatches:
 
 
 def evaluation_batches(examples: Sequence[Example], seq: int, batch: int) -> Iterator[Batch]:
-    """Yields batches (batch, seq) with each example exactly once; rows of padding have mask False."""
+    """Yields batches (batch, seq) with each example exactly once; rows of padding have mask False.
+
+    Each target counts once here, whatever weight its row has in training.
+    """
     rows = pack_rows(examples, seq)
     for first in range(0, len(rows), batch):
         part = [[examples[index] for index in row] for row in rows[first : first + batch]]
@@ -55,7 +58,9 @@ def evaluation_batches(examples: Sequence[Example], seq: int, batch: int) -> Ite
 
 
 def example_rows(examples: Sequence[Example | None], seq: int) -> Batch:
-    """Returns a batch (rows, seq) of an example a row, None a row of padding."""
+    """Returns a batch (rows, seq) of an example a row, of at most `seq` + 1 tokens; None is a row of
+    padding.
+    """
     rows: list[list[Example]] = []
     for example in examples:
         rows.append([example] if example else [])
