@@ -25,8 +25,9 @@ from bench.timing import Timing, measure, ratio
 from engine.counting.hardware import clock
 from engine.errors import UserError
 from engine.inference.config import EngineConfig
-from engine.inference.constraints import GrammarCompiler, json_grammar
+from engine.inference.constraints import GrammarCompiler
 from engine.inference.engine import Engine
+from engine.inference.grammars import json_grammar
 from engine.inference.request import Adapter, Request, SamplingParams
 from engine.text.tokenizer import Tokenizer
 

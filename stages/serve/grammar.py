@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from engine.inference.constraints import json_grammar
+from engine.inference.grammars import json_grammar
 
 
 class Grammar(NamedTuple):

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 
-from engine.inference.constraints import json_rule
+from engine.inference.grammars import json_rule
 from stages.serve.grammar import Grammar
 from stages.serve.tool_format import ToolFormat
 from stages.serve.tools import Function, ToolUse

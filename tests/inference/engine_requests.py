@@ -15,9 +15,10 @@ from tokenizers import AddedToken
 
 from engine.inference import backend
 from engine.inference.config import EngineConfig
-from engine.inference.constraints import Constraint, GrammarCompiler, json_grammar, regex_grammar
+from engine.inference.constraints import Constraint, GrammarCompiler
 from engine.inference.decode import prepare_params
 from engine.inference.engine import Engine
+from engine.inference.grammars import json_grammar, regex_grammar
 from engine.inference.request import Event, Request
 from engine.model.paths import map_paths
 from engine.model.weights import blocks, stacked_lora

@@ -20,9 +20,8 @@ from engine_requests import (
 from tiny import request_of
 
 from engine.errors import UserError
-from engine.inference.constraints import (
-    Constraint,
-    GrammarCompiler,
+from engine.inference.constraints import Constraint, GrammarCompiler
+from engine.inference.grammars import (
     _rust_pattern,
     choice_grammar,
     json_grammar,

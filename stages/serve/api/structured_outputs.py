@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from engine.errors import InvalidField, UserError
-from engine.inference.constraints import (
+from engine.inference.grammars import (
     choice_grammar,
     json_grammar,
     lark_grammar,
