@@ -9,7 +9,7 @@
 import itertools
 import re
 from collections.abc import Collection, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -23,26 +23,54 @@ MAX_FORCED_BYTES = 16_384  # with which every text would begin
 LIMITS = {"step_max_items": 20_000, "max_lexer_states": 50_000, "verbose_errors": False}
 
 
-class Constraint:
-    """Follows one completion through a grammar, which has `failed` when it became too complex on the way."""
+class Constraint(Protocol):
+    """Follows one completion, and says with which tokens it may go on.
 
-    can_run_ahead = True  # whether a sampled token may be allowed without its mask
+    `failed`: it can follow no further. `can_run_ahead`: a sampled token may be allowed without its mask.
+    """
+
+    can_run_ahead: bool
+
+    @property
+    def failed(self) -> bool: ...
+
+    def begin(self) -> "Constraint":
+        """Returns one at the beginning, for another completion."""
+
+    def fill(self, masks: Any, rows: Sequence[int], drafts: Sequence[int]) -> None:
+        """Writes the allowed tokens into masks (R, ceil(V/32)) uint32: rows[0]'s, and rows[n]'s
+        after n allowed drafts.
+        """
+
+    def allowed_drafts(self, drafts: Sequence[int], count: int) -> list[int]:
+        """Returns up to `count` tokens that must come next, else those of the drafts that may."""
+
+    def allows(self, token: int) -> bool:
+        """Whether a token, which is no end, may come next."""
+
+    def accept(self, token: int) -> Literal["stop", "grammar"] | None:
+        """Goes on by a sampled token. Returns stop when only the end can follow, grammar when the
+        grammar has failed.
+        """
+
+
+class GrammarConstraint:
+    """Follows a completion through a grammar, and has `failed` when that became too complex on the way."""
+
+    can_run_ahead = True
 
     def __init__(self, matcher: Any, end_ids: frozenset[int]) -> None:
         self._matcher = matcher
         self._end_ids = end_ids
 
-    def begin(self) -> "Constraint":
-        return Constraint(self._matcher.deep_copy(), self._end_ids)
+    def begin(self) -> "GrammarConstraint":
+        return GrammarConstraint(self._matcher.deep_copy(), self._end_ids)
 
     @property
     def failed(self) -> bool:
         return self._matcher.is_error()
 
     def fill(self, masks: Any, rows: Sequence[int], drafts: Sequence[int]) -> None:
-        """Writes the allowed tokens into masks (R, ceil(V/32)) uint32: rows[0]'s, and rows[n]'s
-        after n allowed drafts.
-        """
         for row, draft in zip(rows, [*drafts, None]):
             self._matcher.unsafe_compute_mask_ptr(masks[row].ctypes.data, masks[row].nbytes)
             if self.failed:  # any token: it does not count
@@ -53,7 +81,6 @@ class Constraint:
             self._matcher.rollback(len(drafts))
 
     def allowed_drafts(self, drafts: Sequence[int], count: int) -> list[int]:
-        """Returns up to `count` tokens that the grammar forces, else those of the drafts that it allows."""
         forced = self._matcher.compute_ff_tokens()[:count]
         if forced or not drafts:
             return forced
@@ -61,13 +88,9 @@ class Constraint:
         return before_end[: self._matcher.validate_tokens(before_end)]
 
     def allows(self, token: int) -> bool:
-        """Whether a token, which is no end, may come next."""
         return token not in self._end_ids and self._matcher.validate_tokens([token]) == 1
 
     def accept(self, token: int) -> Literal["stop", "grammar"] | None:
-        """Goes on by a sampled token. Returns stop when only the end can follow, grammar when the
-        grammar has failed.
-        """
         if not self._matcher.consume_token(token):
             return "grammar"
         if self._matcher.is_stopped():
@@ -75,7 +98,7 @@ class Constraint:
         return None
 
 
-class ForcedTokens(Constraint):
+class ForcedTokens:
     """Lets a completion be nothing but these tokens, whose log-probabilities are asked for."""
 
     can_run_ahead = False
@@ -95,6 +118,9 @@ class ForcedTokens(Constraint):
 
     def allowed_drafts(self, drafts: Sequence[int], count: int) -> list[int]:
         return list(self.tokens[self._done : self._done + count])
+
+    def allows(self, token: int) -> bool:
+        return self.allowed_drafts([], 1) == [token]
 
     def accept(self, token: int) -> None:
         self._done += 1
@@ -121,20 +147,20 @@ class GrammarCompiler:
         self._limits = self._library.LLParserLimits(**LIMITS)
         self._end_ids = frozenset(end_ids)
 
-    def compile(self, grammar: str) -> Constraint:
+    def compile(self, grammar: str) -> GrammarConstraint:
         """Compiles a grammar, in about a second at most, without Python's lock. Raises UserError,
         which says what is wrong.
         """
         check_size(grammar)
         matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
         # A beginning that has no end shows in the first mask, or in what is forced.
-        trial = Constraint(matcher.deep_copy(), self._end_ids)
+        trial = GrammarConstraint(matcher.deep_copy(), self._end_ids)
         trial.fill(np.zeros((1, -(-self._tokenizer.vocab_size // 32)), np.uint32), [0], [])
         if trial.failed:
             raise UserError(_explain(trial._matcher.get_error()))
         if len(trial._matcher.compute_ff_bytes()) > MAX_FORCED_BYTES:
             raise UserError("no text satisfies it, for it has no end")
-        return Constraint(matcher, self._end_ids)
+        return GrammarConstraint(matcher, self._end_ids)
 
 
 class _Vocabulary:

@@ -20,7 +20,7 @@ from engine_requests import (
 from tiny import request_of
 
 from engine.errors import UserError
-from engine.inference.constraints import Constraint, GrammarCompiler
+from engine.inference.constraints import GrammarCompiler, GrammarConstraint
 from engine.inference.grammars import (
     _rust_pattern,
     choice_grammar,
@@ -85,8 +85,10 @@ def test_tokens_that_a_grammar_would_not_forbid_are_decoded_in_fewer_calls(monke
         for seed, grammar in enumerate((*grammars, "start: /.*/"))
     ]
     completions, calls, allowed = [], [0, 0], list[bool]()
-    allows = Constraint.allows
-    monkeypatch.setattr(Constraint, "allows", lambda *each: allowed.append(allows(*each)) or allowed[-1])
+    allows = GrammarConstraint.allows
+    monkeypatch.setattr(
+        GrammarConstraint, "allows", lambda *each: allowed.append(allows(*each)) or allowed[-1]
+    )
     for at, runs_ahead in enumerate((vars(Sequence)["runs_ahead"], False)):
         monkeypatch.setattr(Sequence, "runs_ahead", runs_ahead)
         engine = make_engine("float32", speculate=False)
