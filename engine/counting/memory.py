@@ -110,7 +110,7 @@ def training_memory(
     matrices = [path for path in trainable.weights if len(shapes[path]) == 2]
     adapters = sum(trainable.rank * sum(targets[path]) for path in trainable.adapted)
     numbers = sum(sizes[path] for path in trainable.weights) + adapters
-    by_muon = adapters + sum(sizes[path] for path in matrices if path.startswith("blocks/"))
+    by_muon = sum(sizes[path] for path in matrices if path.startswith("blocks/"))
     rows = batch * tokens
     lowest = lowest_gradient(cfg, trainable)
     paths = trainable.weights | trainable.adapted
@@ -123,7 +123,7 @@ def training_memory(
         residuals = len(blocks) * rows * FLOAT32 * cfg.width
     moments = 2 * numbers  # AdamW's
     if optimizer == "muon":
-        moments -= by_muon  # on the matrices of the blocks Muon holds one
+        moments -= by_muon  # on the matrices of the blocks Muon holds one; adapters are left to AdamW
     accumulated = 0
     if microbatches > 1:
         accumulated = FLOAT32 * numbers
