@@ -238,7 +238,7 @@ def table_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
     steps = [
         training_memory(cfg, batch, context, trainable=kind.trainable_paths) for kind in training_kinds(cfg)
     ]
-    states = sum(step.gradients + step.optimizer for step in steps)
+    states = sum(step.trainable_weights + step.optimizer for step in steps)
     served = inference_memory(cfg, 32, context)
     working = max(step.total - step.params - step.optimizer for step in steps)
     # Float32 weights, as much for frozen halves in the compute type, served copies in two bytes and

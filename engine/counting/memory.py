@@ -42,6 +42,11 @@ class TrainingMemory:
     accumulated: int  # gradients summed over microbatches; 0 with one
 
     @property
+    def trainable_weights(self) -> int:
+        """What trains, a part of `params`: as many bytes as its gradients, for both are float32."""
+        return self.gradients
+
+    @property
     def gradient_peak(self) -> int:
         """The peak of forward and backward beside weights and optimizer.
 
@@ -69,7 +74,7 @@ class TrainingMemory:
     @property
     def saved(self) -> int:
         """A checkpoint's bytes."""
-        return self.gradients + self.optimizer
+        return self.trainable_weights + self.optimizer
 
 
 class InferenceMemory(NamedTuple):
@@ -281,7 +286,7 @@ def train_bytes(
         activations=block * (2 * blocks_forward + blocks_backward),
         logits=2 * memory.logits,
         gradients=memory.gradients,
-        optimizer=3 * memory.gradients + 2 * memory.optimizer,
+        optimizer=memory.gradients + 2 * (memory.trainable_weights + memory.optimizer),
     )
 
 
