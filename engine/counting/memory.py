@@ -32,7 +32,7 @@ class TrainingMemory:
 
     params: int  # float32 where they train; frozen matrices in the compute type or int8
     optimizer: int
-    copies: int  # in the compute type: of trainable matrices
+    copies: int  # in the compute type: of trainable matrices, and of what is copied of a frozen head
     gradients: int  # float32
     residuals: int  # every block's values, or with remat every block's input
     # residuals of one block: the last to be freed, and with remat the most that exist at once
@@ -126,6 +126,9 @@ def training_memory(
     residuals = sum(blocks)
     if remat:
         residuals = len(blocks) * rows * FLOAT32 * cfg.width
+    copies = dtype_bytes(cfg) * _copied_numbers(cfg, trainable, base == "int8")
+    if base == "int8":
+        copies += _widened_bytes(cfg)
     moments = 2 * numbers  # AdamW's
     if optimizer == "muon":
         moments -= by_muon  # on the matrices of the blocks Muon holds one; adapters are left to AdamW
@@ -135,7 +138,7 @@ def training_memory(
     return TrainingMemory(
         params=_param_bytes(cfg, base == "int8", trainable.weights) + FLOAT32 * adapters,
         optimizer=FLOAT32 * moments,
-        copies=_copied_bytes(cfg, trainable, base == "int8"),
+        copies=copies,
         gradients=FLOAT32 * numbers,
         residuals=residuals,
         block=max(blocks, default=0),
@@ -145,24 +148,24 @@ def training_memory(
     )
 
 
-def _copied_bytes(cfg: ModelConfig, trainable: TrainablePaths, int8: bool) -> int:
-    """Returns the bytes of copies in the compute type: of the trainable matrices that multiply, of a
-    tied head that is frozen, which is transposed, and of the columns of an int8 head that are widened
-    at once.
+def _copied_numbers(cfg: ModelConfig, trainable: TrainablePaths, int8: bool) -> int:
+    """Returns how many numbers are copied into the compute type, none where that is float32: the
+    trainable matrices that multiply, and a tied head that is frozen, which is transposed.
     """
-    width = dtype_bytes(cfg)
-    copied_numbers = 0
+    if dtype_bytes(cfg) == FLOAT32:
+        return 0
+    numbers = 0
     for path, shape in leaf_shapes(cfg).items():
         if path in trainable.weights and len(shape) == 2 and (cfg.tied or path != "embed"):
-            copied_numbers += math.prod(shape)
-    widened_bytes = 0
-    if int8:
-        widened_bytes = (1 + width) * min(COLUMNS, cfg.vocab) * cfg.width
-    elif cfg.tied and "embed" not in trainable.weights:
-        copied_numbers += cfg.vocab * cfg.width
-    if width == FLOAT32:
-        return widened_bytes
-    return widened_bytes + width * copied_numbers
+            numbers += math.prod(shape)
+    if cfg.tied and "embed" not in trainable.weights and not int8:
+        numbers += cfg.vocab * cfg.width
+    return numbers
+
+
+def _widened_bytes(cfg: ModelConfig) -> int:
+    """Returns the bytes of the columns of an int8 head that are widened at once, in both types."""
+    return (1 + dtype_bytes(cfg)) * min(COLUMNS, cfg.vocab) * cfg.width
 
 
 def _param_bytes(cfg: ModelConfig, int8: bool, trainable: Collection[str] = ()) -> int:
@@ -273,7 +276,8 @@ def train_bytes(
     memory = training_memory(cfg, batch, tokens, trainable=trainable)
     width = dtype_bytes(cfg)
     # trainable matrices, read in one type and written in the other
-    converted_bytes = memory.copies // width * (FLOAT32 + width)
+    copied_numbers = _copied_numbers(cfg, trainable or all_trainable(cfg), int8=False)
+    converted_bytes = copied_numbers * (FLOAT32 + width)
     block = training_memory(cfg, batch, tokens).block
     blocks_backward = cfg.layers
     if trainable:
