@@ -110,6 +110,7 @@ class FineTune:
     method: str
     tokens_per_second: float
     peak_gb: float
+    batch_stated: float  # 1 where the source states the batch that the peak is of
     source: str
     note: str
 

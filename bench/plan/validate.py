@@ -20,6 +20,7 @@ from bench.terminal import print_table
 from engine.planning.formulas import SHARE, UPDATE_BYTES, bytes_a_device
 
 FLOPS_BOUND = 0.03
+ASSUMED_SHARE = 0.45  # of the peak, that fine-tuning gets
 
 
 class Replay(NamedTuple):
@@ -88,7 +89,7 @@ def adapter_errors() -> Iterator[Replay]:
 def memory_errors() -> Iterator[Replay]:
     """Predicts the published peaks of LoRA and QLoRA, but those of a batch that is not stated."""
     for row in finetunes():
-        if row.peak_gb and row.method != "full" and "not stated" not in row.note:
+        if row.peak_gb and row.method != "full" and row.batch_stated:
             m = job(config_of_size(row.params), row.method, int(row.step_tokens))
             true = 1e9 * row.peak_gb
             plain = bytes_a_device(m, devices=1, recompute=0)
@@ -102,9 +103,9 @@ def memory_errors() -> Iterator[Replay]:
 
 
 def _token_seconds(row: FineTune) -> float:
-    """Returns the seconds of a token at 45% of the peak, and of its part of the optimizer's update."""
+    """Returns the seconds of a token at ASSUMED_SHARE of the peak, and of its part of the optimizer's update."""
     m = job(config_of_size(row.params), row.method, int(row.context), row.step_tokens)
-    products = m.flops / (0.45e12 * row.tflops)
+    products = m.flops / (ASSUMED_SHARE * 1e12 * row.tflops)
     update = m.trained * UPDATE_BYTES / m.step_tokens / (1e9 * row.memory_gbs)
     return products + update
 
@@ -125,20 +126,22 @@ def validation() -> dict[str, Any]:
     """Returns every error figure, and by name with their reasons what lies outside its interval and
     what counts for nothing.
     """
+    flops = [*flops_errors()]
+    each_run = left_out(lambda run, other: run is other)
+    each_maker = left_out(lambda run, other: run.group == other.group)
+    rates = [*serving_errors()]
+    adapter_times = [*adapter_errors()]
+    peaks = [*memory_errors()]
     parts = {
-        "FLOPs, as the source counts": [*flops_errors()],
-        "device-hours, each run left out": left_out(lambda run, other: run is other),
-        "device-hours, all runs of its makers left out": left_out(
-            lambda run, other: run.group == other.group
-        ),
-        "tokens a second of serving, each left out": [*serving_errors()],
-        "time of LoRA over that of full fine-tuning": [*adapter_errors()],
-        "peak memory of LoRA and QLoRA": [*memory_errors()],
+        "FLOPs, as the source counts": flops,
+        "device-hours, each run left out": each_run,
+        "device-hours, all runs of its makers left out": each_maker,
+        "tokens a second of serving, each left out": rates,
+        "time of LoRA over that of full fine-tuning": adapter_times,
+        "peak memory of LoRA and QLoRA": peaks,
     }
-    single = []
-    for name, part in parts.items():
-        if "makers" not in name:
-            single += part
+    # without `each_maker`, whose runs are those of `each_run` again
+    single = [*flops, *each_run, *rates, *adapter_times, *peaks]
     unclean = [replay(run, clean_runs()) for run in training_runs() if run.unclean]
     return {
         "table": {name: figures(part) for name, part in parts.items()},
