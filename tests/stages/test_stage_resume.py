@@ -42,8 +42,8 @@ from stages.runs import loop, model_stage
 from stages.runs.batch_steps import BatchSteps
 from stages.runs.folder import JsonLines, updating
 from stages.runs.options import RunOptions
-from stages.runs.previous_run import FIXED, describe_changes, differences, refusals, settings
 from stages.runs.run import run_metadata
+from stages.runs.settings import FIXED, describe_changes, differences, refusals, settings
 from stages.runs.stage import LoopState
 from stages.train import __main__ as train
 from stages.train.flags import TrainFlags
