@@ -1,4 +1,4 @@
-"""Writes grammars: of JSON Schemas, choices, patterns and tagged texts, and of what others wrote in Lark or GBNF.
+"""Writes grammars: of JSON Schemas, choices, patterns and tagged texts, and of Lark and GBNF as others write it.
 
 They are in llguidance's dialect of Lark, and `constraints.GrammarCompiler` compiles them. Imports no jax.
 """
