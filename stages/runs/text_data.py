@@ -63,22 +63,33 @@ def find_sources(data: str, validation: Path | None, console: Console) -> tuple[
     """Returns the training and the validation text; None for the latter when it is to be cut from a
     .bin."""
     check_text_name(data)
-    held_out = None
     if validation:
         held_out = _source(validation, console)
-    if data in TEXTS:
-        with console.task(f"fetching {data}") as report:
-            files = assets.fetch(data, report)
-        train: Source = dataclasses.replace(read_corpus(files["train"]), name=data)
-        if not held_out:  # it has no document of the training text
-            return train, dataclasses.replace(read_corpus(files["validation"]), name=f"{data}, held out")
-    else:
-        train = _source(Path(data), console)
-    if not held_out and not isinstance(train, Path):
-        train, held_out = hold_out(train, HELD_OUT)
-    if isinstance(train, Corpus) and isinstance(held_out, Corpus):
-        held_out = without_copies(held_out, train)
-    return train, held_out
+        if data in TEXTS:
+            train = _named_text(_fetch(data, console)["train"], data)
+        else:
+            train = _source(Path(data), console)
+        if isinstance(train, Corpus) and isinstance(held_out, Corpus):
+            held_out = without_copies(held_out, train)
+        return train, held_out
+    if data in TEXTS:  # its validation text has no document of its training text
+        files = _fetch(data, console)
+        return _named_text(files["train"], data), _named_text(files["validation"], f"{data}, held out")
+    whole = _source(Path(data), console)
+    if isinstance(whole, Path):
+        return whole, None
+    beginning, end = hold_out(whole, HELD_OUT)
+    return beginning, without_copies(end, beginning)
+
+
+def _fetch(name: str, console: Console) -> dict[str, Path]:
+    """Returns the files of one of TEXTS, by `train` and `validation`."""
+    with console.task(f"fetching {name}") as report:
+        return assets.fetch(name, report)
+
+
+def _named_text(path: Path, name: str) -> Source:
+    return dataclasses.replace(read_corpus(path), name=name)
 
 
 def check_text_name(data: str, conversations: Collection[str] = ()) -> None:
