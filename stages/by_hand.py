@@ -158,7 +158,7 @@ def evaluate(cfg: ModelConfig, params: Any, text: "TextData", console: Console) 
     """Prints the loss on the validation text, and a completion of its beginning."""
     from engine import by_hand
     from engine.by_hand.model import generate
-    from stages.runs.text_data import quick_evaluator
+    from stages.runs.text_evaluators import quick_evaluator
 
     def summed_nats(cfg: ModelConfig, params: Any, batch: Any) -> float:
         return by_hand.loss(cfg, params, *batch) * int(batch.mask.sum())

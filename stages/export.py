@@ -532,11 +532,11 @@ def logits_of_text(cfg: "ModelConfig", params: Any, tokens: "np.ndarray") -> "np
 
 def bits_per_byte_of(cfg: "ModelConfig", params: Any, tokens: "np.ndarray", tokenizer: "Tokenizer") -> float:
     """Returns the loss on tokens (N,), in bits per byte of their text; the first is not predicted."""
-    from stages.runs import text_data
+    from stages.runs.text_evaluators import bits_per_byte, score_text
 
     seq = min(WINDOW, cfg.context, len(tokens) - 1)
-    nats = text_data.score_text(cfg, params, tokens, seq, seq, ROWS)
-    return text_data.bits_per_byte(nats, tokenizer.count_bytes(tokens[1:]))
+    nats = score_text(cfg, params, tokens, seq, seq, ROWS)
+    return bits_per_byte(nats, tokenizer.count_bytes(tokens[1:]))
 
 
 def compare_adapter(model: "LoadedModel", out: Path) -> Comparison:

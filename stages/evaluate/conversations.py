@@ -19,7 +19,6 @@ from engine.text.template import Message
 from engine.training.step import NEXT_TOKEN
 from stages.cli.console import Console, ReportProgress
 from stages.evaluate.text import WINDOW, Rows, perplexity
-from stages.runs import text_data
 from stages.runs.answers import AnswerMetrics
 from stages.runs.conversation_data import (
     digest_examples,
@@ -28,6 +27,8 @@ from stages.runs.conversation_data import (
     reference_logprobs,
     references_of,
 )
+from stages.runs.text_data import TEXTS
+from stages.runs.text_evaluators import EVALUATION_ROWS, general_bits_per_byte
 
 
 def read_if_conversations(data: str) -> Conversations | None:
@@ -164,7 +165,7 @@ def _refuse_other_split(model: LoadedModel, record: dict[str, Any], held_out: Co
 
 def _pair_logprobs(model: LoadedModel, pairs: Sequence[Any], seq: int, report: ReportProgress) -> np.ndarray:
     return reference_logprobs(
-        model.cfg, model.params, pairs, seq, text_data.EVALUATION_ROWS * layout.row_shards(), report
+        model.cfg, model.params, pairs, seq, EVALUATION_ROWS * layout.row_shards(), report
     )
 
 
@@ -218,10 +219,10 @@ def _before_finetuning(model: LoadedModel, record: dict[str, Any], console: Cons
         scores = f"{before['held_out']:.4f} {result['unit']} on the held-out set, before fine-tuning"
         rows.append(("before", f"{scores}; {result['after']['held_out']:.4f} at its end"))
     text = str(result.get("general"))
-    is_there = text in text_data.TEXTS or Path(text).exists()
+    is_there = text in TEXTS or Path(text).exists()
     if before.get("general") is None or not is_there:
         return rows
     context = record["recipe"]["context"]
-    now = text_data.general_bits_per_byte(model.cfg, model.params, model.tokenizer, text, context, console)
+    now = general_bits_per_byte(model.cfg, model.params, model.tokenizer, text, context, console)
     rows.append(("forgotten", f"{before['general']:.3f} -> {now:.3f} bits per byte on {text}"))
     return rows

@@ -11,6 +11,7 @@ from engine.mesh import layout, processes
 from engine.storage.model_loader import LoadedModel
 from stages.cli.console import Console
 from stages.runs import text_data
+from stages.runs.text_evaluators import bits_per_byte, rows_in_memory, score_text
 
 WINDOW = 1024  # tokens by default: more tell little and take much longer
 LARGEST_EXPONENT = 700  # whose power of e a float holds
@@ -50,7 +51,7 @@ def evaluate_text(
         raise UserError(
             f"--stride {stride:,} would leave tokens out: it is at most the window of {seq:,} tokens."
         )
-    batch = batch or text_data.rows_in_memory(cfg, seq)
+    batch = batch or rows_in_memory(cfg, seq)
     window = f"{seq:,} tokens"
     if seq > cfg.context:
         window += f" (the model was trained on {cfg.context:,})"
@@ -59,7 +60,7 @@ def evaluate_text(
     console.print_rows([("text", text_data.source_name(source)), ("window", window)])
     begin = time.perf_counter()
     with console.task("evaluating", always=True) as report:
-        nats = text_data.score_text(cfg, model.params, text.tokens, seq, stride, batch, report)
+        nats = score_text(cfg, model.params, text.tokens, seq, stride, batch, report)
     seconds = time.perf_counter() - begin
     scored = len(text.tokens) - 1
     return [
@@ -67,7 +68,7 @@ def evaluate_text(
         ("bytes", f"{text.bytes:,}"),
         ("nats per token", f"{nats / scored:.4f}"),
         ("perplexity per token", perplexity(nats / scored)),
-        ("bits per byte", f"{text_data.bits_per_byte(nats, text.bytes):.4f}"),
+        ("bits per byte", f"{bits_per_byte(nats, text.bytes):.4f}"),
         ("seconds", f"{seconds:.1f} ({format_count(scored / seconds)} tokens/s)"),
     ]
 

@@ -38,7 +38,7 @@ from stages.runs.options import RunOptions
 from stages.runs.run import execute
 from stages.runs.stage import Finished, LoopState, RunReport
 from stages.runs.step_program import compile_step
-from stages.runs.text_data import Evaluator, general_bits_per_byte
+from stages.runs.text_evaluators import Evaluator, general_bits_per_byte
 
 EVALUATIONS = 5
 

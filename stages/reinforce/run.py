@@ -38,7 +38,7 @@ from stages.runs.options import RunOptions
 from stages.runs.run import execute
 from stages.runs.stage import Finished, LoopState, RunReport, StepResult
 from stages.runs.step_program import compile_step
-from stages.runs.text_data import Evaluator
+from stages.runs.text_evaluators import Evaluator
 
 EVALUATED = 32  # held-out completions sampled before and after training, at least
 SHOWN_PROMPTS = 3

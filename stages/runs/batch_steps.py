@@ -14,7 +14,7 @@ from engine.training.optimizer import make_schedule
 from engine.training.step import TrainState
 from stages.runs.plan import RunPlan
 from stages.runs.stage import LoopState, StepResult
-from stages.runs.text_data import Evaluator
+from stages.runs.text_evaluators import Evaluator
 
 LARGE_BUFFER = 2**27  # bytes; moving a larger one costs page faults
 

@@ -46,7 +46,7 @@ from engine.text.template import Message
 from engine.training.preference import pair_logprobs, preference_batch
 from engine.training.step import NEXT_TOKEN, Objective
 from stages.cli.console import Console
-from stages.runs.text_data import EVALUATION_ROWS, Evaluator
+from stages.runs.text_evaluators import EVALUATION_ROWS, Evaluator
 
 HELD_OUT = 0.1  # share of the rows, where no --validation is given
 QUESTIONS = 3  # held-out conversations whose first questions a model is asked before and after

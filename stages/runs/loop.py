@@ -23,7 +23,7 @@ from stages.runs.plan import RunPlan, run_fraction
 from stages.runs.progress import ProgressLog
 from stages.runs.stage import LoopState, Prepared, StepResult, Steps
 from stages.runs.stop import Stop
-from stages.runs.text_data import Evaluator
+from stages.runs.text_evaluators import Evaluator
 
 if TYPE_CHECKING:  # a run that nobody watches or records does without
     from stages.runs.watch.recorder import Recorder

@@ -15,7 +15,7 @@ from engine.text.tokenizer import Tokenizer
 from engine.training.step import NEXT_TOKEN, Objective, TrainState
 from stages.cli.console import Console
 from stages.runs.plan import RunPlan
-from stages.runs.text_data import Evaluator
+from stages.runs.text_evaluators import Evaluator
 
 INTERVALS = ("line", "log", "evaluate", "save")
 

@@ -41,14 +41,8 @@ from stages.runs.plan import Recipe, RunPlan
 from stages.runs.run import execute
 from stages.runs.stage import Finished, LoopState, Prepared, RunReport
 from stages.runs.step_program import compile_step
-from stages.runs.text_data import (
-    TextData,
-    bits_per_byte,
-    prepare_text,
-    quick_evaluator,
-    rows_in_memory,
-    score_text,
-)
+from stages.runs.text_data import TextData, prepare_text
+from stages.runs.text_evaluators import bits_per_byte, quick_evaluator, rows_in_memory, score_text
 from stages.train.flags import TextFlags, TrainFlags
 
 SECONDS = 180.0  # of a run when nobody asks for a length

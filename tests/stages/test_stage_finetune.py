@@ -46,7 +46,7 @@ from stages.runs import estimate, general_questions
 from stages.runs.conversation_data import digest_examples, held_out_evaluator, prepare_conversations
 from stages.runs.folder import updating
 from stages.runs.model_stage import _describe_base
-from stages.runs.text_data import EVALUATION_ROWS
+from stages.runs.text_evaluators import EVALUATION_ROWS
 
 WORD = WORDS.split()
 STEPS = 45

@@ -403,12 +403,12 @@ def test_a_damaged_file_of_a_run_is_named_by_every_command_that_loads(
 
 
 def test_quick_look_is_at_the_text_itself_and_every_mesh_shares_its_windows(text, trained, monkeypatch):
-    from stages.runs import text_data
+    from stages.runs import text_evaluators
 
     tokenizer = byte_tokenizer()
     tokens = open_token_file([lambda: iter([text.read_text()[:1000]])], tokenizer)
     counted = lambda cfg, params, batch: float(np.asarray(batch.mask).sum())
-    quick = text_data.quick_evaluator(read_config(trained), tokens, tokenizer, counted)
+    quick = text_evaluators.quick_evaluator(read_config(trained), tokens, tokenizer, counted)
     for batch in quick.batches:
         for row, target in zip(np.asarray(batch.tokens), np.asarray(batch.targets)):
             assert bytes(row[1:].tolist()) == bytes(target[:-1].tolist())
@@ -420,8 +420,8 @@ def test_quick_look_is_at_the_text_itself_and_every_mesh_shares_its_windows(text
     ]  # 0 before it compiles
     windows = np.concatenate([batch.tokens for batch in quick.batches])
     for shards in (2, 7, 64):
-        monkeypatch.setattr(text_data, "row_shards", lambda shards=shards: shards)
-        others = text_data.quick_evaluator(read_config(trained), tokens, tokenizer, counted).batches
+        monkeypatch.setattr(text_evaluators, "row_shards", lambda shards=shards: shards)
+        others = text_evaluators.quick_evaluator(read_config(trained), tokens, tokenizer, counted).batches
         np.testing.assert_array_equal(
             np.concatenate([batch.tokens[batch.mask.all(1)] for batch in others]), windows
         )

@@ -52,7 +52,7 @@ def test_one_of_several_dies(start, text, tmp_path, quick, expect):
 
 SLOW = """
 import time, jax.stages
-from stages.runs.text_data import Evaluator
+from stages.runs.text_evaluators import Evaluator
 compile, evaluate = jax.stages.Lowered.compile, Evaluator.evaluate
 jax.stages.Lowered.compile = lambda *arguments: (time.sleep(SECONDS), compile(*arguments))[1]
 Evaluator.evaluate = lambda *arguments: (time.sleep(SECONDS), evaluate(*arguments))[1]
