@@ -5,7 +5,6 @@ import functools
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from bench.cli import Shape
@@ -52,12 +51,32 @@ def find_hardware(name: str, flags: dict[str, float | None]) -> Accelerator:
     return dataclasses.replace(device, **fields)
 
 
-def numbers(device: Accelerator, **others: Any) -> Any:
-    """Returns what the formulas take of a device; `others`: the fields of its Efficiency, and what
-    `fit_serving` found.
+@dataclasses.dataclass(frozen=True)
+class DeviceNumbers:
+    """What the formulas take of a device's data sheet, in FLOPs, bytes, seconds and dollars; 0 where
+    no source has it.
+    """
+
+    name: str
+    peak: float  # FLOPs a second in bfloat16
+    eight: float  # FLOPs a second in 8 bits
+    bandwidth: float  # bytes a second of its memory
+    memory: float
+    together: int  # devices of a node
+    near: float  # bytes a second to a device of the same node
+    far: float  # bytes a second to another node
+    watts: float
+    low: float  # dollars a device-hour, at least
+    high: float  # dollars a device-hour, at most
+    price: str  # the source of these
+
+
+def numbers(device: Accelerator) -> DeviceNumbers:
+    """Returns a device's data sheet in the units of the formulas. A device without products in 8 bits
+    has the peak of bfloat16 there.
     """
     eight = device.eight_bit_tflops or device.bf16_tflops
-    return SimpleNamespace(
+    return DeviceNumbers(
         name=device.name,
         peak=1e12 * device.bf16_tflops,
         eight=1e12 * eight,
@@ -70,7 +89,6 @@ def numbers(device: Accelerator, **others: Any) -> Any:
         low=device.usd_low,
         high=device.usd_high,
         price=device.price_source,
-        **others,
     )
 
 

@@ -9,11 +9,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from bench.machine import Json
 from bench.pages import LOG_CHARTS, write_page
-from bench.plan.fits import SLOTS, fit_serving
+from bench.plan.fits import SLOTS, PlannedDevice, fit_serving
 from bench.plan.model import METHODS, job
 from bench.plan.plans import ADAPTER_BOUND, LAW, MEMORY, POWER, PRECISIONS
 from engine.model.config import ModelConfig
@@ -27,10 +26,11 @@ _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.Gt, ast.GtE, ast
 _SAME_SYNTAX = (*_STATEMENTS, *_EXPRESSIONS, *_OPERATORS, ast.expr_context)
 
 
-def sliders(models: dict[str, ModelConfig], devices: dict[str, Any], state: Json) -> Json:
-    """Returns the numbers that the page computes with. `devices`: of `hardware.numbers`; the
+def sliders(models: dict[str, ModelConfig], devices: dict[str, PlannedDevice], state: Json) -> Json:
+    """Returns the numbers that the page computes with. `devices`: of `fits.device_numbers`; the
     sliders begin at `state`.
     """
+    fit = fit_serving()
     # The page asks for no numbers: half of the blocks are frozen, and adapters have rank 16.
     methods = [method.replace(":K", "").replace(":R", ":16") for method in METHODS]
     return {
@@ -40,7 +40,7 @@ def sliders(models: dict[str, ModelConfig], devices: dict[str, Any], state: Json
         },
         "contexts": {name: cfg.context for name, cfg in models.items()},
         "hardware": {name: vars(device) for name, device in devices.items()},
-        "serving": fit_serving()._asdict(),
+        "serving": {"uses": fit.uses._asdict(), "spread": fit.spread, "origin": fit.origin},
         "precisions": PRECISIONS,
         "slots": SLOTS,
         "power": POWER,

@@ -65,7 +65,7 @@ def serving_errors() -> Iterator[Replay]:
     """Predicts each published rate of serving without it."""
     for index, row in enumerate(serving_runs()):
         fit = fit_serving(without=index)
-        ratio = predicted_rate(row, fit.uses) / row.tokens_per_second
+        ratio = float(predicted_rate(row, fit.uses)) / row.tokens_per_second
         tokens = f"{row.prompt:g} + {row.answer:g} tokens"
         name = f"{row.name} in {row.weight_bits:g} bits, {row.devices:g} x {row.hardware}, {tokens}"
         yield Replay(name, ratio - 1, abs(math.log(ratio)) <= fit.spread, row.note or "no reason found")
@@ -103,7 +103,9 @@ def memory_errors() -> Iterator[Replay]:
 
 
 def _token_seconds(row: FineTune) -> float:
-    """Returns the seconds of a token at ASSUMED_SHARE of the peak, and of its part of the optimizer's update."""
+    """Returns the seconds of a token at ASSUMED_SHARE of the peak, and of its part of the optimizer's
+    update.
+    """
     m = job(config_of_size(row.params), row.method, int(row.context), row.step_tokens)
     products = m.flops / (ASSUMED_SHARE * 1e12 * row.tflops)
     update = m.trained * UPDATE_BYTES / m.step_tokens / (1e9 * row.memory_gbs)

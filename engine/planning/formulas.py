@@ -1,7 +1,7 @@
 """Plans training and serving on devices that need not be here: seconds, memory and device-hours, by formula.
 
 Arguments m are a model and a method of training it, made by `bench.plan.model.job`. Arguments d are
-a device, made by `bench.plan.hardware.numbers`. All others are numbers in FLOP, bytes, seconds,
+a device, made by `bench.plan.fits.device_numbers`. All others are numbers in FLOP, bytes, seconds,
 tokens and dollars. `bench.plan.page` writes this file out as JavaScript, so that a browser computes
 the same. So it holds only what can be translated word for word: assignments, arithmetic, ifs and
 calls.
