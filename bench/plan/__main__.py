@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -26,6 +26,7 @@ from engine.errors import UserError
 from engine.model.config import PRESETS, ModelConfig
 
 if TYPE_CHECKING:  # imports NumPy, as --help need not
+    from bench.plan.fits import PlannedDevice
     from bench.plan.plans import PlannedAnswer
 
 NumberText = Annotated[str | None, tyro.conf.arg(metavar="NUMBER", help_behavior_hint="")]
@@ -186,7 +187,9 @@ def check_lengths(flags: PlanFlags, name: str, cfg: ModelConfig, lengths: Length
         )
 
 
-def plan_question(flags: PlanFlags, name: str, cfg: ModelConfig, d: Any, lengths: Lengths) -> "PlannedAnswer":
+def plan_question(
+    flags: PlanFlags, name: str, cfg: ModelConfig, d: "PlannedDevice", lengths: Lengths
+) -> "PlannedAnswer":
     """Returns the answer to the question that the flags ask, about a model on devices d."""
     from bench.plan import plans
     from bench.plan.model import job
@@ -213,7 +216,7 @@ def plan_question(flags: PlanFlags, name: str, cfg: ModelConfig, d: Any, lengths
     return plans.plan_training(name, flags.method, m, d, read_amount(flags, "tokens"), flags.devices)
 
 
-def page_document(flags: PlanFlags, name: str, cfg: ModelConfig, d: Any) -> Json:
+def page_document(flags: PlanFlags, name: str, cfg: ModelConfig, d: "PlannedDevice") -> Json:
     """Returns what the page shows besides the answer: the validation, and the numbers of its sliders."""
     from bench.plan.fits import device_numbers
     from bench.plan.hardware import accelerators

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from bench.plan.fits import SLOTS, fit_serving
+from bench.plan.fits import SLOTS, PlannedDevice, fit_serving
 from bench.plan.hardware import HERE
 from bench.plan.model import config_of_size, job
 from bench.plan.published_rows import clean_runs
@@ -101,7 +101,7 @@ def around(middle: float, spread: float, unit: str, origin: str) -> Interval:
     return Interval(middle * math.exp(-spread), middle, middle * math.exp(spread), unit, origin)
 
 
-def costs(hours: Interval, d: Any) -> dict[str, Interval]:
+def costs(hours: Interval, d: PlannedDevice) -> dict[str, Interval]:
     """Returns dollars and energy of device-hours, where the device has a price and watts."""
     lines = {}
     if d.high:
@@ -165,7 +165,9 @@ def amount(flag: str, text: str | None) -> float:
     return value
 
 
-def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices: int) -> PlannedAnswer:
+def plan_training(
+    name: str, method: str, m: Any, d: PlannedDevice, tokens: float, devices: int
+) -> PlannedAnswer:
     """Returns the answer for a model and method m on so many devices d."""
     sampling = 0.0
     if method == "rl":
@@ -224,7 +226,7 @@ def plan_training(name: str, method: str, m: Any, d: Any, tokens: float, devices
     return PlannedAnswer(question, lines, _binding(result, m, d, devices), tuple(notes))
 
 
-def holders(m: Any, d: Any) -> str:
+def holders(m: Any, d: PlannedDevice) -> str:
     """Returns in words how many devices hold the model's training, as a power of two."""
     for power in range(20):
         count = 2**power
@@ -233,7 +235,7 @@ def holders(m: Any, d: Any) -> str:
     return f"no number of them holds a text of {m.context:,} tokens"
 
 
-def _binding(result: Numbers, m: Any, d: Any, devices: int) -> str:
+def _binding(result: Numbers, m: Any, d: PlannedDevice, devices: int) -> str:
     """Returns in words what limits the run: memory that is not there, or the slowest of what it
     does.
     """
@@ -252,7 +254,14 @@ def _binding(result: Numbers, m: Any, d: Any, devices: int) -> str:
 
 
 def plan_serving(
-    name: str, m: Any, d: Any, devices: int, *, requests: float, lengths: Sequence[float], precision: str
+    name: str,
+    m: Any,
+    d: PlannedDevice,
+    devices: int,
+    *,
+    requests: float,
+    lengths: Sequence[float],
+    precision: str,
 ) -> PlannedAnswer:
     """Returns the answer for so many requests a second, from replicas of `devices`. `lengths`: of
     prompt and answer, and the cached share of prompts. Raises UserError when one request does not
@@ -310,7 +319,9 @@ def plan_serving(
     return PlannedAnswer(question, lines, f"{share:.0%} of the time goes into {parts[slowest]}")
 
 
-def _does_not_fit(m: Any, d: Any, devices: int, *, prompt: float, answer: float, precision: str) -> UserError:
+def _does_not_fit(
+    m: Any, d: PlannedDevice, devices: int, *, prompt: float, answer: float, precision: str
+) -> UserError:
     """Returns the error for a request that the devices cannot hold, with how many of them can."""
     bits, kv_bits = PRECISIONS[precision]
     weights = m.params * bits / 8
@@ -326,7 +337,7 @@ def _does_not_fit(m: Any, d: Any, devices: int, *, prompt: float, answer: float,
     )
 
 
-def plan_budget(d: Any, devices: int, dollars: float | None, days: float) -> PlannedAnswer:
+def plan_budget(d: PlannedDevice, devices: int, dollars: float | None, days: float) -> PlannedAnswer:
     """Returns what dollars, or days, buy. Raises UserError without a price."""
     hours = 24 * days * devices
     spread = d.spread
@@ -367,7 +378,7 @@ def plan_budget(d: Any, devices: int, dollars: float | None, days: float) -> Pla
     return PlannedAnswer(f"{budget} on {devices} x {d.name}", lines, "", notes)
 
 
-def _best(hours: float, d: Any, devices: int) -> tuple[float, float]:
+def _best(hours: float, d: PlannedDevice, devices: int) -> tuple[float, float]:
     """Returns the FLOPs of device-hours and the compute-optimal parameters; efficiency depends on
     those, so by iteration.
     """
@@ -381,7 +392,7 @@ def _best(hours: float, d: Any, devices: int) -> tuple[float, float]:
 def plan_break_even(
     name: str,
     m: Any,
-    d: Any,
+    d: PlannedDevice,
     extra: float,
     lengths: Sequence[float],
     precision: str,
