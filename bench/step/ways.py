@@ -34,8 +34,6 @@ from engine.training.freeze import select_trainable
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import LORA_COMPILER_OPTIONS, init_state
 
-COLUMNS = "a step of|trainable|ms|over the first|FLOPs|tokens/s|GFLOP/s|of matmul"
-
 
 class Way(NamedTuple):
     """A step, and what it costs."""
@@ -75,7 +73,7 @@ def finetuning_ways(model: BenchModel, rows: int, tokens: int, rank: int) -> dic
     batch = next_token_batch(tokens_for(model, rows, tokens + 1))
     data = batch._replace(segments=jnp.ones((rows, tokens), jnp.int32))
 
-    def make(trainable: Any, frozen: Any, paths: TrainablePaths, **options: Any) -> Any:
+    def make(trainable: Any, frozen: Any, paths: TrainablePaths, **options: Any) -> Way:
         return make_way(cfg, trainable, frozen, data, paths, **options)
 
     frozen = cast_matrices(params, cfg.dtype)
@@ -135,11 +133,9 @@ def measure_ways(name: str, ways: Mapping[str, Way], tokens: int, dtype: str, ro
                 str(share),
             ]
         )
-    print_table(
-        f"{name}, {device_name()}; the matmul makes {ceiling:,.0f} GFLOP/s in {dtype}",
-        COLUMNS.split("|"),
-        lines,
-    )
+    title = f"{name}, {device_name()}; the matmul makes {ceiling:,.0f} GFLOP/s in {dtype}"
+    columns = ("a step of", "trainable", "ms", "over the first", "FLOPs", "tokens/s", "GFLOP/s", "of matmul")
+    print_table(title, columns, lines)
     print(describe_noise(timings))
     return {"shape": name, "dtype": dtype, "ceiling_gflops": ceiling, "rows": rows}
 
@@ -150,6 +146,45 @@ class _Save(NamedTuple):
     stopped: float  # seconds of `BackgroundSaver.save`, during which no step runs
     written_after: float  # seconds from the call of `save` to the end of the write
     steps: int  # trained beside the write
+
+
+class _TimedTrainer:
+    """Times training steps alone, and beside the write of a checkpoint; `saves` has an entry for each
+    call of `beside`.
+    """
+
+    def __init__(self, take_step: TrainingStep, steps: int) -> None:
+        self.take_step = take_step
+        self.steps = steps  # in a round alone
+        self.saves: list[_Save] = []
+
+    def step(self) -> float:
+        """Trains one step and returns its seconds."""
+        begin = clock()
+        loss = self.take_step()
+        # Read after the call, which replaces the state.
+        state = self.take_step.state
+        jax.block_until_ready((loss, state))
+        return clock() - begin
+
+    def alone(self) -> float:
+        """Returns the seconds of a step: the median, which a disturbed step does not move."""
+        return statistics.median(self.step() for _ in range(self.steps))
+
+    def beside(self, saver: BackgroundSaver) -> float:
+        """Writes a checkpoint, trains until it is written, and returns the seconds of a step.
+
+        They are the mean, for a write slows some steps and not others, and the mean times the number
+        of steps is the time that all of them took.
+        """
+        begin = clock()
+        saver.save(len(self.saves), self.take_step.state.trainable, self.take_step.state.opt_state, {})
+        stopped = clock() - begin
+        seconds = [self.step()]
+        while saver.poll():
+            seconds.append(self.step())
+        self.saves.append(_Save(stopped, clock() - begin, len(seconds)))
+        return statistics.mean(seconds)
 
 
 def measure_saving(
@@ -168,39 +203,24 @@ def measure_saving(
     data = next_token_batch(jax.random.randint(jax.random.key(1), (batch, context + 1), 0, cfg.vocab))
     take_step = TrainingStep(cfg, tx, state, {}, data)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves((state.trainable, state.opt_state)))
-    saves: list[_Save] = []
-
-    def step() -> float:
-        begin = clock()
-        jax.block_until_ready((take_step(), take_step.state))
-        return clock() - begin
-
-    def alone() -> float:
-        return statistics.median(step() for _ in range(steps))
-
-    def beside(saver: BackgroundSaver) -> float:
-        """Returns the mean seconds of a step while a checkpoint is written."""
-        begin = clock()
-        saver.save(len(saves), take_step.state.trainable, take_step.state.opt_state, {})
-        stopped = clock() - begin
-        seconds = [step()]
-        while saver.poll():
-            seconds.append(step())
-        saves.append(_Save(stopped, clock() - begin, len(seconds)))
-        return statistics.mean(seconds)
+    trainer = _TimedTrainer(take_step, steps)
 
     def report(done: int, total: int) -> None:
         progress(f"round {done} of {total}")
 
     progress(f"{preset_name}: a state of {size / 1e9:.2f} GB; compiling a step ...")
-    step()
+    trainer.step()
     with tempfile.TemporaryDirectory(dir=".") as folder, BackgroundSaver(Path(folder), keep=1) as saver:
         saver.reserve(take_step.state.trainable, take_step.state.opt_state)
-        step()
+        trainer.step()
         saver.wait()
-        calls: dict[str, Callable[[], Any]] = {"alone": alone, "beside": functools.partial(beside, saver)}
+        calls: dict[str, Callable[[], Any]] = {
+            "alone": trainer.alone,
+            "beside": functools.partial(trainer.beside, saver),
+        }
+        # Without warm-ups each round calls `beside` once: the saves are in the order of the rounds.
         timings = measure(calls, rounds=rounds, warmups=0, report=report, seconds_of=float)
-    return _report_saving(preset_name, size, interval, timings, saves)
+    return _report_saving(preset_name, size, interval, timings, trainer.saves)
 
 
 def _report_saving(
@@ -211,7 +231,9 @@ def _report_saving(
     """
     seconds_alone = timings["alone"].seconds
     seconds_beside = timings["beside"].seconds
-    slowed = [(slow - fast) * save.steps for slow, fast, save in zip(seconds_beside, seconds_alone, saves)]
+    slowed = []  # seconds of all steps beside a write, less those of as many typical steps alone
+    for slow, fast, save in zip(seconds_beside, seconds_alone, saves, strict=True):
+        slowed.append((slow - fast) * save.steps)
     rows = {
         "step": list(seconds_alone),
         "stopped": [save.stopped for save in saves],
