@@ -138,8 +138,15 @@ def ratio(a: Timing, b: Timing) -> Ratio:
     The interval is None below MIN_ROUNDS rounds. Raises ValueError when the timings are not of the
     same rounds.
     """
-    pairs = [*zip(a.seconds, b.seconds, strict=True)]
-    if min(*a.seconds, *b.seconds) <= 0:
+    return paired_ratio(a.seconds, b.seconds)
+
+
+def paired_ratio(a: Sequence[float], b: Sequence[float]) -> Ratio:
+    """Returns a over b by the rule of `ratio`, from two measures, of any unit, of the same rounds or
+    samples. Raises ValueError when there are not as many of both.
+    """
+    pairs = [*zip(a, b, strict=True)]
+    if min(*a, *b) <= 0:
         return Ratio(None)
     return median_ratio([x / y for x, y in pairs])
 

@@ -7,7 +7,7 @@ that is what fine-tuning all weights is. Both are steps of one program.
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from bench.machine import Json
 from bench.models import new_state
-from bench.timing import Timing, ratio
+from bench.timing import paired_ratio
 from engine.model.config import PRESETS, ModelConfig
 from engine.model.loss import target_losses
 from engine.model.paths import array_paths
@@ -29,7 +29,8 @@ from engine.training.step import train_step
 READINGS = (1, 2, 4, 8, 16)
 ROWS = 8
 TOKENS = 128  # of a step
-WINDOWS = 11 * ROWS  # of TOKENS letters, that the text has which is read again
+READING_STEPS = 11  # in which the text that is read again is read once
+WINDOWS = READING_STEPS * ROWS  # of TOKENS letters, that this text has
 LEAST = 4
 MOST = READINGS[-1]  # readings that are compared
 STEPS = 300  # of pre-training: a tiny model, or one of fewer steps, learns nothing by heart
@@ -67,28 +68,18 @@ def measure_learning(preset_name: str = "demo", steps: int = STEPS) -> Json:
     text = _letters(_voice("train"))[: WINDOWS * TOKENS + 1]
     tx = make_optimizer(OPTIMIZER)
     first = jax.jit(lambda key: init_params(cfg, key))(jax.random.key(0))
-    state = new_state(tx, first)
-    before = _copy(first)
-    batches = TextBatches(reference, TOKENS, ROWS, seed=0)
-    for step in range(steps):
-        state, _ = train_step(cfg, tx, state, {}, batches.at(step), np.float32(step / steps))
-    trained = _copy(state.trainable)
-    moved = {"pre-training": _moved(before, trained)}
+    pretrained = _pretrain(cfg, tx, first, reference, steps)
+    trained = _copy(pretrained)
+    moved = {"pre-training": _moved(_copy(first), trained)}
     errors: dict[int, Errors] = {}  # by how often the text was read
-    state = new_state(tx, state.trainable)
-    batches = TextBatches(text, TOKENS, ROWS, seed=0)
-    for step in range(MOST * WINDOWS // ROWS):
-        state, _ = train_step(cfg, tx, state, {}, batches.at(step), np.float32(HALF_RATE))
-        reading = batches.order.epoch(step + 1)
-        if reading.is_integer() and int(reading) in READINGS:
-            text_errors = _errors(cfg, state.trainable, text)
-            other_errors = _errors(cfg, state.trainable, other)
-            errors[int(reading)] = Errors(text_errors, other_errors)
-            moved[f"{reading:.0f}"] = _moved(trained, _copy(state.trainable))
+    for reading, params in _read_again(cfg, tx, pretrained, text):
+        if reading in READINGS:
+            text_errors = _errors(cfg, params, text)
+            other_errors = _errors(cfg, params, other)
+            errors[reading] = Errors(text_errors, other_errors)
+            moved[str(reading)] = _moved(trained, _copy(params))
     # The rule for rounds of times holds for pairs of any kind: here each passage is one.
-    most = Timing(tuple(errors[MOST].other.tolist()))
-    least = Timing(tuple(errors[LEAST].other.tolist()))
-    most_over_least = ratio(most, least)
+    most_over_least = paired_ratio(errors[MOST].other.tolist(), errors[LEAST].other.tolist())
     return {
         "letters": len(text),
         "other_letters": len(other),
@@ -99,6 +90,27 @@ def measure_learning(preset_name: str = "demo", steps: int = STEPS) -> Json:
         "over": most_over_least._asdict(),
         "moved": moved,
     }
+
+
+def _pretrain(cfg: ModelConfig, tx: Any, params: Any, letters: np.ndarray, steps: int) -> Any:
+    """Returns the weights after so many steps, which are the whole schedule, from a copy of `params`."""
+    state = new_state(tx, params)
+    batches = TextBatches(letters, TOKENS, ROWS, seed=0)
+    for step in range(steps):
+        state, _ = train_step(cfg, tx, state, {}, batches.at(step), np.float32(step / steps))
+    return state.trainable
+
+
+def _read_again(cfg: ModelConfig, tx: Any, params: Any, letters: np.ndarray) -> Iterator[tuple[int, Any]]:
+    """Trains a copy of `params` on a text of WINDOWS, MOST times; yields after each reading its number,
+    from 1, and the weights, which the next reading's first step donates.
+    """
+    state = new_state(tx, params)
+    batches = TextBatches(letters, TOKENS, ROWS, seed=0)
+    for reading in range(1, MOST + 1):
+        for step in range((reading - 1) * READING_STEPS, reading * READING_STEPS):
+            state, _ = train_step(cfg, tx, state, {}, batches.at(step), np.float32(HALF_RATE))
+        yield reading, state.trainable
 
 
 def _voice(name: str) -> str:
