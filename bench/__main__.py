@@ -13,6 +13,7 @@ times: by formula, by walking the traced program, by XLA.
 """
 
 import dataclasses
+import itertools
 import math
 import os
 import shlex
@@ -133,7 +134,7 @@ def check_flags(flags: StageTableFlags) -> None:
 def print_measurements(names: dict[str, str]) -> None:
     """Prints the other measurements by the questions that they answer; `names`: of
     `measurements`."""
-    grouped = {name for group in QUESTIONS.values() for name in group}
+    grouped = {*itertools.chain.from_iterable(QUESTIONS.values())}
     width = max(map(len, names))
     for question, group in (QUESTIONS | {OTHERS: sorted(names.keys() - grouped)}).items():
         print(f"{question}:")
