@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from engine.model.paths import array_paths
 from engine.model.weights.lora import LoRA
-from engine.storage.digest import digest
+from engine.storage.digest import describe_digests, digest
 
 DTYPES = ("float32", "bfloat16", "float16", "int8", "int32", "uint32", "bool")
 
@@ -120,3 +120,12 @@ def test_the_scale_of_an_adapter_counts_as_it_multiplies():
     assert digests(2.0)[1] != digests(2.0, inner=3.0)[1]
     assert digests(2.0, scales=False) == digests(4.0, 3.0, scales=False)
     assert digest({"w": LoRA(base, a, b, 2.0)}, scales=False) == digest({"w": {"base": base, "a": a, "b": b}})
+
+
+def test_a_change_names_both_digests():
+    before = "a" * 64
+    after = "b" * 64
+    assert describe_digests(before, before) == f"weights unchanged: SHA-256 {'a' * 16} before and after"
+    assert (
+        describe_digests(before, after) == f"weights CHANGED: SHA-256 {'a' * 16} before and {'b' * 16} after"
+    )
