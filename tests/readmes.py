@@ -427,6 +427,9 @@ def peers(document: Document) -> list[str]:
     ]
 
 
+MKL_ANSWER = "mkl_as_on_intel"  # the library of bench.peers.mkl, in how torch says it was loaded
+
+
 def compared_with(document: Document, names_files: bool = True) -> list[str]:
     """Returns the files that both sides read, unless a table names them, and the versions of each,
     where a document says them.
@@ -445,6 +448,8 @@ def compared_with(document: Document, names_files: bool = True) -> list[str]:
         lines.append(f"The peer is {theirs}; Thrice runs on jax {document['versions']['jax']}.")
         if peer["build"] and "\n" not in peer["build"]:  # torch's has forty lines
             lines.append(f"It is built with `{' '.join(peer['build'].split())}`.")
+        if MKL_ANSWER in peer["build"]:
+            lines.append("MKL was told that the processor is Intel's.")
     return lines
 
 

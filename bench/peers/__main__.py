@@ -21,6 +21,7 @@ from typing import Literal
 
 from bench.cli import check_rounds, parse_shape, run_bench
 from bench.machine import Json, family
+from bench.peers.mkl import answer_for_mkl
 from bench.peers.process import start_peer
 from engine.device import device_name, start_jax
 from engine.errors import UserError
@@ -75,7 +76,11 @@ def measure_peers(flags: PeersFlags) -> Json:
     rows: list[Json] = []
     peers: list[Json] = []
     if "training" in flags.of:
-        with tempfile.TemporaryDirectory() as folder, start_peer(flags.peer_python, "torch_peer.py") as peer:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            answer_for_mkl() as preload,
+            start_peer(flags.peer_python, "torch_peer.py", preload=preload) as peer,
+        ):
             if peer:
                 peers.append(peer.ask(about="build"))
                 for dtype in flags.dtypes:

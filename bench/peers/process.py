@@ -30,10 +30,11 @@ class PeerError(RuntimeError):
 class Peer:
     """A peer script in another process, which answers one question at a time (see `protocol.serve_jobs`)."""
 
-    def __init__(self, python: Path, script: str):
-        """Raises OSError when `python` cannot be run."""
+    def __init__(self, python: Path, script: str, preload: Path | None = None):
+        """`preload`: a library that is loaded before all others. Raises OSError when `python` cannot be run."""
         # This Python's module paths would mislead the other one.
         outside = {name: os.environ[name] for name in os.environ.keys() - {"PYTHONPATH", "PYTHONHOME"}}
+        preloaded = {"LD_PRELOAD": str(preload)} if preload else {}
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             [python, HERE / script],
@@ -41,7 +42,7 @@ class Peer:
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
-            env=outside | KEEP_FREED_ENV | QUIET_ENV,
+            env=outside | KEEP_FREED_ENV | QUIET_ENV | preloaded,
         )
         assert self.process.stdin
         assert self.process.stdout
@@ -81,16 +82,21 @@ class Peer:
 
 @contextlib.contextmanager
 def start_peer(
-    python: Path | None, script: str, needs: str = "torch", packages: str = "torch numpy"
+    python: Path | None,
+    script: str,
+    needs: str = "torch",
+    packages: str = "torch numpy",
+    preload: Path | None = None,
 ) -> Iterator[Peer | None]:
     """Starts a peer script in `python` (None: this one). Yields None, and says so, where its
     library is missing.
 
-    `packages`: those of requirements.txt that the script imports. Raises UserError when a given
+    `packages`: those of requirements.txt that the script imports. `preload`: a library that it
+    loads before all others. Raises UserError when a given
     `python` cannot be run or lacks `needs`.
     """
     try:
-        peer = Peer(python or Path(sys.executable), script)
+        peer = Peer(python or Path(sys.executable), script, preload)
     except OSError as error:
         raise UserError(
             f"--peer-python {python} cannot be run ({error.strerror}); "

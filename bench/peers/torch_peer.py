@@ -3,6 +3,7 @@
 Weights, tokens and optimizer settings are ours: both sides report the same losses, step after step.
 """
 
+import os
 from typing import Any
 
 from protocol import Run, serve_jobs
@@ -132,10 +133,11 @@ def _state(file: Any, tied: bool) -> dict[str, Any]:
 
 
 def describe_build() -> str:
-    """Returns how torch was built, and with how many threads it runs."""
+    """Returns how torch was built, with how many threads it runs, and what was loaded before it."""
     import torch
 
-    return f"{torch.__config__.show()}\n{torch.__config__.parallel_info()}"
+    preloaded = os.path.basename(os.environ.get("LD_PRELOAD", "nothing"))
+    return f"{torch.__config__.show()}\n{torch.__config__.parallel_info()}\nloaded before it: {preloaded}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A peer answers in turns from its own interpreter; what is not there is named. The peers here are pretended ones."""
 
 import ast
+import ctypes
 import functools
 import importlib
 import json
@@ -14,6 +15,7 @@ import pytest
 
 from bench.cli import run_bench
 from bench.peers import __main__ as peers
+from bench.peers import mkl
 from bench.peers import process as module
 from bench.peers.process import Peer, PeerError, start_peer
 
@@ -90,6 +92,29 @@ def test_a_peer_that_dies_leaves_its_last_words(talk):
     assert peer.process.poll() is not None
     with pytest.raises(PeerError, match="it is gone"):
         peer.ask(run="job")
+
+
+def test_mkl_is_answered_that_the_processor_is_intels_on_amds_alone(monkeypatch, scripts):
+    vendor = {"vendor_id": "AuthenticAMD"}
+    monkeypatch.setattr(mkl, "read_model_numbers", lambda: vendor)
+    scripts(make="lambda spec: lambda: {'preloaded': __import__('os').environ.get('LD_PRELOAD')}")
+    with mkl.answer_for_mkl() as library:
+        assert ctypes.CDLL(str(library)).mkl_serv_intel_cpu_true() == 1
+        with start_peer(THIS, "fake.py", preload=library) as peer:
+            peer.ask(make="look", spec={})
+            assert peer.ask(run="look")["preloaded"] == str(library)
+    assert not library.exists()
+    vendor["vendor_id"] = "GenuineIntel"
+    with mkl.answer_for_mkl() as library:
+        assert library is None
+
+
+def test_without_a_compiler_mkl_is_left_as_it_is_and_that_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(mkl, "read_model_numbers", lambda: {"vendor_id": "AuthenticAMD"})
+    monkeypatch.setenv("PATH", "/nowhere")
+    with mkl.answer_for_mkl() as library:
+        assert library is None
+    assert "install a C compiler" in capsys.readouterr().out
 
 
 # What is not there
