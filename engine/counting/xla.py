@@ -25,7 +25,12 @@ import numpy as np
 from engine.errors import UserError
 
 _KINDS = "all-reduce|all-gather|reduce-scatter|(?:ragged-)?all-to-all|collective-permute|collective-broadcast"
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
+# A TPU's kernel is written over several lines, of which one begins with `}}, metadata=`.
+_COMPUTATION = re.compile(
+    r"^(ENTRY )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}(?:$|, execution_thread=)", re.MULTILINE | re.DOTALL
+)
+# what a TPU's compiler calls a computation of an all-reduce and a slice, which it sends as a reduce-scatter
+_FUSED_REDUCE_SCATTER = "all-reduce-scatter"
 _COLLECTIVE = re.compile(rf"\s*(?:ROOT )?\S+ = (\(.*?\)|\S+) ({_KINDS})(-start)?\(")
 _CALL = re.compile(r"(?:body|calls|to_apply|\w+_computations?)=(?:\{([^}]*)\}|([\w.%-]+))")
 # of an asynchronous operation: the first counts
@@ -113,7 +118,10 @@ def read_collectives(hlo: str) -> list[Collective]:
         for line in bodies[name]:
             match = _COLLECTIVE.match(line)
             if match:
-                collectives.append(_parse_collective(line, match, devices))
+                collective = _parse_collective(line, match, devices)
+                if name.startswith(_FUSED_REDUCE_SCATTER) and collective.kind == "all-reduce":
+                    collective = collective._replace(kind="reduce-scatter")
+                collectives.append(collective)
             elif not _SECOND_HALF.search(line):
                 inner = list(itertools.chain.from_iterable(map(inside, _callees(line))))
                 rounds = 1

@@ -179,6 +179,31 @@ def test_every_notation_of_the_compiler(line, expected):
     ]
 
 
+def test_what_follows_a_kernels_text_over_several_lines_is_read_too():
+    """A TPU's compiler ends such a kernel with a line that looks like a computation's end."""
+    kernel = (
+        '  %k = f32[8] custom-call(%p), custom_call_target="tpu_custom_call", backend_config={"kernel":{\n'
+        '"body":"AAAA"\n'
+        '}}, metadata={op_name="jit(step)/attend"}\n'
+    )
+    gather = "  %a = f32[8] all-gather(%p), replica_groups={{0,1}}"
+    expected = [Collective("all-gather", 32, (0, 1), 1)]
+    assert read_collectives(module(kernel + gather)) == expected
+    apart = f'%apart (p: f32[8]) -> f32[8] {{\n{kernel}{gather}\n}}, execution_thread="parallel"\n'
+    assert read_collectives(module("  %s = f32[8] call(%p), to_apply=%apart", apart)) == expected
+
+
+def test_an_all_reduce_that_is_fused_with_a_slice_is_sent_as_a_reduce_scatter():
+    reduction = "  %r = f32[8] all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add"
+    add = "%add (x: f32[], y: f32[]) -> f32[] {\n}\n"
+    fused = f"%all-reduce-scatter.1 (p: f32[8]) -> f32[2] {{\n{reduction}\n}}\n"
+    call = "  %f = f32[2] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1"
+    (sent,) = read_collectives(module(call, add + fused))
+    assert sent == Collective("reduce-scatter", 32, (0, 1, 2, 3), 1)
+    (alone,) = read_collectives(module(reduction, add))
+    assert alone.wire_bytes == 2 * sent.wire_bytes
+
+
 CONDITION = "%less (s: s32[]) -> pred[] {{\n  %n = s32[] constant(5)\n  ROOT %c = pred[] compare(%s, %n), direction={}\n}}\n"
 BODY = "%body (s: s32[]) -> s32[] {\n  %a = f32[4] all-reduce(%s), replica_groups={{0,1}}\n}\n"
 WHILE = '%w = s32[] while(%s), condition=%less, body=%body, x={"known_trip_count":{"n":"7"}}'
