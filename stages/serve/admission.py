@@ -17,7 +17,7 @@ class Sender(NamedTuple):
 
     # Of the client's connection, which it may keep.
     port: int
-    # The client's address, the namespace of its key, and the size of its request.
+    # The client's address, or what a proxy calls it by; the namespace of its key; the size of its request.
     group: tuple[str, str, int]
 
 

@@ -48,6 +48,13 @@ def _root_path(text: str) -> str:
     return root
 
 
+def _header_name(text: str) -> str:
+    name = text.strip().lower()
+    if not re.fullmatch(r"[\w-]+", name, re.A):
+        raise ValueError(f"wanted the name of a header, such as X-Forwarded-For, got {text!r}")
+    return name
+
+
 def _adapter(text: str) -> tuple[str, Path]:
     """Returns the name, empty without one, and the folder."""
     if not re.match(r"[\w.:-]+=", text, re.A):
@@ -95,6 +102,9 @@ class ServeFlags:
     """An origin whose pages may use the server: another site's, or a proxy's in front of it. May be given more than once."""
     root_path: Annotated[str, parser(_root_path, "PATH"), default("none")] = ""
     """The path below which a proxy shows the server, such as /llm, whether or not the proxy takes it off."""
+    client_header: Annotated[str, parser(_header_name, "NAME"), default("none")] = ""
+    """The header by which a proxy says whose request it passes on, such as X-Forwarded-For or X-Session-Id.
+    It is believed, so name one that the proxy itself sets. Clients behind one address then take turns."""
     slots: Annotated[int, parser(integer(1, 1024), "N")] = 8
     """Requests answered at the same time."""
     queue: Annotated[int, parser(integer(0, 100_000), "N")] = 32

@@ -54,7 +54,7 @@ def run(flags: ServeFlags) -> int:
         if hosts is not None:
             hosts = hosts.union([_url_host(address)])
         origins = frozenset(flags.allow_origin)
-        api = Api(state, importlib.metadata.version("thrice"), flags.root_path)
+        api = Api(state, importlib.metadata.version("thrice"), flags.root_path, flags.client_header)
         app = Guard(api, keys, hosts, origins, flags.log, state.metrics.count_response, flags.root_path)
         ready_message = functools.partial(_ready_message, flags.host, port, len(keys))
         try:

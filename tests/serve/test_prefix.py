@@ -1,4 +1,6 @@
-"""The server below a path, behind a proxy that takes it off or leaves it on (`--root-path`): its page, routes and guard."""
+"""The server behind a proxy: below a path that the proxy takes off or leaves on (`--root-path`), its page, routes and guard;
+and for clients whom the proxy names (`--client-header`).
+"""
 
 import asyncio
 import contextlib
@@ -14,16 +16,17 @@ from line import Line
 from tiny_server import PATIENCE, TinyServer, ask, good, refused
 
 from stages.serve.api.routes import ROUTES
-from stages.serve.flags import _root_path
+from stages.serve.flags import _header_name, _root_path
 
 ROOT, KEY = "/llm", "secret"
 OPEN = ("/", "/live", "/health")
 
 
 @contextlib.contextmanager
-def listening(tiny: TinyServer, root_path: str, *keys: str) -> Iterator[int]:
+def listening(tiny: TinyServer, root_path: str, *keys: str, client_header: str = "") -> Iterator[int]:
     """A second port of the tiny server, below a path."""
-    http, port, serving = asyncio.run_coroutine_threadsafe(tiny.listen(keys, root_path), tiny.loop).result(30)
+    listen = tiny.listen(keys, root_path, client_header)
+    http, port, serving = asyncio.run_coroutine_threadsafe(listen, tiny.loop).result(30)
     yield port
     http.should_exit = True
     asyncio.run_coroutine_threadsafe(asyncio.wait_for(serving, 30), tiny.loop).result(30)
@@ -113,6 +116,33 @@ def test_a_route_has_one_meaning_with_and_without_the_prefix(tiny_server):
         cross_site = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
         assert client.get(f"{ROOT}/", headers=cross_site).status_code == 200  # a link to the page
     assert "servers" not in good(httpx.get(f"{tiny_server.url}/openapi.json", timeout=PATIENCE))
+
+
+@pytest.mark.parametrize(("client_header", "clients"), [("x-session-id", 2), ("", 1)])
+def test_clients_whom_the_proxy_names_are_told_apart_where_a_flag_says_so(
+    tiny_server, monkeypatch, client_header, clients
+):
+    """Two sessions, the first of which asks twice, over one connection of a proxy while the server is full."""
+    admission = tiny_server.state.admission
+    monkeypatch.setattr(admission, "refusals", {})
+    monkeypatch.setattr(admission, "reserved", admission.limit)
+    with (
+        listening(tiny_server, "", client_header=client_header) as port,
+        tiny_server.client(base_url=f"http://127.0.0.1:{port}") as client,
+    ):
+        for session in ("sea", "land", "sea"):
+            headers = {"X-Session-Id": session}
+            assert refused(client.post("/v1/completions", json=ask(), headers=headers), 429)
+    groups = {sender.group for sender in admission.refusals}
+    assert len(admission.refusals) == len(groups) == clients
+    assert "sea" not in str(groups), "what names a client is not remembered"
+
+
+def test_a_header_is_named_by_its_name():
+    assert _header_name(" X-Session-Id") == "x-session-id"
+    for text in ("", "X Session", "X-Session-Id: 3", "ü"):
+        with pytest.raises(ValueError, match="the name of a header"):
+            _header_name(text)
 
 
 def test_a_root_path_is_a_path():

@@ -105,7 +105,7 @@ class TinyServer:
         return int(reply.split()[1]), reply
 
     async def listen(
-        self, keys: Sequence[str] = (), root_path: str = ""
+        self, keys: Sequence[str] = (), root_path: str = "", client_header: str = ""
     ) -> tuple[Any, int, "asyncio.Task[None]"]:
         """Opens a port to the state, which needs one of the keys: uvicorn's server, the port, and
         the task to wait for.
@@ -114,7 +114,7 @@ class TinyServer:
         from stages.serve.api.app import Api
         from stages.serve.api.guard import LOCAL_HOSTS, Guard
 
-        api, count = Api(self.state, "1.2.3", root_path), self.state.metrics.count_response
+        api, count = Api(self.state, "1.2.3", root_path, client_header), self.state.metrics.count_response
         app = Guard(api, keys, LOCAL_HOSTS, self._origins, self._log, count, root_path)
         bound = server.bind("127.0.0.1", 0)
         server.listen(bound)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -42,11 +43,15 @@ class Api:
 
     Raises ApiError, and what a handler does.
 
-    `page` and `openapi`: the documents of those routes. `version`: this server's.
+    `page` and `openapi`: the documents of those routes. `version`: this server's. `client_header`:
+    the header, in lower case, that tells clients behind one address apart; "" is none.
     """
 
-    def __init__(self, state: ServerState, version: str, root_path: str = "") -> None:
+    def __init__(
+        self, state: ServerState, version: str, root_path: str = "", client_header: str = ""
+    ) -> None:
         self._state = state
+        self._client_header = client_header
         self.page = make_page()
         self.version = version
         self.openapi = openapi_document(state.engine.cfg.vocab, version, root_path)
@@ -103,7 +108,7 @@ class Api:
             return
         self._state.check_ready()
         if content_length(call.http) > INLINE_BYTES:
-            self._state.admission.check(_sender(call, 0), time.monotonic(), _tries(call))
+            self._state.admission.check(self._sender(call, 0), time.monotonic(), _tries(call))
 
     @contextlib.contextmanager
     def _place(self, route: Route, call: ApiCall) -> Iterator[None]:
@@ -120,9 +125,21 @@ class Api:
             message = f"prompts times n are {choices:,} completions; {limit}."
             raise InvalidField("n", message)
         admission = self._state.admission
-        with admission.place(_sender(call, choices), time.monotonic(), _tries(call)) as place:
+        with admission.place(self._sender(call, choices), time.monotonic(), _tries(call)) as place:
             call.place = place
             yield
+
+    def _sender(self, call: ApiCall, choices: int) -> Sender:
+        """Returns who sends a request, and its size: its bytes if they are many, else its completions."""
+        address, port = call.http.client or ("", 0)
+        if self._client_header in call.http.headers:
+            # A digest, for a header may be long, and what a client sent is not remembered.
+            address = hashlib.sha256(call.http.headers[self._client_header].encode()).hexdigest()
+        length = content_length(call.http)
+        size = choices
+        if length > INLINE_BYTES:
+            size = length
+        return Sender(port, (address, call.http.state.namespace, size))
 
 
 def _no_route(path: str) -> ApiError:
@@ -148,16 +165,6 @@ def _in_time(send: Send) -> Send:
             raise ClientGone from None
 
     return send_in_time
-
-
-def _sender(call: ApiCall, choices: int) -> Sender:
-    """Returns who sends a request, and its size: its bytes if they are many, else its completions."""
-    address, port = call.http.client or ("", 0)
-    length = content_length(call.http)
-    size = choices
-    if length > INLINE_BYTES:
-        size = length
-    return Sender(port, (address, call.http.state.namespace, size))
 
 
 def _tries(call: ApiCall) -> int | None:
