@@ -92,8 +92,7 @@ def start_peer(
     library is missing.
 
     `packages`: those of requirements.txt that the script imports. `preload`: a library that it
-    loads before all others. Raises UserError when a given
-    `python` cannot be run or lacks `needs`.
+    loads before all others. Raises UserError when a given `python` cannot be run or lacks `needs`.
     """
     try:
         peer = Peer(python or Path(sys.executable), script, preload)
