@@ -9,13 +9,14 @@ from typing import Any
 
 import hypothesis
 import pytest
-from law_table import LAWS
-from tiny import lively_params, tiny_config
+
+from tests.law_table import LAWS
+from tests.tiny import lively_params, tiny_config
 
 hypothesis.settings.register_profile("thrice", deadline=None, max_examples=20, print_blob=True)
 hypothesis.settings.load_profile("thrice")
 
-pytest_plugins = ["interrupts", "workers"]
+pytest_plugins = ["tests.interrupts", "tests.workers"]
 
 LONGEST = (
     "test_many_processes.py",
@@ -104,7 +105,7 @@ def params(cfg):
 @pytest.fixture(scope="session")
 def chrome(tmp_path_factory):
     """One browser for all tests of pages: see `browser`."""
-    from chromium import chromium
+    from tests.chromium import chromium
 
     yield from chromium(tmp_path_factory.mktemp("chromium"))
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from chromium import chromium
+from tests.chromium import chromium
 
 LIVES = {
     "train": "1",

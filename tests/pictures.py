@@ -12,8 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from chromium import chromium
 from selenium.webdriver.support.ui import WebDriverWait
+
+from tests.chromium import chromium
 
 PICTURES = Path(__file__).parent.parent / "bench" / "pictures"
 SCHEMES = ("light", "dark")

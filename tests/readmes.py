@@ -22,11 +22,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, whatever is installed
-sys.path.append(str(Path(__file__).parent / "promises"))
-
-from figures import Figure
-from law_table import LAWS, marked_tests
-from results import RESULTS, TRIES, Document, machines, read_documents, shown_machine
 
 from bench.plan import plans, validate
 from bench.plan.__main__ import PlanFlags, answer
@@ -34,6 +29,9 @@ from bench.serving.__main__ import latencies, speeds
 from bench.stages.report import write_pictures
 from bench.timing import Ratio
 from engine.format import money, percent, quantity, si, times
+from tests.law_table import LAWS, marked_tests
+from tests.promises.figures import Figure
+from tests.results import RESULTS, TRIES, Document, machines, read_documents, shown_machine
 
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "bench" / "pictures"

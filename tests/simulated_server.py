@@ -19,7 +19,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from simulated import (
+
+from engine.inference.request import Adapter, SamplingParams
+from engine.text.detokenizer import Detokenizer
+from stages.serve import engine_thread
+from stages.serve.admission import Admission
+from stages.serve.api import app, generation, guard
+from stages.serve.api.app import Api
+from stages.serve.state import ServerState
+from tests.simulated import (
     NAN,
     VOCAB,
     FakeConstraint,
@@ -30,15 +38,7 @@ from simulated import (
     logprob_of,
     make_engine,
 )
-from simulated_loop import SimulatedLoop
-
-from engine.inference.request import Adapter, SamplingParams
-from engine.text.detokenizer import Detokenizer
-from stages.serve import engine_thread
-from stages.serve.admission import Admission
-from stages.serve.api import app, generation, guard
-from stages.serve.api.app import Api
-from stages.serve.state import ServerState
+from tests.simulated_loop import SimulatedLoop
 
 LETTERS = {token: b"abcdefg"[token : token + 1] for token in range(VOCAB)}
 MOST_CLIENTS = 8

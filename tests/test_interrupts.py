@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from interrupts import is_running
+
+from tests.interrupts import is_running
 
 # A server that ignores SIGINT, as whatever a background job starts does; then a call of C, which no
 # handler interrupts.
@@ -44,13 +45,13 @@ def test_a_run_in_the_background_ends_with_all_it_started(workers, wait, tmp_pat
         "-p",
         "no:cacheprovider",
         "-p",
-        "interrupts",
+        "tests.interrupts",
         "-n",
         workers,
     ]
     words = [sys.executable, "-c", IGNORES_SIGINT, sys.executable, "-m", "pytest", *options, "test_waits.py"]
     env = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTEST_PLUGINS": "xdist",
     }

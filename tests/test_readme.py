@@ -18,11 +18,11 @@ import jax
 import numpy as np
 import pytest
 import tyro
-from readmes import PICTURED, PICTURES, ROOT, sh_commands, shown, written
-from tiny import SMALL
 
 from bench.stages.report import write_pictures
 from engine.model.paths import leaf_paths
+from tests.readmes import PICTURED, PICTURES, ROOT, sh_commands, shown, written
+from tests.tiny import SMALL
 
 CHANGED = (
     signal.SIGINT,

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from interrupts import is_running
 
 from engine.subprocesses import run_program
+from tests.interrupts import is_running
 
 # A program that waits for a process of its own, as gcc does for cc1. Both hold the output open.
 PARENT = "sleep 900 & echo $! > child.part; mv child.part child; wait"

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 
 PLANTED = """
 import os, time
@@ -31,13 +31,13 @@ def test_a_run_ends_where_a_test_does_not_and_where_a_worker_dies(tmp_path):
         "-m",
         "pytest",
         "-c",
-        TESTS.parent / "pyproject.toml",
+        ROOT / "pyproject.toml",
         "-p",
         "no:cacheprovider",
         "-p",
-        "workers",
+        "tests.workers",
     ]
-    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [*command, "-n", "1", tmp_path], capture_output=True, text=True, check=False, env=environment
     )

@@ -3,12 +3,12 @@
 from types import SimpleNamespace
 
 import jax
-from tiny import lively_params, tiny_config
 
 from bench.__main__ import StageTableFlags, measure
 from bench.cli import run_bench
 from bench.stages import checks
 from engine.inference.engine import Engine
+from tests.tiny import lively_params, tiny_config
 
 
 def test_a_check_that_raises_fails(monkeypatch):

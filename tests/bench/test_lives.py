@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny import lively_params, tiny_config
 
 from bench.cli import run_bench, run_module
 from bench.lives.__main__ import LivesFlags, measure_lives
@@ -23,6 +22,7 @@ from engine.errors import UserError
 from engine.model.paths import leaf_paths
 from engine.storage.digest import digest
 from engine.text.tokenizer import byte_tokenizer
+from tests.tiny import lively_params, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,12 +7,12 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import SMALL_MATRICES
 
 from bench.cli import run_bench
 from bench.machine import read_model_numbers, share_of_others
 from engine.counting import hardware
 from engine.processor import CoreTime
+from tests.tiny import SMALL_MATRICES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from tiny import tiny_config
 
 from bench.models import BenchModel, load, tokens_for
 from engine.errors import UserError
 from engine.text.tokenizer import byte_tokenizer
+from tests.tiny import tiny_config
 
 CFG = tiny_config(vocab=257)
 

@@ -1,12 +1,12 @@
 """The rows of chat: prompts that no model here is trained on, and speculation that changes no token, or is reported."""
 
 import pytest
-from tiny import lively_params, tiny_config
 
 from bench import machine
 from bench.peers.serving import PROMPTS, chat_calls, measure_calls
 from engine.inference.decode import prepare_params
 from engine.text.conversations import SHIPPED, read_conversations
+from tests.tiny import lively_params, tiny_config
 
 
 def test_the_prompts_are_two_sets_and_nobody_trains_on_them():

@@ -5,8 +5,9 @@ import json
 import re
 
 import pytest
-from readmes import ROOT, shown
-from results import RESULTS, SPREAD, TRIES, differences, machines, read_documents, shown_machine
+
+from tests.readmes import ROOT, shown
+from tests.results import RESULTS, SPREAD, TRIES, differences, machines, read_documents, shown_machine
 
 # Documents of before this day say neither model numbers nor what their machine reached, and were
 # measured one by one.

@@ -9,8 +9,6 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from openai_like import chat_request, complete, fake_completion, fake_server
-from tiny import lively_params, tiny_config
 
 from bench.serving import __main__ as serving
 from bench.serving import measure
@@ -18,6 +16,8 @@ from bench.serving.client import Client, Response, completion_request, random_te
 from bench.serving.measure import closed_loop, open_loop, percentile, tail
 from engine.inference.request import Request, SamplingParams
 from engine.text.tokenizer import byte_tokenizer
+from tests.openai_like import chat_request, complete, fake_completion, fake_server
+from tests.tiny import lively_params, tiny_config
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 CHUNKS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n"

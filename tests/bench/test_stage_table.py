@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import QUICKLY_MEASURED
 
 import bench
 from bench.__main__ import StageTableFlags, measure, measurements
@@ -21,6 +20,7 @@ from bench.stages.rows import Row
 from engine.counting.flops import Flops, PassFlops
 from engine.counting.hardware import Ceilings
 from engine.counting.jaxpr import JaxprCost
+from tests.tiny import QUICKLY_MEASURED
 
 main = functools.partial(run_bench, "bench", None, StageTableFlags, measure)
 SMALL = ["--preset", "tiny", "--batch", "2", "--context", "64", "--quick"]

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import FAMILY, lively_params
-from wide import QWEN3, weights
 
 from engine.by_hand import model as module
 from engine.by_hand.model import generate, to_numpy, tree_map
 from engine.errors import UserError
 from engine.inference.engine import complete
 from engine.inference.request import SamplingParams
+from tests.by_hand.wide import QWEN3, weights
+from tests.tiny import FAMILY, lively_params
 
 PROMPTS = st.lists(st.integers(0, 40), min_size=1, max_size=12)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import FAMILY, tiny_config, tokens_of
-from wide import weights
 
 from engine.by_hand import model
+from tests.by_hand.wide import weights
+from tests.tiny import FAMILY, tiny_config, tokens_of
 
 B, T, V = 3, 64, 41
 NOISE = 40_000  # bytes of Python's own objects

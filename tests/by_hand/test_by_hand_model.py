@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import FAMILY, B, T, lively_params, positions_of, tiny_config, tokens_of
-from wide import QWEN3, assert_trees_close, batch_of, float64_engine, in_float64, weights
 
 from engine import by_hand
 from engine.by_hand import layers, model
@@ -18,6 +16,8 @@ from engine.inference.decode import prepare_params
 from engine.model.transformer import forward
 from engine.text.batch import Batch
 from engine.training.step import loss_and_gradient
+from tests.by_hand.wide import QWEN3, assert_trees_close, batch_of, float64_engine, in_float64, weights
+from tests.tiny import FAMILY, B, T, lively_params, positions_of, tiny_config, tokens_of
 
 SEEDS = st.integers(0, 2**32 - 1)
 BY_NAME = pytest.mark.parametrize("name", FAMILY)

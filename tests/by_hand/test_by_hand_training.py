@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wide import QWEN2, QWEN3, assert_trees_close, batch_of, float64_engine, in_float64, weights
 
 from engine import by_hand
 from engine.by_hand import adamw
 from engine.by_hand.model import leaves, tree_map
 from engine.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from engine.training.step import init_state, train_step
+from tests.by_hand.wide import QWEN2, QWEN3, assert_trees_close, batch_of, float64_engine, in_float64, weights
 
 # Clipping that bites and that does not; with decay and without; other means than the usual.
 SETTINGS = [

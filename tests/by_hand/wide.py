@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny import FAMILY, T, lively_params, positions_of, tokens_of
 
 from engine.by_hand.model import tree_map
 from engine.model.config import ModelConfig
 from engine.text.batch import Batch
+from tests.tiny import FAMILY, T, lively_params, positions_of, tokens_of
 
 QWEN3, QWEN2 = FAMILY["qwen3"], FAMILY["qwen2"]
 

@@ -1,13 +1,8 @@
 """One tiny server for the clients of others, by names that their examples ask for."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path += [str(Path(__file__).parents[1] / room) for room in ("serve", "text")]
-
-from tiny_server import TinyServer
+from tests.serve.tiny_server import TinyServer
 
 ROOM = 1536  # tokens: a letter of a prompt is about one
 

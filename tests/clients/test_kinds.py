@@ -10,7 +10,8 @@ from typing import Any, Literal
 import openai
 import pydantic
 import pytest
-from tiny_server import until
+
+from tests.serve.tiny_server import until
 
 MODEL = "gpt-4o-mini"  # by which the example of another asks
 USER: dict[str, Any] = {"role": "user", "content": "Hello there, how are you?"}

@@ -12,9 +12,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from chat_models import save_chat_model
-from started import Started
-from tiny_server import PATIENCE, until
+
+from tests.serve.started import Started
+from tests.serve.tiny_server import PATIENCE, until
+from tests.text.chat_models import save_chat_model
 
 pytestmark = [
     pytest.mark.night,

@@ -4,13 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from tiny import trainable_paths
 
 from engine.model.config import LoraConfig, ModelConfig
 from engine.model.shapes import leaf_shapes
 from engine.model.trainable import TrainablePaths, all_trainable, lora_only
 from engine.model.transformer import init_params, make_cache
 from engine.text.batch import Batch
+from tests.tiny import trainable_paths
 
 
 def shaped(*shape, dtype=jnp.int32):

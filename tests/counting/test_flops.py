@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import trainable_paths
 
 from engine.counting.flops import forward_flops, prefill_flops, train_flops
 from engine.counting.params import count_params
 from engine.errors import UserError
 from engine.model.config import MATRICES, LoraConfig, ModelConfig
 from engine.model.trainable import TrainablePaths, all_trainable, lora_only, lowest_gradient
+from tests.tiny import trainable_paths
 
 SMALL = ModelConfig(vocab=19, width=12, layers=3, heads=6, kv_heads=3, head_dim=4, ff=10, context=64)
 

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.extend.core import Primitive
-from shapes_only import shaped
 
 from engine.counting.jaxpr import _TRANSCENDENTAL, JaxprCost, jaxpr_cost
 from engine.errors import UserError
 from engine.model import ops
 from engine.model.attention import causal_attention
 from engine.model.attention_in_blocks import QUERY_BLOCK, causal_attention_in_blocks
+from tests.counting.shapes_only import shaped
 
 M, N, P = 3, 5, 7
 f32 = functools.partial(shaped, dtype=jnp.float32)

@@ -5,8 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from shapes_only import batch_of, cache_of, params_of, shaped
-from tiny import trainable_paths
 
 from engine.counting.memory import inference_bytes, inference_memory, train_bytes, training_memory
 from engine.counting.params import count_params
@@ -19,6 +17,8 @@ from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import init_lora
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state, train_step
+from tests.counting.shapes_only import batch_of, cache_of, params_of, shaped
+from tests.tiny import trainable_paths
 
 CFG = ModelConfig(vocab=19, width=12, layers=3, heads=6, kv_heads=3, head_dim=4, ff=10, context=64)
 NORMS, TABLE = 7 * 12, 19 * 12

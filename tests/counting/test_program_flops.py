@@ -5,8 +5,6 @@ import functools
 
 import jax
 import pytest
-from shapes_only import batch_of, cache_of, modes, params_of, shaped
-from tiny import B, T, tiny_config
 
 from engine.counting.flops import add_layers, flops_by_layer, forward_flops
 from engine.counting.jaxpr import jaxpr_cost
@@ -22,6 +20,8 @@ from engine.model.trainable import TrainablePaths, all_trainable, lora_only
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import make_adapter
 from engine.training.step import loss_and_gradient
+from tests.counting.shapes_only import batch_of, cache_of, modes, params_of, shaped
+from tests.tiny import B, T, tiny_config
 
 LAYERS, CAPACITY = 3, 23
 KINDS = {

@@ -8,8 +8,6 @@ import sys
 
 import jax
 import pytest
-from shapes_only import batch_of, cache_of, params_of, shaped
-from tiny import trainable_paths
 
 from engine.counting.jaxpr import jaxpr_cost
 from engine.counting.params import count_params
@@ -20,6 +18,8 @@ from engine.model.config import ModelConfig
 from engine.model.loss import score
 from engine.model.paths import split
 from engine.training.step import loss_and_gradient
+from tests.counting.shapes_only import batch_of, cache_of, params_of, shaped
+from tests.tiny import trainable_paths
 
 CFG = ModelConfig(vocab=512, width=256, layers=2, heads=4, kv_heads=2, ff=704, context=128, qk_norm=True)
 B, T, CAPACITY = 2, 64, 96

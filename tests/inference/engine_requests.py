@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import lively_params, request_of, tiny_config, tokens_of
 from tokenizers import AddedToken
 
 from engine.inference import backend
@@ -25,6 +24,7 @@ from engine.model.weights import blocks, stacked_lora
 from engine.model.weights.block_layout import GROUP, pack_blocks
 from engine.model.weights.blocks import Blocks
 from engine.model.weights.int8 import quantize
+from tests.tiny import lively_params, request_of, tiny_config, tokens_of
 
 SLOTS, CAPACITY, CHUNK, TAIL = 5, 62, 16, 4
 DTYPES = ("float32", "bfloat16", "int8")  # of weights, and of the KV cache

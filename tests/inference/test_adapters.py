@@ -6,20 +6,8 @@ import functools
 
 import numpy as np
 import pytest
-from engine_requests import (
-    AS_SERVED,
-    REQUESTS,
-    Log,
-    attends_by_xla,
-    complete,
-    make_engine,
-    served_model,
-    text,
-    to_blocks,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import lively_params, normal, request_of, tiny_config
 
 from engine.errors import InvalidField
 from engine.inference.config import MIN_ROWS, EngineConfig
@@ -30,6 +18,18 @@ from engine.inference.request import Adapter, Request, SamplingParams
 from engine.model.paths import leaf_paths, map_paths, merge, unflatten
 from engine.model.weights.lora import LoRA, to_dense
 from engine.storage.digest import digest
+from tests.inference.engine_requests import (
+    AS_SERVED,
+    REQUESTS,
+    Log,
+    attends_by_xla,
+    complete,
+    make_engine,
+    served_model,
+    text,
+    to_blocks,
+)
+from tests.tiny import lively_params, normal, request_of, tiny_config
 
 COUNT, RANK = 4, 3
 # weights and KV cache, as AS_SERVED: what a server without the kernels in C has

@@ -6,18 +6,6 @@ import time
 import jsonschema_rs
 import numpy as np
 import pytest
-from engine_requests import (
-    GRAMMARS,
-    LETTERS,
-    SCHEMA,
-    SLOTS,
-    complete,
-    complete_alone,
-    constraint_of,
-    make_engine,
-    text,
-)
-from tiny import request_of
 
 from engine.errors import UserError
 from engine.inference.constraints import GrammarCompiler, GrammarConstraint
@@ -30,6 +18,18 @@ from engine.inference.grammars import (
     regex_grammar,
 )
 from engine.inference.scheduler import Sequence
+from tests.inference.engine_requests import (
+    GRAMMARS,
+    LETTERS,
+    SCHEMA,
+    SLOTS,
+    complete,
+    complete_alone,
+    constraint_of,
+    make_engine,
+    text,
+)
+from tests.tiny import request_of
 
 ENDS = tuple(LETTERS.controls)
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import positions_of, sampling_of, tiny_config, tokens_of
 
 from engine.inference.decode import CHUNK, STEPS, decode_steps, generate, prefill, prepare_params
 from engine.inference.engine import complete
@@ -17,6 +16,7 @@ from engine.model.loss import score
 from engine.model.paths import leaf_paths
 from engine.model.transformer import forward, make_cache
 from engine.text.batch import Batch
+from tests.tiny import positions_of, sampling_of, tiny_config, tokens_of
 
 ROWS = 3
 forward_ = jax.jit(forward, static_argnums=0)

@@ -2,17 +2,6 @@
 
 import numpy as np
 import pytest
-from engine_requests import (
-    AS_SERVED,
-    CAPACITY,
-    REQUESTS,
-    SLOTS,
-    Log,
-    attends_by_xla,
-    complete_alone,
-    make_engine,
-    poison,
-)
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -24,12 +13,23 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from simulated import check_slots
-from tiny import request_of
 
 from engine.errors import InvalidField
 from engine.inference.config import MIN_ROWS
 from engine.inference.request import Request
+from tests.inference.engine_requests import (
+    AS_SERVED,
+    CAPACITY,
+    REQUESTS,
+    SLOTS,
+    Log,
+    attends_by_xla,
+    complete_alone,
+    make_engine,
+    poison,
+)
+from tests.simulated import check_slots
+from tests.tiny import request_of
 
 requests = st.sampled_from(REQUESTS)
 

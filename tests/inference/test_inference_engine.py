@@ -5,7 +5,21 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from engine_requests import (
+
+from engine.errors import UserError
+from engine.inference.config import EngineConfig
+from engine.inference.constraints import ForcedTokens
+from engine.inference.decode import prefill, prepare_params
+from engine.inference.drafts import Drafter
+from engine.inference.engine import Engine
+from engine.inference.engine import complete as complete_all
+from engine.inference.prefix_cache import PrefixCache
+from engine.inference.request import Completion, Request, SamplingParams
+from engine.inference.sampling import sample, sampling_arrays
+from engine.inference.scheduler import STEPS, Decode, Scheduler
+from engine.model import ops
+from engine.model.transformer import forward, make_cache
+from tests.inference.engine_requests import (
     AS_SERVED,
     CAPACITY,
     CHUNK,
@@ -23,21 +37,7 @@ from engine_requests import (
     served_model,
     text,
 )
-from tiny import lively_params, positions_of, request_of, tiny_config
-
-from engine.errors import UserError
-from engine.inference.config import EngineConfig
-from engine.inference.constraints import ForcedTokens
-from engine.inference.decode import prefill, prepare_params
-from engine.inference.drafts import Drafter
-from engine.inference.engine import Engine
-from engine.inference.engine import complete as complete_all
-from engine.inference.prefix_cache import PrefixCache
-from engine.inference.request import Completion, Request, SamplingParams
-from engine.inference.sampling import sample, sampling_arrays
-from engine.inference.scheduler import STEPS, Decode, Scheduler
-from engine.model import ops
-from engine.model.transformer import forward, make_cache
+from tests.tiny import lively_params, positions_of, request_of, tiny_config
 
 forward_, sample_ = jax.jit(forward, static_argnums=0), jax.jit(sample)
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import assert_near, lively_params, positions_of, sampling_of, tiny_config, tokens_of
 
 from engine.inference.decode import prepare_params
 from engine.inference.runner import decode_slots
@@ -19,6 +18,7 @@ from engine.model.transformer import forward
 from engine.model.weights.int8 import Int8, quantize
 from engine.model.weights.lora import to_dense
 from engine.storage.digest import digest
+from tests.tiny import assert_near, lively_params, positions_of, sampling_of, tiny_config, tokens_of
 
 CAPACITY = 32
 

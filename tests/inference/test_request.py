@@ -5,10 +5,10 @@ import pickle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import request_of
 
 from engine.errors import InvalidField
 from engine.inference.request import SamplingParams, check_request
+from tests.tiny import request_of
 
 GOOD = {"prompt": (1, 2, 3), "max_tokens": 5}
 NAN, INF = float("nan"), float("inf")

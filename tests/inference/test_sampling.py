@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import sampling_of
 
 from engine.inference.sampling import SamplingArrays, sample
+from tests.tiny import sampling_of
 
 V, COUNT = 41, 256
 EVERY_POSITION = np.arange(COUNT)

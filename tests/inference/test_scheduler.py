@@ -1,7 +1,6 @@
 """Scheduler: in plain Python, without a model: who is prefilled and decoded first. Its slots: test_simulation.py."""
 
 import pytest
-from tiny import request_of
 
 from engine.inference.constraints import ForcedTokens
 from engine.inference.scheduler import (
@@ -12,6 +11,7 @@ from engine.inference.scheduler import (
     Scheduler,
     Sequence,
 )
+from tests.tiny import request_of
 
 SLOTS, CHUNK = 5, 16
 

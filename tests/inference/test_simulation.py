@@ -6,8 +6,6 @@ import contextlib
 from types import SimpleNamespace
 
 import pytest
-from simulated import FakeConstraint, FakeRunner, simulate
-from simulated_server import simulate_server
 
 from engine.inference import engine
 from engine.inference.request import Request
@@ -17,6 +15,8 @@ from stages.serve.admission import Admission
 from stages.serve.api import app, guard
 from stages.serve.engine_thread import EngineThread
 from stages.serve.state import ServerState
+from tests.simulated import FakeConstraint, FakeRunner, simulate
+from tests.simulated_server import simulate_server
 
 SCHEDULES = 500
 accept, finish, chunk_key = Sequence.accept, Scheduler.finish, engine.chunk_key

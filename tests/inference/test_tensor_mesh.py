@@ -18,7 +18,7 @@ DEVICES = 3
 
 def wide_config(**changes):
     """Three devices divide its 6 heads, 3 key heads, width and MLP."""
-    from tiny import tiny_config
+    from tests.tiny import tiny_config
 
     return tiny_config(**{"width": 24, "ff": 36, "qkv_bias": True, **changes})
 
@@ -44,7 +44,6 @@ def facts_of(weights, tied):
     """
     import jax
     import numpy as np
-    from tiny import lively_params
 
     from engine.counting.xla import CompileCounter
     from engine.device import host_memory
@@ -54,6 +53,7 @@ def facts_of(weights, tied):
     from engine.mesh import layout
     from engine.model.weights.int8 import quantize
     from engine.storage.digest import digest
+    from tests.tiny import lively_params
 
     cfg = wide_config(tied=tied)
     params = lively_params(cfg)
@@ -102,8 +102,7 @@ def child(folder):
     from stages.generate import main
 
     results = {"float32, tied": facts_of("float32", True), "int8": facts_of("int8", False)}
-    sys.path.append(str(Path(__file__).parents[1] / "text"))
-    from chat_models import save_chat_model
+    from tests.text.chat_models import save_chat_model
 
     save_chat_model(folder, width=24, ff=36)
     words = [

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import PROGRAMS, QWEN2, QWEN3, WITHOUT_WEIGHTS
-from tiny import normal, tiny_config
+
+from tests.laws.programs import PROGRAMS, QWEN2, QWEN3, WITHOUT_WEIGHTS
+from tests.tiny import normal, tiny_config
 
 # Vocabularies whose logits are made in parts: of the columns or rows of a batch, of int8 columns,
 # of a served head.

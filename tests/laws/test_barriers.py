@@ -6,9 +6,9 @@ import re
 
 import jax
 import pytest
-from programs import PROGRAMS
 
 from engine.model.config import ModelConfig
+from tests.laws.programs import PROGRAMS
 
 CFG = ModelConfig(vocab=512, width=128, layers=1, heads=4, kv_heads=2, ff=352, context=256, qk_norm=True)
 # a program, its model, and the functions whose barriers it would miss: by what figure, more than

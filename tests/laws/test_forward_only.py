@@ -3,7 +3,6 @@
 import functools
 
 import pytest
-from tiny import lively_params, request_of, tiny_config, tokens_of
 
 from engine.inference.config import EngineConfig
 from engine.inference.decode import prepare_params
@@ -11,6 +10,7 @@ from engine.inference.engine import Engine, complete
 from engine.inference.request import SamplingParams
 from engine.model.weights.int8 import quantize
 from engine.storage.digest import digest
+from tests.tiny import lively_params, request_of, tiny_config, tokens_of
 
 CAPACITY, MAX_TOKENS = 64, 11
 

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import lively_params, text_batch, tiny_config
 
 from engine.counting.jaxpr import jaxpr_cost
 from engine.model.config import LoraConfig
@@ -16,6 +15,7 @@ from engine.storage.digest import digest
 from engine.training.freeze import select_trainable
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state, loss_and_gradient, train_step
+from tests.tiny import lively_params, text_batch, tiny_config
 
 STEPS = 1000
 CFG = tiny_config(dtype="bfloat16")

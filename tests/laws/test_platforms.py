@@ -8,12 +8,20 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from exported import TARGETS, Temporary, export, kernels, largest_temporary, make_for, weights_given_away
 from jax.sharding import AbstractMesh, AxisType
-from programs import INFERENCE, PAIRED, PROGRAMS, QWEN2, QWEN3, ROWS, B, Program, T, lay_out
 
 from engine.mesh.shape import AXES
 from engine.model.attention_in_blocks import QUERY_BLOCK
+from tests.laws.exported import (
+    TARGETS,
+    Temporary,
+    export,
+    kernels,
+    largest_temporary,
+    make_for,
+    weights_given_away,
+)
+from tests.laws.programs import INFERENCE, PAIRED, PROGRAMS, QWEN2, QWEN3, ROWS, B, Program, T, lay_out
 
 DISPATCH = importlib.import_module("jax._src.dispatch")
 CUDNN = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")

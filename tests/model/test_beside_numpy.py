@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import assert_near, lively_params, positions_of, tokens_of
 
 from engine.by_hand import layers as by_hand
 from engine.by_hand import loss_and_gradient as by_hand_gradient
@@ -23,6 +22,7 @@ from engine.model.weights.matmul import project, project_each
 from engine.model.weights.plain import Plain
 from engine.text.batch import Batch
 from engine.training.step import loss_and_gradient
+from tests.tiny import assert_near, lively_params, positions_of, tokens_of
 
 B, T, D, F, V, N, K, H = 5, 62, 320, 864, 700, 6, 3, 64
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")

@@ -1,8 +1,6 @@
 """Blocks of a GGUF file: multiplied as they are, by the kernel near its twin in XLA, each row on its own to the bit."""
 
 import functools
-import sys
-from pathlib import Path
 
 import gguf
 import jax
@@ -11,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import assert_near, normal
 
 from engine.model.native.library import native_problem
 from engine.model.weights import blocks, stacked_lora
@@ -28,10 +25,8 @@ from engine.model.weights.blocks import (
 )
 from engine.model.weights.lora import to_dense
 from engine.model.weights.matmul import lookup, norm_and_project, swiglu_and_project
-
-sys.path.append(str(Path(__file__).parents[1] / "storage"))
-
-from gguf_files import random_blocks
+from tests.storage.gguf_files import random_blocks
+from tests.tiny import assert_near, normal
 
 # one block and several; whole strips of columns and others; several parts
 WIDTHS = [(32, 5), (64, 16), (160, 70), (576, 701)]

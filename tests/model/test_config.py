@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_config
 
 from engine import by_hand
 from engine.counting.params import count_params
@@ -17,6 +16,7 @@ from engine.model.config import PRESETS, LoraConfig, ModelConfig, RopeScaling, p
 from engine.model.paths import leaf_paths
 from engine.model.shapes import leaf_shapes
 from engine.model.transformer import forward, init_params
+from tests.tiny import tiny_config
 
 # Of the published models: the numbers on their cards, or the sum of the shapes in their files.
 PUBLISHED = {

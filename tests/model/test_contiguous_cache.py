@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import lively_params, positions_of, tiny_config, tokens_of
 
 from engine.model.flax_modules import write_rows
 from engine.model.transformer import KVCache, forward, make_cache
+from tests.tiny import lively_params, positions_of, tiny_config, tokens_of
 
 B, S = 2, 11
 run = jax.jit(forward, static_argnums=0)

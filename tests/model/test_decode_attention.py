@@ -10,16 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_blocks
-import test_causal_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_config
 
 from engine.model.cache import segmented
 from engine.model.cache.in_c import KVInC
 from engine.model.cache.segmented import CacheRows, KVSegments, make_kv_segments
 from engine.model.native.library import native_problem
+from tests.model import test_blocks, test_causal_attention
+from tests.tiny import tiny_config
 
 DTYPES = ("float32", "bfloat16", "int8")
 # Furthest from XLA's result, in parts of the largest value, for scores up to 50: XLA rounds the
@@ -239,18 +238,13 @@ def all_bits() -> bytes:
 
 
 def run_here(program: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    here = Path(__file__).parent
-    environment = (
-        os.environ
-        | {"PYTHONPATH": os.pathsep.join(map(str, (here.parents[1], here.parent, here)))}
-        | environment
-    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])} | environment
     return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=False)
 
 
 def test_the_same_with_one_thread():
     one = "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
     result = run_here(
-        f"{one}; from test_decode_attention import all_bits; sys.stdout.buffer.write(all_bits())"
+        f"{one}; from tests.model.test_decode_attention import all_bits; sys.stdout.buffer.write(all_bits())"
     )
     assert result.stdout == all_bits(), result.stderr.decode()

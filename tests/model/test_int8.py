@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import lively_params, normal, tiny_config
 
 from engine.errors import UserError
 from engine.model.paths import leaf_paths
@@ -21,6 +20,7 @@ from engine.model.weights.int8 import (
     store_transposed,
 )
 from engine.model.weights.matmul import lookup, project, project_each
+from tests.tiny import lively_params, normal, tiny_config
 
 D, F, V = 20, 28, 41
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")

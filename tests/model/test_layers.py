@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import B, T, normal, tiny_config
 
 from engine.model import layers
+from tests.tiny import B, T, normal, tiny_config
 
 N, K, H = 6, 3, 4
 

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import normal
 
 from engine.model.paths import merge
 from engine.model.weights.convert import cast_matrices
 from engine.model.weights.int8 import quantize_matrix
 from engine.model.weights.lora import LoRA, make_adapter, to_dense
 from engine.model.weights.matmul import project, project_each
+from tests.tiny import normal
 
 D, F = 20, 28
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")

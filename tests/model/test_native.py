@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import lively_params, tiny_config
 
 from engine.files import DAY
 from engine.inference.config import EngineConfig
@@ -22,6 +21,7 @@ from engine.model.paths import leaf_paths
 from engine.model.weights.blocks import Blocks
 from engine.processor import Processor
 from engine.subprocesses import run_program
+from tests.tiny import lively_params, tiny_config
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rounding import norm_gain, sums_apart
-from tiny import FAMILY, assert_near, lively_params, normal, positions_of, tiny_config, tokens_of
 
 from engine.model import attention, layers, ops
 from engine.model.attention_in_blocks import QUERY_BLOCK
 from engine.model.transformer import forward
 from engine.text.batch import Batch
 from engine.training.step import loss_and_gradient
+from tests.rounding import norm_gain, sums_apart
+from tests.tiny import FAMILY, assert_near, lively_params, normal, positions_of, tiny_config, tokens_of
 
 
 def test_a_program_is_traced_for_jaxs_default_device():

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_config
 
 from engine.model.cache import segmented
 from engine.model.cache.in_c import LayerInC
@@ -22,6 +21,7 @@ from engine.model.cache.segmented import (
     segmented_cache,
 )
 from engine.model.native.library import native_problem
+from tests.tiny import tiny_config
 
 CFG = tiny_config(layers=2)
 N, K, H = CFG.heads, CFG.kv_heads, CFG.head_dim

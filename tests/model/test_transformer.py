@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import FAMILY, B, T, assert_near, lively_params, positions_of, tiny_config, tokens_of
 
 from engine.model.transformer import forward, hidden_states, init_params, make_cache
+from tests.tiny import FAMILY, B, T, assert_near, lively_params, positions_of, tiny_config, tokens_of
 
 run = jax.jit(forward, static_argnums=0)
 init = jax.jit(init_params, static_argnums=0)

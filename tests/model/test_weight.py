@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import lively_params, positions_of, tiny_config, tokens_of
 
 from engine.inference.decode import prepare_params
 from engine.model import loss as module
@@ -21,6 +20,7 @@ from engine.model.weights.weight import Weight
 from engine.storage.tensor_layout import HUGGING_FACE_NAMES, file_tensors, layout_of
 from engine.text.batch import Batch
 from engine.training.step import loss_and_gradient
+from tests.tiny import lively_params, positions_of, tiny_config, tokens_of
 
 B, T = 3, 7
 F32 = jnp.dtype("float32")

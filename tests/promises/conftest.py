@@ -16,16 +16,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from figures import Figure
-
-sys.path += [str(Path(__file__).parents[1] / room) for room in ("serve", "text")]
-
-from tiny_server import SLOTS, TinyServer
 
 from bench.cli import circumstances
 from bench.serving.client import Client
 from bench.serving.server import Server
 from engine.files import atomic_file
+from tests.promises.figures import Figure
+from tests.serve.tiny_server import SLOTS, TinyServer
 
 Options = dataclasses.make_dataclass("Options", [])  # a document's flags; the command says all
 FOUND: list[dict[str, Any]] = []  # what each trial of a promise found

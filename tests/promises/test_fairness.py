@@ -13,8 +13,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from figures import at_least, at_most, exactly, servers
-from tiny_server import QUEUE, SLOTS, TinyServer, tiny_model, until
 
 from bench.models import load
 from bench.serving.client import completion_request, random_text
@@ -24,6 +22,8 @@ from engine.model.paths import unflatten
 from engine.model.weights.lora import LoRA
 from engine.storage.adapter import base_digest
 from engine.storage.adapter_writer import save_adapter
+from tests.promises.figures import at_least, at_most, exactly, servers
+from tests.serve.tiny_server import QUEUE, SLOTS, TinyServer, tiny_model, until
 
 pytestmark = pytest.mark.anyio
 

@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from figures import at_least, at_most, exactly, slowest
-from openai_like import chat_request, complete, read_metrics
 
 from bench.serving.client import Client, Response, TimedCompletion, completion_request, random_text, send
 from bench.serving.measure import closed_loop, open_loop, percentile
@@ -17,6 +15,8 @@ from bench.serving.server import Server
 from bench.timing import MIN_ROUNDS, Timing, ratio
 from engine.counting.hardware import clock
 from engine.inference.config import CHUNK
+from tests.openai_like import chat_request, complete, read_metrics
+from tests.promises.figures import at_least, at_most, exactly, slowest
 
 pytestmark = pytest.mark.anyio
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import openai
 import pytest
-from figures import exactly
+
+from tests.promises.figures import exactly
 
 pytestmark = [pytest.mark.anyio, pytest.mark.promises(name="S10")]
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from figures import at_least, at_most, exactly
-from openai_like import complete
 
 from bench.serving.client import completion_request, random_text
 from bench.serving.server import Server
 from engine.counting.hardware import clock
 from engine.model.native.library import CHECK, KERNELS
 from engine.text.template import WORKER
+from tests.openai_like import complete
+from tests.promises.figures import at_least, at_most, exactly
 
 pytestmark = pytest.mark.anyio
 

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from chat_models import save_chat_model
-from figures import at_least, at_most, exactly
+
+from tests.promises.figures import at_least, at_most, exactly
+from tests.text.chat_models import save_chat_model
 
 ROOT = Path(__file__).parents[2]
 DIGEST = "test_requests.py::test_the_digest_is_that_of_load[real]"

@@ -13,15 +13,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from figures import at_least, at_most, exactly, milliseconds, none_of, servers, slowest
-from openai_like import chat_request
-from tiny_server import TinyServer
 
 from bench.serving.client import Client, Response, completion_request, random_text
 from bench.serving.measure import percentile
 from engine.counting.hardware import clock
 from stages.serve.api.routes import ROUTES
 from stages.serve.api.unsupported import UNSUPPORTED
+from tests.openai_like import chat_request
+from tests.promises.figures import at_least, at_most, exactly, milliseconds, none_of, servers, slowest
+from tests.serve.tiny_server import TinyServer
 
 pytestmark = pytest.mark.anyio
 

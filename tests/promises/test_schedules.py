@@ -5,9 +5,10 @@ import itertools
 import multiprocessing
 
 import pytest
-from figures import exactly
-from simulated import simulate
-from simulated_server import simulate_server
+
+from tests.promises.figures import exactly
+from tests.simulated import simulate
+from tests.simulated_server import simulate_server
 
 PARTS, BLOCK = 4, 1_000
 

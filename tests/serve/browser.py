@@ -4,9 +4,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from line import Line
 from selenium.webdriver import Chrome, Keys
 from selenium.webdriver.support.ui import WebDriverWait
+
+from tests.serve.line import Line
 
 
 class Visit:

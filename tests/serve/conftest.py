@@ -4,17 +4,12 @@ Not one for all files: between two of them a process may drop what it has compil
 and a server that was ready would compile again.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "text"))
-
-from chat_models import save_chat_model
-from line import Line
-from started import Started
-from tiny_server import TinyServer
+from tests.serve.line import Line
+from tests.serve.started import Started
+from tests.serve.tiny_server import TinyServer
+from tests.text.chat_models import save_chat_model
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +53,7 @@ def line(tiny_server):
 
 @pytest.fixture
 def visit(browser, line):
-    from browser import Visit
+    from tests.serve.browser import Visit
 
     browser.get_log("browser")
     visit = Visit(browser, line)

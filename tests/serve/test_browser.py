@@ -11,7 +11,8 @@ import pytest
 from selenium.common.exceptions import JavascriptException
 from selenium.webdriver import Keys
 from selenium.webdriver.support.ui import WebDriverWait
-from tiny_server import TinyServer
+
+from tests.serve.tiny_server import TinyServer
 
 LONG = "Tell me everything."
 

@@ -4,14 +4,14 @@ import json
 import re
 
 import pytest
-from browser import Visit
-from chat_models import save_chat_model
-from line import Line
-from started import Started
-from test_serve_adapters import save
-from tiny_server import TinyServer, good
 
 from engine.text.documents import Documents
+from tests.serve.browser import Visit
+from tests.serve.line import Line
+from tests.serve.started import Started
+from tests.serve.test_serve_adapters import save
+from tests.serve.tiny_server import TinyServer, good
+from tests.text.chat_models import save_chat_model
 
 TIDE = "The tide turns at noon in Port Isla."
 CLOCK = {

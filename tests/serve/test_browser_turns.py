@@ -8,9 +8,9 @@ import time
 import httpx
 import pytest
 from selenium.webdriver import Keys
-from tiny_server import say
 
 from stages.serve.api import generation
+from tests.serve.tiny_server import say
 
 MORE = "Tell me more."
 

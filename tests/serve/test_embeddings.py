@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
-from tiny_server import CAPACITY, refused
 
 from engine.model.transformer import hidden_states
+from tests.serve.tiny_server import CAPACITY, refused
 
 TEXTS = ["Hello there", "1234", "The assistant answers what the user asks; the system says how. " * 3]
 

@@ -11,12 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
-from browser import Visit
-from line import Line
-from tiny_server import PATIENCE, TinyServer, ask, good, refused
 
 from stages.serve.api.routes import ROUTES
 from stages.serve.flags import _header_name, _root_path
+from tests.serve.browser import Visit
+from tests.serve.line import Line
+from tests.serve.tiny_server import PATIENCE, TinyServer, ask, good, refused
 
 ROOT, KEY = "/llm", "secret"
 OPEN = ("/", "/live", "/health")

@@ -4,9 +4,9 @@ import math
 
 import openai
 import pytest
-from tiny_server import CAPACITY, good, refused, say
 
 from stages.serve.tokenizer_pool import token_text
+from tests.serve.tiny_server import CAPACITY, good, refused, say
 
 PROMPT = "Hello there, how are you"
 SEVERAL = [PROMPT, "1234", "The assistant answers what the user asks"]

@@ -12,10 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chat_models import save_chat_model
-from started import Started
-from tiny import normal
-from tiny_server import TinyServer, ask, good, refused, tiny_model, until
 
 from engine.device import start_jax
 from engine.errors import UserError
@@ -40,6 +36,10 @@ from stages.serve.flags import ServeFlags
 from stages.serve.load import ServerOptions, load_state
 from stages.serve.run import check_adapters
 from stages.serve.state import ServerState
+from tests.serve.started import Started
+from tests.serve.tiny_server import TinyServer, ask, good, refused, tiny_model, until
+from tests.text.chat_models import save_chat_model
+from tests.tiny import normal
 
 KEY = {"Authorization": "Bearer one"}
 

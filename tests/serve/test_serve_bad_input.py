@@ -9,12 +9,12 @@ import time
 from typing import Any
 
 import pytest
-from tiny_server import CAPACITY, ask, events, good, post_head, read_all, refused, say, until
 
 from stages.serve import server
 from stages.serve.api import requests
 from stages.serve.api.fields import AnswerRequest
 from stages.serve.api.routes import ROUTES
+from tests.serve.tiny_server import CAPACITY, ask, events, good, post_head, read_all, refused, say, until
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
 DEEP = b"[" * 100_000

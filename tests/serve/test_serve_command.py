@@ -18,10 +18,6 @@ from typing import Any
 
 import httpx
 import pytest
-from chat_models import save_chat_model
-from started import HOLDS, Started
-from tiny import tiny_config
-from tiny_server import PATIENCE, ask, until
 
 from engine.counting import hardware
 from engine.device import start_jax
@@ -40,6 +36,10 @@ from stages.serve.engine_thread import EngineThread
 from stages.serve.flags import ServeFlags
 from stages.serve.run import start_engine
 from stages.serve.state import ServerState
+from tests.serve.started import HOLDS, Started
+from tests.serve.tiny_server import PATIENCE, ask, until
+from tests.text.chat_models import save_chat_model
+from tests.tiny import tiny_config
 
 INT8 = "int8" if native_problem() else "Q8_0"  # which the kernel multiplies in blocks
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,10 +9,10 @@ import ollama
 import openai
 import pydantic
 import pytest
-from tiny_server import events, good, refused, say
 
 from stages.serve.api.routes import ROUTES
 from stages.serve.api.template_variables import template_variables
+from tests.serve.tiny_server import events, good, refused, say
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 CLAUDE, GEMMA, GPT = "claude-opus-5", "gemma3", "gpt-5"

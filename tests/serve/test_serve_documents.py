@@ -6,10 +6,10 @@ import threading
 import time
 
 import pytest
-from chat_models import talk
-from tiny_server import TinyServer, events, good, say
 
 from engine.text.documents import Documents
+from tests.serve.tiny_server import TinyServer, events, good, say
+from tests.text.chat_models import talk
 
 TIDE = "The tide turns at noon in Port Isla."
 QUESTION = "When does the tide turn?"

@@ -2,10 +2,10 @@
 
 import httpx
 import pytest
-from tiny_server import PATIENCE, TinyServer, ask, good, read_all, refused
 
 from stages.serve.api import guard
 from stages.serve.api.routes import ROUTES
+from tests.serve.tiny_server import PATIENCE, TinyServer, ask, good, read_all, refused
 
 KEYS = ("sk-first", "second-kéy-…")
 OPEN = ("/", "/live", "/health")

@@ -1,7 +1,7 @@
 """Conversations as long as the context (S15)."""
 
-from chat_models import talk
-from tiny_server import good, refused
+from tests.serve.tiny_server import good, refused
+from tests.text.chat_models import talk
 
 
 def test_a_conversation_of_any_length_that_fits_is_answered(roomy_client):

@@ -13,7 +13,6 @@ from typing import Any
 
 import httpx
 import pytest
-from tiny_server import QUEUE, SLOTS, TinyServer, ask, good, post_head, refused, until
 
 from engine.inference import step_times
 from engine.inference.scheduler import Sequence
@@ -23,6 +22,7 @@ from stages.serve import engine_thread
 from stages.serve.api import generation
 from stages.serve.api.generation import Generation
 from stages.serve.api.requests import INLINE_BYTES
+from tests.serve.tiny_server import QUEUE, SLOTS, TinyServer, ask, good, post_head, refused, until
 
 
 @pytest.fixture

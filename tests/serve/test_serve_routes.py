@@ -13,9 +13,6 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from test_serve_bad_input import USUAL
-from tiny import tiny_config
-from tiny_server import CAPACITY, PATIENCE, TinyServer, ask, events, good, post_head, refused, say, until
 
 from engine.inference.request import LogProb, SamplingParams
 from engine.text.chat_tokenizer import ChatTokenizer
@@ -27,6 +24,20 @@ from stages.serve.api.routes import ROUTES
 from stages.serve.api.writer import Piece
 from stages.serve.state import ServedModel, system_fingerprint
 from stages.serve.tokenizer_pool import TokenizerPool
+from tests.serve.test_serve_bad_input import USUAL
+from tests.serve.tiny_server import (
+    CAPACITY,
+    PATIENCE,
+    TinyServer,
+    ask,
+    events,
+    good,
+    post_head,
+    refused,
+    say,
+    until,
+)
+from tests.tiny import tiny_config
 
 
 def test_a_prompt_in_all_its_forms(client):

@@ -11,7 +11,8 @@ import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_server import ask, events, good, say
+
+from tests.serve.tiny_server import ask, events, good, say
 
 # the token of a quotation mark, so that strings of a model without sense have an end
 QUOTE = {"1": 2.5}

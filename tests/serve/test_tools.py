@@ -8,10 +8,8 @@ import anthropic
 import jsonschema_rs
 import ollama
 import pytest
-from chat_models import chat_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_server import events, good, refused, say
 
 from engine.text.chat_tokenizer import ChatTokenizer
 from stages.serve.api import jobs
@@ -19,6 +17,8 @@ from stages.serve.api import ollama as ollama_route
 from stages.serve.call_parser import CallParser
 from stages.serve.tool_format import HERMES, ToolFormat, describe_tools, tool_format
 from stages.serve.tools import Function, ToolUse, join_calls, tool_use
+from tests.serve.tiny_server import events, good, refused, say
+from tests.text.chat_models import chat_tokenizer
 
 PARAMETERS = {
     "type": "object",

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
-from chat_models import chat_tokenizer
-from tiny import lively_params, tiny_config
+
+from tests.text.chat_models import chat_tokenizer
+from tests.tiny import lively_params, tiny_config
 
 PATIENCE = 300.0  # seconds that a test waits for a server, on a busy machine too
 SLOTS, QUEUE, CAPACITY = 3, 4, 150

@@ -7,13 +7,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path += [str(Path(__file__).parents[1] / room) for room in ("text", "storage")]
-
-from tiny import SMALL_MATRICES
-from tiny_runs import tiny, write_text
-
 from stages import chat
 from stages.train import __main__ as train
+from tests.stages.tiny_runs import tiny, write_text
+from tests.tiny import SMALL_MATRICES
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,9 @@ import subprocess
 
 import pytest
 import yaml
-from tiny_runs import ROOT
 
 from engine.mesh.processes import MISTAKE, RESTART
+from tests.stages.tiny_runs import ROOT
 
 CLUSTER = ROOT / "stages" / "cluster"
 # What a process that loses another one ends with: its own sentence, or JAX's abort where that is

@@ -12,7 +12,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_runs import WORDS, Killed, at_step, command, kill, metrics, tiny
 
 from engine.model.config import preset
 from engine.storage import checkpoint, checkpoint_reader
@@ -24,6 +23,7 @@ from stages.reinforce import __main__ as reinforce
 from stages.runs.watch import __main__ as watch
 from stages.runs.watch.recorder import FIRST, PARTS, PIXELS, Recorder
 from stages.train import __main__ as train
+from tests.stages.tiny_runs import WORDS, Killed, at_step, command, kill, metrics, tiny
 
 STEPS = 40
 TUNING = {

@@ -9,13 +9,13 @@ import threading
 from pathlib import Path
 
 import pytest
-from test_stage_reinforce import args, result
-from tiny_runs import metrics
 
 from engine.errors import UserError
 from engine.storage import checkpoint
 from stages.reinforce import __main__ as reinforce
 from stages.runs.rewards import Rewards
+from tests.stages.test_stage_reinforce import args, result
+from tests.stages.tiny_runs import metrics
 
 
 def write(path: Path, text: str) -> str:

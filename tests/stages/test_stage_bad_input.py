@@ -6,7 +6,6 @@ import shutil
 
 import jax
 import pytest
-from tiny_runs import command, tiny, write_text
 
 from engine import manifest
 from engine.counting import hardware
@@ -23,6 +22,7 @@ from stages.reinforce.flags import ReinforceFlags
 from stages.serve.flags import ServeFlags
 from stages.train import __main__ as train
 from stages.train.flags import TrainFlags
+from tests.stages.tiny_runs import command, tiny, write_text
 
 
 def test_a_plan_reads_no_batch(text, tmp_path):

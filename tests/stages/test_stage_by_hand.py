@@ -3,12 +3,12 @@
 import re
 
 import numpy as np
-from tiny_runs import metrics, tiny
 
 from engine import by_hand as model
 from stages import by_hand, generate
 from stages.evaluate import __main__ as evaluate
 from stages.train import __main__ as train
+from tests.stages.tiny_runs import metrics, tiny
 
 STEPS = 12
 

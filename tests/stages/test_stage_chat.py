@@ -10,8 +10,9 @@ import sys
 import time
 
 import pytest
-from chat_models import save_chat_model
-from tiny_runs import PATIENCE, ROOT, command
+
+from tests.stages.tiny_runs import PATIENCE, ROOT, command
+from tests.text.chat_models import save_chat_model
 
 PROMPT = "\r\n> "
 QUICK = ("--max-tokens", 6)

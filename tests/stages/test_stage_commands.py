@@ -11,13 +11,13 @@ import time
 import tomllib
 
 import pytest
-from tiny_runs import ROOT, command, tiny, typed
 
 from engine.errors import UserError
 from stages.__main__ import main as run_stage
 from stages.__main__ import stages
 from stages.cli import console, flags
 from stages.cli.command import command_line
+from tests.stages.tiny_runs import ROOT, command, tiny, typed
 
 
 def test_help_imports_nothing_heavy():

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny import lively_params, positions_of
 
 from engine.errors import UserError
 from engine.inference.config import EngineConfig
@@ -27,6 +26,7 @@ from engine.text.corpus import Corpus
 from stages import export
 from stages.evaluate import __main__ as evaluate
 from stages.export import compare, compare_adapter
+from tests.tiny import lively_params, positions_of
 
 
 def exported(model: Path, out: Path, *flags: object) -> Path:

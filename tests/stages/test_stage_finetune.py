@@ -17,8 +17,6 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 from safetensors.numpy import load_file
-from tiny import lively_params, tiny_config, tokens_of
-from tiny_runs import WORDS, at_step, interrupt, metrics
 
 from engine.mesh.shape import AXES
 from engine.model.paths import leaf_paths, map_paths, merge, split
@@ -47,6 +45,8 @@ from stages.runs.conversation_data import digest_examples, held_out_evaluator, p
 from stages.runs.folder import updating
 from stages.runs.model_stage import _describe_base
 from stages.runs.text_evaluators import EVALUATION_ROWS
+from tests.stages.tiny_runs import WORDS, at_step, interrupt, metrics
+from tests.tiny import lively_params, tiny_config, tokens_of
 
 WORD = WORDS.split()
 STEPS = 45

@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf_files import k_quants_gguf
 from safetensors.numpy import load_file, save_file
-from tiny_runs import ROOT, WORDS, command, tiny, typed
 
 from engine import manifest
 from engine.device import start_jax
@@ -38,6 +36,8 @@ from stages.runs.folder import updating
 from stages.serve import __main__ as serve
 from stages.serve.load import load_state
 from stages.train import __main__ as train
+from tests.stages.tiny_runs import ROOT, WORDS, command, tiny, typed
+from tests.storage.gguf_files import k_quants_gguf
 
 
 def generated(capsys: pytest.CaptureFixture[str], model: Path, *flags: object) -> tuple[str, str]:

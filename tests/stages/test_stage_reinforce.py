@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tiny_runs import at_step, interrupt, metrics
 
 from engine.model.transformer import forward
 from engine.storage import checkpoint
@@ -21,6 +20,7 @@ from stages.reinforce import run as reinforce_run
 from stages.reinforce.rollouts import Rollout, prompts_for, rollout_batch, score_batch
 from stages.reinforce.run import ALIKE_ROUNDS, Rounds
 from stages.runs import rewards
+from tests.stages.tiny_runs import at_step, interrupt, metrics
 
 
 def args(model: Path, folder: Path, *more: object) -> list[str]:

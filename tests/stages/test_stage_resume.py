@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import pytest
 import tyro
-from tiny_runs import Killed, at_step, interrupt, kill, metrics, tiny
 
 from engine import manifest
 from engine.device import Device
@@ -48,6 +47,7 @@ from stages.runs.stage import LoopState
 from stages.train import __main__ as train
 from stages.train.flags import TrainFlags
 from stages.train.run import PreparedTraining, plan_training, prepare_training
+from tests.stages.tiny_runs import Killed, at_step, interrupt, kill, metrics, tiny
 
 
 def state_digest(folder: Path) -> str:

@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import PATIENCE, ROOT, command, tiny, typed
 
 from engine import manifest
 from engine.storage import checkpoint, checkpoint_reader
 from stages.__main__ import stages
 from stages.train import __main__ as train
+from tests.stages.tiny_runs import PATIENCE, ROOT, command, tiny, typed
 
 LONG = ("--steps", 1_000_000, "--save-every", 5, "--eval-every", 1_000_000)
 

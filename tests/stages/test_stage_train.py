@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny_runs import ROOT, metrics, tiny, typed
 
 from engine.errors import UserError
 from engine.processor import CoreTime
@@ -23,6 +22,7 @@ from stages.cli.console import Console
 from stages.runs import text_data
 from stages.runs.text_data import make_tokenizer
 from stages.train import __main__ as train
+from tests.stages.tiny_runs import ROOT, metrics, tiny, typed
 
 RESULT = (
     "val_bits_per_byte",

@@ -14,11 +14,11 @@ from typing import Any
 import httpx
 import pytest
 from selenium.webdriver.support.ui import WebDriverWait
-from tiny_runs import PATIENCE, ROOT, metrics, tiny
 
 from stages.runs.watch import server
 from stages.runs.watch.server import Watch
 from stages.train import __main__ as train
+from tests.stages.tiny_runs import PATIENCE, ROOT, metrics, tiny
 
 # While the file of the variable HOLD is there, the run waits before a step from the 500th on.
 HOLDS = """

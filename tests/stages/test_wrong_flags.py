@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import tiny
+
+from tests.stages.tiny_runs import tiny
 
 CHAT = {"messages": [{"role": "user", "content": "Sea?"}, {"role": "assistant", "content": "Ships."}]}
 CHATS = [

@@ -7,10 +7,10 @@ import numpy as np
 from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize, quantize
-from golden.random_weights import draw
 
 from engine.model.weights.block_layout import FILE_ORDERS, KINDS
 from engine.text.tokenizer import SYMBOLS
+from tests.storage.golden.random_weights import draw
 
 SHAPES = {"token_embd.weight": (262, 64), "output_norm.weight": (64,)} | {
     f"blk.{layer}.{name}.weight": shape

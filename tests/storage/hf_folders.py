@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from golden.random_weights import draw
 from safetensors.numpy import save_file
 
 from engine.text.tokenizer import byte_tokenizer
+from tests.storage.golden.random_weights import draw
 
 # A folder of the tiny model, and its weights.
 CONFIG = {

@@ -15,15 +15,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from gguf_files import tiny_gguf  # noqa: E402
-from hf_folders import CONFIG, WEIGHTS, write_folder  # noqa: E402
-
-from engine.allocator import return_freed_memory  # noqa: E402
-from engine.errors import UserError  # noqa: E402
-from engine.storage.model_loader import load_model  # noqa: E402
+from engine.allocator import return_freed_memory
+from engine.errors import UserError
+from engine.storage.model_loader import load_model
+from tests.storage.gguf_files import tiny_gguf
+from tests.storage.hf_folders import CONFIG, WEIGHTS, write_folder
 
 ALLOWED = 64 * 2**20
 LONGEST = 1.0  # seconds of computing

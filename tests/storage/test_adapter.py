@@ -13,10 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from refusals import refusal
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from tiny import lively_params, tiny_config
 
 from engine import manifest
 from engine.errors import UserError
@@ -28,6 +26,8 @@ from engine.storage.adapter_reader import load_adapter
 from engine.storage.adapter_writer import save_adapter
 from engine.storage.digest import digest
 from engine.storage.model_loader import load_model, with_adapters
+from tests.storage.refusals import refusal
+from tests.tiny import lively_params, tiny_config
 
 CFG = tiny_config()
 BASE_PARAMS = lively_params(CFG)

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from refusals import refusal
 
 from engine.model.config import PRESETS, ModelConfig, preset
 from engine.storage.architectures import DEFAULTS, config_from_json, config_to_json, note_unknown_json
+from tests.storage.refusals import refusal
 
 PATH = Path("config.json")
 COMMON = {

@@ -11,12 +11,12 @@ import sysconfig
 import zipfile
 
 import pytest
-from refusals import refusal
 
 from engine.errors import UserError
 from engine.storage import assets
 from engine.storage.assets import ASSETS, fetch, strip_markdown
 from engine.text.corpus import read_corpus
+from tests.storage.refusals import refusal
 
 
 def sha256(data: bytes) -> str:

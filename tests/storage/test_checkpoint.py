@@ -17,10 +17,8 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from refusals import refusal
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from tiny_checkpoints import hidden, is_step, load_params, load_tiny, same_bits, save, tiny, write_tiny
 
 from engine import manifest
 from engine.errors import UserError
@@ -29,6 +27,17 @@ from engine.storage import checkpoint, checkpoint_reader
 from engine.storage.checkpoint import BackgroundSaver, steps
 from engine.storage.checkpoint_reader import load
 from engine.storage.digest import digest
+from tests.storage.refusals import refusal
+from tests.storage.tiny_checkpoints import (
+    hidden,
+    is_step,
+    load_params,
+    load_tiny,
+    same_bits,
+    save,
+    tiny,
+    write_tiny,
+)
 
 
 @jax.tree_util.register_dataclass

@@ -7,23 +7,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-import faults
 import pytest
-from tiny_checkpoints import hidden, is_step, load_tiny, write_tiny
 
 from engine.files import UNFINISHED, folder_lock, remove_unfinished
 from engine.manifest import verify
 from engine.storage import checkpoint
 from engine.storage.checkpoint import steps
+from tests import faults
+from tests.storage.tiny_checkpoints import hidden, is_step, load_tiny, write_tiny
 
 # Forks a process for each change on disk of a save, with a fault at that change, until one saves
 # before it.
 SAVES = """
 import json, os, shutil, sys
 from pathlib import Path
-import faults
+from tests import faults
 from engine.errors import UserError
-from tiny_checkpoints import write_tiny
+from tests.storage.tiny_checkpoints import write_tiny
 os.environ.pop("LD_PRELOAD")
 place, step, error, once = Path(sys.argv[1]), *map(int, sys.argv[2:])
 codes = []
@@ -58,9 +58,7 @@ def saves(library, tmp_path):
         write_tiny(tmp_path / "before", step)
 
     def run(step: int, error: int = 0, once: int = 0) -> list[int]:
-        path = os.pathsep.join(
-            map(str, (Path(__file__).parent, Path(__file__).parents[1], Path(__file__).parents[2]))
-        )
+        path = str(Path(__file__).parents[2])
         env = os.environ | {"PYTHONPATH": path, "LD_PRELOAD": library, "FAULTS": library}
         command = [sys.executable, "-c", SAVES, *map(str, (tmp_path, step, error, once))]
         return json.loads(subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE).stdout)

@@ -8,9 +8,6 @@ import gguf
 import jax
 import numpy as np
 import pytest
-from gguf_files import SHAPES, tiny_gguf, weights, words_of
-from refusals import refusal
-from tiny import lively_params, positions_of, tiny_config, tokens_of
 
 from engine.inference.config import EngineConfig
 from engine.model.config import RopeScaling
@@ -28,6 +25,9 @@ from engine.storage.kinds_in_words import describe_kinds
 from engine.storage.model_loader import load_model
 from engine.storage.tensor_layout import GGUF_NAMES, file_tensors, layout_of
 from engine.text.tokenizer import train_bpe
+from tests.storage.gguf_files import SHAPES, tiny_gguf, weights, words_of
+from tests.storage.refusals import refusal
+from tests.tiny import lively_params, positions_of, tiny_config, tokens_of
 
 KINDS_READ = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from gguf_files import tiny_gguf, weights
-from refusals import refusal
 
 from engine.storage.gguf_header import (
     MAX_KEYS,
@@ -19,6 +17,8 @@ from engine.storage.gguf_header import (
     read_numbers,
     read_strings,
 )
+from tests.storage.gguf_files import tiny_gguf, weights
+from tests.storage.refusals import refusal
 
 u32, u64 = (lambda value: struct.pack("<I", value)), (lambda value: struct.pack("<Q", value))
 text = lambda value: u64(len(value)) + value

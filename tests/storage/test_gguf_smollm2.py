@@ -7,11 +7,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import positions_of
 
 from engine.model.transformer import forward
 from engine.storage.assets import SMOLLM2_FILE
 from engine.storage.model_loader import load_model
+from tests.tiny import positions_of
 
 GOLDEN = [
     json.loads(line) for line in (Path(__file__).parent / "golden" / "llama_cpp.txt").read_text().splitlines()

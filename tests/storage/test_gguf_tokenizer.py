@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from gguf_files import MERGES, SYMBOLS, TOKENS, tiny_gguf, weights
 
 from engine.storage.gguf import read_tokenizer, set_pre_tokenizer
 from engine.storage.gguf_header import read_header
 from engine.storage.gguf_writer import FALLBACK_PRE_TOKENIZER, tokenizer_metadata
 from engine.storage.huggingface import load_tokenizer
 from engine.text.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from tests.storage.gguf_files import MERGES, SYMBOLS, TOKENS, tiny_gguf, weights
 
 VOCAB = len(TOKENS)
 

@@ -21,14 +21,14 @@ import huggingface_hub.constants
 import huggingface_hub.utils
 import numpy as np
 import pytest
-from gguf_files import tiny_gguf
-from golden.random_weights import draw
-from hf_folders import CONFIG, WEIGHTS, write_folder
-from refusals import refusal
 
 from engine.storage.hub import gguf_name, is_hub_name
 from engine.storage.model_loader import load_model, model_name, peek_model
 from stages import generate
+from tests.storage.gguf_files import tiny_gguf
+from tests.storage.golden.random_weights import draw
+from tests.storage.hf_folders import CONFIG, WEIGHTS, write_folder
+from tests.storage.refusals import refusal
 
 ID = "org/tiny-1.5"
 ADAPTER = (Path("voice"),)  # a run whose base is loaded

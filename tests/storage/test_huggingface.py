@@ -12,17 +12,17 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from gguf_files import tiny_gguf
-from golden.random_weights import draw
-from hf_folders import CONFIG, WEIGHTS, tiny_tokenizer, write_folder
-from refusals import refusal
-from tiny import positions_of
 
 from engine.model.paths import leaf_paths
 from engine.model.transformer import forward
 from engine.storage.architectures import BLOCKS
 from engine.storage.model_loader import load_model, model_name
 from engine.untrusted import build_tokenizer
+from tests.storage.gguf_files import tiny_gguf
+from tests.storage.golden.random_weights import draw
+from tests.storage.hf_folders import CONFIG, WEIGHTS, tiny_tokenizer, write_folder
+from tests.storage.refusals import refusal
+from tests.tiny import positions_of
 
 
 @pytest.fixture

@@ -11,10 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from gguf_files import tiny_gguf
-from hf_folders import CONFIG, WEIGHTS, write_folder
-from tiny import lively_params, tiny_config
-from tiny_checkpoints import save
 
 from engine import manifest
 from engine.errors import UserError
@@ -27,6 +23,10 @@ from engine.text.template import read_template
 from engine.text.tokenizer import byte_tokenizer, save_tokenizer
 from stages.cli.command import explain_error
 from stages.runs.folder import JsonLines, updating
+from tests.storage.gguf_files import tiny_gguf
+from tests.storage.hf_folders import CONFIG, WEIGHTS, write_folder
+from tests.storage.tiny_checkpoints import save
+from tests.tiny import lively_params, tiny_config
 
 
 def pipe(path: Path) -> None:

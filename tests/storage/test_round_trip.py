@@ -4,15 +4,15 @@ import json
 
 import numpy as np
 import pytest
-from gguf_files import words_of
-from hf_folders import tiny_tokenizer
-from tiny import lively_params, tiny_config
 
 from engine.model.paths import leaf_paths
 from engine.storage.gguf_writer import save_gguf
 from engine.storage.huggingface import load_tokenizer, save_folder
 from engine.storage.model_loader import load_model
 from engine.storage.tensor_layout import DTYPE_NAMES
+from tests.storage.gguf_files import words_of
+from tests.storage.hf_folders import tiny_tokenizer
+from tests.tiny import lively_params, tiny_config
 
 STEPS = {
     "q8_0": 127,

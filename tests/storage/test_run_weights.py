@@ -17,8 +17,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refusals import refusal
-from tiny import lively_params, tiny_config
 
 from engine import manifest
 from engine.errors import UserError
@@ -34,6 +32,8 @@ from engine.storage.adapter_writer import adapter_tensors, saved_run_adapter
 from engine.storage.model_loader import LoadedModel, load_model
 from engine.storage.run_weights import expected_arrays
 from engine.text.tokenizer import byte_tokenizer, save_tokenizer
+from tests.storage.refusals import refusal
+from tests.tiny import lively_params, tiny_config
 
 CFG = tiny_config(vocab=260, width=32, head_dim=6, ff=64, kv_heads=2)
 CFG_SHAPES = leaf_shapes(CFG)

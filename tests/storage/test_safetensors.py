@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from refusals import refusal
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from engine.storage.safetensors import MAX_HEADER, read_folder, read_header, read_slice
 from engine.storage.safetensors_writer import DTYPES, write_file
+from tests.storage.refusals import refusal
 
 TENSORS = {"a": ((3, 5), "F32"), "b": ((7,), "F16"), "c": ((2, 4), "BF16"), "none": ((0, 5), "F32")}
 

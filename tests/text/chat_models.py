@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tiny import lively_params, tiny_config
 from tokenizers import AddedToken
 
 from engine.text.tokenizer import ModelTokenizer, Tokenizer, train_bpe
+from tests.tiny import lively_params, tiny_config
 
 PROSE = (
     "Hello there, how are you? I am well. The assistant answers what the user asks; the system "

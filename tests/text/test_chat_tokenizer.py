@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-from chat_models import BRACKETS, END, START, THINKING, chat_tokenizer, plainly, talk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +11,7 @@ from engine.errors import UserError
 from engine.text.chat_tokenizer import CHATML, PLAIN, ChatTokenizer, Example, choose_template
 from engine.text.template import InvalidConversation
 from engine.text.tokenizer import byte_tokenizer
+from tests.text.chat_models import BRACKETS, END, START, THINKING, chat_tokenizer, plainly, talk
 
 TOKENIZER = chat_tokenizer()
 CONTROLS = {added.content: token for token, added in TOKENIZER.controls.items()}

@@ -4,7 +4,6 @@ import os
 import time
 
 import pytest
-from chat_models import chat_tokenizer, talk
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from engine.text import documents as module
 from engine.text.chat_tokenizer import ChatTokenizer
 from engine.text.corpus import PART
 from engine.text.documents import PASSAGE_CHARACTERS, Documents, cut, prompt_with
+from tests.text.chat_models import chat_tokenizer, talk
 
 TEXTS = {
     "tides.txt": "High water comes to Port Isla at noon on the first of May.\n\n"

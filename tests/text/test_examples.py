@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chat_models import BRACKETS, chat_tokenizer, talk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from engine.text.conversations import Conversation, Text
 from engine.text.examples import Pair, RatedPair, make_examples, make_pairs, make_ratings, mismatch
 from engine.text.packing import PackedBatches, evaluation_batches, pack_rows
 from engine.training.preference import preference_batch
+from tests.text.chat_models import BRACKETS, chat_tokenizer, talk
 
 TOKENIZER = chat_tokenizer()
 

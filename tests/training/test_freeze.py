@@ -1,7 +1,6 @@
 """select_trainable: which weights `--train` and `--freeze` name, and that the FLOP counts use the same ones."""
 
 import pytest
-from tiny import tiny_config
 
 from engine.counting.params import count_params
 from engine.errors import UserError
@@ -10,6 +9,7 @@ from engine.model.shapes import leaf_shapes
 from engine.model.trainable import TrainablePaths, all_trainable
 from engine.training.freeze import select_trainable
 from stages.runs.model_stage import choose_trainable
+from tests.tiny import tiny_config
 
 CFG = tiny_config()
 TIED = tiny_config(tied=True)

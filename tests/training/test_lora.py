@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import assert_near, equations, positions_of, text_batch, tiny_config, tokens_of
 
 from engine.errors import UserError
 from engine.model.config import LoraConfig, preset
@@ -19,6 +18,7 @@ from engine.storage.digest import digest
 from engine.training.lora_rank import choose_rank, lora_bits
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import loss_and_gradient
+from tests.tiny import assert_near, equations, positions_of, text_batch, tiny_config, tokens_of
 
 CFG = tiny_config()
 KEY = jax.random.key(0)

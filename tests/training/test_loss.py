@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.interpreters import partial_eval as pe
-from tiny import B, T, equations, lively_params, positions_of, tiny_config, tokens_of
 
 from engine.model import chunked_loss
 from engine.model import loss as module
@@ -17,6 +16,7 @@ from engine.model.transformer import hidden_states, logits_of
 from engine.model.weights.int8 import quantize_matrix
 from engine.text.batch import Batch
 from engine.training.step import NEXT_TOKEN, loss_and_gradient
+from tests.tiny import B, T, equations, lively_params, positions_of, tiny_config, tokens_of
 
 V = 41
 loss_of = jax.jit(jax.value_and_grad(summed_loss, argnums=1), static_argnums=0)

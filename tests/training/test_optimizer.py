@@ -72,7 +72,7 @@ def gradients_like(params, seed: int, size: float):
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_without_a_gradient_only_what_is_ruled_decays(kind):
-    from tiny import lively_params, tiny_config
+    from tests.tiny import lively_params, tiny_config
 
     params = lively_params(tiny_config(qkv_bias=True))
     rates = {"learning_rate": 0.1, "matrix_learning_rate": 0.2, "embedding_factor": 3.0, "head_factor": 5.0}

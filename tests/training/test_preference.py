@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import assert_near, lively_params, text_batch, tiny_config
 
 from engine.model.transformer import forward
 from engine.text.batch import Batch
@@ -22,6 +21,7 @@ from engine.training.preference import (
 )
 from engine.training.reinforce import grpo
 from engine.training.step import loss_and_gradient
+from tests.tiny import assert_near, lively_params, text_batch, tiny_config
 
 B, T = 4, 7
 differentiate = jax.jit(loss_and_gradient, static_argnums=(0, 4, 5))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import assert_near, text_batch, tiny_config
 
 from engine.errors import UserError
 from engine.model.transformer import forward, init_params
@@ -24,6 +23,7 @@ from engine.training.reinforce import (
     sum_reward,
 )
 from engine.training.step import init_state, loss_and_gradient, train_step
+from tests.tiny import assert_near, text_batch, tiny_config
 
 B, T = 4, 7
 differentiate = jax.jit(loss_and_gradient, static_argnums=(0, 4, 5))

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 from jax.sharding import PartitionSpec as P
-from mesh_cases import BATCH, CASES, CFG, NIGHT, RATE, STEPS, TOKENS
-from rounding import adam_apart, losses_apart, sums_apart
 
 from engine.errors import UserError
 from engine.mesh.layout import make_mesh
 from engine.mesh.rules import leaf_spec
 from engine.mesh.shape import MeshShape, check_mesh, parse_mesh
 from engine.model.config import preset
+from tests.rounding import adam_apart, losses_apart, sums_apart
+from tests.training.mesh_cases import BATCH, CASES, CFG, NIGHT, RATE, STEPS, TOKENS
 
 MESHES = [
     pytest.param(case, mesh, marks=[pytest.mark.night] * (mesh not in CASES[case]))

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import positions_of, tiny_config, tokens_of
 
 from engine.model.paths import leaf_paths, split
 from engine.model.transformer import init_params
@@ -17,6 +16,7 @@ from engine.text.batch import Batch
 from engine.training import step as module
 from engine.training.optimizer import OptimizerConfig, make_optimizer
 from engine.training.step import init_state, loss_and_gradient, train_step
+from tests.tiny import positions_of, tiny_config, tokens_of
 
 differentiate = jax.jit(loss_and_gradient, static_argnums=(0, 4))
 

@@ -2,19 +2,16 @@
 
 import concurrent.futures
 import json
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import faults
 import pytest
 
-sys.path += [str(Path(__file__).parents[2] / "stages" / part) for part in (".", "distributed")]
-
-from fork_server import ForkServer
-from many_processes import start  # noqa: F401
-from tiny_runs import WORDS, write_text
-from tiny_training import SAVE_EVERY, TinyRun, bits
+from tests import faults
+from tests.promises.training.fork_server import ForkServer
+from tests.promises.training.tiny_training import SAVE_EVERY, TinyRun, bits
+from tests.stages.distributed.many_processes import start  # noqa: F401
+from tests.stages.tiny_runs import WORDS, write_text
 
 LENGTH = ("--steps", 2 * SAVE_EVERY, "--save-every", SAVE_EVERY, "--log-every", 1, "--eval-every", 4)
 

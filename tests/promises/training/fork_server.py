@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-import faults
+from tests import faults
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -27,7 +27,7 @@ class ForkServer:
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "OPENBLAS_NUM_THREADS": "1",
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            "PYTHONPATH": str(ROOT),
             **env,
         }
         env |= {"LD_PRELOAD": str(library), "FAULTS": str(library)}

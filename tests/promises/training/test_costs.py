@@ -7,8 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from figures import at_least, at_most
-from tiny_runs import ROOT, typed, write_text
+
+from tests.promises.figures import at_least, at_most
+from tests.stages.tiny_runs import ROOT, typed, write_text
 
 UNITS = {"MB": 1e6, "GB": 1e9}
 

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from figures import exactly
-from tiny_training import bits, saved_bits
 
 from engine.storage import checkpoint
+from tests.promises.figures import exactly
+from tests.promises.training.tiny_training import bits, saved_bits
 
 
 def flip_bit(path: Path) -> None:

@@ -13,10 +13,11 @@ import time
 from collections import Counter
 
 import pytest
-from faults import ENDED
-from figures import Figure, at_most, exactly
-from fork_server import ROOT
-from tiny_training import SAVE_EVERY, Fault, TinyRun, bits, differing
+
+from tests.faults import ENDED
+from tests.promises.figures import Figure, at_most, exactly
+from tests.promises.training.fork_server import ROOT
+from tests.promises.training.tiny_training import SAVE_EVERY, Fault, TinyRun, bits, differing
 
 MUON, ADAMW = (), ("--optimizer", "adamw")
 # training goes on while a save is written, but the next one waits for it

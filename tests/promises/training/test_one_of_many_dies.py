@@ -6,13 +6,13 @@ import time
 
 import numpy as np
 import pytest
-from figures import at_most, exactly
-from many_processes import FLAGS, finish, until_saved
-from tiny_runs import metrics, tiny
-from tiny_training import bits
 
 from engine.mesh.processes import RESTART
 from engine.storage import checkpoint
+from tests.promises.figures import at_most, exactly
+from tests.promises.training.tiny_training import bits
+from tests.stages.distributed.many_processes import FLAGS, finish, until_saved
+from tests.stages.tiny_runs import metrics, tiny
 
 
 @pytest.mark.promises(name="T9")

@@ -7,10 +7,10 @@ import signal
 import time
 
 import pytest
-from figures import at_most, exactly
-from tiny_training import TinyRun
 
 from engine.storage import checkpoint
+from tests.promises.figures import at_most, exactly
+from tests.promises.training.tiny_training import TinyRun
 
 ENDLESS = ("--steps", 100_000, "--log-every", 1)
 RARELY = 10**6

@@ -12,10 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fork_server import ForkServer
-
 from engine import manifest
 from engine.storage import checkpoint
+from tests.promises.training.fork_server import ForkServer
 
 SAVE_EVERY = 3
 # Runs before each command: a save that begins leaves its step.

@@ -1,3 +1,3 @@
 """Several processes for the tests of this folder."""
 
-from many_processes import start  # noqa: F401
+from tests.stages.distributed.many_processes import start  # noqa: F401

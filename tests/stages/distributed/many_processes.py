@@ -8,9 +8,9 @@ import sys
 import time
 
 import pytest
-from tiny_runs import ROOT, typed
 
 from engine.storage import checkpoint
+from tests.stages.tiny_runs import ROOT, typed
 
 STEPS = 24
 FLAGS = (

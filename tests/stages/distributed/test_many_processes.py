@@ -12,8 +12,6 @@ import time
 import jax
 import numpy as np
 import pytest
-from many_processes import FLAGS, STEPS, finish, free_port, until_saved
-from tiny_runs import ROOT, WORDS, metrics, tiny, typed, write_text
 
 from engine.errors import UserError
 from engine.mesh.processes import RESTART
@@ -26,6 +24,8 @@ from stages.cli.lifecycle import join
 from stages.cli.signals import end_now
 from stages.finetune import __main__ as finetune
 from stages.train import __main__ as train
+from tests.stages.distributed.many_processes import FLAGS, STEPS, finish, free_port, until_saved
+from tests.stages.tiny_runs import ROOT, WORDS, metrics, tiny, typed, write_text
 
 SLOW = """
 import time, stages.runs.loop as loop
