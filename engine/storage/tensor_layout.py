@@ -19,7 +19,7 @@ from engine.errors import UserError, did_you_mean
 from engine.model.config import ModelConfig
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.shapes import leaf_shapes
-from engine.model.weights.block_layout import ROUNDED, packed_shape, unpack_blocks
+from engine.model.weights.block_layout import KINDS, ROUNDED, packed_shape, unpack_blocks
 from engine.model.weights.blocks import Blocks
 from engine.model.weights.plain import as_weight
 from engine.text import OnProgress
@@ -165,7 +165,7 @@ def block_leaves(model: StoredModel, kept_kinds: Collection[str]) -> dict[str, B
         if kind in kept_kinds:
             columns, inputs = leaf.stored
             shape = packed_shape(columns, inputs, kind)
-            packed: Any = jax.ShapeDtypeStruct(shape, jnp.uint8)
+            packed: Any = jax.ShapeDtypeStruct(shape, KINDS[kind].dtype)
             leaves[leaf.path] = Blocks(packed, leaf.stored[0], int(leaf.transposed))
     return leaves
 

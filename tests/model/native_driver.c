@@ -157,7 +157,8 @@ static void block_matmul(Arrays *in, Arrays *out) {
   const int has_minimum = size == 320 || size == 384 || size == 2368 || size == 2880;
   const int64_t before = below(3);  // nothing, a norm, or SwiGLU
   add(in, F32, M, (before == 2 ? 64 : 32) * groups, -1, -1, -1), fill(in, 0, 1);
-  uint8_t *weight = add(in, U8, (columns + 15) / 16, blocks, size, -1, -1);
+  const enum Type type = size == 288 && below(2) ? S8 : U8;  // IQ4_NL, and every other kind
+  uint8_t *weight = add(in, type, (columns + 15) / 16, blocks, size, -1, -1);
   fill(in, 1, 0);
   for (size_t at = 0; at < in->bytes[1]; at++)  // scales and minima are finite
     if (at % size >= (size_t)(size - (has_minimum ? 64 : 32)) && at % 2) weight[at] &= 0xbf;

@@ -190,6 +190,34 @@ def test_a_row_has_the_same_bits_alone_and_among_any_others(kernel, kind, name, 
             assert np.asarray(multiply(x, leaf))[place].tobytes() == alone
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("factor", [np.nan, np.inf, -np.inf, 65504, 6e-8])
+def test_a_factor_that_is_no_ordinary_number_spoils_its_column_alone(kind, factor):
+    """As `pack_blocks` lets none through that is not finite; small factors too have every bit set."""
+    shape = shapes_of(kind)[-1]
+    leaf, x = weight(1, kind, shape), rows_of(3, 7, shape[0], 0.0)
+    packed = np.array(leaf.packed)
+    strip, block, column = 2, 1, 5
+    rest = KINDS[kind].number_bytes
+    small = KINDS[kind].groups * KINDS[kind].small * 16
+    packed[strip, block, rest : rest + small].reshape(-1, 16)[:, column] = (
+        -1 if packed.dtype == np.int8 else 255
+    )
+    factors = packed[strip, block, rest + small :].view(np.float16).reshape(-1, 16)
+    factors[:, column] = factor
+    damaged = Blocks(jnp.asarray(packed), leaf.columns)
+    others = np.arange(leaf.columns) != strip * 16 + column
+    for multiply in (multiply_as_here, multiply_by_xla):
+        product = np.asarray(multiply(x, damaged))
+        np.testing.assert_array_equal(product[:, others], np.asarray(multiply(x, leaf))[:, others])
+        is_zero = ~x.any(axis=1)
+        own = product[~is_zero][:, ~others]
+        if np.isfinite(factor):
+            assert not np.isnan(own).any()
+        else:
+            assert not np.isfinite(own).any()
+
+
 def bits() -> bytes:
     """What the kernel and XLA give for each shape and kind."""
     products = (

@@ -52,6 +52,11 @@ KERNELS = {
     "norm": Kernel(
         "block_matmul", (("float32", (ROWS, WIDTH)), WEIGHT, ("float32", (WIDTH,)), EPS), (ADDED,)
     ),
+    "a table": Kernel(
+        "block_matmul",
+        (("float32", (ROWS, WIDTH)), ("int8", WEIGHT[1]), ("float32", (WIDTH,)), EPS),
+        (ADDED,),
+    ),
     "swiglu, adapters": Kernel(
         "block_matmul",
         (("float32", (ROWS, 2 * WIDTH)), WEIGHT, ("float32", (0,)), EPS, *PAIRS),

@@ -69,7 +69,7 @@ def test_a_file_is_multiplied_as_it_lies(trained, tmp_path, capsys, talk):
 def test_k_quants_are_the_same_weights_in_every_command(tmp_path, capsys, talk):
     """Multiplied as they lie where kernels in C compute; each command answers from them."""
     file = k_quants_gguf(tmp_path / "k.gguf")
-    kinds = r"\((Q\w+, ){2}Q\w+\)"
+    kinds = r"\((\w+, ){3}\w+\)"
     becomes = "are widened to bfloat16"
     if computes_in_c():
         becomes = "stay as they are"

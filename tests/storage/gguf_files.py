@@ -76,9 +76,9 @@ def random_blocks(
 
 
 def k_quants_gguf(path: Path) -> Path:
-    """A model of random blocks in the kinds that Q4_K_M files mix: Q4_K, Q6_K and Q5_0.
+    """A model of random blocks in the kinds that Q4_K_M files mix, Q4_K, Q6_K and Q5_0, and in IQ4_NL.
 
-    The library rounds to none of the K kinds. Their blocks hold 256 numbers of a row, hence the width.
+    The library rounds to none of the K kinds and not to IQ4_NL. Their blocks hold 256 numbers of a row, hence the width.
     """
     sizes = {
         "embedding_length": 256,
@@ -93,7 +93,7 @@ def k_quants_gguf(path: Path) -> Path:
         "attn_q": "Q4_K",
         "attn_k": "Q5_0",
         "attn_v": "Q6_K",
-        "attn_output": "Q4_K",
+        "attn_output": "IQ4_NL",
         "ffn_gate": "Q4_K",
         "ffn_up": "Q4_K",
         "ffn_down": "Q6_K",
@@ -127,13 +127,15 @@ def tiny_gguf(
     other: dict[str, Any] | None = None,
     tensors: dict[str, np.ndarray] | None = None,
     kinds: dict[str, str] | None = None,
+    part_size: int = 0,
 ) -> Path:
     """A model of `SHAPES`; None in sizes, words or other leaves a key out. Matrices in `kind`, or
     that of their tensor in `kinds`, where its blocks fit.
 
-    Tensors of bytes are blocks of `kind` already.
+    Tensors of bytes are blocks of `kind` already. `part_size`: tensors of a part, all but the last;
+    returns the first part's path, and writes one file without it.
     """
-    writer = GGUFWriter(path, arch)
+    writer = GGUFWriter(path, arch, split_max_tensors=part_size)
     sizes = {f"{arch}.{key}": value for key, value in (SIZES | (sizes or {})).items()}
     words = {f"tokenizer.ggml.{key}": value for key, value in (WORDS | (words or {})).items()}
     for key, value in (sizes | words | (other or {})).items():
@@ -152,7 +154,7 @@ def tiny_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return writer.format_shard_names(path)[0]
 
 
 def words_of(vocab: int) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 // column: Q4_0, numbers n from 0 to 15 and a scale s that stand for s (n - 8); Q5_0, from 0 to 31, s (n - 16); Q4_1 and Q5_1,
 // with a minimum m, s n + m; Q8_0, numbers from -128 to 127 and a scale. Scales and minima are float16. Blocks that end in K
 // are of 256 inputs, eight groups of 32: Q4_K and Q5_K with a small scale a and minimum b of each group, a s n - b m; Q6_K, from
-// 0 to 63, with a small scale of each 16 inputs, a s (n - 32).
+// 0 to 63, with a small scale of each 16 inputs, a s (n - 32). IQ4_NL: places n from 0 to 15 in a table of values, s v[n]; as
+// many bytes as Q4_0, from which it is told by int8 in place of uint8.
 //
-//     x (M, in) or (M, 2 in) float32, weight (out / 16, in / inputs of a block, bytes of 16 blocks) uint8, gain (in or 0) and
-//     eps float32
+//     x (M, in) or (M, 2 in) float32, weight (out / 16, in / inputs of a block, bytes of 16 blocks) uint8 or int8, gain (in or
+//     0) and eps float32
 //       -> y (M, out) float32, and behind it what adapters add, if their arguments are behind eps (adapters.h)
 //
 // With a gain x is normalised first. Of 2 in columns SwiGLU is multiplied: the silu of the first half times the second.
@@ -24,14 +25,14 @@
 
 enum { ROWS = W == 16 ? 6 : 4 };  // that share one reading of a strip's weights, at most
 enum { GROUP = 32 };
-// The kinds, by the bytes of 16 blocks.
-enum { Q4_0 = 288, Q4_1 = 320, Q5_0 = 352, Q5_1 = 384, Q8_0 = 544, Q4_K = 2368, Q5_K = 2880, Q6_K = 3360 };
+// The kinds, by the bytes of 16 blocks; IQ4_NL has those of Q4_0.
+enum { Q4_0 = 288, Q4_1 = 320, Q5_0 = 352, Q5_1 = 384, Q8_0 = 544, Q4_K = 2368, Q5_K = 2880, Q6_K = 3360, IQ4_NL = 1 };
 enum { COLUMNS = 16, STEP = 64, VECTORS = COLUMNS / W };  // of a strip; bytes of 4 inputs of each, a cache line
 enum { ROUNDED = 16 * 1024 };  // numbers that a thread rounds at a time, about
 enum { AHEAD = 4096 };  // bytes of weight
 typedef int8_t Quads __attribute__((vector_size(4 * W)));  // 4 inputs of each of W columns
 
-// Adds to the sums of W columns the products of their 4 inputs with those of a row. Weights without a sign are of 4 bits, and
+// Adds to the sums of W columns the products of their 4 inputs with those of a row. Weights without a sign are below 16, and
 // `finish` makes their sums whole.
 #if defined(__AVX512VNNI__)
 enum { TOO_HIGH = 128 };  // the instruction takes weights without a sign: signed ones 128 too high
@@ -64,6 +65,11 @@ enum { TOO_HIGH = 0 };
 #error "this processor is not known to multiply int8 fast"
 #endif
 
+INLINE int is_kind(const int64_t kind) {
+  return kind == Q4_0 || kind == Q4_1 || kind == Q5_0 || kind == Q5_1 || kind == Q8_0 || kind == Q4_K || kind == Q5_K ||
+         kind == Q6_K || kind == IQ4_NL;
+}
+INLINE int64_t bytes_of_kind(const int kind) { return kind == IQ4_NL ? Q4_0 : kind; }
 INLINE int64_t groups_of(const int kind) { return kind >= Q4_K ? 8 : 1; }
 INLINE int bits_of(const int kind) {
   return kind == Q8_0 ? 8 : kind == Q6_K ? 6 : kind == Q5_0 || kind == Q5_1 || kind == Q5_K ? 5 : 4;
@@ -71,7 +77,7 @@ INLINE int bits_of(const int kind) {
 INLINE int has_minimum(const int kind) { return kind == Q4_1 || kind == Q5_1 || kind == Q4_K || kind == Q5_K; }
 // What each number is too high.
 INLINE int offset_of(const int kind) {
-  return kind == Q8_0 ? TOO_HIGH : kind == Q6_K ? 32 : kind == Q5_0 ? 16 : kind == Q4_0 ? 8 : 0;
+  return kind == Q8_0 || kind == IQ4_NL ? TOO_HIGH : kind == Q6_K ? 32 : kind == Q5_0 ? 16 : kind == Q4_0 ? 8 : 0;
 }
 
 INLINE Quads load_quads(const void *from) { return (Quads)load(from); }
@@ -79,6 +85,20 @@ INLINE Quads load_quads(const void *from) { return (Quads)load(from); }
 // The bits from `place` on of each byte, as the bits from 4 on.
 INLINE Quads upper_bits(Quads bits, const int place, const int8_t mask) {
   return (Quads)(place < 4 ? (I)bits << (4 - place) : (I)bits >> (place - 4)) & mask;
+}
+
+// The values of IQ4_NL (llama.cpp's ggml-common.h), each TOO_HIGH, at places from 0 to 15.
+INLINE Quads values_at(Quads places) {
+  static const int8_t values[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+#if W == 16
+  const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)values));
+  return (Quads)_mm512_shuffle_epi8(table, (__m512i)places) ^ (int8_t)TOO_HIGH;
+#elif W == 8
+  const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)values));
+  return (Quads)_mm256_shuffle_epi8(table, (__m256i)places);
+#else
+  return (Quads)vqtbl1q_s8(vld1q_s8(values), (uint8x16_t)places);
+#endif
 }
 
 // W float16 as float32.
@@ -183,8 +203,9 @@ INLINE void multiply(const Task *t, int64_t first, const int rows, int64_t strip
   const int64_t groups = t->groups, together = groups_of(kind), number_bytes = bits_of(kind) * STEP;
   const int bits = bits_of(kind), has_offset = offset_of(kind) != 0;
   // AVX2 adds products of 4 bits in 16, which do not hold what is too high: that is taken off at the end.
-  const int is_wide = bits > 4, is_late = W == 8 && !is_wide;
-  const uint8_t *start = t->weight + strip * (groups / together) * kind;
+  const int is_wide = bits > 4 || kind == IQ4_NL, is_late = W == 8 && !is_wide;
+  const int64_t bytes = bytes_of_kind(kind);  // of 16 blocks
+  const uint8_t *start = t->weight + strip * (groups / together) * bytes;
   const int8_t *x[ROWS];
   const Scale *scales[ROWS];
   F y[ROWS][VECTORS];
@@ -195,9 +216,9 @@ INLINE void multiply(const Task *t, int64_t first, const int rows, int64_t strip
   }
   for (int64_t group = 0; group < groups; group++) {
     const int64_t inner = group % together, from = group * GROUP;
-    const uint8_t *w = start + group / together * kind, *numbers = w + inner * number_bytes;
+    const uint8_t *w = start + group / together * bytes, *numbers = w + inner * number_bytes;
     const uint8_t *small = w + together * number_bytes, *factors = small + (together > 1 ? 2 * together * COLUMNS : 0);
-    EACH(i, (kind / together + STEP - 1) / STEP) prefetch(w + inner * (kind / together) + i * STEP + AHEAD);
+    EACH(i, (bytes / together + STEP - 1) / STEP) prefetch(w + inner * (bytes / together) + i * STEP + AHEAD);
     EACH(v, VECTORS) {
       const uint8_t *quads = numbers + v * sizeof(Quads);
       I sums[ROWS], others[ROWS];  // of Q6_K, the others are of the second half
@@ -220,6 +241,7 @@ INLINE void multiply(const Task *t, int64_t first, const int rows, int64_t strip
         Quads low = both & 15, high = (Quads)((I)both >> 4) & 15;
         if (bits == 5) low |= upper_bits(upper[0], i, 16), high |= upper_bits(upper[1], i + 4, 16);
         if (bits == 6) low |= upper_bits(upper[0], 2 * i, 48), high |= upper_bits(upper[1], 2 * i, 48);
+        if (kind == IQ4_NL) low = values_at(low), high = values_at(high);
         EACH(row, rows) add_products(sums[row], low, x[row] + from + 4 * i, is_wide);
         if (kind == Q6_K) EACH(row, rows) add_products(others[row], high, x[row] + from + 4 * i + 16, 1);
         else EACH(row, rows) add_products(sums[row], high, x[row] + from + 4 * i + 16, is_wide);
@@ -267,6 +289,7 @@ static void multiply_part(const void *task, int64_t part) {
     case Q4_K: multiply_strip(t, strip, Q4_K); break;
     case Q5_K: multiply_strip(t, strip, Q5_K); break;
     case Q6_K: multiply_strip(t, strip, Q6_K); break;
+    case IQ4_NL: multiply_strip(t, strip, IQ4_NL); break;
     default: multiply_strip(t, strip, Q8_0);
   }
   FOR(row, t->M)
@@ -285,11 +308,13 @@ static void place(Task *t, Memory *memory) {
 KERNEL(block_matmul) {
   const int is_adapted = call->args.size > 4;
   REQUIRE(call->args.size == (is_adapted ? 9 : 4) && call->rets.size == (is_adapted ? 2 : 1))
-  const int64_t M = dim(in[0], 0), width = dim(in[0], 1), blocks = dim(in[1], 1), kind = dim(in[1], 2), gains = dim(in[2], 0);
-  REQUIRE(kind == Q4_0 || kind == Q4_1 || kind == Q5_0 || kind == Q5_1 || kind == Q8_0 || kind == Q4_K || kind == Q5_K || kind == Q6_K)
+  const int64_t M = dim(in[0], 0), width = dim(in[0], 1), blocks = dim(in[1], 1), bytes = dim(in[1], 2), gains = dim(in[2], 0);
+  const int64_t kind = in[1]->dtype == S8 && bytes == bytes_of_kind(IQ4_NL) ? IQ4_NL : bytes;
+  REQUIRE(is_kind(kind))
   const int64_t groups = blocks * groups_of(kind), inputs = groups * GROUP, columns = dim(out[0], 1);
   REQUIRE(blocks > 0 && columns > 0)
-  REQUIRE(IS(in[1], U8, ceiling(columns, COLUMNS), blocks, kind) && IS(in[0], F32, M, width) && IS(out[0], F32, M, columns))
+  REQUIRE(IS(in[1], kind == IQ4_NL ? S8 : U8, ceiling(columns, COLUMNS), blocks, bytes))
+  REQUIRE(IS(in[0], F32, M, width) && IS(out[0], F32, M, columns))
   REQUIRE((width == inputs && (gains == 0 || gains == inputs)) || (width == 2 * inputs && gains == 0))
   REQUIRE(IS(in[2], F32, gains) && is_array(in[3], F32, 0, NULL))
   REQUIRE(!is_adapted || (are_adapters(M, inputs, in + 4, out[1]) && dim(out[1], 1) == columns))
@@ -303,7 +328,7 @@ KERNEL(block_matmul) {
   run(call, threads, round_part, &t, ceiling(t.M, t.size));
   FOR(row, t.M)
     if (t.finite[row]) t.order[t.count++] = row;
-  t.size = ceiling(strips, threads * ceiling(strips * blocks * kind, threads * PART));  // as many parts for each thread
+  t.size = ceiling(strips, threads * ceiling(strips * blocks * bytes, threads * PART));  // as many parts for each thread
   run(call, threads, multiply_part, &t, t.adapters.rows + ceiling(strips, t.size));
   free(memory.start);
   return NULL;

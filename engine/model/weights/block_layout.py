@@ -2,8 +2,8 @@
 
 A block is 32 inputs of a column, of which each number has as many bits as its kind says, and each
 block a scale, in some kinds a minimum too. The kinds that end in K have 256 inputs: eight groups of
-32, whose own small factors are multiplied by those of the whole block. Nothing is rounded: the same
-bytes are put into another order.
+32, whose own small factors are multiplied by those of the whole block. A number of IQ4_NL is the
+place of a value in a table. Nothing is rounded: the same bytes are put into another order.
 
 16 blocks, of as many columns, lie side by side, as native/block_matmul.c reads them. First come the
 numbers, group after group, in lines of 64 bytes, 4 inputs of each column; of 4 bits a byte has the
@@ -35,6 +35,7 @@ class Kind(NamedTuple):
     factors: int  # in float16: a scale, or a scale and a minimum
     groups: int = 1  # of 32 inputs
     small: int = 0  # bytes of factors that a group has of its own
+    values: tuple[int, ...] = ()  # that numbers stand for, where they are places in a table
 
     @property
     def inputs(self) -> int:
@@ -47,14 +48,21 @@ class Kind(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """The bytes of 16 blocks, by which a kind is known."""
+        """The bytes of 16 blocks, by which a kind is known together with its `dtype`."""
         return self.number_bytes + (self.groups * self.small + 2 * self.factors) * COLUMNS
+
+    @property
+    def dtype(self) -> str:
+        """The type of the array of bytes: int8 tells IQ4_NL from Q4_0, which has as many."""
+        return "int8" if self.values else "uint8"
 
     @property
     def has_minimum(self) -> bool:
         return self.factors == 2
 
 
+# as `kvalues_iq4nl` of llama.cpp's ggml-common.h
+IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 KINDS = {
     "Q4_0": Kind(4, 8, factors=1),
     "Q4_1": Kind(4, 0, factors=2),
@@ -65,15 +73,22 @@ KINDS = {
     "Q5_K": Kind(5, 0, factors=2, groups=8, small=2),
     # two small scales, of 16 inputs each
     "Q6_K": Kind(6, 32, factors=1, groups=8, small=2),
+    "IQ4_NL": Kind(4, 0, factors=1, values=IQ4_NL_VALUES),
 }
-BY_BYTES = {kind.bytes: name for name, kind in KINDS.items()}
+_NAMES = {(kind.bytes, kind.dtype): name for name, kind in KINDS.items()}
 # that weights are rounded to here, and whose factors can train
 ROUNDED = ("Q4_0", "Q4_1", "Q8_0")
 
 
+def kind_name(packed: Array | np.ndarray) -> str:
+    """Returns the name of the kind of packed blocks (out / 16, in / inputs of a block, bytes of 16
+    blocks).
+    """
+    return _NAMES[packed.shape[-1], packed.dtype.name]
+
+
 def kind_of(packed: Array | np.ndarray) -> Kind:
-    """Returns the kind of packed blocks (out / 16, in / inputs of a block, bytes of 16 blocks)."""
-    return KINDS[BY_BYTES[packed.shape[-1]]]
+    return KINDS[kind_name(packed)]
 
 
 def packed_shape(columns: int, inputs: int, kind: str) -> tuple[int, int, int]:
@@ -89,7 +104,7 @@ def factors_shape(columns: int, inputs: int, kind: str) -> tuple[int, int, int, 
 
 def pack_blocks(data: np.ndarray, kind: str) -> np.ndarray:
     """data (out, bytes of a row in a GGUF file) uint8 -> (out / 16, in / inputs of a block, bytes of
-    16 blocks) uint8. Zeros fill the last 16 columns.
+    16 blocks) in the kind's dtype. Zeros fill the last 16 columns.
 
     Raises ValueError when a scale or minimum is not a finite number.
     """
@@ -103,6 +118,7 @@ def pack_blocks(data: np.ndarray, kind: str) -> np.ndarray:
         lines = packed[..., start:end].view(field.dtype)
         lines.reshape(*lines.shape[:2], -1, COLUMNS)[:] = field.transpose(0, 2, 3, 1)
         start = end
+    packed = packed.view(KINDS[kind].dtype)
     if not has_finite_factors(packed):
         raise ValueError("a factor is not finite")
     return packed
@@ -135,9 +151,13 @@ def take_apart(packed: Array) -> tuple[Array, Array]:
     minimum added where there is one, is the weight.
     """
     kind = kind_of(packed)
+    packed = jax.lax.bitcast_convert_type(packed, jnp.uint8)
     strips, blocks, _ = packed.shape
     lines = packed[..., : kind.number_bytes].reshape(strips, blocks * kind.groups, -1, COLUMNS, 4)
-    numbers = _numbers(lines, kind.bits).astype(jnp.float32) - kind.offset
+    integers = _numbers(lines, kind.bits)
+    if kind.values:
+        integers = jnp.array(kind.values, jnp.int8)[integers]
+    numbers = integers.astype(jnp.float32) - kind.offset
     end = kind.bytes - 2 * kind.factors * COLUMNS
     halves = packed[..., end:].reshape(strips, blocks, kind.factors, COLUMNS, 2)
     factors = jax.lax.bitcast_convert_type(halves, jnp.float16).astype(jnp.float32)
@@ -283,4 +303,5 @@ FILE_ORDERS = {
     "Q4_K": FileOrder(144, _read_k),
     "Q5_K": FileOrder(176, _read_k),
     "Q6_K": FileOrder(210, _read_q6_k),
+    "IQ4_NL": FileOrder(18, functools.partial(_read_plain, factors=1)),
 }

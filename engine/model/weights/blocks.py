@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from engine.model.native.library import target
 from engine.model.ops import computes_in_c, over_rows
 from engine.model.paths import leaf_paths
-from engine.model.weights.block_layout import BY_BYTES, COLUMNS, GROUP, kind_of, take_apart
+from engine.model.weights.block_layout import COLUMNS, GROUP, kind_name, kind_of, take_apart
 from engine.model.weights.weight import TrainingForm, Weight
 
 # the least and the largest that a weight is rounded to
@@ -33,8 +33,8 @@ QUARTER_STEPS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 64}
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["columns", "axis"])
 @dataclasses.dataclass(frozen=True)
 class Blocks(Weight, TrainingForm):
-    """packed (out / 16, in / inputs of a block, bytes of 16 blocks) uint8: a weight with `columns`
-    outputs.
+    """packed (out / 16, in / inputs of a block, bytes of 16 blocks) uint8 or int8: a weight with
+    `columns` outputs.
 
     `axis` 1: the matrix (in, out); 0: the embedding (V, D), its blocks along D, by whose transpose
     a tied head multiplies.
@@ -53,7 +53,7 @@ class Blocks(Weight, TrainingForm):
 
     @property
     def kind(self) -> str:
-        return BY_BYTES[self.packed.shape[2]]
+        return kind_name(self.packed)
 
     def dense(self, dtype: DTypeLike | None = None) -> Array:
         return dense_blocks(self)
@@ -285,7 +285,7 @@ def join_blocks(weights: Sequence[Blocks]) -> Blocks | None:
     """Returns weights side by side; None where they are of several kinds or inputs, or where one
     before the last does not fill its last 16 columns.
     """
-    kinds_and_inputs = {weight.packed.shape[1:] for weight in weights}
+    kinds_and_inputs = {(weight.kind, weight.packed.shape[1]) for weight in weights}
     fills_columns = all(weight.columns % COLUMNS == 0 for weight in weights[:-1])
     if len(kinds_and_inputs) > 1 or not fills_columns:
         return None
