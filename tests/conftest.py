@@ -24,7 +24,7 @@ LONGEST = (
     "test_sharding.py",
     "test_readme.py",
     "test_platforms.py",
-    "test_stage_finetune.py",
+    "test_finetune.py",
 )
 
 _folders: list[str] = []

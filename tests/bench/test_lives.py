@@ -1,6 +1,6 @@
 """The lives of a real model, recorded by the real command, and the laws that hold in what was recorded: at night.
 
-By default a tiny model answers, tests/stages/test_record.py tests what training records, and
+By default a tiny model answers, tests/stages/test_recorder.py tests what training records, and
 test_lives_page.py the page.
 """
 

@@ -128,7 +128,7 @@ def by_xla():
         yield
 
 
-# by day test_segmented_cache.py holds that a row's attention by XLA has the same bits in any
+# by day test_segmented.py holds that a row's attention by XLA has the same bits in any
 # company
 @pytest.mark.night
 @pytest.mark.usefixtures("by_xla")

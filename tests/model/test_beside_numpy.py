@@ -212,7 +212,7 @@ def heads(T: int, K: int, dtype) -> tuple[jax.Array, ...]:
 @ATTENTION
 @DTYPES
 @pytest.mark.parametrize(("K", "T", "packed"), [(K, T, True), (N, T, False), (1, T, True), (K, 256, True)])
-def test_causal_attention(module, dtype, K, T, packed):
+def test_attention_in_blocks(module, dtype, K, T, packed):
     """In one block of queries, or in two; a row is one text, or three."""
     segments = np.sort(tokens_of(3, 2, T, vocab=3), axis=1) if packed else None
     ours = lambda q, k, v: module.causal_attention(q, k, v, segments)

@@ -9,7 +9,7 @@ from engine.text.documents import Documents
 from tests.serve.browser import Visit
 from tests.serve.line import Line
 from tests.serve.started import Started
-from tests.serve.test_serve_adapters import save
+from tests.serve.test_adapters import save
 from tests.serve.tiny_server import TinyServer, good
 from tests.text.chat_models import save_chat_model
 

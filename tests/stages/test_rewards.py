@@ -14,7 +14,7 @@ from engine.errors import UserError
 from engine.storage import checkpoint
 from stages.reinforce import __main__ as reinforce
 from stages.runs.rewards import Rewards
-from tests.stages.test_stage_reinforce import args, result
+from tests.stages.test_reinforce import args, result
 from tests.stages.tiny_runs import metrics
 
 

@@ -43,7 +43,7 @@ def by_the_formula(cfg, params, side: Batch) -> jax.Array:
 
 @pytest.mark.law("adapter identity")
 def test_at_the_reference_the_loss_is_ln_2():
-    """Also in bfloat16, which rounds both alike; of a LoRA test_stage_finetune.py finds it."""
+    """Also in bfloat16, which rounds both alike; of a LoRA test_finetune.py finds it."""
     cfg = tiny_config(dtype="bfloat16")
     params, pairs = lively_params(cfg), pairs_of(0, masked=False)
     pairs = pairs._replace(reference=pair_logprobs(cfg, params, pairs))

@@ -140,8 +140,8 @@ function drawMemory() {
   if (cache.length) panels.push(panel('KV cache of one request', si(Math.max(...cache), 'B')));
   fill('memory', '', make('div', {className: 'panels two'}, panels),
     memoryLegend(pair.map(memory)), say(isAnswering() ? SAY.cache : SAY.step),
-    law('tests/bench/test_step_memory.py::test_training_climbs_through_forward_and_comes_down_through_backward',
-      'tests/bench/test_step_memory.py::test_inference_keeps_nothing'),
+    law('tests/bench/test_memory.py::test_training_climbs_through_forward_and_comes_down_through_backward',
+      'tests/bench/test_memory.py::test_inference_keeps_nothing'),
     peakTable('Memory at the peak of one step.', all.map((name) => [LIVES[name].name, memory(name)])));
   const width = panels[0]?.clientWidth || 300;
   memories = pair.map((name) => memoryChart(memory(name), Math.max(...all.map(top)), width));

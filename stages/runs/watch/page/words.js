@@ -2,7 +2,7 @@
 // The sentences of the page that depend on the life that is shown, or on the recording's numbers.
 
 const STILL = 'Some weights stand still in the first frames: the learning rate, the length of a step, begins at 0; and a matrix of zeros, such as a new head or LoRA’s b, lets no gradient through until it has moved.';
-const RECORDED = ['tests/bench/test_lives.py::test_training_moves_what_trains_and_no_bit_of_what_is_frozen', 'tests/stages/test_record.py::check_law'];
+const RECORDED = ['tests/bench/test_lives.py::test_training_moves_what_trains_and_no_bit_of_what_is_frozen', 'tests/stages/test_recorder.py::check_law'];
 const FROZEN = 'tests/laws/test_frozen.py::test_frozen_parameters_are_the_same_to_the_bit_after_a_thousand_steps';
 const ASKED = 'tests/bench/test_lives.py::test_answering_changes_no_bit_and_no_request_knows_of_another';
 const SERVED = 'tests/laws/test_forward_only.py::test_serving_many_changes_no_weight_and_remembers_no_request';

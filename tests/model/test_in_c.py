@@ -17,7 +17,7 @@ from engine.model.cache import segmented
 from engine.model.cache.in_c import KVInC
 from engine.model.cache.segmented import CacheRows, KVSegments, make_kv_segments
 from engine.model.native.library import native_problem
-from tests.model import test_blocks, test_causal_attention
+from tests.model import test_blocks, test_attention_in_blocks
 from tests.tiny import tiny_config
 
 DTYPES = ("float32", "bfloat16", "int8")
@@ -234,7 +234,7 @@ def all_bits() -> bytes:
     """What the two ways here, the kernel of training and the two ways of blocks give; the products
     of int8 are exact.
     """
-    return bits(True) + bits(False) + test_causal_attention.bits() + test_blocks.bits()
+    return bits(True) + bits(False) + test_attention_in_blocks.bits() + test_blocks.bits()
 
 
 def run_here(program: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -245,6 +245,6 @@ def run_here(program: str, **environment: str) -> subprocess.CompletedProcess[by
 def test_the_same_with_one_thread():
     one = "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
     result = run_here(
-        f"{one}; from tests.model.test_decode_attention import all_bits; sys.stdout.buffer.write(all_bits())"
+        f"{one}; from tests.model.test_in_c import all_bits; sys.stdout.buffer.write(all_bits())"
     )
     assert result.stdout == all_bits(), result.stderr.decode()
