@@ -17,7 +17,7 @@ from engine.model.cache import segmented
 from engine.model.cache.in_c import KVInC
 from engine.model.cache.segmented import CacheRows, KVSegments, make_kv_segments
 from engine.model.native.library import native_problem
-from tests.model import test_blocks, test_attention_in_blocks
+from tests.model import test_attention_in_blocks, test_blocks
 from tests.tiny import tiny_config
 
 DTYPES = ("float32", "bfloat16", "int8")
