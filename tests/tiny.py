@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.model.config import ModelConfig, RopeScaling
+from engine.model.config import Llama3Scaling, ModelConfig, YarnScaling
 
 B, T = 2, 7
 # Has a program measure this machine's ceilings on small matrices: not as true, and seconds sooner.
@@ -44,14 +44,22 @@ def tiny_config(**changes: Any) -> Any:
 
 
 # The family's members, and all that is said about a block once so and once otherwise: Qwen3's,
-# Llama 3's with its stretched rotation, Qwen2's with as many key heads as query heads, and one with
+# Llama 3's with its stretched rotation, Qwen2's with YaRN's and as many key heads as query heads, and one with
 # a single key head and no option at all.
 FAMILY = {
     "qwen3": tiny_config(),
     "llama3": tiny_config(
-        qk_norm=False, tied=True, rope_theta=100.0, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 64)
+        qk_norm=False, tied=True, rope_theta=100.0, rope_scaling=Llama3Scaling(4.0, 1.0, 4.0, 64)
     ),
-    "qwen2": tiny_config(qk_norm=False, tied=True, qkv_bias=True, kv_heads=6, eps=1e-2),
+    "qwen2": tiny_config(
+        qk_norm=False,
+        tied=True,
+        qkv_bias=True,
+        kv_heads=6,
+        eps=1e-2,
+        rope_theta=100.0,
+        rope_scaling=YarnScaling(4.0, 40, 1.2, fast_turns=5.0, slow_turns=0.5),
+    ),
     "plain": tiny_config(qk_norm=False, kv_heads=1, layers=3),
 }
 

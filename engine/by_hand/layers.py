@@ -13,7 +13,7 @@ import math
 import numpy as np
 from numpy import ndarray
 
-from engine.model.config import ModelConfig
+from engine.model.config import ModelConfig, YarnScaling
 
 # Embedding
 
@@ -104,20 +104,28 @@ def rope_tables(cfg: ModelConfig, positions: ndarray, dtype: np.dtype) -> tuple[
     """positions (B, T) -> cos, sin (B, T, 1, H / 2) of the angle by which each pair of a head
     turns.
 
-    Pair i turns by theta ** (-2 i / H) a position. Llama 3 stretches this to a longer context
-    (2407.21783, section 3.4.1): slow pairs turn `factor` times slower, pairs that turn often within
-    the original context stay as they are, and those between are blended.
+    Pair i turns by theta ** (-2 i / H) a position. Llama 3 (2407.21783, section 3.4.1) and YaRN
+    (2309.00071, section 3.4) stretch this to a longer context: slow pairs turn `factor` times
+    slower, pairs that turn often within the original context stay as they are, and those between
+    are blended. YaRN makes cos and sin larger too, and with them attention's scores.
     """
     half = cfg.head_dim // 2
-    speed = cfg.rope_theta ** (-np.arange(half, dtype=dtype) / half)
+    pairs = np.arange(half, dtype=dtype)
+    speed = cfg.rope_theta ** (-pairs / half)
+    size = 1.0
     scaling = cfg.rope_scaling
     if scaling is not None:
-        turns = scaling.original_context * speed / (2 * math.pi)
-        fast = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        if isinstance(scaling, YarnScaling):
+            size = scaling.attention_factor
+            first, last = scaling.blended_pairs(cfg.head_dim, cfg.rope_theta)
+            fast = (last - pairs) / (last - first)
+        else:
+            turns = scaling.original_context * speed / (2 * math.pi)
+            fast = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         fast = np.clip(fast, 0, 1)
         speed = speed * (fast + (1 - fast) / scaling.factor)
     angles = positions[..., None, None].astype(dtype) * speed
-    return np.cos(angles), np.sin(angles)
+    return size * np.cos(angles), size * np.sin(angles)
 
 
 def rope(x: ndarray, cos: ndarray, sin: ndarray) -> ndarray:

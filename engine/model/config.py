@@ -1,6 +1,7 @@
 """ModelConfig, LoraConfig and presets of known architectures. Configs are frozen, hashable, and check themselves."""
 
 import dataclasses
+import math
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,13 +17,61 @@ JOINED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
+class Llama3Scaling:
     """Llama 3's scaling of RoPE frequencies (The Llama 3 Herd of Models, 2407.21783, section 3.4.1)."""
 
     factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_context: int
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnScaling:
+    """YaRN's scaling of RoPE frequencies and of attention (Peng et al. 2023, 2309.00071, section 3.4).
+
+    Pairs that turn `fast_turns` times or more within the original context stay as they are, those
+    that turn `slow_turns` times or less turn `factor` times slower.
+    """
+
+    factor: float
+    original_context: int
+    attention_factor: float  # cos and sin are multiplied by it
+    fast_turns: float = 32.0
+    slow_turns: float = 1.0
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model can attend to by this scaling."""
+        return int(self.original_context * self.factor)
+
+    def blended_pairs(self, head_dim: int, theta: float) -> tuple[float, float]:
+        """Returns the last pair that stays as it is and the first that is slowed in full.
+
+        Between the two the blend is linear in the pair's index, as in the authors' program; the
+        paper has it linear in the pair's turns.
+        """
+        first = math.floor(self._pair_of(self.fast_turns, head_dim, theta))
+        last = math.ceil(self._pair_of(self.slow_turns, head_dim, theta))
+        first = max(first, 0)
+        last = min(last, head_dim - 1)
+        return first, max(last, first + 0.001)  # a step where the two are one
+
+    def _pair_of(self, turns: float, head_dim: int, theta: float) -> float:
+        """Returns the index of the pair that turns so often within the original context: pair i turns
+        by theta ** (-2 i / H) a position.
+        """
+        return head_dim * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+
+RopeScaling = Llama3Scaling | YarnScaling
+
+
+def yarn_attention_factor(factor: float) -> float:
+    """Returns by how much YaRN multiplies cos and sin where a model does not say it (2309.00071,
+    equation 22).
+    """
+    return 0.1 * math.log(factor) + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +178,8 @@ class ModelConfig:
         """
         scaling = fields.get("rope_scaling")
         if scaling:
-            fields = fields | {"rope_scaling": _from_fields(RopeScaling, scaling)}
+            kind = YarnScaling if "attention_factor" in scaling else Llama3Scaling
+            fields = fields | {"rope_scaling": _from_fields(kind, scaling)}
         return _from_fields(cls, fields)
 
     def architecture_differences(self, other: "ModelConfig") -> list[str]:
@@ -222,7 +272,7 @@ def _from_fields[T: DataclassInstance](kind: type[T], fields: dict[str, Any]) ->
     return kind(**fields)
 
 
-_LLAMA3 = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+_LLAMA3 = Llama3Scaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
 
 # Those of published models are from their own config.json.
 PRESETS: dict[str, ModelConfig] = {

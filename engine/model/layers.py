@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from engine.model.config import ModelConfig
+from engine.model.config import ModelConfig, YarnScaling
 
 # a score that softmax turns into 0; finite, so that a row without any key gives numbers and not NaN
 MASKED = -1e30
@@ -55,23 +55,34 @@ def rms_norm(x: Array, gain: Array | None, eps: float, dtype: DTypeLike) -> Arra
 
 def rope_frequencies(cfg: ModelConfig) -> Array:
     """Returns the angle per position of each of the H / 2 pairs, float32 (Su et al. 2021, equation
-    15; Llama 3.1's scaling).
+    15; scaled as Llama 3.1 or YaRN does).
     """
     half = cfg.head_dim // 2
-    frequencies = cfg.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    pairs = jnp.arange(half, dtype=jnp.float32)
+    frequencies = cfg.rope_theta ** (-pairs / half)
     scaling = cfg.rope_scaling
-    if scaling:  # slow pairs turn `factor` times slower, fast ones stay, those between are blended
+    if scaling is None:
+        return frequencies
+    # Slow pairs turn `factor` times slower, fast ones stay, those between are blended.
+    if isinstance(scaling, YarnScaling):
+        first, last = scaling.blended_pairs(cfg.head_dim, cfg.rope_theta)
+        blend = (last - pairs) / (last - first)
+    else:
         turns = scaling.original_context * frequencies / (2 * math.pi)
         blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        blend = jnp.clip(blend, 0.0, 1.0)
-        frequencies = frequencies * (blend + (1 - blend) / scaling.factor)
-    return frequencies
+    blend = jnp.clip(blend, 0.0, 1.0)
+    return frequencies * (blend + (1 - blend) / scaling.factor)
 
 
 def rope_tables(cfg: ModelConfig, positions: Array) -> tuple[Array, Array]:
     """positions (B, T) int32 -> cos, sin (B, T, H / 2) float32."""
     angles = positions[..., None].astype(jnp.float32) * rope_frequencies(cfg)
-    return jnp.cos(angles), jnp.sin(angles)
+    cos = jnp.cos(angles)
+    sin = jnp.sin(angles)
+    if isinstance(cfg.rope_scaling, YarnScaling):
+        cos = cos * cfg.rope_scaling.attention_factor
+        sin = sin * cfg.rope_scaling.attention_factor
+    return cos, sin
 
 
 def rope(x: Array, cos: Array, sin: Array, scale: float, dtype: DTypeLike) -> Array:

@@ -1,14 +1,18 @@
 """The families of models known here: ModelConfig from a config.json or a GGUF file's metadata, and back."""
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from engine.errors import UserError
-from engine.model.config import ModelConfig, RopeScaling
-from engine.untrusted import Fields, known_name, quote, read_at
+from engine.model.config import ModelConfig, YarnScaling
+from engine.storage.rope_scaling import (
+    GGUF_YARN,
+    rope_from_gguf,
+    rope_from_json,
+    rope_to_gguf,
+    rope_to_json,
+)
+from engine.untrusted import Fields, known_name, quote
 
 if TYPE_CHECKING:
     from engine.storage.gguf_header import Header
@@ -129,9 +133,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": _QWEN | {"head_dim": 128},
 }
 
-LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ROPE_FIELDS: dict[str, tuple[str, ...]] = {"default": (), "llama3": LLAMA3_FIELDS}
-
 
 def config_from_json(values: dict[str, Any], path: Path) -> ModelConfig:
     """Returns the architecture in a config.json, whose context is at most its attention window.
@@ -143,7 +144,9 @@ def config_from_json(values: dict[str, Any], path: Path) -> ModelConfig:
     Fields(values, path).check(JSON_ONLY)
     fields = Fields(DEFAULTS[kind] | values, path)
     sizes: dict[str, Any] = _read_sizes(fields, JSON_SIZES)
-    theta, scaling = _rope(fields, sizes["context"])
+    theta, scaling = rope_from_json(fields, sizes["context"])
+    if isinstance(scaling, YarnScaling):
+        sizes["context"] = scaling.context
     window = _window(fields, kind, sizes["layers"])
     if window:
         sizes["context"] = min(sizes["context"], window)
@@ -201,48 +204,11 @@ def _has_windows(fields: Fields, kind: str, types: list[Any], layers: int) -> bo
     return fields.flag("use_sliding_window") and any_layer
 
 
-def _rope(fields: Fields, context: int) -> tuple[float, RopeScaling | None]:
-    """Returns theta and scaling; since transformers 5 they are both in `rope_parameters`."""
-    path = fields.path
-    values = {"rope_theta": fields.values["rope_theta"]}
-    for name in ("rope_scaling", "rope_parameters"):
-        value = fields.values.get(name)
-        if not isinstance(value, dict | None):
-            raise UserError(f"{path}: {name} should be an object or null, not {quote(value)}.")
-        values |= value or {}
-    rope = Fields(values, path)
-    theta = rope.number("rope_theta", float)
-    stated_kind = values.get("rope_type", values.get("type", "default"))
-    kind = known_name(stated_kind, ROPE_FIELDS, "rope_type", path)
-    known = ("rope_type", "type", "rope_theta", *ROPE_FIELDS[kind])
-    for name, value in values.items():
-        is_harmless = name == "partial_rotary_factor" and value == 1
-        if name not in known and not is_harmless:
-            raise UserError(
-                f"{path}: the rope scaling {kind!r} has a field {quote(name)} that is not known here."
-            )
-    if kind == "default":
-        return theta, None
-    factor = rope.number("factor", float)
-    low = rope.number("low_freq_factor", float)
-    high = rope.number("high_freq_factor", float)
-    original = rope.number("original_max_position_embeddings", int, context)
-    if not (low < high and factor > 0 and original > 0):
-        raise UserError(
-            f"{path}: the rope scaling needs low_freq_factor below high_freq_factor, and sizes above 0."
-        )
-    return theta, RopeScaling(factor, low, high, original)
-
-
 def config_to_json(cfg: ModelConfig, dtype: str, tokens: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields of a config.json in transformers 4's names, which 5 reads too. `tokens`:
     bos_token_id and the like.
     """
     kind = architecture_of(cfg)
-    scaling = None
-    if cfg.rope_scaling:
-        values = dataclasses.astuple(cfg.rope_scaling)
-        scaling = {"rope_type": "llama3", **dict(zip(LLAMA3_FIELDS, values))}
     return {
         "architectures": [f"{kind.capitalize()}ForCausalLM"],
         "model_type": kind,
@@ -250,7 +216,7 @@ def config_to_json(cfg: ModelConfig, dtype: str, tokens: dict[str, Any]) -> dict
         "hidden_act": "silu",
         "rms_norm_eps": cfg.eps,
         "rope_theta": cfg.rope_theta,
-        "rope_scaling": scaling,
+        "rope_scaling": rope_to_json(cfg.rope_scaling),
         "tie_word_embeddings": cfg.tied,
         **({"attention_bias": False} if kind != "qwen2" else {}),
         "attention_dropout": 0.0,
@@ -266,23 +232,20 @@ HEAD_WIDTHS = ("attention.value_length", "rope.dimension_count")
 EPS = "attention.layer_norm_rms_epsilon"
 THETA = "rope.freq_base"
 WINDOW = "attention.sliding_window"
-GGUF_USED = {*GGUF_SIZES.values(), *HEAD_WIDTHS, EPS, THETA, WINDOW}
-GGUF_HARMLESS = "rope.scaling.(original_context_length|finetuned)|tensor_data_layout|use_parallel_residual"
+GGUF_USED = {*GGUF_SIZES.values(), *HEAD_WIDTHS, EPS, THETA, WINDOW, *GGUF_YARN}
+GGUF_HARMLESS = "rope.scaling.finetuned|tensor_data_layout|use_parallel_residual"
 # Keys that change what the weights compute, in a way that is not built here -> the values that do
 # not.
 GGUF_ONLY: dict[str, tuple[Any, ...]] = {
-    "rope.scaling.type": ("none",),
-    "rope.scaling.factor": (1.0, 0.0),
     "attention.causal": (True,),
     **dict.fromkeys(("expert_count", "expert_used_count"), (0,)),
-    **dict.fromkeys(("rope.scale_linear", "rope.scaling.attn_factor"), (1.0,)),
+    "rope.scale_linear": (1.0,),
+    "rope.scaling.yarn_ext_factor": (1.0, -1.0),
+    "rope.scaling.yarn_attn_factor": (1.0, -1.0),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
     **dict.fromkeys(("logit_scale", "residual_scale", "embedding_scale"), (1.0,)),
     **dict.fromkeys(("attention.scale", "attn_logit_softcapping", "final_logit_softcapping"), (0.0,)),
 }
-FREQUENCIES = "rope_freqs.weight"
-
-# Llama 3.1's and 3.2's; a file holds only what they make of each frequency.
-KNOWN_SCALINGS = [RopeScaling(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0)]
 
 
 def config_from_gguf(header: "Header") -> ModelConfig:
@@ -300,6 +263,9 @@ def config_from_gguf(header: "Header") -> ModelConfig:
     fields = own._replace(values=own.values | {"vocab_size": table.shape[0]})
     theta = fields.number(THETA, float, 10000.0)
     sizes: dict[str, Any] = _read_sizes(fields, GGUF_SIZES)
+    scaling = rope_from_gguf(header, fields, theta, sizes["context"])
+    if isinstance(scaling, YarnScaling):
+        sizes["context"] = scaling.context
     # Within the first window of keys, attention in windows is the plain one.
     window = fields.number(WINDOW, int, 0)
     if window:
@@ -307,7 +273,7 @@ def config_from_gguf(header: "Header") -> ModelConfig:
     cfg = ModelConfig(
         **sizes,
         rope_theta=theta,
-        rope_scaling=_read_scaling(header, theta),
+        rope_scaling=scaling,
         eps=fields.number(EPS, float),
         tied="output.weight" not in header.tensors,
         **BLOCKS[kind],
@@ -335,40 +301,9 @@ def note_unknown_gguf(header: "Header") -> tuple[str, ...]:
 
 
 def config_to_gguf(cfg: ModelConfig) -> dict[str, Any]:
-    """Returns the metadata {key: int | float} of an architecture, without its prefix; floats are to
+    """Returns the metadata {key: int | float | str} of an architecture, without its prefix; floats are to
     be written as float32.
     """
     sizes = {theirs: getattr(cfg, ours) for ours, theirs in GGUF_SIZES.items()}
     sizes |= dict.fromkeys(HEAD_WIDTHS, cfg.head_dim)
-    return sizes | {EPS: cfg.eps, THETA: cfg.rope_theta}
-
-
-def rope_factors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
-    """Returns the divisor of each RoPE frequency (H / 2,) float32 in Llama 3's scaling (The Llama 3
-    Herd of Models, 3.4.1).
-    """
-    frequencies = theta ** (-np.arange(head_dim // 2) * 2 / head_dim)
-    turns = scaling.original_context * frequencies / (2 * np.pi)
-    blend = np.clip(
-        (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0
-    )
-    return (1 / (blend + (1 - blend) / scaling.factor)).astype(np.float32)
-
-
-def _read_scaling(header: "Header", theta: float) -> RopeScaling | None:
-    tensor = header.tensors.get(FREQUENCIES)
-    if tensor is None:
-        return None
-    if tensor.kind.name != "F32" or len(tensor.shape) != 1 or tensor.shape[0] > 4096:
-        raise UserError(f"{header.path}: {FREQUENCIES} should be a short row of float32.")
-    factors = read_at(header.path, tensor.offset, tensor.size).view("<f4")
-    if (factors == 1).all():
-        return None
-    for scaling in KNOWN_SCALINGS:
-        if np.allclose(rope_factors(scaling, theta, 2 * len(factors)), factors, rtol=1e-3):
-            return scaling
-    raise UserError(
-        f"{header.path}: {FREQUENCIES} is none of the RoPE scalings "
-        "that Llama 3.1 and 3.2 were published with. "
-        "A GGUF file does not say how it was made; the model's Hugging Face folder does, in config.json."
-    )
+    return sizes | {EPS: cfg.eps, THETA: cfg.rope_theta} | rope_to_gguf(cfg.rope_scaling)

@@ -17,8 +17,9 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from engine.errors import UserError
 from engine.model.weights.block_layout import pack_blocks
-from engine.storage.architectures import FREQUENCIES, config_from_gguf, note_unknown_gguf
+from engine.storage.architectures import config_from_gguf, note_unknown_gguf
 from engine.storage.gguf_header import STRING, ArrayLocation, Header, read_header, read_numbers, read_strings
+from engine.storage.rope_scaling import FREQUENCIES
 from engine.storage.tensor_layout import (
     GGUF_NAMES,
     Leaf,

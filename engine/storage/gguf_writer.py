@@ -15,12 +15,12 @@ from gguf.quants import quant_shape_to_byte_shape, quantize
 from tokenizers import models
 
 from engine.errors import UserError
-from engine.model.config import ModelConfig
+from engine.model.config import Llama3Scaling, ModelConfig
 from engine.model.paths import leaf_paths
 from engine.model.weights.block_layout import GROUP, ROUNDED, unpack_blocks
 from engine.model.weights.blocks import round_to_blocks, served_kind
 from engine.model.weights.plain import as_weight
-from engine.storage.architectures import FREQUENCIES, architecture_of, config_to_gguf, rope_factors
+from engine.storage.architectures import architecture_of, config_to_gguf
 from engine.storage.gguf import (
     BYTE,
     CONTROL,
@@ -34,6 +34,7 @@ from engine.storage.gguf import (
     regroup_rows,
     set_pre_tokenizer,
 )
+from engine.storage.rope_scaling import FREQUENCIES, rope_factors
 from engine.storage.tensor_layout import DTYPE_NAMES, GGUF_NAMES, Leaf, file_tensors, layout_of
 from engine.text import OnProgress
 from engine.text.tokenizer import Tokenizer
@@ -79,7 +80,7 @@ def save_gguf(
         kinds[leaf.name] = kind
         size = math.prod(quant_shape_to_byte_shape(leaf.stored, kind))
         writer.add_tensor_info(leaf.name, leaf.stored, np.dtype(np.float32), size, kind)
-    if cfg.rope_scaling:
+    if isinstance(cfg.rope_scaling, Llama3Scaling):
         factors = rope_factors(cfg.rope_scaling, cfg.rope_theta, cfg.head_dim)
         writer.add_tensor_info(
             FREQUENCIES, factors.shape, factors.dtype, factors.nbytes, GGMLQuantizationType.F32
@@ -96,7 +97,7 @@ def save_gguf(
         if not is_encoded:
             rows = _encode(rows, kinds[leaf.name])
         writer.write_tensor_data(rows)
-    if cfg.rope_scaling:
+    if isinstance(cfg.rope_scaling, Llama3Scaling):
         writer.write_tensor_data(factors)
     writer.close()
 

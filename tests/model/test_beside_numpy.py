@@ -14,7 +14,7 @@ import pytest
 from engine.by_hand import layers as by_hand
 from engine.by_hand import loss_and_gradient as by_hand_gradient
 from engine.model import attention, backward, layers, loss
-from engine.model.config import LoraConfig, ModelConfig, RopeScaling
+from engine.model.config import Llama3Scaling, LoraConfig, ModelConfig, YarnScaling
 from engine.model.paths import leaf_paths, map_paths
 from engine.model.weights.int8 import Int8, quantize
 from engine.model.weights.lora import init_lora
@@ -163,8 +163,11 @@ def test_rms_norm(module, dtype, gained):
 
 @BOTH
 @DTYPES
-def test_rope(module, dtype):
-    cfg = ModelConfig(V, D, 1, N, F, 512, K, H, rope_theta=100.0, rope_scaling=RopeScaling(4.0, 1.0, 4.0, 64))
+@pytest.mark.parametrize(
+    "scaling", [Llama3Scaling(4.0, 1.0, 4.0, 64), YarnScaling(4.0, 64, 1.2, 5.0, 0.5)], ids=["llama3", "yarn"]
+)
+def test_rope(scaling, module, dtype):
+    cfg = ModelConfig(V, D, 1, N, F, 512, K, H, rope_theta=100.0, rope_scaling=scaling)
     positions, scale = positions_of(B, T) + 100, 0.7
     tables = by_hand.rope_tables(cfg, positions, np.dtype("float64"))
     ours = jax.jit(layers.rope_tables, static_argnums=0)(cfg, positions)

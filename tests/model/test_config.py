@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from engine import by_hand
 from engine.counting.params import count_params
 from engine.errors import UserError
-from engine.model.config import PRESETS, LoraConfig, ModelConfig, RopeScaling, preset
+from engine.model.config import PRESETS, Llama3Scaling, LoraConfig, ModelConfig, YarnScaling, preset
 from engine.model.paths import leaf_paths
 from engine.model.shapes import leaf_shapes
 from engine.model.transformer import forward, init_params
@@ -117,7 +117,9 @@ configs = st.builds(
     st.integers(1, 4),
     st.integers(1, 4),
     st.integers(1, 40),
-    st.none() | st.builds(RopeScaling, st.floats(1, 64), st.just(1.0), st.just(4.0), st.integers(1, 8192)),
+    st.none()
+    | st.builds(Llama3Scaling, st.floats(1, 64), st.just(1.0), st.just(4.0), st.integers(1, 8192))
+    | st.builds(YarnScaling, st.floats(1, 64), st.integers(1, 8192), st.floats(0.5, 2)),
     vocab=st.integers(1, 99),
     width=st.integers(1, 99),
     layers=st.integers(1, 9),

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from engine.errors import UserError
 from engine.inference.config import EngineConfig
-from engine.model.config import LoraConfig, RopeScaling
+from engine.model.config import Llama3Scaling, LoraConfig, YarnScaling
 from engine.model.paths import leaf_paths, map_paths, merge
 from engine.model.transformer import forward
 from engine.model.weights.block_layout import KINDS
@@ -164,10 +164,16 @@ def test_rounding_that_costs_too_much_is_told(trained, tmp_path, monkeypatch, ca
     ("fields", "weight", "sentence", "remedy"),
     [
         (
-            {"rope_scaling": RopeScaling(5.0, 1.0, 4.0, 8192)},
+            {"rope_scaling": Llama3Scaling(5.0, 1.0, 4.0, 8192)},
             0.0,
             "none of the RoPE scalings that Llama 3.1 and 3.2",
             "does, in config.json. A Hugging Face folder may hold it.",
+        ),
+        (
+            {"rope_scaling": YarnScaling(5.0, 8, 1.0, fast_turns=9.0)},
+            0.0,
+            "yarn_beta_fast is 9.0",
+            "A Hugging Face folder may hold it.",
         ),
         (
             {},

@@ -1,12 +1,14 @@
 """config.json to ModelConfig and back: published models are what their presets say, and what is not known is refused."""
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.model.config import PRESETS, ModelConfig, preset
+from engine.model.config import PRESETS, ModelConfig, YarnScaling, preset
 from engine.storage.architectures import DEFAULTS, config_from_json, config_to_json, note_unknown_json
 from tests.storage.refusals import refusal
 
@@ -149,7 +151,12 @@ def test_a_field_that_is_not_known_is_named_once_and_ignored():
     assert note.endswith("and 3 more")
 
 
-@pytest.mark.parametrize("cfg", PRESETS.values(), ids=PRESETS)
+YARN = dataclasses.replace(
+    preset("qwen2.5-0.5b"), rope_scaling=YarnScaling(2.5, 32768, 1.25, fast_turns=20.0), context=81920
+)
+
+
+@pytest.mark.parametrize("cfg", [*PRESETS.values(), YARN], ids=[*PRESETS, "yarn"])
 def test_what_is_written_is_read_as_the_same(cfg):
     config = config_to_json(cfg, cfg.dtype, {"eos_token_id": 2})
     assert config_from_json(config, PATH) == cfg
@@ -208,6 +215,18 @@ def scaled(**changes):
     return llama | {"rope_scaling": llama["rope_scaling"] | changes}
 
 
+def yarn(**changes):
+    """Qwen2.5's config with the scaling that its authors name for long texts."""
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    return PUBLISHED["qwen2.5-0.5b"] | {"rope_scaling": scaling | changes}
+
+
+def test_yarn_without_its_own_numbers_has_those_of_its_authors():
+    cfg = config_from_json(yarn(), PATH)
+    assert cfg.rope_scaling == YarnScaling(4.0, 32768, 0.1 * math.log(4) + 1, 32.0, 1.0)
+    assert cfg.context == 131072
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -228,6 +247,13 @@ def scaled(**changes):
         (scaled(beta_fast=32), ["'beta_fast'"]),
         (scaled(factor=None), ["factor"]),
         (scaled(low_freq_factor=4.0), ["low_freq_factor below high_freq_factor"]),
+        (yarn(factor=None), ["factor"]),
+        (yarn(factor=0.5), ["a factor of at least 1"]),
+        (yarn(factor=1e300), ["factor"]),
+        (yarn(beta_fast=1.0), ["beta_fast above beta_slow"]),
+        (yarn(attention_factor=0.0), ["attention factor should be above 0"]),
+        (yarn(mscale=0.7), ["'yarn' has a field 'mscale'"]),
+        (yarn(truncate=False), ["'truncate'"]),
         (MISTRAL | {"sliding_window": "4096"}, ["sliding_window", "'4096'"]),
         (
             PUBLISHED["qwen3-0.6b"] | {"layer_types": ["sliding_attention"]},

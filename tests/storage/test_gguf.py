@@ -1,7 +1,9 @@
 """GGUF files: every quantisation, the rows of q and k put back, and the same model as the Hugging Face folder it came from."""
 
+import dataclasses
 import functools
 import json
+import math
 from typing import Any
 
 import gguf
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from engine.inference.config import EngineConfig
-from engine.model.config import RopeScaling
+from engine.model.config import Llama3Scaling, YarnScaling
 from engine.model.paths import leaf_paths, unflatten
 from engine.model.shapes import leaf_shapes
 from engine.model.transformer import forward
@@ -170,12 +172,29 @@ def test_what_the_metadata_says_is_the_architecture(tmp_path):
 
 def test_the_scalings_of_llama_3_are_recognised_by_what_they_make(tmp_path):
     for factor in (8.0, 32.0):
-        scaling = RopeScaling(factor, 1.0, 4.0, 8192)
+        scaling = Llama3Scaling(factor, 1.0, 4.0, 8192)
         cfg = tiny_config(qk_norm=False, head_dim=16, rope_theta=500_000.0, rope_scaling=scaling)
         save_gguf(
             tmp_path / "x.gguf", cfg, lively_params(cfg), words_of(cfg.vocab), name="x", dtype="float32"
         )
         assert load_model(tmp_path / "x.gguf").cfg.rope_scaling == scaling
+
+
+def test_the_numbers_of_yarn_are_keys_of_the_file(tmp_path):
+    scaling = YarnScaling(4.0, 40, 1.25)
+    cfg = tiny_config(qk_norm=False, rope_theta=100.0, context=160, rope_scaling=scaling)
+    params = lively_params(cfg)
+    save_gguf(tmp_path / "x.gguf", cfg, params, words_of(cfg.vocab), name="x", dtype="float32")
+    loaded = load_model(tmp_path / "x.gguf").cfg
+    assert loaded.context == 160
+    stated = dataclasses.asdict(loaded.rope_scaling)
+    assert stated == pytest.approx(dataclasses.asdict(scaling), rel=1e-6), "GGUF keeps float32"
+
+
+def test_yarn_without_its_own_numbers_has_those_of_its_authors(tmp_path):
+    sizes = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "context_length": 128}
+    path = tiny_gguf(tmp_path / "x.gguf", sizes=sizes | {"rope.scaling.original_context_length": 32})
+    assert load_model(path).cfg.rope_scaling == YarnScaling(4.0, 32, 0.1 * math.log(4) + 1, 32.0, 1.0)
 
 
 def with_fault(value):
@@ -192,7 +211,14 @@ OTHER_TOKENIZER = json.dumps(train_bpe(["the other text"], 262).to_json())
     [
         ({"arch": "gemma2"}, ["architecture 'gemma2'", "llama, qwen2, qwen3"]),
         ({"sizes": {"attn_logit_softcapping": 30.0}}, ["llama.attn_logit_softcapping is 30.0"]),
-        ({"sizes": {"rope.scaling.type": "yarn"}}, ["rope.scaling.type", "'yarn'"]),
+        ({"sizes": {"rope.scaling.type": "linear"}}, ["rope.scaling.type", "'linear'"]),
+        ({"sizes": {"rope.scaling.type": "yarn"}}, ["rope.scaling.factor"]),
+        ({"sizes": {"rope.scaling.type": "yarn", "rope.scaling.factor": 0.5}}, ["a factor of at least 1"]),
+        (
+            {"sizes": {"rope.scaling.type": "yarn", "rope.scaling.yarn_beta_fast": 16.0}},
+            ["llama.rope.scaling.yarn_beta_fast is 16.0"],
+        ),
+        ({"sizes": {"rope.scaling.yarn_ext_factor": 0.5}}, ["llama.rope.scaling.yarn_ext_factor is 0.5"]),
         ({"sizes": {"block_count": None}}, ["does not say llama.block_count"]),
         ({"sizes": {"attention.head_count_kv": [3, 3]}}, ["llama.attention.head_count_kv"]),
         ({"sizes": {"block_count": 4_000_000_000}}, ["blk.2.attn_norm.weight"]),

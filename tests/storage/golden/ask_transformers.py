@@ -41,12 +41,21 @@ LLAMA3 = {
     "high_freq_factor": 3.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 50.0,
+    "factor": 4.0,
+    "beta_fast": 2,
+    "beta_slow": 0.5,
+    "original_max_position_embeddings": 16,
+}
 FAMILIES = {
     "llama": ("Llama", {"head_dim": 4}),
     "llama-tied": ("Llama", {"head_dim": 6, "tie_word_embeddings": True, "rms_norm_eps": 1e-2}),
     "llama-scaled": ("Llama", {"head_dim": 8, "rope_parameters": LLAMA3}),
     "mistral": ("Mistral", {"head_dim": 4, "sliding_window": 40}),  # as many as there are tokens
     "qwen2": ("Qwen2", {"hidden_size": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen2-yarn": ("Qwen2", {"hidden_size": 96, "rope_parameters": YARN}),
     "qwen3": ("Qwen3", {"head_dim": 10, "tie_word_embeddings": True}),
 }
 KEPT = [0, 1, 9, 22, 39]  # positions whose logits are kept
