@@ -26,14 +26,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, whatever
 from bench.plan import plans, validate
 from bench.plan.__main__ import PlanFlags, answer
 from bench.serving.__main__ import latencies, speeds
+from bench.sitting import Document, read_documents
 from bench.stages.report import write_pictures
 from bench.timing import Ratio
 from engine.format import money, percent, quantity, si, times
 from tests.law_table import LAWS, marked_tests
 from tests.promises.figures import Figure
-from tests.results import RESULTS, TRIES, Document, machines, read_documents, shown_machine
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+TRIES = RESULTS / "tries"  # of no machine
 PICTURES = ROOT / "bench" / "pictures"
 PICTURED = "bench.json"
 ROOMS = ("engine", "stages", "stages/serve", "bench", "bench/plan", "tests", "tests/promises")
@@ -90,6 +92,7 @@ PROMISES = {  # what is tried at length
     "S12": "A large request is not starved by small ones.",
     "S16": "Who waits as Retry-After says is served before who does not.",
     "S17": "A request gets what it gets alone, under any schedule on a simulated device.",
+    "S18": "Any replica answers with the same bits, so that a router's retry loses nothing.",
     "X3": "Every route but the page, liveness and health needs the key.",
     "X4": "A page of another site cannot use a local server.",
     "X5": "A start unpickles nothing, runs nothing foreign and opens no connection.",
@@ -121,6 +124,25 @@ def shown() -> Path:
     for readme in READMES:
         sources.update(source for _, _, source, _ in BLOCK.findall(readme.read_text()))
     return shown_machine({source for source in sources if source.endswith(".json") and "/" not in source})
+
+
+def machines(results: Path = RESULTS) -> list[Path]:
+    """Returns the folder of each machine, by name."""
+    folders = {path.parent for path in results.glob("*/*.json")}
+    return sorted(folders - {TRIES})
+
+
+def shown_machine(names: Collection[str], results: Path = RESULTS) -> Path:
+    """Returns the newest folder that has every document of `names`; where none has, the newest of
+    those that lack the fewest. A folder is as old as its oldest document.
+    """
+
+    def rank(folder: Path) -> tuple[int, str]:
+        documents = read_documents(folder)
+        there = sum(name in documents for name in names)
+        return there, min(document["date"] for document in documents.values())
+
+    return max(machines(results), key=rank)
 
 
 def sh_commands(readme: Path) -> list[list[str]]:

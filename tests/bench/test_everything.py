@@ -101,6 +101,34 @@ def test_the_same_command_goes_on_where_it_ended(measured, tmp_path):
     assert measured[3:] == ["broken", "two"]
 
 
+def test_a_document_that_was_disturbed_is_measured_again(measured, monkeypatch, tmp_path):
+    kept = everything.measure_document
+    shares = iter([0.0, 0.3, 0.2])  # that others took of each measurement
+
+    def measure(measurement, path, peer_python):
+        kept(measurement, path, peer_python)
+        document = json.loads(path.read_text())
+        document["machine"]["taken_by_others"] = next(shares, 0.0)
+        path.write_text(json.dumps(document))
+
+    monkeypatch.setattr(everything, "measure_document", measure)
+    everything.measure_everything(EverythingFlags(tmp_path, only=("one", "two")))
+    assert measured == ["one", "two", "two", "two"]
+
+
+def test_a_machine_that_others_always_disturb_ends_a_sitting(measured, monkeypatch, tmp_path):
+    kept = everything.measure_document
+
+    def measure(measurement, path, peer_python):
+        kept(measurement, path, peer_python)
+        document = json.loads(path.read_text()) | {"machine": {"taken_by_others": 0.5}}
+        path.write_text(json.dumps(document))
+
+    monkeypatch.setattr(everything, "measure_document", measure)
+    everything.measure_everything(EverythingFlags(tmp_path, only=("two",)))
+    assert measured == ["two"] * (1 + everything.AGAIN)
+
+
 def test_one_document_is_measured_alone_and_an_unknown_one_is_named(measured, tmp_path):
     everything.measure_everything(EverythingFlags(tmp_path, only=("two",)))
     assert measured == ["two"]

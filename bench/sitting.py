@@ -1,44 +1,22 @@
-"""The results of machines: whose folder READMEs take, and in what the documents of one folder differ."""
+"""In what the documents of a machine differ that are of one sitting, and which of them to measure again."""
 
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 Document = dict[str, Any]
 
-RESULTS = Path(__file__).parent.parent / "bench" / "results"
-TRIES = RESULTS / "tries"  # of no machine
 MACHINE = ("processor", "model_numbers", "instructions", "cores")  # that all documents of a machine share
 # How far a machine's ceilings may lie apart, the highest over the lowest. Who shares a machine reads
 # its memory too: on one of two cores that rate went from 26 to 35 GB/s and back within an hour, while
 # products stayed within 8%.
-SPREAD = {"bf16_gflops": 1.1, "f32_gflops": 1.1, "int8_gflops": 1.1, "read_gbs": 1.5}
+SPREAD = {"bf16_gflops": 1.1, "f32_gflops": 1.1, "int8_gflops": 1.1, "read_gbs": 1.25}
 MOST_OF_OTHERS = 0.1  # of the cores' time
-
-
-def machines(results: Path = RESULTS) -> list[Path]:
-    """Returns the folder of each machine, by name."""
-    folders = {path.parent for path in results.glob("*/*.json")}
-    return sorted(folders - {TRIES})
 
 
 def read_documents(folder: Path) -> dict[str, Document]:
     """Returns the documents of a folder by the names of their files."""
     return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-
-
-def shown_machine(names: Collection[str], results: Path = RESULTS) -> Path:
-    """Returns the newest folder that has every document of `names`; where none has, the newest of
-    those that lack the fewest. A folder is as old as its oldest document.
-    """
-
-    def rank(folder: Path) -> tuple[int, str]:
-        documents = read_documents(folder)
-        there = sum(name in documents for name in names)
-        return there, min(document["date"] for document in documents.values())
-
-    return max(machines(results), key=rank)
 
 
 def differences(documents: dict[str, Document]) -> list[str]:
@@ -58,12 +36,11 @@ def differences(documents: dict[str, Document]) -> list[str]:
             lines.append(f"commit: {name} is of none")
         if not {"reached_before", "reached_after"} <= document["machine"].keys():
             lines.append(f"ceilings: {name} has none")
-        others = document["machine"].get("taken_by_others") or 0.0
-        if others > MOST_OF_OTHERS:
+        if _is_disturbed(document):
+            others = document["machine"]["taken_by_others"]
             lines.append(f"others: they took {others:.0%} of the cores' time in {name}")
     for rate, spread in SPREAD.items():
-        reached = {name: _ceiling(document, rate) for name, document in documents.items()}
-        known = {name: value for name, value in reached.items() if value is not None}
+        known = _ceilings(documents, rate)
         if not known:
             continue
         slowest = min(known, key=known.__getitem__)
@@ -71,6 +48,33 @@ def differences(documents: dict[str, Document]) -> list[str]:
         if known[fastest] > spread * known[slowest]:
             lines.append(f"{rate}: {known[slowest]:.0f} in {slowest}, {known[fastest]:.0f} in {fastest}")
     return lines
+
+
+def to_measure_again(documents: dict[str, Document]) -> set[str]:
+    """Returns the names of the documents that others disturbed, and of those of another speed than
+    most: whose ceilings lie outside the range, as wide as SPREAD allows, that holds the most
+    documents.
+    """
+    names = {name for name, document in documents.items() if _is_disturbed(document)}
+    for rate, spread in SPREAD.items():
+        known = _ceilings(documents, rate)
+        most: set[str] = set()
+        for lowest in sorted(known.values(), reverse=True):
+            within = {name for name, value in known.items() if lowest <= value <= spread * lowest}
+            if len(within) > len(most):
+                most = within
+        names |= known.keys() - most
+    return names
+
+
+def _is_disturbed(document: Document) -> bool:
+    return (document["machine"].get("taken_by_others") or 0.0) > MOST_OF_OTHERS
+
+
+def _ceilings(documents: dict[str, Document], rate: str) -> dict[str, float]:
+    """Returns a rate's ceiling of each document that has one."""
+    reached = {name: _ceiling(document, rate) for name, document in documents.items()}
+    return {name: value for name, value in reached.items() if value is not None}
 
 
 def _shared_facts(document: Document) -> dict[str, str]:

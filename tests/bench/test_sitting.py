@@ -5,9 +5,11 @@ import json
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tests.readmes import ROOT, shown
-from tests.results import RESULTS, SPREAD, TRIES, differences, machines, read_documents, shown_machine
+from bench.sitting import SPREAD, differences, read_documents, to_measure_again
+from tests.readmes import RESULTS, ROOT, TRIES, machines, shown, shown_machine
 
 # Documents of before this day say neither model numbers nor what their machine reached, and were
 # measured one by one.
@@ -85,7 +87,7 @@ def test_a_document_of_another_sitting_is_named(keys, value, words):
 def test_products_lie_nearer_than_the_rate_of_reading():
     documents = copy.deepcopy(GOOD)
     for name in SPREAD:
-        documents["step.json"]["machine"]["reached_before"][name] *= 1.2
+        documents["step.json"]["machine"]["reached_before"][name] *= 1.15
     assert {line.partition(":")[0] for line in differences(documents)} == SPREAD.keys() - {"read_gbs"}
 
 
@@ -93,6 +95,36 @@ def test_a_document_that_others_disturbed_is_named():
     documents = copy.deepcopy(GOOD)
     documents["step.json"]["machine"]["taken_by_others"] = 0.2
     assert differences(documents) == ["others: they took 20% of the cores' time in step.json"]
+
+
+def test_documents_of_another_speed_than_most_are_measured_again():
+    documents = sitting("a.json", "b.json", "c.json", "d.json", "e.json")
+    assert to_measure_again(documents) == set()
+    documents["b.json"]["machine"]["reached_before"]["bf16_gflops"] *= 0.5
+    documents["d.json"]["machine"]["reached_before"]["read_gbs"] *= 2
+    documents["e.json"]["machine"]["taken_by_others"] = 0.2
+    assert to_measure_again(documents) == {"b.json", "d.json", "e.json"}
+
+
+@given(st.lists(st.floats(100, 1000), min_size=1, max_size=7))
+def test_what_is_not_measured_again_lies_within_the_spread(rates):
+    documents = sitting(*map(str, range(len(rates))))
+    for document, rate in zip(documents.values(), rates, strict=True):
+        for moment in ("reached_before", "reached_after"):
+            document["machine"][moment]["f32_gflops"] = rate
+    again = to_measure_again(documents)
+    kept = [rate for name, rate in zip(documents, rates, strict=True) if name not in again]
+    assert max(kept) <= SPREAD["f32_gflops"] * min(kept)
+    for lowest in rates:
+        assert sum(lowest <= rate <= SPREAD["f32_gflops"] * lowest for rate in rates) <= len(kept)
+
+
+def test_documents_without_ceilings_are_measured_again_for_others_alone():
+    documents = copy.deepcopy(GOOD)
+    for document in documents.values():
+        document["machine"] |= {"reached_before": None, "reached_after": None}
+    documents["step.json"]["machine"]["taken_by_others"] = 0.2
+    assert to_measure_again(documents) == {"step.json"}
 
 
 def test_a_document_without_ceilings_is_named():
