@@ -40,9 +40,10 @@ def read_model(model: str | None, params: float | None) -> tuple[str, ModelConfi
         )
     if path.suffix == ".gguf":  # this and what follows imports NumPy
         from engine.storage.architectures import config_from_gguf
-        from engine.storage.gguf_header import read_header
+        from engine.storage.gguf_header import read_model_header
+        from engine.storage.gguf_parts import without_part
 
-        return path.stem, config_from_gguf(read_header(path))
+        return without_part(path.name), config_from_gguf(read_model_header(path))
     from engine.storage.architectures import config_from_json
     from engine.untrusted import read_json_object
 

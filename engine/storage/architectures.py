@@ -255,8 +255,6 @@ def config_from_gguf(header: "Header") -> ModelConfig:
     kind = known_name(metadata.get("general.architecture"), GGUF_BLOCKS, "general.architecture", path)
     own = _gguf_fields(header)
     own.check(GGUF_ONLY)
-    if metadata.get("split.count", 0) not in (0, 1):
-        raise UserError(f"{path} is one of several parts, by its key 'split.count': merge them first.")
     table = header.tensors.get("token_embd.weight")
     if table is None or len(table.shape) != 2:
         raise UserError(f"{path} has no embedding, token_embd.weight, or not one of two dimensions.")

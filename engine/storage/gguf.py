@@ -1,4 +1,4 @@
-"""Opens the model and the tokenizer in a GGUF file (llama.cpp) of any READABLE quantisation.
+"""Opens the model and the tokenizer in a GGUF file (llama.cpp), or in one's parts, of any READABLE quantisation.
 
 The gguf library reads what is not multiplied as it is; its reader of files is not used (see
 `gguf_header.py`).
@@ -18,7 +18,15 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from engine.errors import UserError
 from engine.model.weights.block_layout import pack_blocks
 from engine.storage.architectures import config_from_gguf, note_unknown_gguf
-from engine.storage.gguf_header import STRING, ArrayLocation, Header, read_header, read_numbers, read_strings
+from engine.storage.gguf_header import (
+    STRING,
+    ArrayLocation,
+    Header,
+    read_model_header,
+    read_numbers,
+    read_strings,
+)
+from engine.storage.gguf_parts import without_part
 from engine.storage.rope_scaling import FREQUENCIES
 from engine.storage.tensor_layout import (
     GGUF_NAMES,
@@ -54,12 +62,14 @@ MAX_NAME = 96  # characters
 
 
 def open_model(path: Path) -> StoredModel:
-    """Opens a file: checks its architecture and tensors against one another; reads no weights."""
-    header = read_header(path)
+    """Opens a file, or all parts by the first: checks its architecture and tensors against one another;
+    reads no weights.
+    """
+    header = read_model_header(path)
     for name, tensor in header.tensors.items():
         if tensor.kind.name not in READABLE:
             raise UserError(
-                f"{path}: the tensor {quote(name)} is {tensor.kind.name}, which cannot be read here."
+                f"{tensor.path}: the tensor {quote(name)} is {tensor.kind.name}, which cannot be read here."
             )
     cfg = config_from_gguf(header)
     shapes = {name: tensor.shape for name, tensor in header.tensors.items() if name != FREQUENCIES}
@@ -89,10 +99,9 @@ def interleaved_names(leaves: Iterable[Leaf], architecture: str) -> set[str]:
 
 
 class _Weights:
-    """Reads the tensors of a file. `interleaved`: those in which RoPE's pairs lie side by side."""
+    """Reads the tensors of a model. `interleaved`: those in which RoPE's pairs lie side by side."""
 
     def __init__(self, header: Header, interleaved: set[str], head_dim: int) -> None:
-        self._path = header.path
         self._tensors = header.tensors
         self._interleaved = interleaved
         self._head_dim = head_dim
@@ -101,9 +110,9 @@ class _Weights:
         """Returns rows of a tensor as numbers: see StoredModel."""
         tensor = self._tensors[name]
         if len(tensor.shape) == 1:  # a row of its own
-            return dequantize(read_at(self._path, tensor.offset, tensor.size), tensor.kind)[start:stop]
+            return dequantize(read_at(tensor.path, tensor.offset, tensor.size), tensor.kind)[start:stop]
         row = tensor.size // tensor.shape[0]
-        data = read_at(self._path, tensor.offset + start * row, (stop - start) * row)
+        data = read_at(tensor.path, tensor.offset + start * row, (stop - start) * row)
         # The library goes by 16 rows: for short ones the calls take as long as the computing, so
         # they are joined to at most LINES, of as many blocks each.
         blocks = data.size // GGML_QUANT_SIZES[tensor.kind][1]
@@ -114,7 +123,7 @@ class _Weights:
     def read_packed(self, name: str) -> np.ndarray:
         """Returns a matrix's blocks, as Blocks hold them."""
         tensor = self._tensors[name]
-        data = read_at(self._path, tensor.offset, tensor.size).reshape(tensor.shape[0], -1)
+        data = read_at(tensor.path, tensor.offset, tensor.size).reshape(tensor.shape[0], -1)
         rows = self._in_our_order(name, data)
         try:
             return pack_blocks(rows, tensor.kind.name)
@@ -140,7 +149,7 @@ def _model_name(header: Header) -> str:
     title = header.metadata.get("general.name")
     if isinstance(title, str) and title.isprintable() and 0 < len(title) <= MAX_NAME:
         return title
-    return header.path.stem
+    return without_part(header.path.name)
 
 
 def regroup_rows(rows: np.ndarray, outer: int, inner: int) -> np.ndarray:

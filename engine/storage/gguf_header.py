@@ -1,4 +1,4 @@
-"""Reads the header of a GGUF file, its metadata and tensor table, as untrusted data.
+"""Reads the header of a GGUF model, its metadata and tensor table, as untrusted data: of a file, or of several parts.
 
 Layout (ggml's docs/gguf.md): magic, version, counts, keys with typed values, name, shape, type and
 offset of each tensor, the tensors, each aligned. The gguf library's reader takes lengths as they
@@ -17,6 +17,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from engine.errors import UserError
 from engine.files import open_regular
+from engine.storage.gguf_parts import part_names
 from engine.untrusted import check_adjacent, quote, read_at, read_exactly, truncation_error
 
 MAX_KEYS = 4096
@@ -69,10 +70,11 @@ class TensorInfo(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A tensor in the file. shape (out, in) or (n,), while GGUF writes the fastest axis first;
-    offset and size in bytes.
+    """A tensor in the file at `path`. shape (out, in) or (n,), while GGUF writes the fastest axis
+    first; offset and size in bytes.
     """
 
+    path: Path
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
     offset: int
@@ -80,11 +82,70 @@ class Tensor(NamedTuple):
 
 
 class Header(NamedTuple):
-    """A file's metadata, with arrays as ArrayLocation, and its tensors by name."""
+    """A file's metadata, with arrays as ArrayLocation, and its tensors by name; of a model in parts
+    the first part's path and metadata, and the tensors of all.
+    """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]
+
+
+def read_model_header(path: Path) -> Header:
+    """Reads the metadata and tensor table of a model. `path`: of its file, or of its first part.
+
+    Raises UserError for a part that is missing, of another model, or twice among the files.
+    """
+    names = part_names(path.name)
+    first = read_header(path)
+    count = first.metadata.get("split.count", 0)
+    if count in (0, 1):
+        return first
+    if count != len(names):
+        raise UserError(
+            f"{path} is one of {quote(count)} parts, by its key 'split.count', and its name is not that "
+            "of the first of so many: name the parts X-00001-of-00003.gguf and so on."
+        )
+    _check_place(first, 0, first)
+    tensors = dict(first.tensors)
+    for place, name in enumerate(names[1:], start=1):
+        part_path = path.with_name(name)
+        if not part_path.exists():
+            raise UserError(f"{path} is one of {count} parts, and {part_path} is missing.")
+        part = read_header(part_path)
+        _check_place(part, place, first)
+        for tensor_name in part.tensors.keys() & tensors.keys():
+            raise UserError(
+                f"{part_path}: its tensor {quote(tensor_name)} is in {tensors[tensor_name].path} too."
+            )
+        tensors |= part.tensors
+    total = first.metadata.get("split.tensors.count", len(tensors))
+    if total != len(tensors):
+        raise UserError(
+            f"{path} and its other parts hold {len(tensors):,} tensors, and should hold {quote(total)}: "
+            "they are not of one model."
+        )
+    return first._replace(tensors=tensors)
+
+
+def _check_place(part: Header, place: int, first: Header) -> None:
+    """Raises UserError unless a file says that it is the part at `place`, from 0 on, of the model that
+    the `first` part begins.
+    """
+    number = part.metadata.get("split.no")
+    if number != place:
+        raise UserError(
+            f"{part.path} should be the part {place}, counted from 0, and by its key 'split.no' is "
+            f"{quote(number)}: it is another part, with this one's name."
+        )
+    for key in ("split.count", "split.tensors.count"):
+        own = part.metadata.get(key)
+        expected = first.metadata.get(key)
+        if own != expected:
+            raise UserError(
+                f"{part.path} is no part of the model in {first.path}: "
+                f"its key {key!r} is {quote(own)}, and not {quote(expected)}."
+            )
 
 
 def read_header(path: Path) -> Header:
@@ -154,7 +215,7 @@ def _place_tensors(
         start = begin + info.offset
         check_adjacent(path, info.name, start, _align(end, alignment))
         nbytes = numbers // block_numbers * block_bytes
-        tensors[info.name] = Tensor(kind, shape, start, nbytes)
+        tensors[info.name] = Tensor(path, kind, shape, start, nbytes)
         end = start + nbytes
     if end > size:
         raise truncation_error(path, end - size)

@@ -14,8 +14,10 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from engine.errors import UserError
+from engine.storage.gguf_parts import is_later_part, part_names
 from engine.storage.safetensors import read_index
 from engine.text import OnProgress
 
@@ -26,7 +28,6 @@ MAX_LISTED = 6  # files that a sentence names
 MAX_NAME = 96  # characters of one of them
 LISTING_SECONDS = 10.0
 DEFAULT_QUANTISATION = "Q4_K_M"
-PART = re.compile(r"-\d{5}-of-\d{5}\.gguf\Z")  # the end of the name of one of several files of a model
 
 
 def is_hub_id(text: object) -> bool:
@@ -104,10 +105,13 @@ def _list_cached_gguf_files(hub_id: str) -> list[str]:
 
 
 def _sort_gguf_files(names: list[str]) -> list[str]:
-    """Returns the .gguf files among names that can be shown, the shortest first."""
+    """Returns the .gguf files among names that can be shown, the shortest first; of a model in parts
+    the first.
+    """
     files = []
     for name in names:
-        if name.endswith(".gguf") and name.isprintable() and len(name) <= MAX_NAME:
+        can_be_shown = name.isprintable() and len(name) <= MAX_NAME
+        if name.endswith(".gguf") and can_be_shown and not is_later_part(name):
             files.append(name)
     return sorted(sorted(files), key=len)
 
@@ -193,7 +197,20 @@ def fetch(name: str, cached_only: bool, check_config: Callable[[Path], object], 
             gguf_file = _find_quantisation(_gguf_files(hub_id, cached_only) or [], DEFAULT_QUANTISATION)
             if gguf_file is None:
                 raise
-            return fetch_file(gguf_file, None)
+            return _fetch_parts(gguf_file, fetch_file)
+
+
+def _fetch_parts(file: str, fetch_file: Callable[[str, str | None], Path]) -> Path:
+    """Returns a .gguf file in the cache, or the first part of a model in several, with all fetched.
+
+    The others are fetched at the first one's commit: a branch may move meanwhile.
+    """
+    first, *others = part_names(file)
+    path = fetch_file(first, None)
+    commit = path.parents[first.count("/")].name
+    for other in others:
+        fetch_file(other, commit)
+    return path
 
 
 def fetch_gguf(name: str, hub_id: str, wanted: str, cached_only: bool, report: OnProgress) -> Path:
@@ -206,12 +223,7 @@ def fetch_gguf(name: str, hub_id: str, wanted: str, cached_only: bool, report: O
         file = wanted
         if not wanted.endswith(".gguf"):
             file = _choose_gguf_file(hub_id, wanted, cached_only)
-        if PART.search(file):
-            raise UserError(
-                f"{file} is one of several files of a model: join them by llama.cpp's "
-                "`llama-gguf-split --merge`, and name the file that it writes."
-            )
-        return fetch_file(file, None)
+        return _fetch_parts(file, fetch_file)
 
 
 def _choose_gguf_file(hub_id: str, quantisation: str, cached_only: bool) -> str:
@@ -290,10 +302,11 @@ def _connection(
         fault = _explain_missing(name, hub_id)
     except errors.RemoteEntryNotFoundError as error:
         files = _list_gguf_files(hub_id) or []
+        # ENDPOINT/ORG/NAME/resolve/REVISION/FILE
+        file = unquote(str(error.response.url)).partition("/resolve/")[2].partition("/")[2]
         if gguf:
-            fault = f"The hub's {hub_id} has no {gguf[1]}. {_say_what_it_holds(hub_id, files)}"
+            fault = f"The hub's {hub_id} has no {file}. {_say_what_it_holds(hub_id, files)}"
         else:
-            file = str(error.response.url).rpartition("/")[2]
             fault = f"The hub's {name} has no {file}, and models are read from config.json and safetensors."
             if files:
                 fault += f" {_say_what_it_holds(hub_id, files)}"

@@ -25,6 +25,7 @@ from engine.storage import checkpoint_reader, hub, huggingface, run_folder
 from engine.storage.adapter import CONFIG, base_digest, config_of, put_on
 from engine.storage.adapter_reader import base_name, is_adapter, load_adapter, read_leaves
 from engine.storage.assets import ASSETS, HUB_IDS, MODELS, RECOMMENDED_SAMPLING, fetch
+from engine.storage.gguf_parts import without_part
 from engine.storage.hub import cached_id, is_hub_name
 from engine.storage.huggingface import load_tokenizer
 from engine.storage.run_weights import PACKED, TRAINED_BLOCKS, check_arrays, check_factors
@@ -41,7 +42,7 @@ from engine.text.tokenizer import Tokenizer
 
 FORMS = (
     "a run folder, a step folder in it (runs/NAME/checkpoints/STEP), a Hugging Face folder, "
-    "a .gguf file, an adapter's folder in PEFT's layout, "
+    "a .gguf file or the first of its parts, an adapter's folder in PEFT's layout, "
     "ORG/NAME, ORG/NAME@REVISION, ORG/NAME:QUANTISATION or ORG/NAME/FILE.gguf on the Hugging Face hub, or "
     + " or ".join(MODELS)
 )
@@ -129,7 +130,7 @@ def model_name(model: str) -> str:
     path = path.resolve()
     if path.parent.name == "checkpoints":
         path = path.parents[1]
-    return cached_id(path).partition("/")[2] or path.name.removesuffix(".gguf")
+    return cached_id(path).partition("/")[2] or without_part(path.name)
 
 
 def locate(

@@ -192,7 +192,7 @@ def _llama3_from_factors(header: "Header", theta: float) -> Llama3Scaling | None
         return None
     if tensor.kind.name != "F32" or len(tensor.shape) != 1 or tensor.shape[0] > 4096:
         raise UserError(f"{header.path}: {FREQUENCIES} should be a short row of float32.")
-    factors = read_at(header.path, tensor.offset, tensor.size).view("<f4")
+    factors = read_at(tensor.path, tensor.offset, tensor.size).view("<f4")
     if (factors == 1).all():
         return None
     for scaling in KNOWN_SCALINGS:

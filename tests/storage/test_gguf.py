@@ -226,7 +226,6 @@ OTHER_TOKENIZER = json.dumps(train_bpe(["the other text"], 262).to_json())
         ({"sizes": {"attention.head_count": 0}}, ["heads"]),
         ({"sizes": {"attention.value_length": 16}}, ["value_length is 16 and not 8"]),
         ({"sizes": {"rope.dimension_count": 4}}, ["rope.dimension_count is 4 and not 8"]),
-        ({"other": {"split.count": 2}}, ["'split.count'", "merge them first"]),
         ({"arch": "qwen3"}, ["no tensor 'blk.0.attn_q_norm.weight'"]),
         ({"tensors": {"output_norm.weight": np.zeros(64, np.float32)}}, ["no embedding"]),
         (

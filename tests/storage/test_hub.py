@@ -276,6 +276,30 @@ def test_a_repository_without_safetensors_or_a_config_stands_for_its_q4_k_m(gguf
     assert load_model(ID).checkpoint == model.checkpoint
 
 
+@pytest.mark.parametrize("name", [f"{ID}:Q5_K_M", f"{ID}/sub/big-Q5_K_M-00001-of-00003.gguf"])
+def test_all_parts_of_a_model_are_fetched(gguf_hub, name, monkeypatch):
+    first = tiny_gguf(gguf_hub.folder / "sub" / "big-Q5_K_M.gguf", kind="Q8_0", part_size=9)
+    names = [first.name.replace("00001-of", f"0000{number}-of") for number in (1, 2, 3)]
+    model = load_model(name)
+    assert gguf_hub.files() == {*names}
+    assert gguf_name(model.checkpoint) == f"{ID}/sub/{first.name}"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    asked = len(gguf_hub.asked)
+    assert load_model(name).checkpoint == model.checkpoint
+    assert len(gguf_hub.asked) == asked
+
+
+def test_a_part_that_a_repository_lacks_is_named(gguf_hub):
+    first = tiny_gguf(gguf_hub.folder / "sub" / "big-Q5_K_M.gguf", kind="Q8_0", part_size=9)
+    first.with_name("big-Q5_K_M-00002-of-00003.gguf").unlink()
+    said = refusal(load_model, f"{ID}:Q5_K_M")
+    assert said.startswith(f"The hub's {ID} has no sub/big-Q5_K_M-00002-of-00003.gguf. It holds ")
+    assert "sub/big-Q5_K_M-00001-of-00003.gguf" in said
+    assert "00003-of" not in said
+    said = refusal(load_model, f"{ID}/sub/big-Q5_K_M-00003-of-00003.gguf")
+    assert "big-Q5_K_M-00003-of-00003.gguf is part 3 of a model in 3: name the first" in said
+
+
 def test_what_a_repository_holds_is_said_where_a_name_fits_no_file(gguf_hub, hub, monkeypatch):
     all_files = "tiny.q8_0.gguf, tiny-Q4_K_M.gguf, tiny-Q4_K_S.gguf, sub/tiny-Q4_K_M.gguf"
     for missing in (":Q4_K", ":Q6_K", "/other.gguf"):  # Q4_K is none of Q4_K_M
@@ -289,9 +313,6 @@ def test_what_a_repository_holds_is_said_where_a_name_fits_no_file(gguf_hub, hub
     said = refusal(load_model, ID)
     assert "has no model.safetensors, and models are read from config.json and safetensors" in said
     assert "It holds tiny.q8_0.gguf, tiny-Q4_K_S.gguf: name one" in said
-    (hub.folder / "big-Q5_K_M-00001-of-00002.gguf").write_bytes(b"must not be fetched")
-    said = refusal(load_model, f"{ID}:Q5_K_M")
-    assert said.startswith("big-Q5_K_M-00001-of-00002.gguf is one of several files of a model")
     for file in hub.folder.rglob("*.gguf"):
         file.unlink()
     assert f"{ID} has no Q8_0. It holds no .gguf file" in refusal(load_model, f"{ID}:Q8_0")
