@@ -43,6 +43,7 @@ from stages.cli.flags import (
     DocumentsFlag,
     ModelFlag,
     TemplateFlag,
+    WeightsFlag,
     default,
     parser,
     path,
@@ -73,6 +74,7 @@ class ChatFlags:
     """The system message: how the model is to answer."""
     template: TemplateFlag = None
     documents: DocumentsFlag = None
+    weights: WeightsFlag = None
     sampling: CompletionFlags = dataclasses.field(default_factory=lambda: CompletionFlags(max_tokens=400))
     device: DeviceFlag = "auto"
     verbose: Annotated[bool, default("off")] = False
@@ -136,21 +138,20 @@ def chat(flags: ChatFlags) -> int:
 
 def _load(flags: ChatFlags, notes: Console) -> "LoadedModel":
     """Loads the model with its adapters merged in, prepared for inference."""
-    from engine.inference.decode import prepare_params
-    from engine.model.ops import computes_in_c
-    from engine.model.weights.block_layout import KINDS
+    from engine.inference.config import EngineConfig
     from engine.storage.model_loader import load_model, with_adapters
 
-    # As `serve` does: a file's blocks stay, but for those that an adapter is merged into.
-    keep_kinds: Collection[str] = ()
-    if computes_in_c() and not flags.adapter:
-        keep_kinds = KINDS
+    config = EngineConfig(weights=flags.weights)  # type: ignore[arg-type]
+    keep_kinds = config.kept_kinds
+    if flags.adapter:
+        keep_kinds = ()  # what an adapter is merged into is a block no more
     with notes.task(f"loading {flags.model or 'the newest finished run'}") as report:
         model = load_model(flags.model, report=report, keep_kinds=keep_kinds)
     params, adapter_notes = with_adapters(model.cfg, model.params, flags.adapter)
     notes.print_notes(*model.notes, *adapter_notes)
+    cfg = config.model_config(model.cfg)
     # The weights as they were loaded are let go.
-    return dataclasses.replace(model, params=prepare_params(model.cfg, params))
+    return dataclasses.replace(model, cfg=cfg, params=config.prepare_params(cfg, params))
 
 
 def _banner_rows(
@@ -163,6 +164,7 @@ def _banner_rows(
     digest_before: str,
 ) -> list[tuple[str, str]]:
     from engine.model.ops import kernels_note
+    from engine.model.weights.convert import describe_weights
     from engine.storage.kinds_in_words import describe_kinds
 
     name = str(model)
@@ -178,7 +180,8 @@ def _banner_rows(
         ("template", session.chat.template_name),
         ("documents", documents),
         ("sampling", sampling_source),
-        ("weights", f"SHA-256 {digest_before[:16]}, context {model.cfg.context:,} tokens"),
+        ("weights", f"{describe_weights(model.params)}, SHA-256 {digest_before[:16]}"),
+        ("context", f"{model.cfg.context:,} tokens"),
     ]
 
 

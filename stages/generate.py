@@ -17,7 +17,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from engine.device import Device, host_memory, start_jax
@@ -31,6 +31,7 @@ from stages.cli.flags import (
     DeviceFlag,
     MeshFlag,
     ModelFlag,
+    WeightsFlag,
     default,
     integer,
     parser,
@@ -56,6 +57,7 @@ class GenerateFlags:
     sampling: CompletionFlags = dataclasses.field(default_factory=CompletionFlags)
     count: Annotated[int, parser(integer(1, 256), "N")] = 1
     """Continuations to write, with seeds seed, seed + 1, ..."""
+    weights: WeightsFlag = None
     mesh: MeshFlag = None
     device: DeviceFlag = "auto"
     verbose: Annotated[bool, default("off")] = False
@@ -75,10 +77,10 @@ def generate(flags: GenerateFlags) -> None:
 
 
 def _generate(flags: GenerateFlags, device: Device) -> None:
-    from engine.inference.decode import prepare_params
+    from engine.inference.config import EngineConfig
     from engine.mesh import layout
-    from engine.model.ops import computes_in_c, kernels_note
-    from engine.model.weights.block_layout import KINDS
+    from engine.model.ops import kernels_note
+    from engine.model.weights.convert import describe_weights
     from engine.storage.digest import describe_digests, digest
     from engine.storage.kinds_in_words import describe_kinds
     from engine.storage.model_loader import load_model
@@ -87,17 +89,16 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     mesh = layout.current_mesh()
     on_mesh = mesh is not None
     check = functools.partial(layout.check_inference, mesh=mesh)
-    keep_kinds: Collection[str] = ()
-    if computes_in_c():
-        keep_kinds = KINDS
+    config = EngineConfig(weights=flags.weights)  # type: ignore[arg-type]
     with host_memory(on_mesh):
-        model = load_model(flags.model, on_config=check, keep_kinds=keep_kinds)
+        model = load_model(flags.model, on_config=check, keep_kinds=config.kept_kinds)
     notes.print_notes(*model.notes)
     prompt = _prompt_tokens(flags.prompt, model.tokenizer)
     with host_memory(on_mesh):
-        params = prepare_params(model.cfg, model.params, not on_mesh)
+        cfg = config.model_config(model.cfg)
+        params = config.prepare_params(cfg, model.params, not on_mesh)
     params = layout.place(params)
-    model = dataclasses.replace(model, params=None)  # weights once
+    model = dataclasses.replace(model, cfg=cfg, params=None)  # weights once
     fields, source = choose_sampling(
         model.sampling, flags.sampling.overrides, {"temperature": TEMPERATURE}, notes
     )
@@ -105,13 +106,17 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
         flags.sampling.max_tokens, seed=flags.sampling.seed, stop_token_ids=model.eos_ids, **fields
     )
     before = ""
-    settings = [("file", describe_kinds(model.kinds, params)), ("sampling", source)]
+    settings = [
+        ("weights", describe_weights(params)),
+        ("file", describe_kinds(model.kinds, params)),
+        ("sampling", source),
+    ]
     if flags.verbose:
         before = digest(params)
         settings += [
             ("device", f"{device}{kernels_note()}"),
             ("model", str(model)),
-            ("weights", f"SHA-256 {before[:16]}"),
+            ("digest", f"SHA-256 {before[:16]}"),
         ]
     notes.print_rows(settings)
     generation = print_continuations(model.cfg, params, model.tokenizer, prompt, sampling, flags.count)

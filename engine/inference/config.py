@@ -143,7 +143,7 @@ class EngineConfig:
     @property
     def kept_kinds(self) -> Collection[str]:
         """The kinds of blocks of a GGUF file that stay as they are: none without a kernel, for int8 is faster."""
-        if self.weights == "q4" or (self.weights == "file" and self.backend.in_c):
+        if self.weights == "q4" or (self.weights in ("file", None) and self.backend.in_c):
             return KINDS
         return ()
 

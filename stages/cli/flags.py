@@ -164,6 +164,14 @@ TemplateFlag = Annotated[
 ]
 MODEL = "A run or step folder, a Hugging Face or PEFT folder, a .gguf file, ORG/NAME on the hub, or a named model."
 ModelFlag = Annotated[str | None, parser(str, "MODEL"), default("the newest finished run in runs/", MODEL)]
+WeightsFlag = Annotated[
+    str | None,
+    one_of("bfloat16", "float32", "int8", "q4", "file"),
+    default(
+        "as they lie in a GGUF file, where kernels in C multiply them, else as loaded",
+        "The type of the weights' matrices, as `serve` stores them, on one device alone. `q4`, `file`: see there.",
+    ),
+]
 MetricFlag = Annotated[
     tuple[str, ...],
     default(

@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import functools
-from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated, Any
 
 from engine.device import host_memory, start_jax
@@ -35,9 +34,9 @@ from stages.cli.flags import (
     MetricFlag,
     ModelFlag,
     VerboseFlag,
+    WeightsFlag,
     default,
     integer,
-    one_of,
     parser,
 )
 
@@ -61,10 +60,7 @@ class EvaluateFlags:
     """Tokens between windows of a text: each token is predicted from at least context - stride before it."""
     batch: Annotated[int | None, COUNT, default("as many as fit in memory")] = None
     """Windows of a text scored together, on each device that shares the rows."""
-    weights: Annotated[
-        str | None, one_of("bfloat16", "float32", "int8", "q4", "file"), default("as loaded")
-    ] = None
-    """The type of the weights' matrices, as `serve` stores them, on one device alone. `q4`, `file`: see there."""
+    weights: WeightsFlag = None
     mesh: MeshFlags
     device: DeviceFlag = "auto"
     verbose: VerboseFlag = False
@@ -78,6 +74,7 @@ def evaluate(flags: EvaluateFlags) -> None:
     import jax
 
     from engine.model.attention import attention_path
+    from engine.model.weights.convert import describe_weights
     from engine.storage import run_folder
     from engine.storage.kinds_in_words import describe_kinds
     from engine.text.conversations import SHIPPED
@@ -106,6 +103,7 @@ def evaluate(flags: EvaluateFlags) -> None:
             [
                 ("device", f"{device}; {attention}"),
                 ("model", str(model)),
+                ("weights", describe_weights(model.params)),
                 ("file", describe_kinds(model.kinds, model.params)),
             ]
         )
@@ -152,24 +150,20 @@ def _load(flags: EvaluateFlags, shape: MeshShape | None, console: Console) -> "L
     """
     from engine.inference.config import EngineConfig
     from engine.mesh import layout
-    from engine.model.weights.block_layout import KINDS
     from engine.storage.digest import digest
     from engine.storage.model_loader import load_model
 
     mesh = layout.current_mesh()
     check = functools.partial(layout.check_inference, mesh=mesh)
-    keep_kinds: Collection[str] = ()
-    if flags.weights in ("file", "q4"):
-        keep_kinds = KINDS
+    config = EngineConfig(weights=flags.weights)  # type: ignore[arg-type]
     with processes.process_0_first(), console.task("loading"), host_memory(mesh is not None):
-        model = load_model(flags.model, on_config=check, keep_kinds=keep_kinds)
+        model = load_model(flags.model, on_config=check, keep_kinds=config.kept_kinds)
     console.print_notes(*model.notes)
     if processes.process_count() > 1:
         options = {f"--{name}": str(getattr(flags, name)) for name in ("data", "context", "stride", "batch")}
         processes.refuse_differences(options | {"--mesh": str(shape), "model": digest(model.params)})
     model = dataclasses.replace(model, params=layout.place(model.params))
     if flags.weights:  # as `stages.serve --weights` stores them
-        config = EngineConfig(weights=flags.weights)  # type: ignore[arg-type]
         cfg = config.model_config(model.cfg)
         model = dataclasses.replace(model, cfg=cfg, params=config.prepare_params(cfg, model.params))
     return model

@@ -23,7 +23,7 @@ from engine.model.paths import leaf_paths, map_paths, merge, split, unflatten
 from engine.model.trainable import TrainablePaths, lora_only
 from engine.model.weights.block_layout import ROUNDED
 from engine.model.weights.blocks import Blocks
-from engine.model.weights.convert import cast_matrices, round_while_training
+from engine.model.weights.convert import cast_matrices, describe_weights, round_while_training
 from engine.model.weights.int8 import quantize
 from engine.model.weights.lora import init_lora, merge_lora
 from engine.storage.adapter import SavedAdapter, base_digest
@@ -163,6 +163,7 @@ def model_rows(opened: OpenedModel, plan: RunPlan, trained_numbers: int = 0) -> 
             size += f", of which {trained_numbers:,} numbers train"
     return [
         ("model", f"{plan.name}: {cfg.layers} layers, width {cfg.width}, {size}"),
+        ("weights", describe_weights(shapes)),
         ("file", describe_kinds(opened.model.kinds, shapes)),
     ]
 

@@ -20,7 +20,7 @@ from engine.inference.request import SamplingParams
 from engine.mesh import layout
 from engine.model.config import ModelConfig
 from engine.model.ops import kernels_note
-from engine.model.weights.convert import weight_types
+from engine.model.weights.convert import describe_weights
 from engine.storage.adapter import base_digest
 from engine.storage.digest import digest
 from engine.storage.kinds_in_words import describe_kinds
@@ -170,7 +170,6 @@ def print_banner(
 ) -> None:
     """Prints what is served, and how. `sampling_origins`: as of `choose_sampling`."""
     params = loaded.engine.params
-    weights = format_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
     prefix_cache = f"prefix cache of {loaded.engine.prefix_cache.limit / 1e6:.0f} MB"
     documents_summary = ""
     documents_note = None
@@ -182,7 +181,7 @@ def print_banner(
             ("model", _model_row(loaded)),
             ("adapters", _adapters_row(loaded)),
             ("device", _device_row(loaded.engine, device)),
-            ("weights", f"{weight_types(params)}, {weights}, SHA-256 {loaded.digest[:16]}"),
+            ("weights", f"{describe_weights(params)}, SHA-256 {loaded.digest[:16]}"),
             ("file", describe_kinds(loaded.model.kinds, params)),
             ("slots", _slots_row(loaded)),
             ("queue", f"{options.queue} more wait; {prefix_cache}"),

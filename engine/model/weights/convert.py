@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from engine.format import format_bytes
 from engine.model.config import JOINED
 from engine.model.paths import Params, leaf_paths, map_paths, unflatten
 from engine.model.weights.block_layout import GROUP
@@ -86,3 +88,11 @@ def weight_types(params: Params) -> str:
     if kinds:
         return ", ".join(sorted(kinds))
     return str(max(leaves, key=lambda leaf: leaf.ndim).dtype)
+
+
+def describe_weights(params: Params) -> str:
+    """Returns the types of a model's matrices and the bytes of all its weights: `Q4_1, Q8_0, 91.2 MB`.
+    params: arrays, or shapes in their place.
+    """
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    return f"{weight_types(params)}, {format_bytes(size)}"
