@@ -24,6 +24,22 @@ FORMATS = frozenset(
 # and a model may write line ends for ever.
 JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
+# Keywords by which other schemas speak of the same properties, so that an object cannot be closed by itself.
+COMPOSING = frozenset(
+    (
+        "allOf",
+        "dependentRequired",
+        "dependentSchemas",
+        "if",
+        "minProperties",
+        "not",
+        "oneOf",
+        "patternProperties",
+        "propertyNames",
+        "unevaluatedProperties",
+    )
+)
+
 # The characters that both ECMAScript and Rust's regex crate count as white space, or in a negated class
 # those that either does, by the bracket that opened the class of characters, if any.
 SPACE_IN_CLASS = {"": r"[ \t\n\r\f\v]", "[": r" \t\n\r\f\v", "[^": r"\s\x{FEFF}"}
@@ -39,11 +55,15 @@ def json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
     """Returns the schema as a part of a rule.
 
     A keyword that cannot be enforced is ignored if `lenient`, and else refused, here or by the
-    compiler. Raises UserError for that, and for a schema that is nested too deeply or has too many
-    bytes.
+    compiler. An object has no property that its schema does not name, unless the schema says so: see
+    `_close_objects`. Raises UserError for a refused keyword, and for a schema that is nested too
+    deeply or has too many bytes.
     """
     options = JSON_OPTIONS | {"lenient": lenient}
-    text = json.dumps({**_check_schema(schema, 0, lenient), "x-guidance": options}, ensure_ascii=False)
+    checked = _check_schema(schema, 0, lenient)
+    if not _is_composed(checked):
+        checked = _close_objects(checked)
+    text = json.dumps({**checked, "x-guidance": options}, ensure_ascii=False)
     check_size(text)
     return f"%json {text}"
 
@@ -146,6 +166,42 @@ def _check_schema(schema: Any, depth: int, lenient: bool) -> Any:
             if name in ("const", "enum"):  # values, not schemas: they stay as they are
                 inner = value
             fields[name] = inner
+    return fields
+
+
+def _is_composed(schema: Any) -> bool:
+    """Whether two schemas may speak of the properties of one object, anywhere in a schema."""
+    if isinstance(schema, list):
+        return any(map(_is_composed, schema))
+    if not isinstance(schema, dict):
+        return False
+    refers = "anyOf" in schema or "$ref" in schema
+    has_own = "properties" in schema or "required" in schema
+    if not COMPOSING.isdisjoint(schema) or (refers and has_own):
+        return True
+    return any(map(_is_composed, schema.values()))
+
+
+def _close_objects(schema: Any) -> Any:
+    """Returns a schema whose objects have only the properties that they name, where they leave that open.
+
+    What satisfies it satisfies the given one too. A small model else adds properties until its
+    context is full. llama.cpp, Ollama and xgrammar read schemas so.
+    """
+    if isinstance(schema, list):
+        return [_close_objects(value) for value in schema]
+    if not isinstance(schema, dict):
+        return schema
+    fields = {}
+    for name, value in schema.items():
+        fields[name] = value if name in ("const", "enum") else _close_objects(value)
+    properties = schema.get("properties")
+    is_object = schema.get("type") in ("object", ["object", "null"])
+    if not is_object or not isinstance(properties, dict) or "additionalProperties" in schema:
+        return fields
+    required = schema.get("required", [])
+    if isinstance(required, list) and all(name in properties for name in required):
+        fields["additionalProperties"] = False
     return fields
 
 

@@ -27,11 +27,14 @@ class Function(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def schema(self) -> dict[str, Any]:
-        return {"type": "object", "properties": {}, **(self.parameters or {})}
+        """The schema of the arguments: without parameters there are none."""
+        return {"type": "object", **(self.parameters or {"properties": {}})}
 
     @property
     def definition(self) -> dict[str, Any]:
-        function = {"name": self.name, "description": self.description or "", "parameters": self.schema}
+        """The function as chat templates read it, which may look for `properties`."""
+        parameters = {"type": "object", "properties": {}, **self.schema}
+        function = {"name": self.name, "description": self.description or "", "parameters": parameters}
         return {"type": "function", "function": function}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from typing import Any
 
 import jsonschema_rs
 import numpy as np
@@ -191,6 +192,44 @@ def test_a_grammar_is_compiled_in_bounded_time_or_refused(grammar, reason):
     else:
         GrammarCompiler(LETTERS, 41, ENDS).compile(grammar())
     assert time.thread_time() - begun < 5
+
+
+LEAF: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}}
+CLOSED = {"additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("schema", "enforced"),
+    [
+        (LEAF, LEAF | CLOSED),
+        (LEAF | {"type": ["object", "null"]}, LEAF | {"type": ["object", "null"]} | CLOSED),
+        ({"type": "array", "items": LEAF}, {"type": "array", "items": LEAF | CLOSED}),
+        (
+            {"$defs": {"x": LEAF}, "anyOf": [{"$ref": "#/$defs/x"}, LEAF]},
+            {"$defs": {"x": LEAF | CLOSED}, "anyOf": [{"$ref": "#/$defs/x"}, LEAF | CLOSED]},
+        ),
+        ({"const": LEAF}, None),
+        ({"type": "object"}, None),
+        (LEAF | {"additionalProperties": True}, None),
+        (LEAF | {"required": ["b"]}, None),
+        (LEAF | {"minProperties": 1}, None),
+        (LEAF | {"patternProperties": {"^b": {"type": "null"}}}, None),
+        ({"allOf": [LEAF, LEAF]}, None),
+        ({"anyOf": [LEAF], "required": ["b"]}, None),
+        (
+            {
+                "type": "object",
+                "$defs": {"x": LEAF},
+                "properties": {"b": {"$ref": "#/$defs/x", "required": ["c"]}},
+            },
+            None,
+        ),
+    ],
+)
+def test_an_object_is_closed_where_its_schema_alone_names_its_properties(schema, enforced):
+    rule = json.loads(json_rule(schema).removeprefix("%json "))
+    del rule["x-guidance"]
+    assert rule == (enforced or schema)
 
 
 @pytest.mark.parametrize(
