@@ -3,16 +3,14 @@
 import concurrent.futures
 import contextlib
 import re
-import socket
-import subprocess
 import sys
-import tempfile
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from tests.serve.router import free_port, vllm_router
 from tests.serve.started import Started
 from tests.serve.tiny_server import PATIENCE, until
 from tests.text.chat_models import save_chat_model
@@ -38,12 +36,6 @@ TOOL: dict[str, Any] = {
 }
 
 
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return bound.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """Starts the command on a port; several take one model, saved in a folder."""
@@ -66,32 +58,9 @@ def servers(start):
 
 @pytest.fixture(scope="module")
 def router(servers):
-    """Its address. Each of its requests goes to the server that the one before did not go to."""
-    pytest.importorskip("vllm_router", reason="tests/clients/requirements.txt is not installed")
-    url = f"http://127.0.0.1:{free_port()}"
-    words = ["--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--policy", "round_robin"]
-    words += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
-    # A server that comes again is asked again soon.
-    words += ["--cb-timeout-duration-secs", "1", "--health-check-interval-secs", "1"]
-    words += ["--worker-urls", *(server.url for server in servers)]
-
-    def is_up() -> bool:
-        try:
-            return httpx.get(f"{url}/health", timeout=PATIENCE).status_code == 200
-        except httpx.HTTPError:
-            return False
-
-    with tempfile.TemporaryFile("w+") as log:
-        command = [sys.executable, "-m", "vllm_router.launch_router", *words]
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            is_ready = until(is_up)
-            log.seek(0)
-            assert is_ready, log.read()
-            yield url
-        finally:
-            process.terminate()
-            process.wait(60)
+    """The address of a router before both."""
+    with vllm_router([server.url for server in servers]) as url:
+        yield url
 
 
 def ask_all(url: str) -> dict[str, Any]:
