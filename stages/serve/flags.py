@@ -118,7 +118,7 @@ class ServeFlags:
         one_of("file", "q4", *DTYPES),
         default("file on a CPU, else bfloat16"),
     ] = None
-    """The type of the weights' matrices. `file`: blocks of a GGUF file (Q4_0, Q4_1, Q8_0) as they are, all else int8.
+    """The type of the weights' matrices. `file`: a GGUF file's blocks as they are, all else int8.
     `int8`: 8 bits, where the kernels in C multiply them in blocks (Q8_0), else with a scale a column.
     `q4`: all else in blocks of 4 bits (Q4_0), embedding and head of 8."""
     keys_values: Annotated[str, one_of(*DTYPES)] = "bfloat16"
