@@ -60,15 +60,15 @@ MEASUREMENTS = (
     Measurement(
         "peers-serving", ("bench.peers", "--of", "serving", *THREE_ROUNDS), processes=3, has_peer=True
     ),
-    Measurement("peers-sizes", ("bench.peers", "--of", "sizes", *THREE_ROUNDS), processes=3, has_peer=True),
-    Measurement(
-        "peers-mistral", ("bench.peers", "--of", "mistral", *THREE_ROUNDS), processes=3, has_peer=True
-    ),
     Measurement("peers-losses", ("bench.peers", "--of", "losses"), has_peer=True),
     Measurement("serving", ("bench.serving",)),
     Measurement("commands", ("bench.commands",)),
     Measurement("commands-resuming", ("bench.commands", "--of", "resuming")),
     Measurement("lives", ("bench.lives",), drop=("lives",)),
+    Measurement("peers-sizes", ("bench.peers", "--of", "sizes", *THREE_ROUNDS), processes=3, has_peer=True),
+    Measurement(
+        "peers-mistral", ("bench.peers", "--of", "mistral", *THREE_ROUNDS), processes=3, has_peer=True
+    ),
 )
 # what the README's commands print, and READMEs with their pictures
 LAST = ("tests/transcript.py", "tests/readmes.py")
