@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from engine.device import Device, start_jax
 from engine.errors import UserError
-from engine.format import duration, join_words
+from engine.format import duration, in_words, join_words, si
 from engine.inference.request import Event, Request, SamplingParams
 from engine.mesh.processes import MISTAKE
 from stages.cli import signals
@@ -263,6 +263,8 @@ class PrintedAnswer:
     # Until the first token, and from it to the end.
     first_seconds: float = 0.0
     seconds: float = 0.0
+    # Of its own tokens, and of those of its prompt that were computed.
+    flop: int = 0
 
 
 @dataclasses.dataclass
@@ -371,12 +373,14 @@ class ChatSession:
         answer = PrintedAnswer()
         begin = time.perf_counter()
         first = begin
+        ended_by_token = False
         with signals.defer_signals("", print, [signal.SIGINT]) as deferral:
             for events in self._generate(prompt, sampling):
                 for event in events:
                     if first == begin:
                         first = time.perf_counter()
                     answer.finish_reason = event.finish_reason
+                    ended_by_token = event.stop_token is not None
                     text = completion.push(event.tokens, last=event.finish_reason is not None)
                     if not answer.text:
                         text = text.lstrip()  # a space follows the name that ends a plain template
@@ -387,6 +391,11 @@ class ChatSession:
         answer.tokens = completion.tokens
         answer.first_seconds = first - begin
         answer.seconds = time.perf_counter() - first
+        assert self._engine
+        flops = self._engine.meter.flops
+        last = len(prompt) - 1
+        decoded = answer.tokens + ended_by_token
+        answer.flop = flops.prefilled(0, last) + flops.decoded(last, last + decoded)
         return answer
 
     def _cost(self, prompt_tokens: int, answer: "PrintedAnswer") -> str:
@@ -398,7 +407,11 @@ class ChatSession:
         if answer.tokens > 1 and answer.seconds > 0:
             speed = f", {(answer.tokens - 1) / answer.seconds:,.0f} tokens/s"
         read = f"turn {len(self.messages) // 2}: {prompt_tokens:,} tokens read{again}"
-        return f"{read}; {answer.tokens:,} written, the first after {duration(answer.first_seconds)}{speed}"
+        wrote = f"{answer.tokens:,} written, the first after {duration(answer.first_seconds)}{speed}"
+        from engine.counting.request_flops import training_step_flops
+
+        steps = answer.flop / training_step_flops(self.cfg)
+        return f"{read}; {wrote}; {si(answer.flop, 'FLOP')}, {in_words(steps)} of a training step"
 
     def warm(self) -> None:
         # the system message fills the context: each turn says so

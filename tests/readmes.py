@@ -93,6 +93,7 @@ PROMISES = {  # what is tried at length
     "S16": "Who waits as Retry-After says is served before who does not.",
     "S17": "A request gets what it gets alone, under any schedule on a simulated device.",
     "S18": "Any replica answers with the same bits, so that a router's retry loses nothing.",
+    "F2": "A request is billed what its own tokens cost, and all bills are what the programs computed.",
     "X3": "Every route but the page, liveness and health needs the key.",
     "X4": "A page of another site cannot use a local server.",
     "X5": "A start unpickles nothing, runs nothing foreign and opens no connection.",

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.counting.request_flops import RequestFlops
 from engine.inference import engine as engine_module
 from engine.inference.backend import ByXla, InC
 from engine.inference.config import EngineConfig
 from engine.inference.engine import Engine
-from engine.inference.request import MAX_LOGPROBS, Adapter, Request, SamplingParams
+from engine.inference.request import MAX_LOGPROBS, Adapter, Event, Request, SamplingParams
 from engine.inference.runner import SampledTokens
 from engine.inference.scheduler import DRAFT_ROWS, STEPS
 from engine.model.config import ModelConfig
@@ -29,6 +30,7 @@ VOCAB, CAPACITY, CHUNK, TAIL = 7, 64, 8, 4
 POISON = VOCAB - 1
 CFG = ModelConfig(VOCAB, 8, 1, 1, 8, CAPACITY)
 EMPTY, NAN = 0, -1
+FLOPS = RequestFlops(CFG, EngineConfig(backend=ByXla()).adapter_rank)
 MOST_STEPS = 600  # of a schedule after its last arrival
 TOP: Any = np.zeros(
     (STEPS, 8 + DRAFT_ROWS, min(MAX_LOGPROBS, VOCAB)), np.float32
@@ -109,6 +111,8 @@ class FakeRunner:
         self.cache = [[EMPTY] * self.positions for _ in range(config.slots)]
         self.counts = [[0] * VOCAB for _ in range(config.rows)]
         self.stacks = [0] * (1 + config.adapters)
+        # What the programs have computed: FLOPs of tokens, and rows of prompts that hold none.
+        self.flops, self.padding = 0, 0
 
     def put_adapter(self, index: int, adapter: Any) -> None:
         self.stacks = [*self.stacks[:index], adapter, *self.stacks[index + 1 :]]
@@ -119,6 +123,10 @@ class FakeRunner:
     def prefill(self, tokens: Any, slot: int, start: int, adapter: int) -> None:
         assert start + tokens.shape[1] <= self.positions
         for position, token in enumerate(tokens[0].tolist(), start):
+            if token >= 0:
+                self.flops += FLOPS.prefilled(position, position + 1, adapter > 0)
+            else:
+                self.padding += 1
             self.cache[slot][position] = key_value(token, position, self.cache[slot], self.stacks[adapter])
 
     def write(self, chunk: Any, slot: int, start: int, count: int) -> None:
@@ -168,8 +176,11 @@ class FakeRunner:
             if target < slots:
                 targets[source].append(target)
         active = sorted((position, row) for row, position in enumerate(positions) if position >= 0)
+        self.flops += FLOPS.idle_decoded((R - len(active)) * steps)
         for step in range(steps):
             for first, row in active:
+                position = first + step
+                self.flops += FLOPS.decoded(position, position + 1, bool(adapters[row]))
                 if (position := first + step) < self.positions:
                     value = key_value(
                         current[row], position, self.cache[own[row]], self.stacks[adapters[row]]
@@ -283,7 +294,28 @@ def make_engine(rng: random.Random) -> Engine:
         patch.setattr(engine_module, "ModelRunner", FakeRunner)
         engine = FakeEngine(CFG, {}, config)
     engine.warm()
+    engine.runner.flops = engine.runner.padding = 0
     return engine
+
+
+def bill_of(request: Request, output: int, event: Event) -> int:
+    """Returns the FLOPs of a request by its tokens alone, at its last event."""
+    last, is_adapted = len(request.prompt) - 1, request.adapter is not None
+    decoded = output + (event.stop_token is not None)
+    prefilled = FLOPS.prefilled(event.cached_tokens, last, is_adapted)
+    return prefilled + FLOPS.decoded(last, last + decoded, is_adapted)
+
+
+def check_meter(engine: Engine, bills: list[int], seconds: float, nobody_left: bool) -> None:
+    """What the programs have computed is what the meter says, and what requests are billed, no more
+    where all were answered; and so are the seconds.
+    """
+    meter, runner = engine.meter, engine.runner
+    idle = FLOPS.idle_prefilled(runner.padding, False) if not runner.in_c else 0
+    assert meter.request_flops + meter.dropped_flops + meter.idle_flops == runner.flops + idle
+    assert sum(bills) == meter.request_flops if nobody_left else sum(bills) <= meter.request_flops
+    if nobody_left:
+        assert seconds == pytest.approx(meter.seconds), "the seconds of requests are not the engine's"
 
 
 def simulate(seed: int) -> None:
@@ -294,6 +326,7 @@ def simulate(seed: int) -> None:
     requests = [draw_request(rng) for _ in range(rng.randint(1, 9))]
     due = sorted(rng.randrange(60) for _ in requests)
     ids, cancelled, output, reasons = {}, set[int](), {}, {}
+    bills, seconds = list[int](), 0.0
     namespaces, adapters = collections.Counter[Any](), list[Adapter]()
     space = lambda request: (request.namespace, request.adapter and request.adapter.digest)
     clock = 0
@@ -321,11 +354,14 @@ def simulate(seed: int) -> None:
             output[event.id] = output.get(event.id, []) + event.tokens
             if event.finish_reason:
                 reasons[event.id] = event.finish_reason
+                bills.append(bill_of(ids[event.id], len(output[event.id]), event))
+                seconds += event.prompt_seconds + event.completion_seconds
                 assert namespaces[space(ids[event.id])] > 1 or not event.cached_tokens, (
                     "the prefix cache gave a prompt of another namespace or adapter"
                 )
         check_slots(engine)
         clock += 1
+    check_meter(engine, bills, seconds, nobody_left=not cancelled)
     for id, request in ids.items():
         if id not in cancelled:
             assert (output.get(id, []), reasons.get(id)) == alone(request), (

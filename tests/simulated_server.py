@@ -81,6 +81,7 @@ class SimulatedState(ServerState):
             tokenizer=tokenizer, tool_format=None, compile=compile_grammar, encode=encode_texts
         )
         self.sampling, self.stop_token_ids = SamplingParams(), frozenset()
+        self.price, self.step_flops = None, 1
         self.metrics: Any = Ignored()
         self.adapters: Any = SimpleNamespace(adapters={})
 

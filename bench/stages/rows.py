@@ -22,7 +22,6 @@ from engine.by_hand import model as by_hand
 from engine.by_hand.model import to_numpy, tree_map
 from engine.counting.flops import (
     Flops,
-    PassFlops,
     add_layers,
     flops_by_layer,
     forward_flops,
@@ -32,6 +31,7 @@ from engine.counting.flops import (
 from engine.counting.jaxpr import JaxprCost, jaxpr_cost
 from engine.counting.memory import inference_bytes, inference_memory, train_bytes, training_memory
 from engine.counting.program_flops import decode_program_flops, prefill_program_flops
+from engine.counting.request_flops import prefilled_parts
 from engine.counting.xla import xla_flops, xla_peak
 from engine.inference.backend import MIN_ROWS, choose_backend
 from engine.inference.config import CHUNK as SLOT_CHUNK
@@ -359,11 +359,7 @@ def _chunk_flops(cfg: ModelConfig, size: int, positions: int) -> Flops:
     attends to every one of them. The last layer ends with its keys and values, and there is no head.
     """
     parts = prefill_flops(cfg, size, attention="full", cached=positions - size).parts
-    all_but_last = {}
-    for name, part in parts.items():
-        all_but_last[name] = PassFlops(part.forward // cfg.layers * (cfg.layers - 1))
-    every_layer = {name: parts[name] for name in "qkv"}
-    return Flops(all_but_last | every_layer | {"head": PassFlops()})
+    return Flops(prefilled_parts(cfg, parts))
 
 
 def decode_row(

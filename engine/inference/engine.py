@@ -19,8 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from engine.counting.request_flops import RequestFlops
 from engine.errors import InvalidField, UserError
 from engine.inference.config import EngineConfig
+from engine.inference.meter import Meter
 from engine.inference.prefix_cache import PrefixCache, chunk_key, root_key
 from engine.inference.request import (
     Completion,
@@ -38,6 +40,7 @@ from engine.inference.step_times import StepTimes
 from engine.model.config import ModelConfig
 from engine.model.paths import unflatten
 from engine.model.transformer import Params
+from engine.model.weights.blocks import has_only_blocks
 from engine.model.weights.lora import LoRA
 
 # A step copies at most this many chunks from the prefix cache.
@@ -78,6 +81,9 @@ class Engine:
         # The decoding steps so far. A step decodes one token in every row.
         self.steps_decoded = 0
         self.step_times = StepTimes()
+        # The kernels in C skip what pads a chunk in products with blocks.
+        computes_padding = not (config.backend.in_c and has_only_blocks(params))
+        self.meter = Meter(RequestFlops(cfg, config.adapter_rank), computes_padding)
         # The slots that may still hold an earlier text.
         self.used_slots: set[int] = set()
         self.runner = ModelRunner(cfg, params, self.config)
@@ -160,9 +166,11 @@ class Engine:
         """Admits waiting requests, then prefills or decodes a few tokens for all, alternately.
         Returns the events: new tokens, and requests that finished.
         """
+        self.meter.begin_step()
         with jax.set_mesh(self.runner.mesh):
             events = self._step()
         self.step_times.end()
+        self.meter.end_step()
         return events
 
     def _step(self) -> list[Event]:
@@ -183,8 +191,9 @@ class Engine:
             case Prefill(sequence) if sequence.request.embed:
                 return self._embed(sequence)
             case Prefill(sequence):
-                self._prefill(sequence)
+                prefilled = self._prefill(sequence)
                 jax.block_until_ready(self.runner.segments)
+                self.meter.share(prefilled, "prompt")
             case Decode() as batch:
                 return self._decode(batch)
         return []
@@ -259,33 +268,39 @@ class Engine:
                 leaves[f"blocks/{layer}/{name}"] = LoRA(None, a, b, 1 / rows)
         return unflatten(leaves)
 
-    def _prefill(self, sequence: Sequence) -> None:
+    def _prefill(self, sequence: Sequence) -> dict[Sequence, int]:
         """Copies a prompt's chunks from the prefix cache until one is missing, and computes that one,
-        or a tail of it: at most HITS_AT_ONCE in all.
+        or a tail of it: at most HITS_AT_ONCE in all. Returns how many tokens it prefilled of each
+        prompt.
 
         If the cache holds all of the prompt, chunks of other prompts are copied too, and none is
         computed.
         """
         first = sequence
+        prefilled: dict[Sequence, int] = {}
         for _ in range(HITS_AT_ONCE):
             tokens, done = sequence.chunk(self.config.chunk)
             # Only a chunk of which nothing is prefilled yet is looked up, so a hit is its first tokens.
             cached = 0
             if done == 0:
                 cached = self._copy_cached(sequence, tokens)
+            if not cached and sequence is not first:
+                break
+            prefilled.setdefault(sequence, 0)
             if not cached:
-                if sequence is first:
-                    self._compute(sequence, tokens, done)
-                return
+                prefilled[sequence] += self._compute(sequence, tokens, done)
+                break
+            prefilled[sequence] += cached
             if cached == len(tokens):
                 sequence.prefix_key = chunk_key(sequence.prefix_key, tokens)
             self.scheduler.record_prefill(sequence, cached)
             if not self.scheduler.prefilling:
-                return
+                break
             if not sequence.to_prefill:
                 sequence = self.scheduler.shortest_prompt
                 if sequence.request.embed:
-                    return
+                    break
+        return prefilled
 
     def _embed(self, sequence: Sequence) -> list[Event]:
         """Computes one chunk of a text whose embedding is asked for, without the prefix cache:
@@ -294,6 +309,7 @@ class Engine:
         tokens = sequence.chunk(self.config.chunk)[0]
         summed = self._prefill_part(sequence, tokens, self.config.chunk)
         sequence.hidden_sum = sequence.hidden_sum + jax.device_get(summed)[0]
+        self.meter.share({sequence: len(tokens)}, "prompt")
         self.scheduler.record_prefill(sequence, len(tokens))
         if sequence.to_prefill:
             return []
@@ -302,7 +318,8 @@ class Engine:
         reason: FinishReason = "error"
         if np.isfinite(embedding).all():
             reason = "length"
-        return [Event(sequence.id, [], reason, embedding=embedding)]
+        seconds = sequence.prompt_seconds
+        return [Event(sequence.id, [], reason, embedding=embedding, prompt_seconds=seconds)]
 
     def _copy_cached(self, sequence: Sequence, tokens: tuple[int, ...]) -> int:
         """Copies the next chunk of a prompt, or the chunk's beginning, from the prefix cache. Returns
@@ -317,9 +334,10 @@ class Engine:
                 return count
         return 0
 
-    def _compute(self, sequence: Sequence, tokens: tuple[int, ...], done: int) -> None:
+    def _compute(self, sequence: Sequence, tokens: tuple[int, ...], done: int) -> int:
         """Computes a prompt's next chunk, which has these tokens, at once. If `done` of them are
-        prefilled already, or if they fit into MAX_TAILS tails, computes a tail instead.
+        prefilled already, or if they fit into MAX_TAILS tails, computes a tail instead. Returns how
+        many tokens it computed.
 
         The prefix cache gets the chunk when the last of its tokens is computed.
         """
@@ -336,6 +354,7 @@ class Engine:
                 self._cache(sequence, tokens, start)
             sequence.prefix_key = chunk_key(sequence.prefix_key, tokens)
         self.scheduler.record_prefill(sequence, len(part))
+        return len(part)
 
     def _prefill_part(self, sequence: Sequence, tokens: tuple[int, ...], size: int) -> Any:
         """Prefills a prompt's next tokens by the program for `size` of them. Returns as
@@ -343,6 +362,7 @@ class Engine:
         """
         padded: Any = np.full((1, size), -1, np.int32)
         padded[0, : len(tokens)] = tokens
+        self.meter.count_prefill(sequence, len(tokens), size)
         program = "prefill_chunk"
         if size < self.config.chunk:
             program = "prefill_tail"
@@ -422,6 +442,8 @@ class Engine:
         self.step_times.begin(program, batch.steps)
         sampled = self.runner.decode(token, rows, sampling, masks, batch.steps, logprobs, adapters)
         self.steps_decoded += batch.steps
+        self.meter.share({sequence: len(batch.rows_of(sequence)) for sequence in sequences}, "completion")
+        self.meter.count_idle_rows((R - len(batch.rows)) * batch.steps)
         events = []
         for sequence in sequences:
             event = self._event(sequence, batch, sampled)
@@ -467,7 +489,12 @@ class Engine:
                 if sampled.finite[step, row]:
                     value = int(sampled.token[step, row])
                 values.append(value)
+        start = sequence.position
         tokens, reason = sequence.accept(values, batch.drafts_of(sequence))
+        kept = len(tokens)
+        if sequence.stop_token is not None:
+            kept += 1  # it ended the text, and so it was wanted
+        self.meter.count_decode(sequence, start, kept, len(values))
         logprobs: list[LogProb] = []
         count = sequence.request.sampling.logprobs
         if count is not None:
@@ -481,6 +508,8 @@ class Engine:
             logprobs=logprobs,
             cached_tokens=sequence.cached_tokens,
             stop_token=sequence.stop_token,
+            prompt_seconds=sequence.prompt_seconds,
+            completion_seconds=sequence.completion_seconds,
         )
 
 

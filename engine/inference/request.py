@@ -169,7 +169,8 @@ class Event(NamedTuple):
     'stop': by `stop_token`, which is not among the tokens, or at the grammar's end. 'error': the
     logits were no numbers. 'grammar': it became too complex to be followed. `cached_tokens` of the
     prompt came from the prefix cache. `embedding` (D,) float32: the mean over the prompt's tokens
-    of the head's input.
+    of the head's input. `prompt_seconds`, `completion_seconds`: the request's share of the engine's
+    time until now.
     """
 
     id: int
@@ -179,6 +180,8 @@ class Event(NamedTuple):
     cached_tokens: int = 0
     stop_token: int | None = None
     embedding: Any = None
+    prompt_seconds: float = 0.0
+    completion_seconds: float = 0.0
 
 
 class Completion(NamedTuple):

@@ -53,6 +53,8 @@ class Sequence:
     drafter: Drafter | None = None  # made when draft tokens are first wanted
     stop_token: int | None = None  # that ended the output
     hidden_sum: Any = 0  # for an embedding: the head's input, summed over the prefilled tokens
+    prompt_seconds: float = 0.0  # its share of the engine's, to prefill
+    completion_seconds: float = 0.0  # and to decode
     patience: int = PATIENCE  # tokens still to be allowed by its grammar until it runs ahead
 
     def __post_init__(self) -> None:

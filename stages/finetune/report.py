@@ -52,6 +52,7 @@ def tuning_report(
         "after": dataclasses.asdict(now),
         "unit": after.unit,
         "train_seconds": finished.loop_state.seconds,
+        "training_flops": last_step * tuning.plan.step_flops,
         "tokens_per_second": speed.tokens_a_second,
         "flops_share_of_ceiling": speed.share_of_ceiling,
         "general": tuning.general,

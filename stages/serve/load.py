@@ -21,6 +21,7 @@ from engine.mesh import layout
 from engine.model.config import ModelConfig
 from engine.model.ops import kernels_note
 from engine.model.weights.convert import describe_weights
+from engine.storage import run_folder
 from engine.storage.adapter import base_digest
 from engine.storage.digest import digest
 from engine.storage.kinds_in_words import describe_kinds
@@ -111,8 +112,20 @@ def load_state(
         adapter_folder=options.adapter_folder,
         documents=options.documents,
         adapters=loaded.adapters,
+        training_flops=_training_flops(loaded.model.run),
     )
     return state, ahead
+
+
+def _training_flops(run: Path | None) -> int | None:
+    """Returns what it took to train a run, by its record; None without one, and of an older one."""
+    if run is None:
+        return None
+    result = run_folder.read_json(run / "run.json").get("result")
+    if not isinstance(result, dict):
+        return None
+    flops = result.get("training_flops")
+    return flops if type(flops) is int else None
 
 
 def load(

@@ -47,10 +47,16 @@ class ServerMetrics(Collector):
     """The metrics, in a registry of their own: two servers in one process share none.
 
     Those of the engine are read when they are asked for; the others are counted here. `adapters`:
-    those that are served, by name; they may change.
+    those that are served, by name; they may change. `training_flops`: as of ServerState.
     """
 
-    def __init__(self, model: str, engine: EngineThread, adapters: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: str,
+        engine: EngineThread,
+        adapters: Mapping[str, Any],
+        training_flops: int | None = None,
+    ) -> None:
         self._engine = engine
         self._adapters = adapters
         self._registry = registry = prometheus.CollectorRegistry()
@@ -105,6 +111,8 @@ class ServerMetrics(Collector):
             "Since the engine thread's last tick.",
             lambda: engine.seconds_since_tick,
         )
+        if training_flops is not None:
+            gauge("thrice_training_flops", "Of the run that trained the model.", lambda: training_flops)
         registry.register(self)
         prometheus.ProcessCollector(registry=registry)
 
@@ -118,7 +126,21 @@ class ServerMetrics(Collector):
         responses = CounterMetricFamily("thrice_responses", "HTTP responses by status.", labels=["status"])
         for status, count in sorted(self._responses.items()):
             responses.add_metric([str(status)], count)
-        return [compiles, responses, self._cache_info(), *self._adapter_info()]
+        return [compiles, responses, *self._meter(), self._cache_info(), *self._adapter_info()]
+
+    def _meter(self) -> list[Metric]:
+        """Returns what the engine has computed, and for how long: see Meter."""
+        meter = self._engine.engine.meter
+        flops = CounterMetricFamily(
+            "thrice_serving_flops", "FLOPs that the engine has computed, by what for.", labels=["what_for"]
+        )
+        flops.add_metric(["requests"], meter.request_flops)
+        flops.add_metric(["dropped tokens"], meter.dropped_flops)
+        flops.add_metric(["idle rows"], meter.idle_flops)
+        seconds = CounterMetricFamily(
+            "thrice_engine_busy_seconds", "Seconds that the engine's steps have taken.", value=meter.seconds
+        )
+        return [flops, seconds]
 
     def _cache_info(self) -> Metric:
         """Returns how many tokens the prefix cache compares at once, and how many such pieces fit

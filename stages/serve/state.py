@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from engine.counting.hardware import machine_identity
+from engine.counting.request_flops import training_step_flops
 from engine.inference.engine import Engine
 from engine.inference.request import Adapter, SamplingParams
 from engine.model.native.library import native_digest
@@ -44,7 +45,8 @@ class ServerState:
 
     `names`: by which clients ask for the model; replies have the first. `sampling`: of a request
     that leaves its fields out. `digest`: of the weights at load. `queue`: requests that may wait.
-    `price`: of the machine, dollars an hour. `base_digest`, `adapter_folder`, `adapters`: as of
+    `price`: of the machine, dollars an hour. `training_flops`: that the run took to train, None where
+    no run says it. `base_digest`, `adapter_folder`, `adapters`: as of
     AdapterTable.
     """
 
@@ -62,11 +64,14 @@ class ServerState:
         adapter_folder: Path | None = None,
         documents: Documents | None = None,
         adapters: Mapping[str, Any] | None = None,
+        training_flops: int | None = None,
     ) -> None:
         self.name = names[0]
         self.names = names
         self.digest = digest
         self.price = price
+        self.step_flops = training_step_flops(engine.cfg)
+        self.training_flops = training_flops
         self.loaded_at = int(time.time())
         self.engine = EngineThread(engine)
         self.admission = Admission(engine.config.slots, queue)
@@ -74,7 +79,7 @@ class ServerState:
         self.sampling = sampling
         self.stop_token_ids = frozenset(model.eos_ids)
         self.adapters = AdapterTable(self.engine, base_digest, adapter_folder, adapters or {})
-        self.metrics = ServerMetrics(self.name, self.engine, self.adapters.adapters)
+        self.metrics = ServerMetrics(self.name, self.engine, self.adapters.adapters, training_flops)
         self._hashing: asyncio.Task[str] | None = None
         # All that is in every fingerprint of how text becomes tokens, and tokens a text.
         self._text_facts: dict[str, Any] = {

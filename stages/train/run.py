@@ -487,6 +487,7 @@ def training_report(
     result = {
         "val_bits_per_byte": validation,
         "train_seconds": seconds,
+        "training_flops": step * plan.step_flops,
         "first_step_seconds": loop_state.first_step_seconds,
         "tokens_per_second": speed,
         "mfu": mfu,

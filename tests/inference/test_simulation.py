@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine.inference import engine
+from engine.inference.meter import Meter
 from engine.inference.request import Request
 from engine.inference.sampling import make_token_masks
 from engine.inference.scheduler import Decode, Scheduler, Sequence
@@ -21,6 +22,7 @@ from tests.simulated_server import simulate_server
 SCHEDULES = 500
 accept, finish, chunk_key = Sequence.accept, Scheduler.finish, engine.chunk_key
 root_key = engine.root_key
+count_decode = Meter.count_decode
 
 
 def finish_and_lose(scheduler, sequence):
@@ -49,6 +51,14 @@ FAULTS = {
     "a program of few rows has the numbers of all": (Decode, "renumbered", lambda batch: batch),
     "what ran ahead of a grammar counts": (FakeConstraint, "allows", lambda *_: True),
     "a finished sequence's slot is lost": (Scheduler, "finish", finish_and_lose),
+    "who is rejected pays": (
+        Meter,
+        "count_decode",
+        lambda meter, sequence, start, kept, computed: count_decode(
+            meter, sequence, start, computed, computed
+        ),
+    ),
+    "idle rows are nobody's": (Meter, "count_idle_rows", lambda *_: None),
 }
 
 

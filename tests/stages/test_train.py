@@ -27,6 +27,7 @@ from tests.stages.tiny_runs import ROOT, metrics, tiny, typed
 RESULT = (
     "val_bits_per_byte",
     "train_seconds",
+    "training_flops",
     "first_step_seconds",
     "peak_rss_bytes",
     "tokens_per_second",

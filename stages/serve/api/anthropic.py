@@ -29,6 +29,7 @@ from stages.serve.api.jobs import ChatPrompt, Job, only_grammar, sampling_of
 from stages.serve.api.requests import ApiCall, ignored_header, json_reply
 from stages.serve.api.unsupported import UNSUPPORTED
 from stages.serve.api.writer import EventWriter, Piece, Usage
+from stages.serve.bill import Bill
 from stages.serve.errors import ApiError, ErrorDetails
 from stages.serve.grammar import Grammar, answer_grammar
 from stages.serve.tools import (
@@ -298,6 +299,16 @@ class ReplyBlock(msgspec.Struct, kw_only=True):
     input: dict[str, Any] | UnsetType = UNSET
 
 
+class MessageUsage(msgspec.Struct):
+    """Tokens; those of the prompt that the prefix cache held are counted apart. `cost`: where it is asked for."""
+
+    input_tokens: int
+    output_tokens: int
+    cache_read_input_tokens: int
+    cache_creation_input_tokens: int = 0
+    cost: Bill | UnsetType = UNSET
+
+
 class MessageReply(msgspec.Struct, kw_only=True):
     """A whole reply, and, without content, the start of a stream."""
 
@@ -308,7 +319,7 @@ class MessageReply(msgspec.Struct, kw_only=True):
     content: list[ReplyBlock] = []
     stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None = None
     stop_sequence: str | None = None
-    usage: dict[str, int]
+    usage: MessageUsage
 
 
 class MessageWriter(EventWriter):
@@ -375,13 +386,13 @@ def _tool_use_id(call: ToolCall) -> str:
     return "toolu_" + call.id.removeprefix("call_")
 
 
-def _usage(usage: Usage) -> dict[str, int]:
-    return {
-        "input_tokens": usage.prompt - usage.cached,
-        "output_tokens": usage.completion,
-        "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": usage.cached,
-    }
+def _usage(usage: Usage) -> MessageUsage:
+    return MessageUsage(
+        input_tokens=usage.prompt - usage.cached,
+        output_tokens=usage.completion,
+        cache_read_input_tokens=usage.cached,
+        cost=usage.cost,
+    )
 
 
 def _stop(piece: Piece) -> dict[str, Any]:

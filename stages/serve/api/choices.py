@@ -6,13 +6,14 @@ from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
-from msgspec import UNSET, Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from engine.errors import InvalidField
 from stages.serve.api.fields import MaxTokens, StrictFields
 from stages.serve.api.requests import ApiCall
 from stages.serve.api.sampling_fields import SamplingFields
 from stages.serve.api.writer import Piece, Usage, Writer
+from stages.serve.bill import Bill
 from stages.serve.tokenizer_pool import token_text
 
 
@@ -62,11 +63,16 @@ class ReplyUsage(msgspec.Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    cost: Bill | UnsetType = UNSET
 
 
 def reply_usage(usage: Usage) -> ReplyUsage:
     return ReplyUsage(
-        usage.prompt, usage.completion, usage.prompt + usage.completion, CachedTokens(usage.cached)
+        prompt_tokens=usage.prompt,
+        completion_tokens=usage.completion,
+        total_tokens=usage.prompt + usage.completion,
+        prompt_tokens_details=CachedTokens(usage.cached),
+        cost=usage.cost,
     )
 
 
@@ -80,7 +86,8 @@ class ChoicesWriter(Writer):
     def __init__(self, call: ApiCall) -> None:
         self.tokenizer = call.state.tokenizer.tokenizer
         self.body = call.body
-        self._wants_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
+        options = self.body.stream_options
+        self._wants_usage = call.wants_cost or bool(options and options.include_usage)
         self._head = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 from starlette.types import ASGIApp
 
 from engine.errors import InvalidField
@@ -16,6 +16,7 @@ from stages.serve.api.generation import MAX_COMPLETIONS, Generation, choices_of
 from stages.serve.api.jobs import TextPrompts, make_request
 from stages.serve.api.requests import ApiCall
 from stages.serve.api.writer import Piece, Usage
+from stages.serve.bill import Bill
 from stages.serve.tokenizer_pool import context_overflow
 
 
@@ -43,11 +44,17 @@ class Embedding(msgspec.Struct):
     object: Literal["embedding"] = "embedding"
 
 
+class EmbeddingsUsage(msgspec.Struct):
+    prompt_tokens: int
+    total_tokens: int
+    cost: Bill | UnsetType = UNSET
+
+
 class EmbeddingsReply(msgspec.Struct, kw_only=True):
     object: Literal["list"] = "list"
     model: str
     data: list[Embedding]
-    usage: dict[str, int]
+    usage: EmbeddingsUsage
 
 
 async def create_embedding(call: ApiCall[EmbeddingsRequest]) -> ASGIApp:
@@ -61,8 +68,8 @@ async def create_embedding(call: ApiCall[EmbeddingsRequest]) -> ASGIApp:
 
     def reply(vectors: list[Any], usage: Usage) -> EmbeddingsReply:
         data = [Embedding(index, encode(vector)) for index, vector in enumerate(vectors)]
-        counts = {"prompt_tokens": usage.prompt, "total_tokens": usage.prompt}
-        return EmbeddingsReply(model=model, data=data, usage=counts)
+        own_usage = EmbeddingsUsage(usage.prompt, usage.prompt, usage.cost)
+        return EmbeddingsReply(model=model, data=data, usage=own_usage)
 
     prompts = TextPrompts("input", prompt_texts("input", body.input, MAX_COMPLETIONS))
     return await embed(call, prompts, reply, body.ignored, body.dimensions)

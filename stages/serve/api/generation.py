@@ -21,6 +21,7 @@ from engine.text.documents import Passage
 from stages.serve.api.jobs import Job, compile_grammar, make_requests
 from stages.serve.api.requests import ApiCall, ignored_header, json_reply
 from stages.serve.api.writer import Piece, Reason, Usage, Writer, join_pieces
+from stages.serve.bill import Bill, Cost, make_bill
 from stages.serve.call_parser import CallParser
 from stages.serve.errors import ApiError, ClientGone, api_error
 from stages.serve.tools import ToolCall
@@ -51,6 +52,11 @@ class Choice:
     cached: int | None = None
     # Why it ended: stop, length, error, or abort when the client left or another one failed.
     end: str = "abort"
+    # Whether a stop token ended it, which was decoded and is none of its tokens.
+    ended_by_token: bool = False
+    # Its share of the engine's time.
+    prompt_seconds: float = 0.0
+    completion_seconds: float = 0.0
 
     @property
     def scored_tokens(self) -> Sequence[int]:
@@ -98,6 +104,7 @@ class Generation:
         self._repeats = repeats
         self._passages = passages
         self._headers = ignored_header(ignored)
+        self._wants_cost = call.wants_cost
         self._events: asyncio.Queue[tuple[Choice, Event] | None] = asyncio.Queue()
         self._unfinished: dict[Choice, Callable[[], None]] = {}  # with what cancels it
 
@@ -111,7 +118,7 @@ class Generation:
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._submitted(receive):
             pieces = await self._collect()
-            response = json_reply(self._reply(pieces, self.usage), headers=self._headers)
+            response = json_reply(self._reply(pieces, self._usage_at_end()), headers=self._headers)
         await response(scope, receive, send)
 
     async def _send_stream(self, writer: Writer, receive: Receive, send: Send) -> None:
@@ -145,7 +152,7 @@ class Generation:
                 if time.monotonic() - sent >= KEEP_ALIVE_SECONDS:  # what may become a call is held back
                     sent = time.monotonic()
                     yield writer.comment("writing")
-            for chunk in writer.end(self.usage):
+            for chunk in writer.end(self._usage_at_end()):
                 yield writer.frame(chunk)
         except ClientGone:
             raise
@@ -261,6 +268,36 @@ class Generation:
             passages=self._passages,
         )
 
+    def _usage_at_end(self) -> Usage:
+        """Returns the usage of completions that have ended, with what they have cost if that is asked
+        for.
+        """
+        usage = self.usage
+        if self._wants_cost:
+            return usage._replace(cost=self._bill())
+        return usage
+
+    def _bill(self) -> Bill:
+        """Returns what all completions together have cost: no tokens that followed a stop string, and of
+        a prompt in the prefix cache the seconds to copy it.
+        """
+        flops = self._state.engine.engine.meter.flops
+        prompt = Cost(0, 0.0)
+        completion = Cost(0, 0.0)
+        for choice in self._choices:
+            request = choice.request
+            is_adapted = request.adapter is not None
+            last = len(request.prompt) - 1  # the position of the token after which it decodes
+            if request.embed:
+                prompt.flop += flops.embedded(0, last + 1, is_adapted)
+            else:
+                prompt.flop += flops.prefilled(choice.cached or 0, last, is_adapted)
+                decoded = choice.completion.tokens + choice.ended_by_token
+                completion.flop += flops.decoded(last, last + decoded, is_adapted)
+            prompt.seconds += choice.prompt_seconds
+            completion.seconds += choice.completion_seconds
+        return make_bill(prompt, completion, self._state.price, self._state.step_flops)
+
     def log_fields(self) -> dict[str, int | float | str | None]:
         """Returns what a line of the server's log says of it."""
         usage = self.usage
@@ -282,6 +319,9 @@ class Generation:
         tokens_before = completion.tokens
         text = choice.push(event.tokens, last=event.finish_reason is not None)
         new_tokens = completion.tokens - tokens_before
+        choice.prompt_seconds = event.prompt_seconds
+        choice.completion_seconds = event.completion_seconds
+        choice.ended_by_token = event.stop_token is not None and completion.stopped is None
         if not choice.scored_tokens:
             self._state.metrics.generated.inc(new_tokens)
         self._count_first(choice, event, now)

@@ -35,6 +35,7 @@ from stages.serve.api.jobs import ChatPrompt, Job, TextPrompts, sampling_of
 from stages.serve.api.logprobs import TokenLogProb, token_logprob
 from stages.serve.api.requests import ApiCall, ignored_header, json_reply
 from stages.serve.api.writer import Piece, Reason, Usage, Writer
+from stages.serve.bill import Bill
 from stages.serve.errors import ApiError
 from stages.serve.grammar import answer_grammar
 from stages.serve.tokenizer_pool import token_text
@@ -293,6 +294,7 @@ class OllamaReply(msgspec.Struct, kw_only=True):
     prompt_eval_duration: int | UnsetType = UNSET
     eval_count: int | UnsetType = UNSET
     eval_duration: int | UnsetType = UNSET
+    cost: Bill | UnsetType = UNSET
 
 
 class OllamaWriter(Writer):
@@ -369,6 +371,7 @@ class OllamaWriter(Writer):
             "prompt_eval_duration": first,
             "eval_count": usage.completion,
             "eval_duration": total - first,
+            "cost": usage.cost,
         }
 
 

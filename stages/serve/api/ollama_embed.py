@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 from starlette.types import ASGIApp
 
 from stages.serve.api.embeddings import embed
@@ -13,6 +13,7 @@ from stages.serve.api.jobs import TextPrompts
 from stages.serve.api.ollama import OllamaFields, reply_at_once
 from stages.serve.api.requests import ApiCall
 from stages.serve.api.writer import Usage
+from stages.serve.bill import Bill
 
 
 class EmbedRequest(OllamaFields, kw_only=True):
@@ -37,6 +38,7 @@ class EmbedReply(msgspec.Struct, kw_only=True):
     total_duration: int = 0
     load_duration: int = 0
     prompt_eval_count: int = 0
+    cost: Bill | UnsetType = UNSET
 
 
 async def ollama_embed(call: ApiCall[EmbedRequest]) -> ASGIApp:
@@ -50,7 +52,11 @@ async def ollama_embed(call: ApiCall[EmbedRequest]) -> ASGIApp:
         embeddings = [vector.tolist() for vector in vectors]
         duration = round(usage.seconds * 1e9)
         return EmbedReply(
-            model=name, embeddings=embeddings, total_duration=duration, prompt_eval_count=usage.prompt
+            model=name,
+            embeddings=embeddings,
+            total_duration=duration,
+            prompt_eval_count=usage.prompt,
+            cost=usage.cost,
         )
 
     prompts = TextPrompts("input", prompt_texts("input", body.input, MAX_COMPLETIONS))
@@ -66,6 +72,7 @@ class EmbeddingsPrompt(OllamaFields, kw_only=True):
 
 class EmbeddingsPromptReply(msgspec.Struct):
     embedding: list[float]
+    cost: Bill | UnsetType = UNSET
 
 
 async def ollama_embeddings(call: ApiCall[EmbeddingsPrompt]) -> ASGIApp:
@@ -74,8 +81,8 @@ async def ollama_embeddings(call: ApiCall[EmbeddingsPrompt]) -> ASGIApp:
     if not body.prompt:
         return reply_at_once(call, EmbeddingsPromptReply([]))
 
-    def reply(vectors: list[Any], _: Usage) -> EmbeddingsPromptReply:
-        return EmbeddingsPromptReply(vectors[0].tolist())
+    def reply(vectors: list[Any], usage: Usage) -> EmbeddingsPromptReply:
+        return EmbeddingsPromptReply(vectors[0].tolist(), usage.cost)
 
     prompts = TextPrompts("prompt", [body.prompt])
     ignored = body.ignored_in(call.content)

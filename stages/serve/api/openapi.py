@@ -12,7 +12,10 @@ from stages.serve.errors import reply_class
 
 BODY_ERRORS = (400, 404, 408, 413, 415, 429, 503)  # of routes with a body
 GUARD_ERRORS = (401, 403)  # of all
-ABOUT = "The routes of this server. Fields follow OpenAI's API, and vLLM's where OpenAI's has no name."
+ABOUT = (
+    "The routes of this server. Fields follow OpenAI's API, and vLLM's where OpenAI's has no name. "
+    "The header `X-Usage-Cost: 1` asks for what a request has cost, in its usage."
+)
 STATUSES = {
     400: "The request is wrong; `param` names the field.",
     401: "There is no key, or a wrong one.",

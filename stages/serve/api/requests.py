@@ -17,6 +17,7 @@ from stages.serve.state import ServedModel, ServerState
 MAX_BYTES = 4 * 2**20
 INLINE_BYTES = 65_536  # more are decoded in a thread
 BODY_SECONDS = 20.0  # for a body to come
+COST_HEADER = "x-usage-cost"  # `1` asks for a Bill
 
 
 class ApiCall[Body]:
@@ -34,6 +35,11 @@ class ApiCall[Body]:
         self.state = state
         self.http = http
         self.content = bytearray()
+
+    @property
+    def wants_cost(self) -> bool:
+        """Whether the reply's usage is to say what the request has cost: its header COST_HEADER."""
+        return self.http.headers.get(COST_HEADER, "").strip().lower() in ("1", "true")
 
     def uncount_bytes(self) -> None:
         """No longer counts the bytes of the body."""

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
@@ -336,6 +336,8 @@ class ResponseWriter(EventWriter):
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage.prompt + usage.completion,
         }
+        if usage.cost is not UNSET:
+            self._reply.usage["cost"] = usage.cost
         if self._status == "completed":
             self._reply.completed_at = int(time.time())
         else:

@@ -37,6 +37,8 @@ class ModelCard(msgspec.Struct, kw_only=True):
     """A served model. `root`: the base's name; `adapter`: the digest of the one on it, if any.
 
     `max_model_len`: tokens of prompt and completion together; `price_per_hour`: dollars.
+    `training_flops`: of the run that trained it, null where no run says it; `served_flops`: of all
+    tokens that this server has given for requests, of any model.
     """
 
     id: str
@@ -47,6 +49,8 @@ class ModelCard(msgspec.Struct, kw_only=True):
     adapter: str | None = None
     max_model_len: int
     price_per_hour: float | None = None
+    training_flops: int | None = None
+    served_flops: int
     default_sampling: DefaultSampling
 
 
@@ -126,6 +130,8 @@ def model_card(state: ServerState, name: str) -> ModelCard:
         adapter=adapter.digest if adapter else None,
         max_model_len=state.engine.capacity,
         price_per_hour=state.price,
+        training_flops=state.training_flops,
+        served_flops=state.engine.engine.meter.request_flops,
         default_sampling=msgspec.convert(state.sampling, DefaultSampling, from_attributes=True),
     )
 

@@ -4,9 +4,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from engine.inference.request import LogProb
 from engine.text.documents import Passage
+from stages.serve.bill import Bill
 from stages.serve.errors import ApiError
 from stages.serve.tools import ToolCall, join_calls
 
@@ -44,6 +46,8 @@ class Usage(NamedTuple):
     seconds: float
     # Passages of documents, whose tokens are in the prompts.
     passages: Sequence[Passage] = ()
+    # What it has cost, if that is asked for, and not before its end.
+    cost: Bill | UnsetType = UNSET
 
 
 def join_pieces(parts: Sequence[Piece]) -> Piece:

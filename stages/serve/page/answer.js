@@ -91,7 +91,7 @@ async function streamAnswer(before, cut = null) {
       max_tokens: settings.max_tokens.valueAsNumber, ...(settings.seed.value && {seed: settings.seed.valueAsNumber}),
       ...(tools && {parallel_tool_calls: false}),
       ...(schema && {response_format: {type: 'json_schema', json_schema: {name: 'answer', schema}}}),
-    }, stop.signal);
+    }, stop.signal, {'X-Usage-Cost': '1'});
     if (!reply.ok) throw new Error(await reason(reply));
     clock.answered = true;
     for await (const event of events(reply.body)) addChunk(turn, event);
@@ -114,6 +114,7 @@ async function streamAnswer(before, cut = null) {
   save();
   if (atEnd) scrollToEnd();
   await checkWeights();
+  await drawServed();
 }
 
 // Returns why messages cannot be answered even without those before them; empty if they can.
@@ -183,6 +184,8 @@ async function setFigures(turn, before, earlier) {
   turn.tokens = turn.usage ? earlier + turn.usage.completion_tokens : turn.text && await countTokens(text);
   turn.resent = Math.min(before, turn.prompt + earlier);
   turn.cached = turn.usage?.prompt_tokens_details?.cached_tokens ?? 0;
+  turn.flop = turn.usage?.cost?.flop ?? 0;
+  turn.steps = turn.usage?.cost?.training_steps ?? 0;
   // The first piece comes when the clock starts, so its tokens are not counted: pieces hold about equally many.
   const speed = (turn.tokens - earlier) * (1 - 1 / pieces) / (last - first) * 1000;
   turn.speed = Number.isFinite(speed) ? speed : 0;

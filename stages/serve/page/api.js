@@ -15,8 +15,8 @@ const get = async (path, how = {}) => {
   if (reply.status === 401) askForKey();
   return reply;
 };
-const post = (path, body, signal) => get(path, {
-  method: 'POST', headers: {'Content-Type': 'application/json'}, body: JSON.stringify(body), signal,
+const post = (path, body, signal, headers = {}) => get(path, {
+  method: 'POST', headers: {'Content-Type': 'application/json', ...headers}, body: JSON.stringify(body), signal,
 });
 
 function askForKey() {

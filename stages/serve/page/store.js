@@ -3,7 +3,7 @@
 
 const KEY = 'thrice';
 const MOST = 200;  // conversations; the oldest go first, also where the storage is full
-const FIELDS = ('role text model aside finish error prompt tokens resent cached wait speed forgot calls answers json documents')
+const FIELDS = ('role text model aside finish error prompt tokens resent cached wait speed flop steps forgot calls answers json documents')
   .split(' ');
 const newId = () => `${Math.random()}`;
 let id = newId();

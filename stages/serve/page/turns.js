@@ -78,6 +78,7 @@ function drawFoot(turn) {
     turn.tokens && plural(turn.tokens, 'token'),
     turn.speed && pace(turn.speed),
     turn.wait && `first after ${seconds(turn.wait)}`,
+    turn.flop && `${operations(turn.flop)}, ${brief(turn.steps)} of a training step`,
     turn.resent && `this turn re-sent ${plural(turn.resent, 'token')}`,
     turn.cached && `${count(turn.cached)} of the prompt from the prefix cache`,
   ].filter(Boolean).flatMap((text) => [' · ', make('span', {}, text)]).slice(1);
