@@ -71,7 +71,7 @@ MEASUREMENTS = (
     ),
 )
 # what the README's commands print, and READMEs with their pictures
-LAST = ("tests/transcript.py", "tests/readmes.py")
+LAST = ("bench.docs.transcript", "bench.docs.readmes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +123,8 @@ def measure_everything(flags: EverythingFlags) -> Json:
         _measure([each for each in measurements if _path_of(each, flags.folder).name in apart], flags)
     if not flags.only:
         for script in LAST:
-            progress(f"writing: python {script}")
-            subprocess.run([sys.executable, script, str(flags.folder)], cwd=ROOT, check=True)
+            progress(f"writing: python -m {script}")
+            subprocess.run([sys.executable, "-m", script, str(flags.folder)], cwd=ROOT, check=True)
     for line in differences(_read_there(measurements, flags.folder)):
         progress(f"not of one sitting: {line}")
     return {"documents": [dataclasses.asdict(measurement) for measurement in measurements]}

@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 import tyro
 
+from bench.cli import ROOT
+from bench.docs.readmes import PICTURED, PICTURES, sh_commands, shown, written
 from bench.stages.report import write_pictures
 from engine.model.paths import leaf_paths
-from tests.readmes import PICTURED, PICTURES, ROOT, sh_commands, shown, written
 from tests.tiny import SMALL
 
 CHANGED = (
@@ -312,7 +313,7 @@ def test_the_claims_of_the_readme_are_whole_and_short():
 
 
 def test_the_pictures_are_those_of_the_result(tmp_path):
-    """Written by `python tests/readmes.py`."""
+    """Written by `python -m bench.docs.readmes`."""
     write_pictures(tmp_path, json.loads((shown() / PICTURED).read_text()))
     for path in tmp_path.iterdir():
         assert path.read_text() == (PICTURES / path.name).read_text(), path.name
@@ -337,7 +338,7 @@ def test_headings_and_lines_of_trees_are_whole():
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_trees_and_tables_are_those_of_the_code_and_the_results(readme):
-    """Written by `python tests/readmes.py`."""
+    """Written by `python -m bench.docs.readmes`."""
     assert readme.read_text() == written(readme)
 
 

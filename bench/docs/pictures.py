@@ -1,7 +1,7 @@
-"""Makes the README's pictures that need a browser, light and dark: `uv run --with pillow python tests/pictures.py`.
+"""Makes the README's pictures that need a browser, light and dark: `uv run --with pillow python -m bench.docs.pictures`.
 
-With names of pictures behind it, such as `chat memory`, only those. `python tests/readmes.py` makes
-the others.
+With names of pictures behind it, such as `chat memory`, only those. `python -m
+bench.docs.readmes` makes the others.
 """
 
 import base64
@@ -14,9 +14,10 @@ from pathlib import Path
 
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tests.chromium import chromium
+from bench.cli import ROOT
+from bench.docs.chromium import chromium
 
-PICTURES = Path(__file__).parent.parent / "bench" / "pictures"
+PICTURES = ROOT / "bench" / "pictures"
 SCHEMES = ("light", "dark")
 QUESTION = "Why is the sea salty? Answer in one short sentence."
 
@@ -54,6 +55,7 @@ def chat(chrome, _: Path) -> None:
     ]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
         output = ""
+        assert server.stdout
         while "Ctrl-C" not in output:
             output += server.stdout.readline()
         chrome.get(re.findall(r"page +(\S+)", output)[0])

@@ -1,9 +1,9 @@
-"""Writes what READMEs take from elsewhere: the tree of each room, tables of results, pictures. `python tests/readmes.py`.
+"""Writes what READMEs take from elsewhere: the tree of each room, tables of results, pictures. `python -m bench.docs.readmes`.
 
 A block stands between `<!-- NAME of SOURCE -->` and `<!-- end -->`. NAME is one of BLOCKS; SOURCE
 is a document, such as `bench.json`, or what the block is computed from. A document is that of the
 machine that `shown_machine` chooses, or of a folder that the command names: `python
-tests/readmes.py FOLDER`. A SOURCE with a folder, such as `tries/promises.json`, lies in RESULTS.
+-m bench.docs.readmes FOLDER`. A SOURCE with a folder, such as `tries/promises.json`, lies in RESULTS.
 """
 
 import ast
@@ -21,8 +21,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, whatever is installed
-
+from bench.cli import ROOT
 from bench.plan import plans, validate
 from bench.plan.__main__ import PlanFlags, answer
 from bench.serving.__main__ import latencies, speeds
@@ -33,7 +32,6 @@ from engine.format import money, percent, quantity, si, times
 from tests.law_table import LAWS, marked_tests
 from tests.promises.figures import Figure
 
-ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 TRIES = RESULTS / "tries"  # of no machine
 PICTURES = ROOT / "bench" / "pictures"
@@ -482,7 +480,7 @@ def describe_setting(setting: Document) -> str:
 
 def sizes(_: Document) -> list[str]:
     """Returns, for each machine that has them, ratios to llama.cpp's speed by size and format."""
-    lines = []
+    lines: list[str] = []
     for folder in machines():
         document = read_documents(folder).get("peers-sizes.json")
         if not document:
@@ -646,7 +644,7 @@ def laws(_: Document) -> list[str]:
 
 def serves(document: Document) -> list[str]:
     """Returns the promises of serving."""
-    return _promises(document, "SX")
+    return _promises(document, "FSX")
 
 
 def trains(document: Document) -> list[str]:
@@ -667,7 +665,7 @@ def _promises(document: Document, kinds: str) -> list[str]:
             on = row["date"] + "*" * (row["commit"] is None)
             trial = (row["promise"], figures + ": **not kept**" * (not row["kept"]), over, on)
             trials[trial] = trials.get(trial, 0) + 1
-    cells = []
+    cells: list[tuple[str, ...]] = []
     for (name, figures, over, on), count in trials.items():
         if count > 1:
             over = f"{count} times {over}"

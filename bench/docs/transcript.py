@@ -1,4 +1,6 @@
-"""Follows the README from a model to its server, and keeps what it prints: `python tests/transcript.py FOLDER`, ten minutes.
+"""Follows the README from a model to its server, and keeps what it prints: ten minutes.
+
+    python -m bench.docs.transcript FOLDER
 
 Writes FOLDER/transcript.json: the lines of each command, by its name, and the server's answer to
 the README's curl.
@@ -12,18 +14,21 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from readmes import READMES, ROOT, sh_commands
-
-from bench.cli import circumstances
+from bench.cli import ROOT, circumstances
+from bench.docs.readmes import READMES, sh_commands
 from bench.machine import Watch
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
 BODY = re.compile(r"-d '(.*)'")  # of a README's curl
+PAGE = re.compile(r"page +(\S+)")  # in what the server prints
+QUESTION = "Why do sailors sing?\n"  # to `chat`
 
 
-def follow(folder: Path, model: str = "smollm2-135m-instruct") -> dict[str, object]:
+def follow(folder: Path, model: str = "smollm2-135m-instruct") -> dict[str, Any]:
     """Runs the README's commands that name the model, in a folder; returns what they printed, and
     the server's answer.
     """
@@ -33,35 +38,57 @@ def follow(folder: Path, model: str = "smollm2-135m-instruct") -> dict[str, obje
         if not any(model in word for word in words):
             continue
         print("python", *words, file=sys.stderr)
-        with subprocess.Popen(
+        command = words[1]
+        if command == "stages.serve":
+            printed[command], answer = _ask_server(words, folder)
+            continue
+        typed = ""
+        if command == "stages.chat":
+            typed = QUESTION
+        run = subprocess.run(
             [sys.executable, *words],
             cwd=folder,
             env=ENVIRONMENT,
-            stdin=subprocess.PIPE,
+            input=typed,
             stdout=subprocess.PIPE,
             text=True,
-        ) as process:
-            if words[1] != "stages.serve":
-                output, _ = process.communicate("Why do sailors sing?\n" if words[1] == "stages.chat" else "")
-                printed[words[1]] = output.splitlines()
-                continue
-            output = ""
-            while "Ctrl-C" not in output:
-                output += (line := process.stdout.readline())
-                assert line, output
-            body = BODY.search(READMES[0].read_text())[1]
-            address = f"{re.findall(r'page +(\S+)', output)[0]}/v1/chat/completions"
-            curl = ["curl", "-s", address, "-H", "content-type: application/json", "-d", body]
-            answer = json.loads(subprocess.run(curl, capture_output=True, check=True).stdout)
-            process.send_signal(signal.SIGTERM)
-            printed[words[1]] = output.splitlines()
+            check=False,
+        )
+        printed[command] = run.stdout.splitlines()
     return {"printed": printed, "answer": answer}
+
+
+def _ask_server(words: Sequence[str], folder: Path) -> tuple[list[str], Any]:
+    """Starts the server, sends it the README's request, and ends it. Returns the lines that it printed
+    until it was ready, and its answer.
+    """
+    lines = []
+    address = ""
+    server = subprocess.Popen(
+        [sys.executable, *words], cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    )
+    with server:
+        assert server.stdout
+        for line in server.stdout:
+            lines.append(line.rstrip("\n"))
+            page = PAGE.search(line)
+            if page:
+                address = page[1]
+            if "Ctrl-C" in line:
+                break
+        body = BODY.search(READMES[0].read_text())
+        assert body
+        url = f"{address}/v1/chat/completions"
+        curl = ["curl", "-s", url, "-H", "content-type: application/json", "-d", body[1]]
+        reply = subprocess.run(curl, capture_output=True, check=True)
+        server.send_signal(signal.SIGTERM)
+    return lines, json.loads(reply.stdout)
 
 
 if __name__ == "__main__":
     flags = dataclasses.make_dataclass("Flags", [])()
     watch = Watch()
     with tempfile.TemporaryDirectory() as folder:
-        document = circumstances(["tests/transcript.py"], flags) | follow(Path(folder))
+        document = circumstances(["bench.docs.transcript"], flags) | follow(Path(folder))
     document["machine"] |= watch.finish()
     (Path(sys.argv[1]) / "transcript.json").write_text(json.dumps(document) + "\n")

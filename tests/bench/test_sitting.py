@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.cli import ROOT
+from bench.docs.readmes import RESULTS, TRIES, machines, shown, shown_machine
 from bench.sitting import SPREAD, differences, read_documents, to_measure_again
-from tests.readmes import RESULTS, ROOT, TRIES, machines, shown, shown_machine
 
 # Documents of before this day say neither model numbers nor what their machine reached, and were
 # measured one by one.
