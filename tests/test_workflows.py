@@ -13,7 +13,8 @@ WORKFLOWS = {path.stem: path for path in sorted((ROOT / ".github" / "workflows")
 PARTS = {
     "sweeps": "python -m pytest -m night and not promises --ignore tests/clients",
     "clients": "--with-requirements tests/clients/requirements.txt python -m pytest tests/clients -m night",
-    "serving": "python -m pytest tests/promises --ignore tests/promises/training -m promises -n 0 --promises-out FIGURES",
+    "serving": '--with vllm-router==0.1.17; sys_platform == "linux" python -m pytest tests/promises '
+    "--ignore tests/promises/training -m promises -n 0 --promises-out FIGURES",
     "training": "python -m pytest tests/promises/training -m promises -n 0 --promises-out FIGURES",
 }
 

@@ -13,12 +13,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.errors import UserError
 
 MISTAKE = 2  # the exit code of an error that the user can mend
 RESTART = 75  # the exit code that asks for a restart, EX_TEMPFAIL of sysexits.h
+# The variables by which Kubeflow's Trainer tells a process of its place.
+ANNOUNCED = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 FOREVER = 7 * 24 * 3600  # seconds: process 0 may read a large corpus first
 
 
@@ -37,8 +39,43 @@ group = _Group()
 _calls: defaultdict[str, itertools.count] = defaultdict(itertools.count)
 
 
+class Announced(NamedTuple):
+    """Where process 0 listens, how many processes there are, and which this is."""
+
+    coordinator: str
+    processes: int
+    process: int
+
+
+def announced() -> Announced | None:
+    """Returns what the variables of Kubeflow's Trainer say: JAX itself reads only the first; None
+    without them.
+
+    Raises UserError where one is missing or no number that it can be.
+    """
+    values = [os.environ.get(name, "") for name in ANNOUNCED]
+    if not values[1]:
+        return None
+    for name, value in zip(ANNOUNCED, values):
+        if not value:
+            raise UserError(
+                f"{ANNOUNCED[1]} is set, and {name} is not: a process needs all of {', '.join(ANNOUNCED)}."
+            )
+    coordinator, processes, process = values
+    if not (processes.isdecimal() and process.isdecimal() and int(process) < int(processes)):
+        raise UserError(
+            f"{ANNOUNCED[2]}={process} is one of 0 to {ANNOUNCED[1]} - 1, and {ANNOUNCED[1]} is {processes}."
+        )
+    return Announced(coordinator, int(processes), int(process))
+
+
 def in_cluster() -> bool:
-    """Returns whether SLURM, Open MPI or a TPU slice started several processes, of which this is one."""
+    """Returns whether Kubeflow's Trainer, SLURM, Open MPI or a TPU slice started several processes, of
+    which this is one.
+    """
+    kubeflow = announced()
+    if kubeflow and kubeflow.processes > 1:
+        return True
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
         if int(os.environ.get(name) or 1) > 1:
             return True

@@ -12,7 +12,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from engine.errors import Range, UserError, did_you_mean
 from engine.inference.request import RANGES
-from engine.mesh.processes import in_cluster, process_count
+from engine.mesh.processes import announced, in_cluster, process_count
 from engine.mesh.shape import MeshShape, parse_mesh
 from stages.cli import lifecycle
 
@@ -210,7 +210,7 @@ class MeshFlags:
     processes: Annotated[
         int | None,
         parser(_count_of_processes, "N|auto"),
-        default("as SLURM, Open MPI 4, or 5 with mpi4py, or a TPU slice started"),
+        default("as Kubeflow's Trainer, SLURM, Open MPI 4, or 5 with mpi4py, or a TPU slice started"),
     ] = None
     """`auto` asks Kubernetes too (with JAX's k8s extra); for N give --process and --coordinator."""
     process: Annotated[int | None, parser(integer(0), "I"), default("the cluster's")] = None
@@ -260,8 +260,12 @@ class MeshFlags:
         if self.processes is None and not in_cluster():
             return
         count = self.processes
-        if count == AUTO:
+        if count in (None, AUTO):
             count = None
+            place = announced()
+            if place:
+                lifecycle.join(place.coordinator, place.processes, place.process, self.join_within)
+                return
         lifecycle.join(self.coordinator, count, self.process, self.join_within)
 
 

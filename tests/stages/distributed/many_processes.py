@@ -1,5 +1,6 @@
 """Starts one run in several real processes on this machine, over gloo, and waits for what they do."""
 
+import os
 import random
 import re
 import socket
@@ -9,6 +10,7 @@ import time
 
 import pytest
 
+from engine.mesh.processes import ANNOUNCED
 from engine.storage import checkpoint
 from tests.stages.tiny_runs import ROOT, typed
 
@@ -60,22 +62,25 @@ def free_port() -> int:
 def start():
     """Starts `python -m stages.STAGE` in several processes, and ends what is left of them.
 
-    `own(i)`: more flags of process i; `patch(i)`: code that it runs before the command.
+    `own(i)`: more flags of process i; `patch(i)`: code that it runs before the command. With
+    `announces` they find one another by variables, as under Kubeflow's Trainer, and not by flags.
     """
     started: list[subprocess.Popen] = []
 
-    def start(count, stage, *args, own=lambda process: (), patch=lambda process: ""):
-        port = free_port()
+    def start(count, stage, *args, own=lambda process: (), patch=lambda process: "", announces=False):
+        address = f"127.0.0.1:{free_port()}"
         for process in range(count):
-            join = ("--processes", count, "--process", process, "--coordinator", f"127.0.0.1:{port}") * (
-                count > 1
-            )
+            join, environment = (), dict(os.environ)
+            if announces:
+                environment |= dict(zip(ANNOUNCED, (address, str(count), str(process))))
+            elif count > 1:
+                join = ("--processes", count, "--process", process, "--coordinator", address)
             words = typed(stage, *args, *join, *own(process))
             if code := KEEPS_PROGRAMS * (process > 0) + patch(process):
                 run = f"from stages.cli.command import leave\nfrom stages.{stage}.__main__ import main\nleave(main())"
                 words = [sys.executable, "-c", f"{code}\n{run}", *words[3:]]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            started.append(subprocess.Popen(words, cwd=ROOT, **pipes))
+            started.append(subprocess.Popen(words, cwd=ROOT, env=environment, **pipes))
         return started[-count:]
 
     yield start

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from engine.errors import UserError
-from engine.mesh.processes import RESTART
+from engine.mesh.processes import ANNOUNCED, RESTART, announced, in_cluster
 from engine.storage import checkpoint, checkpoint_reader
 from engine.storage.adapter_reader import load_adapter
 from engine.storage.run_folder import read_config
@@ -53,8 +53,8 @@ def losses(folder):
 
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.night)])
 def test_a_run_survives_kills_and_signals_on_any_number_of_processes(count, start, text, tmp_path):
-    """One of several processes is killed while all save; one of two that resume is told to stop;
-    one goes on to the end.
+    """One of several processes is killed while all save; one of two that resume, and are announced by
+    variables, is told to stop; one goes on to the end.
     """
     alone, folder = tmp_path / "alone", tmp_path / "many"
     words = tiny(text, folder, *FLAGS, "--batch", 2 * count)
@@ -72,7 +72,7 @@ def test_a_run_survives_kills_and_signals_on_any_number_of_processes(count, star
     first = checkpoint.steps(folder)[-1]
     assert str(first) != saving[0].name.split(".")[1]  # it had not begun to be a checkpoint
     assert checkpoint_reader.load_params(folder, lambda *_: None).step == first
-    two = start(2, "train", *words, patch=lambda process: SLOW + WAITS_FOR_A_SIGNAL * process)
+    two = start(2, "train", *words, patch=lambda process: SLOW + WAITS_FOR_A_SIGNAL * process, announces=True)
     until_saved(folder, first + 4, two)
     two[1].send_signal(signal.SIGTERM)
     codes, errors = finish(two)
@@ -250,6 +250,33 @@ def test_a_coordinator_without_a_port(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host")
     with pytest.raises(UserError, match="The coordinator host has no port"):
         join(None, 2, 1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "phrase"),
+    [
+        (("", "2", "0"), "JAX_NUM_PROCESSES is set, and JAX_COORDINATOR_ADDRESS is not"),
+        (("host:1", "2", ""), "JAX_NUM_PROCESSES is set, and JAX_PROCESS_ID is not"),
+        (
+            ("host:1", "2", "2"),
+            "JAX_PROCESS_ID=2 is one of 0 to JAX_NUM_PROCESSES - 1, and JAX_NUM_PROCESSES is 2",
+        ),
+        (("host:1", "two", "0"), "JAX_NUM_PROCESSES is two"),
+    ],
+)
+def test_variables_that_place_a_process_nowhere(values, phrase, monkeypatch):
+    for name, value in zip(ANNOUNCED, values):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=phrase):
+        announced()
+
+
+def test_one_process_that_is_announced_is_no_cluster(monkeypatch):
+    assert announced() is None
+    for name, value in zip(ANNOUNCED, ("host:1", "1", "0")):
+        monkeypatch.setenv(name, value)
+    assert announced() == ("host:1", 1, 0)
+    assert not in_cluster()
 
 
 def test_by_hand_there_is_one_process(monkeypatch, failing, text):
