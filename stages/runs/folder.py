@@ -1,7 +1,7 @@
 """A run folder: the files of one training run, and the lock that holds it for one process.
 
 Beside what engine/storage/run_folder.py lists it holds metrics.jsonl, a line every few steps,
-samples/STEP.txt, and perhaps tensorboard/. A folder with files but no run.json is never written to.
+starts.json, samples/STEP.txt, and perhaps tensorboard/. A folder with files but no run.json is never written to.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ RUN_FILES = (
     manifest.NAME,
     "config.json",
     "metrics.jsonl",
+    "starts.json",
     "tensorboard",
     "tokenizer",
     "checkpoints",

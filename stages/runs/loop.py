@@ -18,6 +18,7 @@ from engine.training.step import TrainState
 from stages.cli import signals
 from stages.cli.command import explain_error, process_start
 from stages.cli.console import Console
+from stages.runs.goodput import Starts
 from stages.runs.options import RunOptions
 from stages.runs.plan import RunPlan, run_fraction
 from stages.runs.progress import ProgressLog
@@ -39,6 +40,7 @@ class LoopEnd(NamedTuple):
     stop_code: int = 0  # 128 + the signal that ended it, or 0
     warm_rate: float | None = None  # steps a second after the first, if there were any
     busy_note: str = ""  # how busy others kept this machine, if they did
+    starts: Starts | None = None  # the run's, if this one took steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Loop:
     stop: Stop
     log: ProgressLog
     checkpoints: "Checkpoints"
+    starts: Starts
 
     def is_done(self) -> bool:
         return self.steps.is_exhausted(self.loop_state) or self.options.is_over(self.plan, self.loop_state)
@@ -77,12 +80,13 @@ def run_steps(
     """
     plan = prepared.plan
     checkpoints = Checkpoints(options, prepared.frozen_as_loaded, prepared.adapted)
+    starts = Starts(options.folder, loop_state.seconds, is_new=loop_state.step == 0)
     loop_state.begin_intervals()
     answer = f"Finishing this {plan.step_name}, then saving (once more: stop at once)."
     with signals.defer_signals(answer, console.print) as deferral, checkpoints.saver:
         stop = Stop(deferral)
         log = ProgressLog(options, plan, steps, console, recorder, stop, loop_state)
-        loop = Loop(options, plan, steps, console, recorder, loop_state, stop, log, checkpoints)
+        loop = Loop(options, plan, steps, console, recorder, loop_state, stop, log, checkpoints, starts)
         result = StepResult(state, refused=[])
         evaluate_and_save(loop, state)  # what a signal prevented
         record(loop, result)
@@ -119,12 +123,15 @@ def run_steps(
         if stop.failure:
             stop_after_failure(loop, state, stop.failure)
         if checkpoints.step != loop_state.step:
-            checkpoints.save(state, loop_state)
+            save(loop, state)
         if not stop.code:
             record(loop, result)
+        closing = time.perf_counter()
+    starts.current.saving += time.perf_counter() - closing
+    starts.write()
     if not stop.code:  # a signal may have come in the last step, or while it was saved
         stop.exchange(0.0)
-    return LoopEnd(state, stop.code, log.timer.warm_rate(), log.busy_note())
+    return LoopEnd(state, stop.code, log.timer.warm_rate(), log.busy_note(), starts)
 
 
 # A step
@@ -144,6 +151,9 @@ def count_step(loop: Loop, result: StepResult, seconds: float) -> None:
     loop_state.step += 1
     loop_state.seconds += seconds
     loop.log.timer.add(seconds)
+    loop.starts.current.trained += seconds
+    if loop.log.timer.count == 1:
+        loop.starts.current.starting = time.perf_counter() - process_start() - seconds
     if loop_state.first_step_seconds is None:
         loop_state.first_step_seconds = time.perf_counter() - process_start()
     for is_refused in result.refused:
@@ -195,8 +205,16 @@ def save_if_due(loop: Loop, state: TrainState, has_evaluated: bool) -> bool:
     is_new = is_due and not is_on_disk
     lacks_evaluation = is_on_disk and has_evaluated
     if is_new or lacks_evaluation:
-        loop.checkpoints.save(state, loop_state)
+        save(loop, state)
     return is_due
+
+
+def save(loop: Loop, state: TrainState) -> None:
+    """Begins to save, beside the steps that follow, and counts what these have waited for."""
+    begin = time.perf_counter()
+    loop.checkpoints.save(state, loop.loop_state)
+    loop.starts.current.saving += time.perf_counter() - begin
+    loop.starts.write()
 
 
 def evaluate(loop: Loop, evaluator: Evaluator, state: TrainState, is_done: bool) -> None:
@@ -209,6 +227,7 @@ def evaluate(loop: Loop, evaluator: Evaluator, state: TrainState, is_done: bool)
 
     with loop.console.task("evaluating") as report:
         value = evaluator.evaluate(state.trainable, report, stopped)
+    loop.starts.current.evaluating += time.perf_counter() - begin
     if value is None:
         return
     loop_state.begin("evaluate")

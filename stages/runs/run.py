@@ -122,7 +122,7 @@ def carry_out(options: RunOptions, prepared: Prepared, console: Console, recorde
         )
         return end.stop_code
     finished = Finished(end.state, loop_state, end.warm_rate, before)
-    report(options, prepared, finished, metadata, end.busy_note, console, recorder)
+    report(options, prepared, finished, metadata, end, console, recorder)
     return 0
 
 
@@ -190,7 +190,7 @@ def report(
     prepared: Prepared,
     finished: Finished,
     metadata: dict[str, Any],
-    busy_note: str,
+    end: LoopEnd,
     console: Console,
     recorder: "Recorder | None",
 ) -> None:
@@ -212,6 +212,10 @@ def report(
         "best_step": loop_state.best_step,
         "summary": " ".join(run_report.rows[0]),
     }
+    goodput = None
+    if end.starts:
+        goodput = end.starts.goodput(loop_state.seconds)
+        result["goodput"] = dataclasses.asdict(goodput)
     if processes.is_first():
         with updating(folder):
             write_json(folder / "run.json", metadata | {"result": result})
@@ -219,10 +223,12 @@ def report(
         recorder.end(loop_state.step, loop_state.seconds, result)
     rows = [
         *run_report.rows,
-        *loop_rows(loop_state, step_name, folder, busy_note),
+        *loop_rows(loop_state, step_name, folder, end.busy_note),
         ("memory", f"{format_bytes(peak)} at most"),
         ("saved", run_report.saved),
     ]
+    if goodput:
+        rows.append(("goodput", goodput.describe()))
     commands = next_commands(run_report.next_stages, folder, metadata["text"]["data"])
     print_summary(run_report.texts, rows, commands, console)
 
