@@ -33,7 +33,7 @@ from engine.errors import UserError
 PAGE = Path(__file__).parent / "stages" / "page"
 QUESTIONS = {
     "What does this machine reach?": ("step",),
-    "What does my model take, and give?": ("plan", "serving", "documents", "tones"),
+    "What does my model take, and give?": ("model", "plan", "serving", "documents", "tones"),
     "How does it stand beside others?": ("peers",),
 }
 OTHERS = "For those who change the code"

@@ -319,12 +319,12 @@ def _ratios(row: Document) -> tuple[str, str]:
 
 
 def claims(document: Document) -> list[str]:
-    """Returns every claim with its verdict and the figures that decide it."""
+    """Returns every claim, with its verdict before it and behind it the figures that decide."""
     sentence = lambda words: words[0].upper() + words[1:]
-    return [
-        f"- **{each['claim']}** {sentence(each['verdict'])}. {sentence(each['value'])}"
-        for each in document["claims"]
-    ] + conditions(document)
+    cells = []
+    for each in document["claims"]:
+        cells.append((f"**{sentence(each['verdict'])}**", each["claim"], sentence(each["value"])))
+    return table("verdict|claim|measured", cells, range(3)) + conditions(document)
 
 
 def verdicts(document: Document) -> list[str]:

@@ -258,19 +258,19 @@ def _peer_call(peer: Peer, name: str, **spec: Any) -> PeerCall:
     return call
 
 
-def stream_call(cfg: Any, weights: Any, prompts: list[list[int]], new: int) -> PeerCall:
+def stream_call(cfg: Any, weights: Any, prompts: list[list[int]], new: int, room: int = ROOM) -> PeerCall:
     """Returns a call of `Engine` with a slot for each stream, and at least SLOTS, without draft
-    tokens.
+    tokens. `room`: tokens of a stream after its prompt.
     """
     engine = Engine(
-        cfg, weights, EngineConfig(max(SLOTS, len(prompts)), len(prompts[0]) + ROOM, speculate=False)
+        cfg, weights, EngineConfig(max(SLOTS, len(prompts)), len(prompts[0]) + room, speculate=False)
     )
     engine.warm()
 
     def call() -> Json:
         # The first streams decode while later prompts are prefilled, and go on past `new`: decoding
         # is timed with all streams at work, as the peer's is.
-        sampling = SamplingParams(max_tokens=ROOM, temperature=0.0)
+        sampling = SamplingParams(max_tokens=room, temperature=0.0)
         output: dict[int, list[int]] = {
             engine.submit(Request(tuple(prompt), sampling)): [] for prompt in prompts
         }
