@@ -375,6 +375,64 @@ def test_markdown_becomes_elements(visit):
     assert grown == html
 
 
+FORMULAS = r"""Inline \(x^2\), and $a_1 + b$, while $5 and $6 are prices.
+
+\[\int_0^1 x\,dx = \frac{1}{2}\]
+
+$$E = m c^2$$
+
+\(\href{javascript:f()}{here}\) and \(\broken{\)
+
+```python
+def f():  # a comment
+    return "text"
+```
+
+```unknown
+plain
+```
+"""
+SHOW_IN_PAGE = (
+    "const turn = {text: arguments[0], blocks: [], body: document.createElement('div')};"
+    "turn.finish = 'stop'; document.querySelector('main').append(turn.body); show(turn); window.shown = turn.body;"
+)
+
+
+def test_formulas_and_code_are_drawn_by_what_is_fetched_then(visit):
+    run = visit.chrome.execute_script
+    fetched = lambda: run(
+        "return performance.getEntriesByType('resource').map((each) => each.name).filter((name) => name.includes('/page/'))"
+    )
+    run(SHOW, "Plain *text*, and `code` in it.")
+    assert fetched() == []
+    run(SHOW_IN_PAGE, FORMULAS)
+    visit.until(lambda: len(run("return [...shown.querySelectorAll('math')]")) == 4)
+    visit.until(lambda: run("return shown.querySelectorAll('.coloured').length"))
+    assert {name.rpartition("/")[2] for name in fetched()} == {
+        "drawing.js",
+        "temml.min.js",
+        "highlight.min.js",
+    }
+    assert run(
+        "return [...shown.querySelectorAll('.tex.wide math')].map((each) => each.getAttribute('display'))"
+    ) == [
+        "block",
+        "block",
+    ]
+    assert "while $5 and $6 are prices" in run("return shown.innerText")
+    assert run("return [...shown.querySelectorAll('code.tex')].map((each) => each.textContent)") == [
+        r"\href{javascript:f()}{here}",
+        r"\broken{",
+    ]
+    assert run("return [...shown.querySelectorAll('a')].length") == 0
+    assert run("return shown.querySelector('.hljs-keyword').textContent") == "def"
+    assert run("return [...shown.querySelectorAll('pre')].map((each) => each.textContent)") == [
+        'def f():  # a comment\n    return "text"',
+        "plain",
+    ]
+    run("shown.remove()")
+
+
 HOSTILE = [
     "<script>f()</script>",
     "<img src=x onerror=f()>",
@@ -408,6 +466,8 @@ HOSTILE = [
     "`",
     "\n\n",
     "\x00",
+    r"\(\href{javascript:f()}{x}\)",
+    r"\[\text{<img src=x onerror=f()>}\]",
 ]
 ALLOWED = {
     "P",

@@ -175,6 +175,7 @@ def test_offsets_are_places_in_the_text_whatever_parts_its_characters_come_in():
         state=SimpleNamespace(tokenizer=SimpleNamespace(tokenizer=tokenizer)),
         model=ServedModel("", ""),
         body=CompletionRequest(prompt="", logprobs=0),
+        wants_cost=False,
     )
     writer = CompletionWriter(call)
     choice = writer.choice(

@@ -11,6 +11,9 @@ from pathlib import Path
 SHELL = Path(__file__).parent / "shell.html"
 PARTS = re.compile(r'<link rel="stylesheet" href="([./\w]+\.css)">|<script src="([./\w]+\.js)"></script>')
 
+# What a style sheet can do without: spaces behind these signs and around braces, and the last semicolon.
+STYLE_SPACE = re.compile(r"(?<=[:;,{]) +|;?\s*(?=})| +(?={)|\n+(?=\n)")
+BLANK_LINES = re.compile(r"\n+(?=\n)")
 INDENT = re.compile(r"^[ \t]*(?://.*\n)?|  //.*$", re.MULTILINE)
 
 
@@ -18,7 +21,7 @@ def whole_page(path: Path, on_part: Callable[[str, str], None] | None = None) ->
     """Returns an HTML file with the styles and scripts inside that it names. Calls `on_part` with
     the tag and text of each.
 
-    All but libraries comes without indentation and comments.
+    All but libraries comes without indentation and comments, and styles without more spaces.
     """
 
     def inside(match: re.Match[str]) -> str:
@@ -28,9 +31,11 @@ def whole_page(path: Path, on_part: Callable[[str, str], None] | None = None) ->
         name = match[1] or match[2]
         text = "\n" + (path.parent / name).read_text("utf-8")
         if "vendor/" not in name:
-            text = INDENT.sub("", text)
+            text = BLANK_LINES.sub("", INDENT.sub("", text))
+        if tag == "style":
+            text = STYLE_SPACE.sub("", text)
         if on_part:
             on_part(tag, text)
         return f"<{tag}>{text}</{tag}>"
 
-    return PARTS.sub(inside, INDENT.sub("", path.read_text("utf-8")))
+    return PARTS.sub(inside, BLANK_LINES.sub("", INDENT.sub("", path.read_text("utf-8"))))

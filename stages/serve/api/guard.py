@@ -26,9 +26,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stages.serve.errors import CLIENT_CLOSED_REQUEST, ApiError, error_reply
+from stages.serve.page import LIBRARIES
 
 PAGE_PATH = "/"
-KEYLESS_PATHS = (PAGE_PATH, "/live", "/health")  # answered without a key, for which the page itself asks
+# Answered without a key, for which the page itself asks.
+KEYLESS_PATHS = (PAGE_PATH, "/live", "/health", *(f"/page/{name}" for name in LIBRARIES))
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::\d{1,5})?")  # a name, and perhaps a port
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 

@@ -22,6 +22,7 @@ from stages.serve.api import (
 )
 from stages.serve.api.fields import ModelRequest
 from stages.serve.api.requests import ApiCall
+from stages.serve.page import LIBRARIES
 
 EVENT_STREAM = "text/event-stream"  # `data:` lines of JSON, OpenAI's last one `[DONE]`
 JSON_LINES = ollama.OllamaWriter.media  # of JSON alone
@@ -185,4 +186,5 @@ ROUTES = [
     Route("GET", "/v1/attestation", status.attest, reply=status.Attestation),
     Route("GET", "/openapi.json", status.openapi),
     Route("GET", "/", status.page, media="text/html"),
+    *(Route("GET", f"/page/{name}", status.library, media="text/javascript") for name in LIBRARIES),
 ]

@@ -13,6 +13,7 @@ from stages.serve.api.fields import ModelRequest
 from stages.serve.api.requests import ApiCall, json_reply
 from stages.serve.engine_thread import Wait
 from stages.serve.errors import ApiError
+from stages.serve.page import library as library_of_page
 from stages.serve.state import ServerState, Status
 
 ANTHROPIC_HEADER = "anthropic-version"  # in each request of Anthropic's clients
@@ -195,6 +196,15 @@ async def attest(call: ApiCall) -> Attestation:
 async def openapi(call: ApiCall) -> Response:
     """This document."""
     return Response(call.http.app.openapi, media_type="application/json")
+
+
+async def library(call: ApiCall) -> Response:
+    """A script that the page fetches when an answer first needs it."""
+    content = library_of_page(call.http.scope["state"]["path"].rpartition("/")[2])
+    # The page names its digest, so that a kept one is never another.
+    return Response(
+        content, media_type="text/javascript; charset=utf-8", headers={"Cache-Control": "max-age=86400"}
+    )
 
 
 async def page(call: ApiCall) -> Response:

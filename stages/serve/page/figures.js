@@ -9,7 +9,7 @@ const pace = (speed) => `${speed.toFixed(speed < 10 ? 1 : 0)} tokens/s`;
 const brief = (number) => number.toLocaleString('en', {maximumSignificantDigits: 2});
 const operations = (flop) => {
   const thousands = Math.min(Math.floor(Math.log10(flop) / 3), 6);
-  return `${(flop / 1000 ** thousands).toPrecision(3)} ${['', 'k', 'M', 'G', 'T', 'P', 'E'][thousands]}FLOP`;
+  return `${(flop / 1000 ** thousands).toPrecision(3)} ${' kMGTPE'[thousands]}FLOP`;
 };
 const short = (digest) => digest.slice(0, 12);
 const weights = {checks: 0};  // and the digest at first, and that of a change
@@ -37,12 +37,10 @@ function drawFigures() {
 
 // Shows what serving has computed so far, beside what it took to train the model where its run says that.
 async function drawServed() {
-  const reply = await get('/v1/models').catch(() => null);
-  const model = reply?.ok ? (await reply.json()).data[0] : null;
-  if (!model) return;
-  const {served_flops: served, training_flops: training} = model;
+  const {data} = await get('/v1/models').then((reply) => reply.json()).catch(() => ({}));
+  const {served_flops: served, training_flops: training} = data?.[0] ?? {};
   const share = training ? `, ${brief(100 * served / training)}% of the ${operations(training)} of training` : '';
-  showFigure('served', served && `${operations(served)}${share}`);
+  showFigure('served', served && operations(served) + share);
 }
 
 async function checkWeights() {

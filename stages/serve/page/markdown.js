@@ -12,6 +12,17 @@ const ALLOWED = {
   ALLOWED_ATTR: ['href', 'title', 'start', 'align', 'class'], ADD_URI_SAFE_ATTR: ['start', 'align'],
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i, ALLOW_ARIA_ATTR: false, ALLOW_DATA_ATTR: false, RETURN_DOM_FRAGMENT: true,
 };
+// What draws formulas and colours code is fetched when a text first may have such, and by its digest.
+const fetched = {};
+const addresses = (window.trustedTypes ?? {createPolicy: (_, own) => own}).createPolicy('libraries', {
+  createScriptURL: (name) => `${root}/page/${name}`,
+});
+const library = (name) => fetched[name] ??= new Promise((onload, onerror) => {
+  const script = make('script', {integrity: JSON.parse($('libraries').textContent)[name], onload, onerror});
+  script.src = addresses.createScriptURL(name);
+  document.head.append(script);
+});
+
 const markdown = new marked.Marked({
   breaks: true,
   tokenizer: {  // HTML that a model writes is text like any other, so that none of it is lost; a line break is a line break
@@ -41,6 +52,7 @@ function render(token) {
     table.replaceWith(frame);
     frame.append(table);
   }
+  window.drawFormulas?.(part);
   for (const pre of part.querySelectorAll('pre')) {
     const code = make('code', {}, pre.textContent.replace(/\n$/, ''));
     const name = pre.firstChild.className?.replace('language-', '') || 'code';
@@ -69,6 +81,9 @@ function asMarkdown({text, json, calls = []}) {
 
 // Draws a turn's text; as it is, where a library gives up, as it does at thousands of nested quotations.
 function show(turn) {
+  if (!fetched['drawing.js'] && /\\[([]|\$|```|~~~/.test(turn.text)) {
+    library('drawing.js').then(() => [turn, ...turns].forEach(drawAgain), () => {});
+  }
   try {
     showBlocks(turn);
   } catch {

@@ -151,7 +151,7 @@ $('stop').onclick = () => running?.abort();
 $('new').onclick = newConversation;
 $('undo').lastElementChild.onclick = undo;
 $('search').oninput = drawList;
-$('export').onclick = exportList;
+$('export').onclick = () => library('export.js').then(() => exportList());
 $('lock').oncancel = () => warn('server', 'This server needs an API key: reload the page to give it.');
 $('unlock').onsubmit = (event) => {
   event.preventDefault();

@@ -91,6 +91,7 @@ function drawFoot(turn) {
     make('p', {className: 'figures'}, ...parts),
     ...(turn.documents ? [foundIn(turn.documents)] : []),
   );
+  window.colour?.(turn);
 }
 
 // Shows which passages of documents were put before the question, and what that cost.
