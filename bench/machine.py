@@ -21,9 +21,7 @@ INSTRUCTIONS = "avx2 avx512f avx512_vnni avx512_bf16 amx_int8 amx_bf16 asimddp i
 # as /proc/cpuinfo calls them
 MODEL_NUMBERS = ("vendor_id", "cpu family", "model", "stepping", "microcode")
 LOOK_SECONDS = 0.5  # for which others are watched before a measurement
-# Of processes whose best rate is a ceiling. Where a process's memory lies decides how fast it reads: of
-# twelve in a minute each read either some 30 GB/s or some 41, and multiplied within 10% of the next.
-PROCESSES = 3
+PROCESSES = 3  # whose best rates are what the machine reaches at a moment: one alone may be disturbed
 
 
 def family() -> str:

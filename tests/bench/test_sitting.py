@@ -23,6 +23,7 @@ def sitting(*names, date="2026-12-03T10:00:00Z"):
     documents = {}
     for place, name in enumerate(names):
         rates = {rate: value * (1 + 0.09 * place / len(names)) for rate, value in RATES.items()}
+        luck = {rate: 1.7 * value for rate, value in rates.items()}
         documents[name] = {
             "machine": {
                 "processor": "a chip",
@@ -30,7 +31,7 @@ def sitting(*names, date="2026-12-03T10:00:00Z"):
                 "instructions": "avx2",
                 "cores": 2,
                 "reached_before": rates,
-                "reached_after": {rate: 0.6 * value for rate, value in rates.items()},
+                "reached_after": luck,
             },
             "commit": "c" * 40,
             "date": date,
@@ -71,7 +72,7 @@ def test_a_machine_whose_rates_cannot_be_measured_apart_has_no_differences():
         *(
             (("machine", "reached_before", rate), factor * value, f"{rate}: ")
             for rate, value in RATES.items()
-            for factor in (0.6, 1.6)
+            for factor in (0.8, 1.2)
         ),
     ],
 )
@@ -85,13 +86,6 @@ def test_a_document_of_another_sitting_is_named(keys, value, words):
     assert any(line.startswith(words) and "step.json" in line for line in lines), lines
 
 
-def test_products_lie_nearer_than_the_rate_of_reading():
-    documents = copy.deepcopy(GOOD)
-    for name in SPREAD:
-        documents["step.json"]["machine"]["reached_before"][name] *= 1.15
-    assert {line.partition(":")[0] for line in differences(documents)} == SPREAD.keys() - {"read_gbs"}
-
-
 def test_a_document_that_others_disturbed_is_named():
     documents = copy.deepcopy(GOOD)
     documents["step.json"]["machine"]["taken_by_others"] = 0.2
@@ -102,7 +96,7 @@ def test_documents_of_another_speed_than_most_are_measured_again():
     documents = sitting("a.json", "b.json", "c.json", "d.json", "e.json")
     assert to_measure_again(documents) == set()
     documents["b.json"]["machine"]["reached_before"]["bf16_gflops"] *= 0.5
-    documents["d.json"]["machine"]["reached_before"]["read_gbs"] *= 2
+    documents["d.json"]["machine"]["reached_before"]["read_gbs"] *= 1.2
     documents["e.json"]["machine"]["taken_by_others"] = 0.2
     assert to_measure_again(documents) == {"b.json", "d.json", "e.json"}
 
@@ -115,9 +109,9 @@ def test_what_is_not_measured_again_lies_within_the_spread(rates):
             document["machine"][moment]["f32_gflops"] = rate
     again = to_measure_again(documents)
     kept = [rate for name, rate in zip(documents, rates, strict=True) if name not in again]
-    assert max(kept) <= SPREAD["f32_gflops"] * min(kept)
+    assert max(kept) <= SPREAD * min(kept)
     for lowest in rates:
-        assert sum(lowest <= rate <= SPREAD["f32_gflops"] * lowest for rate in rates) <= len(kept)
+        assert sum(lowest <= rate <= SPREAD * lowest for rate in rates) <= len(kept)
 
 
 def test_documents_without_ceilings_are_measured_again_for_others_alone():
