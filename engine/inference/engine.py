@@ -13,6 +13,7 @@ come from the request's own seed and positions.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -442,7 +443,7 @@ class Engine:
         self.step_times.begin(program, batch.steps)
         sampled = self.runner.decode(token, rows, sampling, masks, batch.steps, logprobs, adapters)
         self.steps_decoded += batch.steps
-        self.meter.share({sequence: len(batch.rows_of(sequence)) for sequence in sequences}, "completion")
+        self.meter.share(Counter(row.sequence for row in batch.rows), "completion")
         self.meter.count_idle_rows((R - len(batch.rows)) * batch.steps)
         events = []
         for sequence in sequences:
