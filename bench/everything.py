@@ -219,6 +219,8 @@ def pool(documents: Sequence[Any]) -> Any:
             pooled |= median_ratio(rounds)._asdict()
             if pooled.get("bar"):
                 pooled["met"] = Ratio.of(pooled).exceeds(pooled["bar"])
+        if "same" in first:
+            pooled["same"] = all(document["same"] for document in documents)
         if "peer_settings" in first:
             pooled["peer_settings"] = _different_settings(documents)
         return pooled

@@ -7,6 +7,7 @@ bench.docs.readmes` makes the others.
 import base64
 import io
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from bench.cli import ROOT
 from bench.docs.chromium import chromium
+from bench.docs.readmes import PICTURED, shown
+from bench.pages import LOG_CHARTS, write_page
 
 PICTURES = ROOT / "bench" / "pictures"
 SCHEMES = ("light", "dark")
@@ -67,8 +70,15 @@ def chat(chrome, _: Path) -> None:
 
 
 def memory(chrome, folder: Path) -> None:
-    """Takes a picture of the first chapter of `bench --out`: the memory of a step over time."""
-    subprocess.run([sys.executable, "-m", "bench", "--out", folder], check=True)
+    """Takes a picture of the first chapter of the report: the memory of a step over time, of the document
+    from which READMEs have the stage table.
+    """
+    folder.mkdir()
+    source = Path(shutil.copy(shown() / PICTURED, folder))
+    page = ROOT / "bench" / "stages" / "page"
+    write_page(
+        source, "report.html", page / "report.html", page / "report.css", *LOG_CHARTS, page / "report.js"
+    )
     chrome.set_window_size(1000, 1186)
     chrome.get((folder / "report.html").as_uri())
     chrome.execute_script("document.documentElement.style.overflow = 'hidden'")

@@ -82,9 +82,9 @@ def measure_peers(flags: PeersFlags) -> Json:
             start_peer(flags.peer_python, "torch_peer.py", preload=preload) as peer,
         ):
             if peer:
-                peers.append(peer.ask(about="build"))
                 for dtype in flags.dtypes:
                     rows += measure_training(shape, dtype, flags.rounds, peer, Path(folder))
+                peers.append(peer.ask(about="build"))  # it says the threads, which are set by now
     if "losses" in flags.of:
         with (
             tempfile.TemporaryDirectory() as folder,

@@ -14,7 +14,7 @@ def make(spec: dict[str, Any]) -> Run:
     """Returns a run of one `text`, of which `new` tokens are generated.
 
     The run returns the seconds of `prefill`, up to the first token, and of `decode`, by which `new`
-    tokens take longer than one. `spec`: file, text, new.
+    tokens take longer than one. `spec`: file, text, the tokens of it in `prompts`, new.
     """
     import mistralrs
 
@@ -28,9 +28,13 @@ def make(spec: dict[str, Any]) -> Run:
             prompt=spec["text"], model="default", max_tokens=tokens, temperature=0.0, top_k=1, ignore_eos=True
         )
         begin = time.perf_counter()
-        generated = runner.send_completion_request(request).usage.completion_tokens
-        if generated != tokens:
-            raise ValueError(f"mistral.rs generated {generated} tokens and not {tokens}")
+        usage = runner.send_completion_request(request).usage
+        expected = (len(spec["prompts"][0]), tokens)
+        if (usage.prompt_tokens, usage.completion_tokens) != expected:
+            raise ValueError(
+                f"mistral.rs read {usage.prompt_tokens} tokens and generated {usage.completion_tokens}, "
+                f"and not {expected[0]} and {expected[1]}"
+            )
         return time.perf_counter() - begin
 
     def run() -> dict[str, Any]:

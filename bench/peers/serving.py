@@ -411,8 +411,8 @@ def measure_calls(
             per_step = results[way]["decoded"] / results[way]["steps"]
             over_plain = over("plain", way)
             row["tokens_per_step"] = per_step
-            row["over_plain"] = over_plain._asdict()
-            row["over_plain_bar"] = NEVER_BELOW
+            met = over_plain.exceeds(NEVER_BELOW)
+            row["over_plain"] = over_plain._asdict() | {"bar": NEVER_BELOW, "met": met}
             line += f", {per_step:.2f} a step; {held_to(over_plain, NEVER_BELOW)} of plain"
         if peer_speed is not None:
             line += f"; {peer_name} {peer_speed:.0f}: {held_to(over_peer, least)}"

@@ -34,7 +34,7 @@ REAL = "smollm2-135m-instruct"
 MODELS = (REAL, "qwen2.5-0.5b", "llama-3.2-1b")
 BY_PEER = "q4_k_m"
 FORMATS = ("q4_0", "q4_1", "q8_0", BY_PEER)
-# for which mistral.rs has fast kernels on x86; for Q4_1 it has none
+# On x86 mistral.rs packs Q8_0 and not Q4_0, and only matrices with a multiple of 256 inputs: of this model one in a block.
 MISTRAL_FORMATS = ("q4_0", "q8_0")
 MISTRAL_ROWS = ("prefill_512", "decode_1", "decode_1_after_512")  # of one stream
 ROWS = ("prefill_512", "decode_1", "decode_8")

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.cli import ROOT
-from bench.docs.readmes import RESULTS, TRIES, machines, shown, shown_machine
+from bench.docs.machines import RESULTS, TRIES, machines, shown_machine
+from bench.docs.readmes import shown
 from bench.sitting import SPREAD, differences, read_documents, to_measure_again
 
 # Documents of before this day say neither model numbers nor what their machine reached, and were
