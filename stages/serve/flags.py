@@ -105,6 +105,8 @@ class ServeFlags:
     client_header: Annotated[str, parser(_header_name, "NAME"), default("none")] = ""
     """The header by which a proxy says whose request it passes on, such as X-Forwarded-For or X-Session-Id.
     It is believed, so name one that the proxy itself sets. Clients behind one address are then told apart."""
+    open_metrics: Annotated[bool, default("off")] = False
+    """/metrics needs no key: the endpoint picker of Kubernetes' gateway sends none."""
     slots: Annotated[int, parser(integer(1, 1024), "N")] = 8
     """Requests answered at the same time."""
     queue: Annotated[int, parser(integer(0, 100_000), "N")] = 32

@@ -55,7 +55,16 @@ def run(flags: ServeFlags) -> int:
             hosts = hosts.union([_url_host(address)])
         origins = frozenset(flags.allow_origin)
         api = Api(state, importlib.metadata.version("thrice"), flags.root_path, flags.client_header)
-        app = Guard(api, keys, hosts, origins, flags.log, state.metrics.count_response, flags.root_path)
+        app = Guard(
+            api,
+            keys,
+            hosts,
+            origins,
+            flags.log,
+            state.metrics.count_response,
+            flags.root_path,
+            flags.open_metrics,
+        )
         ready_message = functools.partial(_ready_message, flags.host, port, len(keys))
         try:
             return asyncio.run(serve(state, app, sock, console, ahead, ready_message))

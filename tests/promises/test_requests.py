@@ -21,7 +21,7 @@ from stages.serve.api.routes import ROUTES
 from stages.serve.api.unsupported import UNSUPPORTED
 from tests.openai_like import chat_request
 from tests.promises.figures import at_least, at_most, exactly, milliseconds, none_of, servers, slowest
-from tests.serve.tiny_server import TinyServer
+from tests.serve.tiny_server import OPEN, TinyServer
 
 pytestmark = pytest.mark.anyio
 
@@ -248,7 +248,6 @@ async def test_a_megabyte_is_tokenized_in_a_second(client, rng, expect):
 Attempt = tuple[str, str, dict[str, str]]
 KEY = "sk-tests-3b1f0a"
 # the page, which asks for the key; and for whoever starts and stops servers
-OPEN = ("/", "/live", "/health")
 # Ways to write a path so that it might be taken for liveness, or for none of the routes that need a
 # key.
 SPELLINGS = (

@@ -5,10 +5,9 @@ import pytest
 
 from stages.serve.api import guard
 from stages.serve.api.routes import ROUTES
-from tests.serve.tiny_server import PATIENCE, TinyServer, ask, good, read_all, refused
+from tests.serve.tiny_server import OPEN, PATIENCE, TinyServer, ask, good, read_all, refused
 
 KEYS = ("sk-first", "second-kéy-…")
-OPEN = ("/", "/live", "/health")
 APP = "https://app.example"
 
 
@@ -71,6 +70,14 @@ def test_the_page_live_and_health_need_no_key(locked):
             httpx.get(locked.url + path, headers={"Host": "evil.example"}, timeout=PATIENCE).status_code
             == 403
         )
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_metrics_need_no_key_where_a_flag_says_so(is_open):
+    with TinyServer(keys=KEYS, warm=False, open_metrics=is_open) as server:
+        status = 200 if is_open else 401
+        assert httpx.get(f"{server.url}/metrics", timeout=PATIENCE).status_code == status
+        assert httpx.get(f"{server.url}/v1/models", timeout=PATIENCE).status_code == 401
 
 
 def test_a_wrong_key_is_asked_for_again_after_all_were_compared_whole(locked, monkeypatch):

@@ -16,10 +16,9 @@ from stages.serve.api.routes import ROUTES
 from stages.serve.flags import _header_name, _root_path
 from tests.serve.browser import Visit
 from tests.serve.line import Line
-from tests.serve.tiny_server import PATIENCE, TinyServer, ask, good, refused
+from tests.serve.tiny_server import OPEN, PATIENCE, TinyServer, ask, good, refused
 
 ROOT, KEY = "/llm", "secret"
-OPEN = ("/", "/live", "/health")
 
 
 @contextlib.contextmanager

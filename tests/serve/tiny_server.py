@@ -17,6 +17,8 @@ from tests.tiny import lively_params, tiny_config
 
 PATIENCE = 300.0  # seconds that a test waits for a server, on a busy machine too
 SLOTS, QUEUE, CAPACITY = 3, 4, 150
+SCRIPTS = ("drawing.js", "export.js", "temml.min.js", "highlight.min.js")  # that the page may fetch
+OPEN = ("/", "/live", "/health", *(f"/page/{name}" for name in SCRIPTS))  # what needs no key
 
 
 @functools.cache
@@ -42,6 +44,7 @@ class TinyServer:
         context: int = CAPACITY,
         adapter_folder: Path | None = None,
         documents: Any = None,
+        open_metrics: bool = False,
     ) -> None:
         from engine.inference import decode
         from engine.inference.config import EngineConfig
@@ -53,6 +56,7 @@ class TinyServer:
         from stages.serve.state import ServerState
 
         self.keys, self._warm, self._origins, self._log = keys, warm, frozenset(origins), log
+        self._open_metrics = open_metrics
         self.model = model = tiny_model(context)
         params = decode.prepare_params(model.cfg, model.params)
         config = EngineConfig(
@@ -116,7 +120,7 @@ class TinyServer:
         from stages.serve.api.guard import LOCAL_HOSTS, Guard
 
         api, count = Api(self.state, "1.2.3", root_path, client_header), self.state.metrics.count_response
-        app = Guard(api, keys, LOCAL_HOSTS, self._origins, self._log, count, root_path)
+        app = Guard(api, keys, LOCAL_HOSTS, self._origins, self._log, count, root_path, self._open_metrics)
         bound = server.bind("127.0.0.1", 0)
         server.listen(bound)
         http = server.make_server(app)

@@ -57,6 +57,7 @@ class Guard:
     key. `log`: off, short or json, a line on stdout after a response, without text or keys.
     `count(status)` is called for each response. `root_path`: the path below which a proxy shows the
     server, such as /llm. Requests may come with it, or without where the proxy takes it off.
+    `open_metrics`: /metrics needs no key either.
     """
 
     def __init__(
@@ -68,8 +69,12 @@ class Guard:
         log: str = "off",
         count: Callable[[int], None] | None = None,
         root_path: str = "",
+        open_metrics: bool = False,
     ) -> None:
         self._app = app
+        self._keyless_paths = KEYLESS_PATHS
+        if open_metrics:
+            self._keyless_paths += ("/metrics",)
         self._hosts = hosts
         self._origins = origins
         self._log = log
@@ -144,7 +149,7 @@ class Guard:
         state = scope["state"]
         try:
             state["namespace"] = ""
-            if self._keys and state["path"] not in KEYLESS_PATHS:
+            if self._keys and state["path"] not in self._keyless_paths:
                 state["namespace"] = self._check_key(Headers(scope=scope))
             await self._app(scope, receive, send)
         except Exception as error:
