@@ -100,7 +100,7 @@ def measure_training(
                 "peer_tokens_per_second": tokens / theirs,
                 **over._asdict(),
                 "bar": least,
-                "met": over.exceeds(least),
+                "met": None if least is None else over.exceeds(least),
                 "gflops": flops / ours / 1e9,
                 "peer_gflops": flops / theirs / 1e9,
                 "loss": losses[OURS],
