@@ -48,13 +48,17 @@ SHORT = {
     "stages.chat": ["--max-tokens", "8"],
     "stages.by_hand": ["--steps", "2"],
 }
-# Commands of minutes, those that need what a test does not install, and those that are another one
-# here.
+# Commands of minutes, those that need what a test does not install, those that write into the
+# repository, and those that are another one here.
 LONG = {
     "bench",
     "bench.commands",
+    "bench.docs.frames",
+    "bench.docs.pictures",
+    "bench.docs.readmes",
     "bench.documents",
     "bench.lives",
+    "bench.model",
     "bench.peers",
     "bench.serving",
     "bench.tones",

@@ -128,7 +128,9 @@ def test_a_document_a_json_answer_and_a_tool(roomy_visit):
     call, result = visit.requests()[-1]["messages"][-2:]
     assert result == {"role": "tool", "content": "12:00", "tool_call_id": call["tool_calls"][0]["id"]}
     assert call["tool_calls"][0]["function"] == {"name": "clock", "arguments": '{"zone": "Isla"}'}
-    row = visit.chrome.execute_script("return asRow([...turns, {role: 'user', text: 'unanswered'}])")
+    row = visit.chrome.execute_script(
+        "return library('export.js').then(() => asRow([...turns, {role: 'user', text: 'unanswered'}]))"
+    )
     assert [message["role"] for message in row] == ["user", "assistant"] * 2, (
         "no call, and no question without an answer"
     )

@@ -68,8 +68,9 @@ async function colour(turn) {
   }
 }
 
-// Shows a turn once more that was drawn without all this.
+// Shows an answer once more that was drawn without all this. Nobody else's text is Markdown.
 function drawAgain(turn) {
+  if (turn.role !== 'assistant') return;
   turn.body.replaceChildren();
   turn.blocks = [];
   show(turn);

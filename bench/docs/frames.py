@@ -1,7 +1,7 @@
 """Measures the frames a second of the page of lives while it plays, in headless Chromium at 1280 x 800.
 
     uv run python -m bench.lives --out page
-    uv run python -m bench.frames page/lives.html
+    uv run python -m bench.docs.frames page/lives.html
 
 Work is the CPU time of the page's main thread for a frame, of which 60 frames a second leave 16.7
 ms. A busy machine changes it little. The frames themselves say little where others use the cores.
