@@ -393,7 +393,7 @@ plain
 ```
 """
 SHOW_IN_PAGE = (
-    "const turn = {text: arguments[0], blocks: [], body: document.createElement('div')};"
+    "const turn = {role: 'assistant', text: arguments[0], blocks: [], body: document.createElement('div')};"
     "turn.finish = 'stop'; document.querySelector('main').append(turn.body); show(turn); window.shown = turn.body;"
 )
 
