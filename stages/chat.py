@@ -144,9 +144,9 @@ def _load(flags: ChatFlags, notes: Console) -> "LoadedModel":
     config = EngineConfig(weights=flags.weights)  # type: ignore[arg-type]
     keep_kinds = config.kept_kinds
     if flags.adapter:
-        keep_kinds = ()  # what an adapter is merged into is a block no more
+        keep_kinds = ()  # an adapter is merged into weights in a float type
     with notes.task(f"loading {flags.model or 'the newest finished run'}") as report:
-        model = load_model(flags.model, report=report, keep_kinds=keep_kinds)
+        model = load_model(flags.model, dtype=config.dtype_of_file, report=report, keep_kinds=keep_kinds)
     params, adapter_notes = with_adapters(model.cfg, model.params, flags.adapter)
     notes.print_notes(*model.notes, *adapter_notes)
     cfg = config.model_config(model.cfg)

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from engine.device import Device, host_memory, start_jax
+from engine.errors import UserError
 from engine.format import duration
 from engine.inference.request import Request, SamplingParams
 from stages.cli import command, signals
@@ -65,6 +66,8 @@ class GenerateFlags:
 
 
 def generate(flags: GenerateFlags) -> None:
+    if flags.mesh and flags.weights == "q4":
+        raise UserError("--weights q4 is for one device; leave --mesh out.")
     signals.set_phase("before the text was complete.")
     device = start_jax(flags.device, one_arena=False)
     # These import JAX, here and below, which must be started first.
@@ -91,7 +94,9 @@ def _generate(flags: GenerateFlags, device: Device) -> None:
     check = functools.partial(layout.check_inference, mesh=mesh)
     config = EngineConfig(weights=flags.weights)  # type: ignore[arg-type]
     with host_memory(on_mesh):
-        model = load_model(flags.model, on_config=check, keep_kinds=config.kept_kinds)
+        model = load_model(
+            flags.model, dtype=config.dtype_of_file, on_config=check, keep_kinds=config.kept_kinds
+        )
     notes.print_notes(*model.notes)
     prompt = _prompt_tokens(flags.prompt, model.tokenizer)
     with host_memory(on_mesh):

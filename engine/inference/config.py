@@ -98,6 +98,10 @@ class EngineConfig:
             raise UserError(
                 f"prefix_cache_bytes must be 0 (no prefix cache) or more, not {self.prefix_cache_bytes}."
             )
+        if self.weights not in (None, *get_args(WeightType)):
+            raise UserError(
+                f"weights must be one of {', '.join(get_args(WeightType))}, not {self.weights!r}."
+            )
         if self.kv_dtype not in get_args(KVDtype):
             raise UserError(f"kv_dtype must be one of {', '.join(get_args(KVDtype))}, not {self.kv_dtype!r}.")
 
@@ -146,6 +150,15 @@ class EngineConfig:
         if self.weights == "q4" or (self.weights in ("file", None) and self.backend.in_c):
             return KINDS
         return ()
+
+    @property
+    def dtype_of_file(self) -> str | None:
+        """The dtype in which a file's matrices are read, None for the model's compute dtype: float32
+        holds exactly what widening a block gives.
+        """
+        if self.weights == "float32":
+            return "float32"
+        return None
 
     def model_config(self, cfg: ModelConfig) -> ModelConfig:
         """Returns cfg with `weights` as the compute dtype; float32 where the kernel multiplies

@@ -4,6 +4,7 @@ They are in llguidance's dialect of Lark, and `constraints.GrammarCompiler` comp
 """
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -39,6 +40,9 @@ COMPOSING = frozenset(
         "unevaluatedProperties",
     )
 )
+# Keywords whose value gives schemas by name: a property may be called `enum`, and is no keyword then.
+BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+VALUES = ("const", "enum")  # keywords whose value is no schema
 
 # The characters that both ECMAScript and Rust's regex crate count as white space, or in a negated class
 # those that either does, by the bracket that opened the class of characters, if any.
@@ -156,14 +160,16 @@ def _check_schema(schema: Any, depth: int, lenient: bool) -> Any:
             continue
         if name == "pattern" and isinstance(value, str):
             fields[name] = _rust_pattern(value)
-        elif name == "patternProperties" and isinstance(value, dict):
-            by_pattern = {}
-            for pattern, inner in value.items():
-                by_pattern[_rust_pattern(pattern)] = _check_schema(inner, depth + 2, lenient)
-            fields[name] = by_pattern
+        elif name in BY_NAME and isinstance(value, dict):
+            schemas = {}
+            for key, inner in value.items():
+                if name == "patternProperties":
+                    key = _rust_pattern(key)
+                schemas[key] = _check_schema(inner, depth + 2, lenient)
+            fields[name] = schemas
         else:
             inner = _check_schema(value, depth + 1, lenient)
-            if name in ("const", "enum"):  # values, not schemas: they stay as they are
+            if name in VALUES:
                 inner = value
             fields[name] = inner
     return fields
@@ -192,9 +198,14 @@ def _close_objects(schema: Any) -> Any:
         return [_close_objects(value) for value in schema]
     if not isinstance(schema, dict):
         return schema
-    fields = {}
+    fields: dict[str, Any] = {}
     for name, value in schema.items():
-        fields[name] = value if name in ("const", "enum") else _close_objects(value)
+        if name in BY_NAME and isinstance(value, dict):
+            fields[name] = {key: _close_objects(inner) for key, inner in value.items()}
+        elif name in VALUES:
+            fields[name] = value
+        else:
+            fields[name] = _close_objects(value)
     properties = schema.get("properties")
     is_object = schema.get("type") in ("object", ["object", "null"])
     if not is_object or not isinstance(properties, dict) or "additionalProperties" in schema:
@@ -207,9 +218,11 @@ def _close_objects(schema: Any) -> Any:
 
 def _can_enforce_multiple(schema: dict[str, Any]) -> bool:
     multiple = schema.get("multipleOf")
-    if not isinstance(multiple, int | float):
-        return True
-    return 0 < _digits(multiple) <= MAX_MULTIPLE
+    if isinstance(multiple, int):  # it may be too large for a float
+        return 0 < multiple <= MAX_MULTIPLE
+    if isinstance(multiple, float):
+        return math.isfinite(multiple) and 0 < _digits(multiple) <= MAX_MULTIPLE
+    return True
 
 
 def _can_enforce_least(schema: dict[str, Any]) -> bool:

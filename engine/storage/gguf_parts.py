@@ -4,7 +4,7 @@ import re
 
 from engine.errors import UserError
 
-PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
+PART = re.compile(r"(.+)-(\d{5})-of-(?!00000)(\d{5})\.gguf", re.ASCII | re.DOTALL)
 
 
 def part_names(name: str) -> list[str]:

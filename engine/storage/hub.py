@@ -9,6 +9,7 @@ HF_ENDPOINT and HF_HOME. It is imported only when a model is fetched.
 """
 
 import contextlib
+import functools
 import io
 import re
 from collections.abc import Callable, Iterator
@@ -23,9 +24,11 @@ from engine.text import OnProgress
 
 # Fetched before the weights, those that there are: where weights are cached, these are too.
 SMALL = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+INDEX = "model.safetensors.index.json"  # of weights in several files
+ONE_FILE = "model.safetensors"
 MAX_REASON = 200  # characters
 MAX_LISTED = 6  # files that a sentence names
-MAX_NAME = 96  # characters of one of them
+MAX_NAME = 255  # characters of one of them
 LISTING_SECONDS = 10.0
 DEFAULT_QUANTISATION = "Q4_K_M"
 
@@ -178,26 +181,41 @@ def fetch(name: str, cached_only: bool, check_config: Callable[[Path], object], 
                     return None
                 raise
 
-        try:
-            config = fetch_file("config.json", revision or None)
-            commit = config.parent.name
-            check_config(config.parent)
-            for small in SMALL:
-                fetch_if_there(small, commit)
-            index = fetch_if_there("model.safetensors.index.json", commit)
-            if index:
-                for shard in sorted(set(read_index(index).values())):
-                    fetch_file(shard, commit)
-            else:
-                fetch_file("model.safetensors", commit)
-            return config.parent
-        except errors.EntryNotFoundError:
-            if revision:
-                raise
+        if not revision and not _has_safetensors(hub_id, cached_only):
             gguf_file = _find_quantisation(_gguf_files(hub_id, cached_only) or [], DEFAULT_QUANTISATION)
-            if gguf_file is None:
-                raise
-            return _fetch_parts(gguf_file, fetch_file)
+            if gguf_file:
+                return _fetch_parts(gguf_file, fetch_file)
+        config = fetch_file("config.json", revision or None)
+        commit = config.parent.name
+        check_config(config.parent)
+        for small in SMALL:
+            fetch_if_there(small, commit)
+        index = fetch_if_there(INDEX, commit)
+        if index:
+            for shard in sorted(set(read_index(index).values())):
+                fetch_file(shard, commit)
+        else:
+            fetch_file(ONE_FILE, commit)
+        return config.parent
+
+
+def _has_safetensors(hub_id: str, cached_only: bool) -> bool:
+    """Whether a repository has config.json and safetensors, by the cache, or else by the hub if it may
+    be asked.
+
+    Raises what the hub raises where it cannot be asked, for then it may have them.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    def is_cached(file: str) -> bool:
+        return isinstance(try_to_load_from_cache(hub_id, file), str)
+
+    if is_cached("config.json") and (is_cached(INDEX) or is_cached(ONE_FILE)):
+        return True
+    if _is_offline(cached_only):
+        return False
+    is_there = functools.partial(HfApi().file_exists, hub_id)
+    return is_there("config.json") and (is_there(INDEX) or is_there(ONE_FILE))
 
 
 def _fetch_parts(file: str, fetch_file: Callable[[str, str | None], Path]) -> Path:
@@ -222,19 +240,21 @@ def fetch_gguf(name: str, hub_id: str, wanted: str, cached_only: bool, report: O
     with _connection(name, cached_only, report) as fetch_file:
         file = wanted
         if not wanted.endswith(".gguf"):
-            file = _choose_gguf_file(hub_id, wanted, cached_only)
+            file = _choose_gguf_file(name, hub_id, wanted, cached_only)
         return _fetch_parts(file, fetch_file)
 
 
-def _choose_gguf_file(hub_id: str, quantisation: str, cached_only: bool) -> str:
-    """Returns the .gguf file of a repository that is in a quantisation. Raises UserError without one."""
+def _choose_gguf_file(name: str, hub_id: str, quantisation: str, cached_only: bool) -> str:
+    """Returns the .gguf file of a repository that is in a quantisation. Raises UserError without one, for `name`."""
     files = _gguf_files(hub_id, cached_only)
+    file = _find_quantisation(files or [], quantisation)
+    if file:
+        return file
+    if _is_offline(cached_only):
+        raise UserError(_explain_not_cached(name, cached_only))
     if files is None:
         raise UserError(f"The hub did not say what {hub_id} holds: name a file, {hub_id}/FILE.gguf.")
-    file = _find_quantisation(files, quantisation)
-    if file is None:
-        raise UserError(f"The hub's {hub_id} has no {quantisation}. {_say_what_it_holds(hub_id, files)}")
-    return file
+    raise UserError(f"The hub's {hub_id} has no {quantisation}.{_say_what_it_holds(hub_id, files)}")
 
 
 def _gguf_files(hub_id: str, cached_only: bool) -> list[str] | None:
@@ -248,10 +268,13 @@ def _gguf_files(hub_id: str, cached_only: bool) -> list[str] | None:
     return _list_cached_gguf_files(hub_id) or None
 
 
-def _say_what_it_holds(hub_id: str, files: list[str]) -> str:
+def _say_what_it_holds(hub_id: str, files: list[str] | None) -> str:
+    """Returns a sentence, after a space, on a repository's .gguf files; none where these are unknown."""
+    if files is None:
+        return ""
     if not files:
-        return f"It holds no .gguf file; {hub_id} alone stands for its config.json and safetensors."
-    return f"It holds {_list_names(files)}: name one, {hub_id}/FILE.gguf."
+        return f" It holds no .gguf file; {hub_id} alone stands for its config.json and safetensors."
+    return f" It holds {_list_names(files)}: name one, {hub_id}/FILE.gguf."
 
 
 def _is_offline(cached_only: bool) -> bool:
@@ -301,15 +324,15 @@ def _connection(
     except errors.RepositoryNotFoundError:
         fault = _explain_missing(name, hub_id)
     except errors.RemoteEntryNotFoundError as error:
-        files = _list_gguf_files(hub_id) or []
+        files = _list_gguf_files(hub_id)
         # ENDPOINT/ORG/NAME/resolve/REVISION/FILE
         file = unquote(str(error.response.url)).partition("/resolve/")[2].partition("/")[2]
         if gguf:
-            fault = f"The hub's {hub_id} has no {file}. {_say_what_it_holds(hub_id, files)}"
+            fault = f"The hub's {hub_id} has no {file}.{_say_what_it_holds(hub_id, files)}"
         else:
             fault = f"The hub's {name} has no {file}, and models are read from config.json and safetensors."
             if files:
-                fault += f" {_say_what_it_holds(hub_id, files)}"
+                fault += _say_what_it_holds(hub_id, files)
     except (OSError, errors.HTTPError) as error:
         if is_offline:
             fault = _explain_not_cached(name, cached_only)

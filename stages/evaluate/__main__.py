@@ -157,7 +157,9 @@ def _load(flags: EvaluateFlags, shape: MeshShape | None, console: Console) -> "L
     check = functools.partial(layout.check_inference, mesh=mesh)
     config = EngineConfig(weights=flags.weights)  # type: ignore[arg-type]
     with processes.process_0_first(), console.task("loading"), host_memory(mesh is not None):
-        model = load_model(flags.model, on_config=check, keep_kinds=config.kept_kinds)
+        model = load_model(
+            flags.model, dtype=config.dtype_of_file, on_config=check, keep_kinds=config.kept_kinds
+        )
     console.print_notes(*model.notes)
     if processes.process_count() > 1:
         options = {f"--{name}": str(getattr(flags, name)) for name in ("data", "context", "stride", "batch")}

@@ -144,11 +144,11 @@ def load(
     folders = {name: folder for name, folder in options.adapters if name}
     keep_kinds = engine_config.kept_kinds
     if merged_folders:
-        keep_kinds = ()  # what an adapter is merged into is a block no more
+        keep_kinds = ()  # an adapter is merged into weights in a float type
     ahead = CompileAhead(engine_config, device)
     with contextlib.ExitStack() as on_error:
         on_error.callback(ahead.stop)
-        model = _load_weights(model_name, keep_kinds, ahead, console)
+        model = _load_weights(model_name, engine_config.dtype_of_file, keep_kinds, ahead, console)
         planned_config = ahead.config  # `engine_config` with a capacity, as loading had it planned
         console.print_notes(*model.notes)
         names = options.names or [_own_name(model)]
@@ -239,7 +239,11 @@ def _slots_row(loaded: Loaded) -> str:
 
 
 def _load_weights(
-    model_name: str | None, keep_kinds: Collection[str], ahead: CompileAhead, console: Console
+    model_name: str | None,
+    dtype: str | None,
+    keep_kinds: Collection[str],
+    ahead: CompileAhead,
+    console: Console,
 ) -> LoadedModel:
     """Loads a model, into host memory where there is a mesh.
 
@@ -251,6 +255,7 @@ def _load_weights(
     with loading as report, host_memory(on_mesh):
         return load_model(
             model_name,
+            dtype=dtype,
             report=report,
             on_config=ahead.begin,
             keep_kinds=keep_kinds,

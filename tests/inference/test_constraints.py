@@ -1,6 +1,7 @@
 """Constraints: a completion keeps to its grammar, whoever decodes beside it; a grammar that cannot be followed is refused."""
 
 import json
+import math
 import time
 from typing import Any
 
@@ -160,6 +161,8 @@ def nested(depth):
         (lambda: json_grammar({"oneOf": [{"type": "integer"}, {"type": "number"}]}), "oneOf"),
         (lambda: json_grammar({"$ref": "http://elsewhere/x.json"}), "elsewhere"),
         (lambda: json_grammar({"multipleOf": 999983}), "multipleOf 999983 cannot be enforced"),
+        (lambda: json_grammar({"multipleOf": 10**400}), "multipleOf 10+ cannot be enforced"),
+        (lambda: json_grammar({"multipleOf": math.inf}), "multipleOf inf cannot be enforced"),
         (lambda: f"start: {json_rule({'multipleOf': 999983}, lenient=True)}", None),
         (
             lambda: json_grammar({"minProperties": 2, "patternProperties": {"^x$": {}}}),
@@ -207,6 +210,10 @@ CLOSED = {"additionalProperties": False}
         (
             {"$defs": {"x": LEAF}, "anyOf": [{"$ref": "#/$defs/x"}, LEAF]},
             {"$defs": {"x": LEAF | CLOSED}, "anyOf": [{"$ref": "#/$defs/x"}, LEAF | CLOSED]},
+        ),
+        (
+            {"type": "object", "properties": {"enum": LEAF}},
+            {"type": "object", "properties": {"enum": LEAF | CLOSED}} | CLOSED,
         ),
         ({"const": LEAF}, None),
         ({"type": "object"}, None),

@@ -99,6 +99,26 @@ def test_k_quants_are_the_same_weights_in_every_command(tmp_path, capsys, talk):
         assert state.digest[:16] in sha256
 
 
+def test_float32_keeps_a_files_numbers_in_every_command(tmp_path, capsys, talk):
+    """Bfloat16, in which they are computed by default, has too few bits for them."""
+    file = k_quants_gguf(tmp_path / "k.gguf")
+    params = load_model(str(file), dtype="float32").params
+    config = EngineConfig(1, 64, weights="float32")
+    cfg = config.model_config(load_model(str(file)).cfg)
+    sha256 = digest(config.prepare_params(cfg, params))[:16]
+    options = ["--max-tokens", 4, "--weights", "float32", "--verbose"]
+    assert f"SHA-256 {sha256}" in generated(capsys, file, "--prompt", "the", *options)[1]
+    assert f"SHA-256 {sha256}" in talk(b"the\n", file, *options)[2]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "the", "completion": "12 123"}\n')
+    assert evaluate.main(["--model", str(file), "--data", str(rows), "--weights", "float32"]) == 0
+    assert f"SHA-256 {sha256}" in capsys.readouterr().out
+    state, ahead = load_state(str(file), config, start_jax(one_arena=False), Console())
+    ahead.stop()
+    state.tokenizer.close()
+    assert state.digest.startswith(sha256)
+
+
 def test_every_command_says_what_becomes_of_a_files_kinds(trained, tmp_path, capsys, talk):
     """The tiny model's `down` has no whole blocks, and lies in the file in float16."""
     rows = [{"prompt": f"the {word}", "completion": "red sails."} for word in WORDS.split()]

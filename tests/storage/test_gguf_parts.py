@@ -99,5 +99,6 @@ def test_a_count_that_the_name_does_not_say(tmp_path, value):
 
 def test_names_of_parts():
     assert part_names("a/b-00001-of-00002.gguf") == ["a/b-00001-of-00002.gguf", "a/b-00002-of-00002.gguf"]
-    assert part_names("b-1-of-2.gguf") == ["b-1-of-2.gguf"]
+    for name in ("b-1-of-2.gguf", "b-00001-of-00000.gguf", "b-٠٠٠٠١-of-٠٠٠٠٢.gguf"):
+        assert part_names(name) == [name]
     assert without_part("b-00001-of-00002.gguf") == without_part("b.gguf") == "b"

@@ -276,6 +276,19 @@ def test_a_repository_without_safetensors_or_a_config_stands_for_its_q4_k_m(gguf
     assert load_model(ID).checkpoint == model.checkpoint
 
 
+def test_weights_that_a_repository_has_in_q4_k_m_alone_need_not_fit_in_memory_as_floats(gguf_hub):
+    for file in gguf_hub.folder.glob("model*"):
+        file.unlink()
+    (gguf_hub.folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 2**36}))
+    assert load_model(ID).name == "file 1"
+
+
+def test_a_file_that_could_not_be_asked_for_is_not_taken_for_missing(gguf_hub):
+    gguf_hub.broken = "config.json"
+    assert f"Could not fetch {ID}" in refusal(load_model, ID)
+    assert gguf_hub.files() == set()
+
+
 @pytest.mark.parametrize("name", [f"{ID}:Q5_K_M", f"{ID}/sub/big-Q5_K_M-00001-of-00003.gguf"])
 def test_all_parts_of_a_model_are_fetched(gguf_hub, name, monkeypatch):
     first = tiny_gguf(gguf_hub.folder / "sub" / "big-Q5_K_M.gguf", kind="Q8_0", part_size=9)
@@ -320,7 +333,11 @@ def test_what_a_repository_holds_is_said_where_a_name_fits_no_file(gguf_hub, hub
     assert f"The hub did not say what {ID} holds" in refusal(load_model, f"{ID}:Q4_K_M")
     asked = len(hub.asked)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE is set" in refusal(load_model, f"{ID}/tiny.gguf")
+    for missing in (":Q4_K_M", "/tiny.gguf"):
+        said = refusal(load_model, f"{ID}{missing}")
+        assert said.startswith(
+            f"The hub's cache lacks {ID}{missing}, or a part of it, and HF_HUB_OFFLINE is set"
+        )
     assert len(hub.asked) == asked
     assert not any(file.endswith(".gguf") for file in hub.files())
 
