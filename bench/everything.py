@@ -18,7 +18,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,14 +41,15 @@ class Measurement:
     processes: int = 1  # whose rounds are taken together
     has_peer: bool = False  # whether --peer-python is for it
     drop: tuple[str, ...] = ()  # keys that are not kept: a recording takes megabytes
+    repeats: str = ""  # the document whose claim it repeats: it is measured after that one, always
 
 
 AGAIN = 3  # times at most that a document is measured again
 ONE_ROUND = ("--rounds", "1")  # of each of nine processes
 THREE_ROUNDS = ("--rounds", "3")  # of each of three
 MEASUREMENTS = (
-    Measurement("documents", ("bench.documents",)),  # before `bench`, which repeats its claim
-    Measurement("bench", ("bench",)),
+    Measurement("documents", ("bench.documents",)),
+    Measurement("bench", ("bench",), repeats="documents"),
     Measurement("step", ("bench.step", *ONE_ROUND), processes=9),
     Measurement(
         "step-finetuning",
@@ -105,13 +106,15 @@ def measure_everything(flags: EverythingFlags) -> Json:
     if flags.only:
         measurements = [measurement for measurement in MEASUREMENTS if measurement.name in flags.only]
     flags.folder.mkdir(parents=True, exist_ok=True)
-    wanted = []
+    lacking = set()
     for measurement in measurements:
         path = _path_of(measurement, flags.folder)
-        if is_current(path, about):
-            progress(f"kept: {path}")
-        else:
-            wanted.append(measurement)
+        if not is_current(path, about):
+            lacking.add(path.name)
+    wanted = with_repeating(measurements, lacking)
+    for measurement in measurements:
+        if measurement not in wanted:
+            progress(f"kept: {_path_of(measurement, flags.folder)}")
     _measure(wanted, flags)
     for _ in range(AGAIN):
         apart = to_measure_again(_read_there(measurements, flags.folder))
@@ -120,7 +123,7 @@ def measure_everything(flags: EverythingFlags) -> Json:
         progress(
             f"again, for others disturbed it or the machine had another speed: {', '.join(sorted(apart))}"
         )
-        _measure([each for each in measurements if _path_of(each, flags.folder).name in apart], flags)
+        _measure(with_repeating(measurements, apart), flags)
     if not flags.only:
         for script in LAST:
             progress(f"writing: python -m {script}")
@@ -128,6 +131,16 @@ def measure_everything(flags: EverythingFlags) -> Json:
     for line in differences(_read_there(measurements, flags.folder)):
         progress(f"not of one sitting: {line}")
     return {"documents": [dataclasses.asdict(measurement) for measurement in measurements]}
+
+
+def with_repeating(measurements: Sequence[Measurement], files: Collection[str]) -> list[Measurement]:
+    """Returns the measurements of these files, and those that repeat a claim of one of them."""
+    wanted = []
+    for measurement in measurements:
+        names = {f"{name}.json" for name in (measurement.name, measurement.repeats)}
+        if not names.isdisjoint(files):
+            wanted.append(measurement)
+    return wanted
 
 
 def _path_of(measurement: Measurement, folder: Path) -> Path:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bench import everything
 from bench.cli import ROOT, run_bench
-from bench.everything import EverythingFlags, Measurement, pool
+from bench.everything import MEASUREMENTS, EverythingFlags, Measurement, pool, with_repeating
 from bench.timing import median_ratio
 from engine.errors import UserError
 
@@ -50,6 +50,14 @@ def test_a_pooled_row_says_each_setting_that_its_processes_chose():
     plain = {"flash_attention": False, "threads": 2}
     documents = [{"rows": [{"peer_settings": [setting]}]} for setting in (flash, plain, flash)]
     assert pool(documents) == {"rows": [{"peer_settings": [flash, plain]}]}
+
+
+def test_a_document_that_repeats_a_claim_is_measured_after_it():
+    def names(*files: str) -> list[str]:
+        return [measurement.name for measurement in with_repeating(MEASUREMENTS, files)]
+
+    assert names("documents.json") == ["documents", "bench"]
+    assert names("step.json", "bench.json") == ["bench", "step"]
 
 
 def test_a_recording_is_not_kept(monkeypatch, tmp_path):
