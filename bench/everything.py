@@ -219,9 +219,13 @@ def pool(documents: Sequence[Any]) -> Any:
 
     A ratio is of the rounds of all, with its interval and verdict; a peer's settings are those of
     all; another float is the median, and anything else, an integer too, the first's.
+    What a process has not measured (None) is of the others.
     """
     from bench.timing import Ratio, median_ratio
 
+    documents = [document for document in documents if document is not None]
+    if not documents:
+        return None
     first = documents[0]
     if isinstance(first, dict):
         pooled = {key: pool([document[key] for document in documents if key in document]) for key in first}

@@ -43,6 +43,7 @@ def test_what_is_no_number_is_the_first_processes():
         {"commit": "b", "flags": {}, "printed": []},
     ]
     assert pool(documents) == documents[0]
+    assert pool([{"a": None, "b": None}, {"a": {"c": 1.5}, "b": None}]) == {"a": {"c": 1.5}, "b": None}
 
 
 def test_a_pooled_row_says_each_setting_that_its_processes_chose():
