@@ -142,6 +142,7 @@ BAD: dict[str, list[tuple[str, str]]] = {  # flags, and a pattern of the sentenc
         ("--temperature -1", "--temperature"),
         ("--top-p 1.5", "--top-p"),
         ("--max-tokens 0", "--max-tokens"),
+        ("--weights q4 --mesh tensor=2", "is for one device"),
         ("--count 0", "--count"),
         (f"--prompt {'the-sea' * 60}", r"\d{3} tokens, and at most 64 fit"),
         *NO_MODEL,
