@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from engine import program_cache, sources
+from engine.counting.jaxpr import jaxpr_cost
+from engine.errors import UserError
 from engine.files import cache_folder
 from engine.model.ops import computes_in_c
 from engine.program_cache import stored
@@ -48,6 +50,12 @@ def test_a_stored_program_is_not_traced_and_gives_the_same_bits(traced, monkeypa
     assert len(traces) == 2
     for results in (first, again):
         assert [(x.dtype, x.tobytes()) for x in results] == [(x.dtype, x.tobytes()) for x in plain]
+
+
+def test_operations_of_a_stored_program_are_not_counted_as_none(traced):
+    program = jax.jit(stored(lambda *_: 0)(lambda cfg, x: x @ x), static_argnums=0)
+    with pytest.raises(UserError, match="cannot count 'stored_program': its work is hidden"):
+        jaxpr_cost(lambda x: program("key", x), np.ones((3, 3), np.float32))
 
 
 def test_another_key_or_setting_has_a_program_of_its_own(traced):

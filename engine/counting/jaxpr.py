@@ -107,6 +107,7 @@ _OPAQUE = frozenset(
         "triton_kernel_call",
         "ragged_dot_general",
         "conv_general_dilated",
+        "stored_program",  # of engine/program_cache.py, in a command's process
     }
 )
 
