@@ -151,11 +151,16 @@ def _seal_cache_entries() -> None:
     get = LRUCache.get
     put = LRUCache.put
 
+    def is_in_bucket(path: os.PathLike[str]) -> bool:
+        return "://" in str(path)
+
     def digest(key: str, value: bytes) -> bytes:
         return hashlib.sha256(key.encode() + value).digest()
 
     def get_checked(cache: LRUCache, key: str) -> bytes | None:
-        if not (cache.path / f"{key}-cache").is_file():  # a pipe would be waited for
+        path = cache.path / f"{key}-cache"
+        # a pipe would be waited for, and etils' is_file takes one for a file
+        if not is_in_bucket(path) and not os.path.isfile(path):
             return None
         entry = get(cache, key) or b""
         value = entry[:-SHA256_BYTES]
@@ -165,7 +170,7 @@ def _seal_cache_entries() -> None:
 
     def put_anew(cache: LRUCache, key: str, value: bytes) -> None:
         path = cache.path / f"{key}-cache"
-        if "://" in str(path):  # of a bucket, which has no folders or pipes
+        if is_in_bucket(path):  # which has no folders or pipes
             path.unlink(missing_ok=True)
         else:
             remove(Path(path))  # who reads it now reads on
