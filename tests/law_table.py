@@ -43,8 +43,8 @@ class MarkedTest(NamedTuple):
     # Relative to the folder of tests.
     path: Path
     name: str
-    # Whether the default run leaves it out.
-    runs_at_night: bool
+    # "default", "whole" or "night": the run that has it, or its first cases.
+    run: str
 
 
 def marked_tests() -> list[MarkedTest]:
@@ -64,11 +64,15 @@ def _marked_in(path: Path) -> Iterator[MarkedTest]:
         if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         marks = [ast.unparse(mark) for mark in [*function.decorator_list, *of_module] if _is_mark(mark)]
-        at_night = any(mark.startswith(("pytest.mark.night", "pytest.mark.promises")) for mark in marks)
+        run = "default"
+        if any(mark.startswith(("pytest.mark.night", "pytest.mark.promises")) for mark in marks):
+            run = "night"
+        elif any(mark.startswith("pytest.mark.whole") for mark in marks):
+            run = "whole"
         for mark in function.decorator_list:
             if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.law":
                 for law in mark.args:
-                    yield MarkedTest(ast.literal_eval(law), path.relative_to(TESTS), function.name, at_night)
+                    yield MarkedTest(ast.literal_eval(law), path.relative_to(TESTS), function.name, run)
 
 
 def _is_mark(node: ast.AST) -> bool:

@@ -151,6 +151,7 @@ def here(tmp_path_factory):
 BY_DAY = [command for command in EVERY if not is_long(command)]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("command", BY_DAY, ids=lambda command: " ".join(command[1:]))
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_each_command_runs(command, here, monkeypatch, capfd):
@@ -184,6 +185,7 @@ def test_each_command_runs(command, here, monkeypatch, capfd):
     assert printed.out or (here / words[-1]).exists()
 
 
+@pytest.mark.whole
 def test_the_python_of_the_readmes_runs(here, monkeypatch):
     """The README's lines, and those of the engine's that go on with them, on the run of 20 steps."""
     monkeypatch.chdir(here)

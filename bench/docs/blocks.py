@@ -559,15 +559,15 @@ def validated(_: Document) -> list[str]:
 
 
 def laws(_: Document) -> list[str]:
-    """Returns the laws, and for each the tests that hold it by day, and those at night."""
+    """Returns the laws, and for each the tests that hold it, by the run that has them."""
     cells = []
     for law, sentence in LAWS.items():
-        by_time: dict[bool, list[str]] = {False: [], True: []}
+        by_run: dict[str, list[str]] = {"default": [], "whole": [], "night": []}
         for test in marked_tests():
             if test.law == law:
-                by_time[test.runs_at_night].append(f"[{test.name}]({test.path.as_posix()})")
-        cells.append((f"**{law}**", sentence, "<br>".join(by_time[False]), "<br>".join(by_time[True])))
-    return table("|the law|by day|at night", cells, range(4))
+                by_run[test.run].append(f"[{test.name}]({test.path.as_posix()})")
+        cells.append((f"**{law}**", sentence, *map("<br>".join, by_run.values())))
+    return table("|the law|by default|whole|at night", cells, range(5))
 
 
 def serves(document: Document) -> list[str]:

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import jax
+import pytest
 
 from bench.__main__ import StageTableFlags, measure
 from bench.cli import run_bench
@@ -36,6 +37,7 @@ def test_a_failed_check_is_printed_and_is_exit_code_1(monkeypatch, capsys):
         assert ("FAILS" in capsys.readouterr().out) == bool(code)
 
 
+@pytest.mark.whole
 def test_a_device_that_computes_something_else_is_seen(monkeypatch):
     """The processor's numbers come second: those of one leaf are moved by a thousandth of the largest."""
     monkeypatch.setattr(checks, "TOKENS", 16)
@@ -53,6 +55,7 @@ def test_a_device_that_computes_something_else_is_seen(monkeypatch):
     assert holds == [True, False, True, False], "losses hold, gradients do not, packed or not"
 
 
+@pytest.mark.whole
 def test_a_slot_that_feels_its_neighbours_is_seen(monkeypatch):
     monkeypatch.setattr(checks, "TOKENS", 64)
     cfg = tiny_config()

@@ -18,11 +18,12 @@ import pytest
 from bench.cli import run_bench, run_module
 from bench.lives.__main__ import LivesFlags, measure_lives
 from bench.lives.recording import answer_requests, read_life, step_reporter
+from engine.counting import hardware
 from engine.errors import UserError
 from engine.model.paths import leaf_paths
 from engine.storage.digest import digest
 from engine.text.tokenizer import byte_tokenizer
-from tests.tiny import lively_params, tiny_config
+from tests.tiny import SMALL_MATRICES, lively_params, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -111,6 +112,7 @@ def test_a_runs_progress_is_a_line_a_change(tmp_path, capsys, monkeypatch):
     assert calls
 
 
+@pytest.mark.whole
 def test_a_tiny_model_answers_so_too():
     tokenizer = byte_tokenizer()
     cfg = tiny_config(vocab=tokenizer.vocab)
@@ -167,6 +169,7 @@ def test_the_page_is_one_file_that_needs_no_network(page, document):
     assert (document["flags"]["price"], document["flags"]["watts"]) == (0.2, 90)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.night)])
 def test_a_signal_ends_the_runs_too(number, text, tmp_path):
     """The signal goes to the command alone, as `kill` sends it."""
@@ -203,14 +206,15 @@ def command_line(pid):
     ("flags", "words"),
     [
         (["--preset", "demmo"], "Did you mean 'demo'?"),
-        (["--price", "0"], "--price must be a number above 0"),
-        (["--watts", "nan"], "--watts must be a number above 0"),
-        (["--data", "nowhere.txt"], "nowhere.txt"),
+        pytest.param(["--price", "0"], "--price must be a number above 0", marks=pytest.mark.whole),
+        pytest.param(["--watts", "nan"], "--watts must be a number above 0", marks=pytest.mark.whole),
+        pytest.param(["--data", "nowhere.txt"], "nowhere.txt", marks=pytest.mark.whole),
         (["--out", "/proc/no"], "cannot be written"),
     ],
 )
 def test_what_cannot_be_recorded_is_a_sentence(flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(hardware, "MEASURE_PROGRAM", SMALL_MATRICES + hardware.MEASURE_PROGRAM)
     code = run_bench("bench.lives", "", LivesFlags, measure_lives, ["--out", str(tmp_path), *flags])
     printed = capsys.readouterr().err
     error = printed.splitlines()[-1]

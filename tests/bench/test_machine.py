@@ -20,6 +20,7 @@ class Flags:
     pass
 
 
+@pytest.mark.whole
 def test_a_kept_document_says_what_the_machine_reached_before_and_after(tmp_path, monkeypatch):
     """One that is printed and not kept measures no rates, which take ten seconds."""
     monkeypatch.setattr(hardware, "MEASURE_PROGRAM", SMALL_MATRICES + hardware.MEASURE_PROGRAM)

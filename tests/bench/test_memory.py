@@ -53,11 +53,13 @@ def memories():
     return {name: memory_over_time(program) for name, program in programs.items()}
 
 
+@pytest.mark.whole
 def test_the_peak_is_xlas_but_for_the_holes_of_its_heap(memories):
     assert set(KINDS) == {*memories["decode"].bytes}
     assert all(0.85 < max(memory.alive) / memory.xla <= 1 for memory in memories.values())
 
 
+@pytest.mark.whole
 def test_training_climbs_through_forward_and_comes_down_through_backward(memories):
     for name in ("pre-training step", LORA, "bottom half frozen"):
         memory, residuals = memories[name], memories[name].bytes["residuals"]
@@ -67,6 +69,7 @@ def test_training_climbs_through_forward_and_comes_down_through_backward(memorie
         assert max(residuals[memory.update + 1 :]) < 100, name
 
 
+@pytest.mark.whole
 def test_a_way_of_training_holds_what_it_needs(memories):
     most = {
         name: {kind: max(values) for kind, values in memory.bytes.items()}
@@ -82,12 +85,14 @@ def test_a_way_of_training_holds_what_it_needs(memories):
     assert state["decode"] == 0
 
 
+@pytest.mark.whole
 def test_backward_is_found_where_a_frozen_head_makes_logits_in_parts():
     memory = memory_over_time(trained(LORA, vocab=16384))
     assert 0 < memory.backward < memory.update
     assert max(memory.bytes["residuals"]) > 1e6
 
 
+@pytest.mark.whole
 def test_inference_keeps_nothing(memories):
     for name in ("prefill", "decode"):
         memory, kinds = memories[name], memories[name].bytes
@@ -97,6 +102,7 @@ def test_inference_keeps_nothing(memories):
         assert kinds["KV cache"][0] > 0
 
 
+@pytest.mark.whole
 def test_a_document_has_fewer_positions_and_the_same_peak(memories):
     memory = memories["pre-training step"]
     document = memory.document()
@@ -106,6 +112,7 @@ def test_a_document_has_fewer_positions_and_the_same_peak(memories):
     assert document["backward"] / POSITIONS == pytest.approx(memory.backward / len(memory.alive), abs=0.01)
 
 
+@pytest.mark.whole
 def test_a_loop_carries_its_buffers_and_no_two_values_lie_in_one_place():
     """1 MB goes round a loop, whose body makes two more: 3 MB beside the argument, however often it
     runs.
@@ -138,6 +145,7 @@ def test_the_reason_of_each_residual_is_read_from_its_code():
         )
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True, "kv_heads": 2}, {"qkv_bias": True}], ids=str)
 def test_what_a_block_keeps_is_what_its_derivatives_need(options):
     """By rule, beside the experiment: a matrix needs its input, and nothing else is for a weight

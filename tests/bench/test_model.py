@@ -14,6 +14,7 @@ def run(folder, *words):
     return run_bench("bench.model", "", ModelFlags, measure_model, words)
 
 
+@pytest.mark.whole
 def test_a_model_is_measured_and_what_tuning_it_would_take_is_asked(tmp_path, capsys):
     save_chat_model(folder := tmp_path / "sea", context=1536)
     assert run(folder) == 0

@@ -180,6 +180,7 @@ def no_bar(monkeypatch):
     monkeypatch.setattr("bench.peers.training.OVER_TORCH", {"float32": None})
 
 
+@pytest.mark.whole
 @pytest.mark.usefixtures("no_bar")
 def test_training_beside_a_pretended_peer_that_computes_something_else(scripts, capsys):
     scripts("torch_peer.py", make=TRAINED)
@@ -199,6 +200,7 @@ def test_training_beside_a_pretended_peer_that_computes_something_else(scripts, 
     assert tables.count("** not the same computation **") == 2
 
 
+@pytest.mark.whole
 @pytest.mark.usefixtures("no_bar")
 def test_a_compiler_that_is_not_there_leaves_the_other_rows(scripts, capsys):
     scripts("torch_peer.py", make=f"lambda spec: 1 / 0 if spec['compile'] else ({TRAINED})(spec)")

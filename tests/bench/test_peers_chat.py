@@ -27,6 +27,7 @@ def test_each_family_of_processors_has_its_bar(instructions, expected, monkeypat
     assert machine.bar(1, 2, 3) == expected
 
 
+@pytest.mark.whole
 def test_chats_are_answered_with_and_without_speculation_by_the_same_tokens(capsys):
     cfg = tiny_config()
     prompts = [[1, 2, 3] * 5, [4, 5, 6, 7, 4, 5], [8]]

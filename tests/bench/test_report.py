@@ -179,6 +179,7 @@ def without(value, missing):
     return [without(each, missing) for each in value] if isinstance(value, list) else value
 
 
+@pytest.mark.whole
 def test_what_is_missing_is_a_dash_or_left_out(document, show):
     assert "holds no stage table" in show({})
     assert "holds no stage table" in show({"rows": []})

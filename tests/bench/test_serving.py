@@ -242,6 +242,7 @@ def test_what_was_measured_is_shown_and_what_falls_short_is_said(capsys):
         assert text in output
 
 
+@pytest.mark.whole
 def test_the_engine_beside_a_server_has_a_prefix_cache_as_that_has(monkeypatch):
     cfg = tiny_config(context=512)
     model = SimpleNamespace(cfg=cfg, params=lively_params(cfg), tokenizer=byte_tokenizer())
@@ -255,6 +256,7 @@ def test_the_engine_beside_a_server_has_a_prefix_cache_as_that_has(monkeypatch):
     assert cached == [0, 199]
 
 
+@pytest.mark.whole
 def test_the_engine_beside_a_server_has_blocks_where_that_has(monkeypatch):
     cfg, reads = tiny_config(), []
 

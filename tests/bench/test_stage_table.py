@@ -64,6 +64,7 @@ def rows_of(table):
     return {row["name"]: row for row in table[0]["rows"]}
 
 
+@pytest.mark.whole
 def test_every_row_has_what_scripts_read(table):
     for row in rows_of(table).values():
         assert row.keys() >= KEYS
@@ -73,6 +74,7 @@ def test_every_row_has_what_scripts_read(table):
         assert row["usd_per_million_tokens"] == pytest.approx(row["seconds_per_token"] * 1e6 * 3.6 / 3600)
 
 
+@pytest.mark.whole
 def test_three_counters_agree_in_every_row_or_it_says_why(table):
     """XLA's count is of the program as lowered for a CPU, so it is the same on one with AMX."""
     rows = rows_of(table)
@@ -92,6 +94,7 @@ def test_three_counters_agree_in_every_row_or_it_says_why(table):
     assert all("NumPy" in row["counters_differ"] for row in rows.values() if row["stage"] == "by hand")
 
 
+@pytest.mark.whole
 def test_what_is_read_again_is_known_better_and_weights_move_further():
     learned = measure_learning("tiny", steps=2)
     assert learned["text"] == sorted(learned["text"], reverse=True)
@@ -101,6 +104,7 @@ def test_what_is_read_again_is_known_better_and_weights_move_further():
     assert len(fine_tuned) == len(learned["readings"]) == len(learned["other"])
 
 
+@pytest.mark.whole
 def test_a_training_step_is_three_forward_passes_and_freezing_the_bottom_saves_most(table):
     rows = rows_of(table)
     ratio = lambda name: rows[name]["flop_ratio_to_forward"]
@@ -110,6 +114,7 @@ def test_a_training_step_is_three_forward_passes_and_freezing_the_bottom_saves_m
     assert ratio("top half frozen") < ratio("full fine-tuning")
 
 
+@pytest.mark.whole
 def test_weights_move_in_training_partly_in_fine_tuning_never_in_inference(table):
     for row in rows_of(table).values():
         trains_all = row["name"] in ("pre-training step", "full fine-tuning")
@@ -118,6 +123,7 @@ def test_weights_move_in_training_partly_in_fine_tuning_never_in_inference(table
         assert row["weights"] == expected, row["name"]
 
 
+@pytest.mark.whole
 def test_the_claims_are_decided_and_the_report_holds_every_row(table):
     document, page = table
     result = {claim["claim"]: claim["verdict"] for claim in document["claims"] if claim["value"]}

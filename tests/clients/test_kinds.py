@@ -13,6 +13,8 @@ import pytest
 
 from tests.serve.tiny_server import until
 
+pytestmark = pytest.mark.whole
+
 MODEL = "gpt-4o-mini"  # by which the example of another asks
 USER: dict[str, Any] = {"role": "user", "content": "Hello there, how are you?"}
 MESSAGES: list[Any] = [USER]

@@ -85,7 +85,7 @@ FEW, MANY = 2, 10  # sequences of 7: fewer rows than any matrix has columns, and
     ("rows", "backend"),
     [
         (FEW, "gpu"),
-        (MANY, "cpu"),
+        pytest.param(MANY, "cpu", marks=pytest.mark.whole),
         *(pytest.param(*pair, marks=pytest.mark.night) for pair in ((FEW, "cpu"), (MANY, "gpu"))),
     ],
     indirect=["backend"],

@@ -111,6 +111,7 @@ def by_xla():
         yield
 
 
+@pytest.mark.whole
 @pytest.mark.usefixtures("by_xla")
 class TestWithoutTheKernelsInC:
     @pytest.mark.parametrize("dtype", [AS_SERVED, IN_INT8])
@@ -135,7 +136,9 @@ def scores(engine: Engine, number: int | None = None) -> np.ndarray:
     return np.array([logprob.logprob for event in log.events[id] for logprob in event.logprobs])
 
 
-@pytest.mark.parametrize("whole", [True, False])  # queries, keys and values side by side, or apart
+@pytest.mark.parametrize(
+    "whole", [True, pytest.param(False, marks=pytest.mark.whole)]
+)  # queries, keys and values side by side, or apart
 @pytest.mark.parametrize("number", range(COUNT))
 def test_a_row_is_its_merged_model_up_to_rounding(number, whole):
     """In float32: one is computed by the pair, the other by the merged matrix."""
@@ -148,6 +151,7 @@ def test_a_row_is_its_merged_model_up_to_rounding(number, whole):
     np.testing.assert_allclose(actual, expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("by_xla", [False, True])
 def test_rows_over_blocks_of_several_kinds_are_their_merged_models(by_xla):
     """Up to rounding of what they read, and of pairs to int8: blocks of queries and values that

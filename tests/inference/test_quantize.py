@@ -78,8 +78,12 @@ def wider(tied: bool, kind: str):
     return cfg, prepare_params(cfg, quantize(params, kind))
 
 
+WHOLE = ((33, True, "int8"), (3, False, "full"))
+
+
 @pytest.mark.parametrize(
-    ("slots", "tied", "kind"), [(3, False, "int8"), (33, True, "int8"), (3, False, "full")]
+    ("slots", "tied", "kind"),
+    [(3, False, "int8"), *(pytest.param(*each, marks=pytest.mark.whole) for each in WHOLE)],
 )
 def test_decoding_makes_nothing_of_a_weights_size(slots, tied, kind):
     """For slots few or many, integers are read as they lie. A weight that is converted is seen: the

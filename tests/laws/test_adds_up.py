@@ -111,11 +111,33 @@ NIGHT |= {
     for name in ("decode_slots, float32 cache", "decode in one slot", "prefill_tail", "decode_steps")
 }
 assert {*CASES} >= NIGHT
+# Those that take longest to compile, and differ from others of the default run in a part alone.
+WHOLE = {
+    f"train step, {kind}, Qwen3"
+    for kind in ("scan and remat", "Muon", "reinforce", "LoRA", "KTO", "preference")
+}
+WHOLE |= {
+    f"{name}, Qwen3"
+    for name in (
+        "decode_steps, int8",
+        "decode_steps, int8 widened",
+        "decode_slots, adapters",
+        "decode_slots, int8",
+    )
+}
+WHOLE |= {"train step, LoRA on int8, 20000", "train step, LoRA, 20000", "decode_slots, int8, 20000"}
+assert {*CASES} >= WHOLE
 
 
 @pytest.mark.law("lowering")
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.night] * (case in NIGHT)) for case in sorted(CASES)]
+    "case",
+    [
+        pytest.param(
+            case, marks=[pytest.mark.night] * (case in NIGHT) + [pytest.mark.whole] * (case in WHOLE)
+        )
+        for case in sorted(CASES)
+    ],
 )
 def test_no_product_reads_a_broadcast(case):
     name, cfg = CASES[case]

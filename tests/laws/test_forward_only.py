@@ -24,7 +24,14 @@ def served_model(weights: str):
 
 
 @pytest.mark.law("forward only", "immutable weights")
-@pytest.mark.parametrize(("weights", "rows"), [("float32", 1), ("bfloat16", 3), ("int8", 1), ("int8", 3)])
+@pytest.mark.parametrize(
+    ("weights", "rows"),
+    [
+        ("float32", 1),
+        ("int8", 3),
+        *(pytest.param(*each, marks=pytest.mark.whole) for each in (("bfloat16", 3), ("int8", 1))),
+    ],
+)
 def test_completing_prompts_changes_no_weight_and_remembers_none(weights, rows):
     """As commands and rollouts do: a lone prompt, which repeats itself, and several."""
     cfg, params = served_model(weights)

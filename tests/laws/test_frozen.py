@@ -44,7 +44,12 @@ SETUPS = {
 @pytest.mark.law("frozen")
 @pytest.mark.parametrize(
     "setup",
-    [pytest.param(setup, marks=[pytest.mark.night] * (setup == "upper half, Muon")) for setup in SETUPS],
+    [
+        "upper half, AdamW",
+        pytest.param("upper half, Muon", marks=pytest.mark.night),
+        "LoRA",
+        pytest.param("LoRA over int8, Muon", marks=pytest.mark.whole),
+    ],
 )
 def test_frozen_parameters_are_the_same_to_the_bit_after_a_thousand_steps(setup):
     make, kind = SETUPS[setup]

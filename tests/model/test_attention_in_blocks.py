@@ -59,7 +59,7 @@ def inputs(shape: int, dtype: str, texts: str, seed: int):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.whole)])
 @settings(max_examples=25)
 @given(st.integers(0, len(SHAPES) - 1), st.sampled_from(TEXTS), st.integers(0, 2**32 - 1))
 def test_near_what_the_layers_give(dtype, shape, texts, seed):

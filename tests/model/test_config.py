@@ -49,7 +49,10 @@ def test_every_preset_has_the_shapes_it_promises(name):
     assert (logits.shape, logits.dtype, cache) == ((2, 7, cfg.vocab), np.float32, None)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.whole] * (name not in ("tiny", "demo"))) for name in PRESETS],
+)
 def test_every_preset_starts_at_chance(name):
     """The first loss is within 1% of ln V whatever the key, as if nothing were known, at a width
     where the own logit shows.

@@ -242,6 +242,7 @@ def run_here(program: str, **environment: str) -> subprocess.CompletedProcess[by
     return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=False)
 
 
+@pytest.mark.whole
 def test_the_same_with_one_thread():
     one = "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
     result = run_here(

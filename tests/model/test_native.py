@@ -160,6 +160,7 @@ def test_a_compiler_that_hangs_is_not_called_again_for_a_day(kernel, fresh, tmp_
     assert read_library("block_matmul").data == kernel
 
 
+@pytest.mark.whole
 def test_a_compiler_that_hangs_is_not_waited_for_again_once_another_has_built(kernel, fresh, tmp_path):
     (tmp_path / "kernel.so").write_bytes(kernel)
     make_program(tmp_path / "bin" / "cc", f"echo asked >> {tmp_path}/asked; exec /bin/sleep 60")
@@ -199,6 +200,7 @@ def test_another_processor(fresh):
     without_kernel("this processor is not known to multiply int8 fast")
 
 
+@pytest.mark.whole
 def test_it_is_built_once_for_each_processor_and_compiler(kernel, fresh, tmp_path):
     assert read_library("block_matmul").data == kernel
     fresh.setattr(library, "run_program", lambda *_: pytest.fail("it was built again"))
@@ -311,6 +313,7 @@ def test_nothing_is_used_of_a_cache_that_others_can_write(cached, fresh, tmp_pat
     assert not Path(os.environ["THRICE_CACHE"]).is_relative_to(tmp_path)
 
 
+@pytest.mark.whole
 def test_a_cache_from_which_nothing_can_be_executed(kernel, tmp_path):
     """As /home is on some machines, and /dev/shm in a container, where a read-only one has its
     cache (S13).

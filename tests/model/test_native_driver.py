@@ -63,6 +63,7 @@ def check(folder: Path, sanitisers: str, family: str, calls: int) -> None:
     assert {line.split()[0] for line in done.stdout.splitlines()} == {*map(target, functions)}
 
 
+@pytest.mark.whole
 def test_calls_from_several_threads_share_no_memory_and_have_the_same_bits(tmp_path):
     check(tmp_path, "thread", "", 5)
 

@@ -34,7 +34,9 @@ def test_a_program_is_traced_for_jaxs_default_device():
 
 
 @pytest.mark.law("layout equivalence")
-@pytest.mark.parametrize("name", ["qwen3", "llama3", "qwen2"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", *(pytest.param(name, marks=pytest.mark.whole) for name in ("llama3", "qwen2"))]
+)
 def test_other_platforms_compute_what_a_cpu_computes(name, monkeypatch):
     """The logits, the loss and its gradient by every leaf, in float32: to a share of the largest
     number.
@@ -108,6 +110,7 @@ def test_cudnn_is_asked_for_attention(monkeypatch, packed):
     assert ops.cudnn_masked(q[:, :3], k, v, mask[:, :3]) is None, "cuDNN refuses an odd length with a mask"
 
 
+@pytest.mark.whole
 def test_a_model_on_a_tpu_computes_what_a_cpu_computes(monkeypatch):
     """Splash attention in interpret mode inside a model whose layers are a scan, at a length that
     needs padding.

@@ -55,7 +55,7 @@ class Sum(Weight):
         return Sum(self.first.astype(dtype), self.second.astype(dtype), self.axis)
 
 
-@pytest.fixture(params=["untied", "tied"])
+@pytest.fixture(params=["tied", pytest.param("untied", marks=pytest.mark.whole)])
 def model(request):
     """Returns a config, params, and the same with a Sum for each matrix."""
     cfg = tiny_config(tied=request.param == "tied")
@@ -85,7 +85,7 @@ def test_its_loss_may_be_made_in_parts(model, monkeypatch):
     np.testing.assert_allclose(score(cfg, sums, batch()), expected, rtol=NEAR)
 
 
-@pytest.mark.parametrize("rows", ["all at once", "a few"])
+@pytest.mark.parametrize("rows", [pytest.param("all at once", marks=pytest.mark.whole), "a few"])
 def test_an_adapter_trains_on_it(model, rows, monkeypatch):
     cfg, params, sums = model
     adapters = init_lora(cfg, jax.random.key(0), LoraConfig(rank=2))

@@ -57,6 +57,7 @@ def run_promises(model, names, *options):
     return run.returncode, run.stdout + run.stderr
 
 
+@pytest.mark.whole
 def test_promises_of_a_real_server(tmp_path):
     """What was found takes the place of what the same trials found before; figures of other promises stay."""
     save_chat_model(tmp_path)

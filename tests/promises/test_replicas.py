@@ -128,6 +128,7 @@ async def routed_replicas(make_server: Any, slots: int) -> AsyncIterator[Replica
             yield Replicas(first.client, second.process.kill, [client], slots)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("front", ["client", pytest.param("router", marks=pytest.mark.promises(name="S18"))])
 async def test_one_of_two_replicas_is_killed_in_the_middle_of_streams(
     front, make_server, slots, quick, tmp_path, expect

@@ -400,6 +400,7 @@ def test_adapters_are_served_over_a_files_blocks(in_blocks, weights, count_compi
     assert len({*map(tuple, output.values())}) == 3
 
 
+@pytest.mark.whole
 @pytest.mark.journeys
 @pytest.mark.parametrize("blocks", [False, True])
 def test_the_command_serves_adapters_by_name(folder, tmp_path_factory, in_blocks, blocks):

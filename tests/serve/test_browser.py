@@ -14,6 +14,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.serve.tiny_server import TinyServer
 
+pytestmark = pytest.mark.whole
+
 LONG = "Tell me everything."
 
 

@@ -13,6 +13,8 @@ from tests.serve.test_adapters import save
 from tests.serve.tiny_server import TinyServer, good
 from tests.text.chat_models import save_chat_model
 
+pytestmark = pytest.mark.whole
+
 TIDE = "The tide turns at noon in Port Isla."
 CLOCK = {
     "name": "clock",

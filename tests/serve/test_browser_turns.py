@@ -12,6 +12,8 @@ from selenium.webdriver import Keys
 from stages.serve.api import generation
 from tests.serve.tiny_server import say
 
+pytestmark = pytest.mark.whole
+
 MORE = "Tell me more."
 
 

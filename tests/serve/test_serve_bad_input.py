@@ -632,6 +632,7 @@ def is_reset(connection: socket.socket) -> bool:
         return True
 
 
+@pytest.mark.whole
 def test_slow_clients(tiny_server, monkeypatch):
     monkeypatch.setattr(requests, "BODY_SECONDS", 1.5)
     monkeypatch.setattr(server, "HEAD_SECONDS", 1.5)

@@ -242,6 +242,7 @@ def load_state(folder: Path, sampling: Any = None, **options: Any) -> tuple[Serv
     return load.load_state(str(folder), EngineConfig(**options), start_jax(one_arena=False), Console(), told)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "weights", ["int8", *(pytest.param(name, marks=pytest.mark.night) for name in ("bfloat16", "float32"))]
 )
@@ -297,6 +298,7 @@ def test_a_flag_wins_over_the_models_sampling(folder, tmp_path, capsys, recommen
     assert output.count("ignored") == 1
 
 
+@pytest.mark.whole
 def test_the_capacity_is_the_models_context_where_half_the_free_memory_holds_it(folder, monkeypatch, capsys):
     cfg, config = tiny_config(context=100_000), EngineConfig(4, weights="int8")
     for capacity, less in ((100_000, 65_536), (65_536, 32_768), (4096, 2048), (2048, 2048)):

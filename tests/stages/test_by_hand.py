@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+import pytest
 
 from engine import by_hand as model
 from stages import by_hand, generate
@@ -13,6 +14,7 @@ from tests.stages.tiny_runs import metrics, tiny
 STEPS = 12
 
 
+@pytest.mark.whole
 def test_the_losses_are_those_of_jax_and_other_commands_read_the_model(text, tmp_path, capsys, failing):
     size, out = (
         ["--data", text, "--batch", 4, "--context", 32, "--steps", STEPS, "--log-every", 1],

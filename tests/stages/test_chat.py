@@ -18,6 +18,7 @@ PROMPT = "\r\n> "
 QUICK = ("--max-tokens", 6)
 
 
+@pytest.mark.whole
 def test_piped_lines_are_turns(trained, talk):
     first = command("chat", "--model", trained, "--temperature", 0, *QUICK, stdin=b"the king\n\nthe sea\n")
     assert first.returncode == 0, first.stderr
@@ -73,6 +74,7 @@ def test_a_line_that_cannot_be_answered_ends_a_pipe(second, words, trained, talk
     assert "Traceback" not in error
 
 
+@pytest.mark.whole
 def test_documents_come_before_the_question_and_are_shown(trained, talk, tmp_path):
     documents, model = tmp_path / "documents", tmp_path / "model"
     save_chat_model(model, context=512)
@@ -146,6 +148,7 @@ class Terminal:
         os.kill(self.process.pid, signal.SIGINT)
 
 
+@pytest.mark.whole
 def test_a_person_at_a_terminal(trained):
     with Terminal("-m", "stages.chat", "--model", trained, "--max-tokens", 20) as terminal:
         opening = terminal.wait_for(PROMPT)

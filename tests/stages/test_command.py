@@ -53,6 +53,7 @@ def test_a_flags_help_breaks_its_lines_between_sentences():
                     assert not re.search(r"[^.]\n", each.value.value), f"{file}:{each.lineno}"
 
 
+@pytest.mark.whole
 def test_closed_standard_streams_are_no_error(trained):
     words = typed("generate", "--model", trained, "--max-tokens", 3)
     ended = subprocess.run(
@@ -92,6 +93,7 @@ def test_a_stage_is_run_by_its_name(capsys):
     assert capsys.readouterr().err == "There is no stage 'trian'. Did you mean 'train'?\n"
 
 
+@pytest.mark.whole
 @pytest.mark.journeys
 def test_piped_output_is_plain_and_brief(text, tmp_path):
     """Also where it can hold no letter but ASCII's; and no file is for others to read where the

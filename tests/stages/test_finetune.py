@@ -180,6 +180,7 @@ def test_a_step_folder_is_the_model_of_that_step_and_the_best_is_the_best(adapte
     assert {leaf.scale for leaf in leaf_paths(models[9].params).values() if hasattr(leaf, "scale")} == {4.0}
 
 
+@pytest.mark.whole
 def test_chat_generate_and_evaluate_take_the_run(adapted, trained, chats, capsys, talk):
     folder, _ = adapted
     assert generate.main(["--model", str(folder), "--prompt", "the", "--max-tokens", "4", "--verbose"]) == 0
@@ -272,6 +273,7 @@ def test_what_is_frozen_stays_to_the_bit(trained, chats, tmp_path, capsys, monke
     assert model.sampling == sampling
 
 
+@pytest.mark.whole
 def test_a_base_in_int8(trained, chats, tmp_path):
     folder = tmp_path / "int8"
     assert finetune.main(args(trained, chats, folder, "--base", "int8", "--lora", LORA)) == 0
@@ -284,6 +286,7 @@ def test_a_base_in_int8(trained, chats, tmp_path):
     }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("choice", [pytest.param("", marks=pytest.mark.night), "--train blocks/1/.*"])
 def test_weights_are_trained_and_measured_as_q4_rounds_them(trained, chats, tmp_path, capsys, choice):
     """The loss that is reported is that of the blocks; the weights are saved as they are."""
@@ -309,6 +312,7 @@ def test_weights_are_trained_and_measured_as_q4_rounds_them(trained, chats, tmp_
     assert losses["after"]["held_out"] < losses["before"]["held_out"] - 0.1
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("choice", ["", "--train blocks/1/.*"])
 def test_of_a_base_in_blocks_factors_train_and_integers_stay(
     trained, chats, tmp_path, monkeypatch, capsys, choice
@@ -374,6 +378,7 @@ def test_of_a_base_in_blocks_factors_train_and_integers_stay(
     )
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("loss", "before", "after", "said"),
     [
@@ -414,6 +419,7 @@ def test_preferences_are_learned(trained, pairs, tmp_path, capsys, loss, before,
     assert f"before fine-tuning; {losses['after']['held_out']:.4f} at its end" in printed
 
 
+@pytest.mark.whole
 def test_pairs_are_good_answers_and_bad_ones_to_kto(trained, pairs, tmp_path):
     options = args(
         trained,
@@ -432,6 +438,7 @@ def test_pairs_are_good_answers_and_bad_ones_to_kto(trained, pairs, tmp_path):
     assert result(tmp_path / "run")["before"]["held_out"] == pytest.approx(0.5, abs=1e-6)
 
 
+@pytest.mark.whole
 def test_answers_are_scored_beside_the_loss(trained, chats, tmp_path, capsys, failing):
     """By a match with the data's own answer, a pattern and a function, before and after, and by
     `evaluate` as at the end.
@@ -465,6 +472,7 @@ def test_answers_are_scored_beside_the_loss(trained, chats, tmp_path, capsys, fa
     assert "there are none in this data" in failing(finetune.main, none)
 
 
+@pytest.mark.whole
 def test_a_metric_that_fails_on_the_trained_model_loses_nothing(trained, chats, tmp_path, failing, capsys):
     folder, mine = tmp_path / "scored", tmp_path / "mine.py"
     mine.write_text("def score(completion):\n    return 1 / ('sails' not in completion)\n")
@@ -477,6 +485,7 @@ def test_a_metric_that_fails_on_the_trained_model_loses_nothing(trained, chats, 
     assert re.search(r"score +0\.000 -> 1\.000 of 2", capsys.readouterr().out)
 
 
+@pytest.mark.whole
 def test_an_adapter_is_continued_as_the_same(adapted, trained, chats, tmp_path, capsys, failing):
     """From a run, and from a folder in PEFT's layout: its rank, scale and base stay, and it begins
     where it was.
@@ -524,6 +533,7 @@ def test_an_adapter_is_continued_as_the_same(adapted, trained, chats, tmp_path, 
     )
 
 
+@pytest.mark.whole
 def test_an_adapter_that_no_config_describes_gets_another_on_it(adapted, chats, tmp_path, capsys):
     peft = shutil.copytree(adapted[0] / "checkpoints" / "45", tmp_path / "peft")
     (peft / "manifest.json").unlink()
@@ -540,6 +550,7 @@ def test_an_adapter_that_no_config_describes_gets_another_on_it(adapted, chats, 
     assert json.loads((folder / "run.json").read_text())["learns"] == "rank=8,alpha=16,targets=all"
 
 
+@pytest.mark.whole
 def test_a_run_can_be_tuned_again(adapted, chats, tmp_path):
     """An adapter over an adapter, and weights that learn under one."""
     for name, flags in (("twice", ("--lora", LORA)), ("folded", ("--train", "blocks/1/q"))):
@@ -554,6 +565,7 @@ def test_a_run_can_be_tuned_again(adapted, chats, tmp_path):
         assert load_model(str(folder)).run == folder
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "flags",
     [
@@ -608,6 +620,7 @@ def test_a_run_ends_when_it_no_longer_gets_better_and_keeps_its_best(trained, ch
     assert load_model(str(folder)).checkpoint.name == str(result(folder)["best_step"])
 
 
+@pytest.mark.whole
 def test_a_run_without_a_length_makes_the_least_steps_whatever_they_take(
     trained, chats, tmp_path, monkeypatch, capsys
 ):
@@ -700,6 +713,7 @@ def test_a_weight_of_0_is_not_trained_on_and_another_weight_is_other_data(traine
     assert digest_examples([example]) != digest_examples([example._replace(weight=0.5)])
 
 
+@pytest.mark.whole
 def test_all_of_a_conversation_is_trained_on_and_evaluated(trained, chats, tmp_path, capsys):
     folder = tmp_path / "run"
     assert finetune.main(args(trained, chats, folder, "--lora", LORA, "--full-loss", "--steps", 2)) == 0
@@ -709,6 +723,7 @@ def test_all_of_a_conversation_is_trained_on_and_evaluated(trained, chats, tmp_p
     assert "of whole conversations" in printed
 
 
+@pytest.mark.whole
 def test_an_adapter_in_pefts_layout_is_a_model(adapted, trained, chats, tmp_path, capsys, failing):
     """It loads on the base that it names: written, measured, exported and tuned again as its run
     is.
@@ -764,6 +779,7 @@ def test_an_adapter_in_pefts_layout_is_a_model(adapted, trained, chats, tmp_path
     assert too_long.startswith("error: --context 9,999 is more than"), "which is no fault of the base"
 
 
+@pytest.mark.whole
 def test_an_adapter_for_another_base_is_refused(adapted, chats, trained, tmp_path, failing):
     folder = tmp_path / "other"
     assert finetune.main(args(trained, chats, folder, "--train", "blocks/1/q", "--steps", 2)) == 0
@@ -862,6 +878,7 @@ def test_a_plan_says_what_reading_a_small_file_often_does(
     assert (finetune_plan.MANY_READINGS_NOTE in " ".join(printed.split())) is is_said
 
 
+@pytest.mark.whole
 def test_a_run_that_loses_general_answers_warns(trained, chats, text, tmp_path, monkeypatch, capsys):
     """Here every answer counts as right but the one that is learned."""
     monkeypatch.setattr(
@@ -876,6 +893,7 @@ def test_a_run_that_loses_general_answers_warns(trained, chats, text, tmp_path, 
     assert kept_answers == {"before": int(known), "after": int(kept)}
 
 
+@pytest.mark.whole
 def test_general_answers_are_mixed_in_and_saved_with_the_run(
     trained, chats, tmp_path, monkeypatch, capsys, failing
 ):
@@ -914,6 +932,7 @@ def test_general_answers_are_mixed_in_and_saved_with_the_run(
     assert calls == ["asked"]
 
 
+@pytest.mark.whole
 def test_general_answers_are_the_models_own_and_only_those_that_are_right(adapted, chats, monkeypatch):
     """A context that does not hold the demonstrations gives none, and so does a model that knows
     nothing.

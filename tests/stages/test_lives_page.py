@@ -19,6 +19,8 @@ from stages.runs.watch.page import LAW, page_html
 from stages.runs.watch.recorder import Recorder
 from stages.runs.watch.server import Watch
 
+pytestmark = pytest.mark.whole
+
 LAYERS, WIDTH, VOCAB, FRAMES = 2, 6, 20, 4
 KINDS = ("parameters", "optimizer state", "KV cache", "gradients", "residuals", "temporaries")
 MODEL = [("embed", (VOCAB, WIDTH), None)]

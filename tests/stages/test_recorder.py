@@ -25,6 +25,8 @@ from stages.runs.watch.recorder import FIRST, PARTS, PIXELS, Recorder
 from stages.train import __main__ as train
 from tests.stages.tiny_runs import WORDS, Killed, at_step, command, kill, metrics, tiny
 
+pytestmark = pytest.mark.whole
+
 STEPS = 40
 TUNING = {
     "lora": ("--lora", "rank=2,alpha=4,targets=q,v"),

@@ -59,6 +59,7 @@ def test_the_run_of_the_model_is_not_overwritten(trained, tmp_path, failing):
     assert (run / "checkpoints" / "20").is_dir()
 
 
+@pytest.mark.whole
 @pytest.mark.law("resume")
 def test_a_stopped_run_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch, capsys):
     unbroken, parts = tmp_path / "whole", tmp_path / "parts"
@@ -86,6 +87,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch, 
     assert "This run is finished: 2 rounds" in capsys.readouterr().out
 
 
+@pytest.mark.whole
 def test_a_refused_update_is_named_and_the_run_is_finished(trained, tmp_path, monkeypatch):
     step = Rounds.step
 
@@ -164,6 +166,7 @@ def test_a_run_ends_early_when_nothing_is_left_to_learn(later, trained, tmp_path
         assert "the run has no result" in output.err
 
 
+@pytest.mark.whole
 def test_answers_are_scored_by_the_model_before_training(trained, tmp_path):
     """In bits per byte, the end of each included: before training their own model's, and KL is 0 in
     the first round.

@@ -162,6 +162,7 @@ def test_what_is_no_task(task, sentence):
         Rewards([task], 60)
 
 
+@pytest.mark.whole
 def test_a_reward_that_fails_later_loses_nothing(trained, tmp_path, failing, capsys):
     """The run is saved where it was, and the same command goes on once the function is mended."""
     folder, calls = tmp_path / "run", tmp_path / "calls"

@@ -67,6 +67,7 @@ def test_a_signal_before_training_ends_promptly(started, text, tmp_path):
     assert "Traceback" not in output
 
 
+@pytest.mark.whole
 def test_nobody_reading_saves_and_ends_quietly(started, text, tmp_path):
     reading, writing = os.pipe()
     words = typed("train", *tiny(text, tmp_path / "run", *LONG[:-1], 50))
@@ -113,6 +114,7 @@ def test_each_command_answers_signals_before_its_imports(stage, tmp_path, monkey
     assert (ended.returncode, ended.stderr.decode().strip()) == (143, "Stopped before anything was begun.")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("again", [False, True])
 def test_a_signal_while_a_checkpoint_is_written_beside_training(started, text, tmp_path, again):
     """The last save waits for that write; a second signal does not, and leaves the older checkpoint

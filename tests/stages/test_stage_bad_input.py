@@ -61,6 +61,7 @@ def test_run_of_another_kind_is_left_alone(trained, text, tmp_path, failing):
     assert before == {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()}
 
 
+@pytest.mark.whole
 def test_no_sound_checkpoint(trained, text, tmp_path, failing):
     folder = tmp_path / "sea"
     shutil.copytree(trained, folder)
@@ -106,6 +107,7 @@ def test_a_cache_that_cannot_be_written_stops_no_command(trained, tmp_path):
     assert len(sentence.splitlines()) == 1
 
 
+@pytest.mark.whole
 def test_full_disk_keeps_what_was_saved(text, tmp_path, monkeypatch, failing):
     folder = tmp_path / "run"
     assert train.main(tiny(text, folder, "--steps", 2)) == 0

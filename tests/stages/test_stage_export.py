@@ -70,6 +70,7 @@ def test_a_folder_holds_what_others_look_for(trained, tmp_path):
     assert load_file(out / "model.safetensors")["model.embed_tokens.weight"].shape == (300, 32)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
 def test_gguf_files_hold_smaller_weights(dtype, trained, tmp_path, capsys):
     out = exported(trained, tmp_path / "file.gguf", "--dtype", dtype, "--check")
@@ -87,6 +88,7 @@ def test_gguf_files_hold_smaller_weights(dtype, trained, tmp_path, capsys):
     assert out.stat().st_size < 204_096
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("dtype", ["q4_0", "q4_1"])
 def test_a_file_of_4_bits_holds_the_blocks_that_are_served(dtype, trained, tmp_path, capsys, monkeypatch):
     """To the bit, from weights and from an adapter over weights in 16 bits, which both merge in

@@ -56,6 +56,7 @@ def test_generation_is_a_function_of_its_flags(trained, capsys):
     assert first == generated(capsys, trained / "checkpoints" / "20", *flags, "--seed", 5)[0]
 
 
+@pytest.mark.whole
 def test_a_file_is_multiplied_as_it_lies(trained, tmp_path, capsys, talk):
     """Where kernels in C compute; by XLA its weights are multiplied in the compute dtype."""
     file = tmp_path / "file.gguf"
@@ -66,6 +67,7 @@ def test_a_file_is_multiplied_as_it_lies(trained, tmp_path, capsys, talk):
     assert sha256 in talk(b"the\n", file, "--max-tokens", 4, "--verbose")[2]
 
 
+@pytest.mark.whole
 def test_k_quants_are_the_same_weights_in_every_command(tmp_path, capsys, talk):
     """Multiplied as they lie where kernels in C compute; each command answers from them."""
     file = k_quants_gguf(tmp_path / "k.gguf")
@@ -99,6 +101,7 @@ def test_k_quants_are_the_same_weights_in_every_command(tmp_path, capsys, talk):
         assert state.digest[:16] in sha256
 
 
+@pytest.mark.whole
 def test_float32_keeps_a_files_numbers_in_every_command(tmp_path, capsys, talk):
     """Bfloat16, in which they are computed by default, has too few bits for them."""
     file = k_quants_gguf(tmp_path / "k.gguf")
@@ -119,6 +122,7 @@ def test_float32_keeps_a_files_numbers_in_every_command(tmp_path, capsys, talk):
     assert state.digest.startswith(sha256)
 
 
+@pytest.mark.whole
 def test_every_command_says_what_becomes_of_a_files_kinds(trained, tmp_path, capsys, talk):
     """The tiny model's `down` has no whole blocks, and lies in the file in float16."""
     rows = [{"prompt": f"the {word}", "completion": "red sails."} for word in WORDS.split()]
@@ -208,6 +212,7 @@ def test_prompt_from_standard_input(trained, capsys):
     assert b"\x1b" not in result.stdout + result.stderr
 
 
+@pytest.mark.whole
 def test_a_second_command_finds_the_programs_of_the_first_stored(trained, monkeypatch, tmp_path):
     """It traces none, for which it would import Flax."""
     if not native_problem():  # else the first builds the kernels in C
@@ -233,6 +238,7 @@ if os.environ.get("EDIT"):  # once it is imported: from now on the least likely 
 """
 
 
+@pytest.mark.whole
 def test_a_source_that_is_edited_while_a_command_starts_leaves_no_program_of_the_old_one_for_the_next(
     trained, tmp_path
 ):
@@ -373,6 +379,7 @@ def commands(text, tmp_path):
     ]
 
 
+@pytest.mark.whole
 def test_weights_that_are_not_those_of_the_config_are_refused_by_every_command(
     trained, commands, text, tmp_path, failing
 ):

@@ -70,6 +70,7 @@ def validation_rows(folder: Path) -> list[tuple[int, float]]:
     return [(line["step"], line[key]) for line in metrics(folder) if key in line]
 
 
+@pytest.mark.whole
 @pytest.mark.law("resume")
 def test_a_run_that_is_killed_and_stopped_goes_on_to_the_same_bits(text, tmp_path, monkeypatch, capsys):
     """Of weights, optimizer, rows of validation and the best; the checkpoints are those of the
@@ -128,6 +129,7 @@ def test_the_state_of_a_loop_is_read_back_and_an_older_one_has_the_defaults():
         LoopState.from_json({"seconds": 1.5})
 
 
+@pytest.mark.whole
 def test_ctrl_c_while_the_last_checkpoint_is_written_leaves_the_last_measurement_to_the_next_start(
     text, tmp_path, monkeypatch
 ):
@@ -164,6 +166,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, batches: range) -> None:
     monkeypatch.setattr(PreparedTraining, "begin_steps", begin)
 
 
+@pytest.mark.whole
 def test_the_best_is_saved_though_its_evaluation_falls_due_at_a_refused_step(text, tmp_path, monkeypatch):
     poison(monkeypatch, range(5, 6))
     assert train.main(tiny(text, tmp_path / "run", "--steps", 8, "--eval-every", 3, "--save-every", 100)) == 0
@@ -178,6 +181,7 @@ def test_other_contents_of_the_same_file_are_said():
     ]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("why", ["another text", "damage"])
 def test_a_best_on_another_validation_text_or_a_damaged_one_is_forgotten(
     text, tmp_path, monkeypatch, capsys, why
@@ -212,6 +216,7 @@ def test_a_state_that_is_not_that_of_its_step_is_refused(trained, text, tmp_path
     assert f"{file} is damaged: it does not say the state of a run at step 20." in error
 
 
+@pytest.mark.whole
 def test_a_run_whose_batches_came_in_another_order_is_used_and_not_resumed(text, tmp_path, failing, capsys):
     folder = tmp_path / "run"
     words = tiny(text, folder, "--steps", 2)
@@ -228,6 +233,7 @@ def test_a_run_whose_batches_came_in_another_order_is_used_and_not_resumed(text,
     assert evaluate.main(["--model", str(folder)]) == 0
 
 
+@pytest.mark.whole
 def test_the_stop_after_refusals_saves_and_says_which_batches_they_were(text, tmp_path, monkeypatch, failing):
     folder = tmp_path / "run"
     poison(monkeypatch, range(3, 13))
@@ -242,6 +248,7 @@ def test_the_stop_after_refusals_saves_and_says_which_batches_they_were(text, tm
     )  # the same command does not pass over data by itself
 
 
+@pytest.mark.whole
 def test_metrics_that_cannot_be_written_end_the_run_after_a_checkpoint(text, tmp_path, monkeypatch, failing):
     """What all processes do together, as saving, process 0 does too though it could not write its
     line.
@@ -283,6 +290,7 @@ def test_a_line_of_metrics_that_is_refused_once_is_whole(tmp_path, monkeypatch):
     assert lines == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25}]
 
 
+@pytest.mark.whole
 def test_finished_run_says_so_and_goes_on_with_more_steps(trained, text, tmp_path, capsys):
     folder = tmp_path / "sea"
     shutil.copytree(trained, folder)
@@ -301,6 +309,7 @@ def test_finished_run_says_so_and_goes_on_with_more_steps(trained, text, tmp_pat
     assert {line["step"] for line in metrics(folder)} <= {1, 2}
 
 
+@pytest.mark.whole
 def test_damaged_checkpoint_is_named_and_the_one_before_is_used(text, tmp_path, capsys):
     folder = tmp_path / "run"
     assert train.main(tiny(text, folder, "--steps", 4, "--save-every", 2)) == 0
@@ -391,6 +400,7 @@ def is_noticed(before: Any, after: Any) -> bool:
     return bool(differences(there, now))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("stage", ["train", "finetune"])
 def test_no_flag_changes_unnoticed(stage, text, trained, tmp_path, monkeypatch):
     chats, other, template = tmp_path / "chats.jsonl", tmp_path / "other.jsonl", tmp_path / "template.jinja"

@@ -106,6 +106,7 @@ def test_time_boxed_run_counts_training_only(text, tmp_path, monkeypatch, capsys
     assert "epoch" in capsys.readouterr().out
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("others", "is_said"), [(0.4, True), (0.1, False), (None, False)])
 def test_a_busy_machine_is_said_beside_the_prediction_and_what_came_of_it(
     others, is_said, text, tmp_path, monkeypatch, capsys
@@ -144,6 +145,7 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(text, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.whole
 def test_flags_change_the_recipe(text, tmp_path):
     more = ["--optimizer", "adamw", "--learning_rate", "0.002", "--schedule", "cosine", "--dtype", "float32"]
     more += [

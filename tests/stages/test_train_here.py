@@ -71,6 +71,7 @@ def config(page):
     return ModelConfig(**fields, dtype="float32")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("steps", [6, pytest.param(60, marks=pytest.mark.night)])
 def test_it_learns_as_by_hand_and_answers_with_the_weights_that_it_has(page, steps):
     """The first losses are those of engine/by_hand; an answer changes no weight. In 60 steps it

@@ -97,6 +97,7 @@ def test_a_process_that_cannot_measure_gives_no_ceilings(monkeypatch):
         assert hardware.measure_apart() is None
 
 
+@pytest.mark.whole
 def test_a_mesh_that_is_not_here_is_planned(text, monkeypatch, capsys):
     """A device holds what the rules on paths leave of 12 bytes a parameter; more than there is, is
     said.

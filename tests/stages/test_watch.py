@@ -20,6 +20,8 @@ from stages.runs.watch.server import Watch
 from stages.train import __main__ as train
 from tests.stages.tiny_runs import PATIENCE, ROOT, metrics, tiny
 
+pytestmark = pytest.mark.whole
+
 # While the file of the variable HOLD is there, the run waits before a step from the 500th on.
 HOLDS = """
 import os, sys, time

@@ -26,10 +26,13 @@ NEAR = (
 # test.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thrice"
 FILE = CACHE / "assets" / "smollm2-135m-instruct" / SMOLLM2_FILE
-pytestmark = pytest.mark.skipif(
-    not FILE.exists(),
-    reason="SmolLM2 is not in the cache: python -m stages.generate --model smollm2-135m-instruct fetches it",
-)
+pytestmark = [
+    pytest.mark.whole,
+    pytest.mark.skipif(
+        not FILE.exists(),
+        reason="SmolLM2 is not in the cache: python -m stages.generate --model smollm2-135m-instruct fetches it",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

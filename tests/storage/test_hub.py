@@ -383,6 +383,7 @@ def test_ctrl_c_ends_a_fetch_at_once_and_leaves_no_part_of_a_file(hub, tmp_path)
     assert not hub.go_on.is_set()
 
 
+@pytest.mark.whole
 @pytest.mark.journeys
 def test_an_adapter_of_a_hub_model_is_trained_and_then_loaded_without_the_hub(hub, tmp_path):
     row = lambda n: [{"role": "user", "content": f"sea {n}"}, {"role": "assistant", "content": "sails"}]

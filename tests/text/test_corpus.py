@@ -134,7 +134,7 @@ def test_a_file_that_goes_away_is_named(tmp_path):
 
 
 def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     path = tmp_path / "a.parquet"
@@ -235,6 +235,7 @@ def test_a_text_read_in_parts_has_the_tokens_of_the_whole(tmp_path, text, part, 
     assert tokens.path == open_token_file(whole[0], BPE).path  # its digest is the same
 
 
+@pytest.mark.whole
 def test_of_a_large_file_a_part_is_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_module, "PART", 2**13)
     monkeypatch.setattr(tokenizer_module, "PIECE", 2**9)

@@ -1,6 +1,6 @@
 """Trains a small model on one device and on meshes of eight virtual ones, and prints what came out as JSON.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python mesh_cases.py [night]
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python mesh_cases.py [whole] [night]
 
 JAX counts its devices once, at its start, so the tests read this from a process of its own.
 """
@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from unittest.mock import patch
 
 import jax
@@ -34,14 +34,17 @@ from engine.training.step import NEXT_TOKEN, init_state, train_step
 CFG = ModelConfig(
     vocab=320, width=64, layers=2, heads=8, kv_heads=4, ff=96, context=64, qk_norm=True, dtype="float32"
 )
-# Of each case, the meshes that differ in what they exchange: by default each axis beside another,
-# at night the rest too. A LoRA is trained on all axes at once by default, with preferences.
-CASES = {"adamw": ("data=2,fsdp=4",), "muon": ("fsdp=4,tensor=2",), "lora": (), "int8": ("fsdp=4,tensor=2",)}
-NIGHT = {
-    "adamw": ("data=8", "fsdp=8", "fsdp=4,tensor=2"),
-    "muon": ("data=2,fsdp=4",),
-    "lora": ("data=2,fsdp=4", "fsdp=4,tensor=2"),
-    "int8": ("fsdp=8",),
+# The meshes of each case, by the mark of the tests that ask for them. They differ in what they
+# exchange: the whole run has each axis beside another, and VARIANTS on all axes at once.
+TIERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "default": {"adamw": ("data=2,fsdp=4",)},
+    "whole": {"muon": ("fsdp=4,tensor=2",), "int8": ("fsdp=4,tensor=2",)},
+    "night": {
+        "adamw": ("data=8", "fsdp=8", "fsdp=4,tensor=2"),
+        "muon": ("data=2,fsdp=4",),
+        "lora": ("data=2,fsdp=4", "fsdp=4,tensor=2"),
+        "int8": ("fsdp=8",),
+    },
 }
 BATCH, TOKENS, STEPS = 16, 64, 12
 RATE = 1e-2
@@ -131,11 +134,14 @@ def on_mesh(text, weights, case, cfg=CFG, microbatches=1, **options):
     return found
 
 
-def results(cases):
+def results(tiers):
+    """Yields the name and the figures of each training run of the default tier and of `tiers`."""
+    cases = defaultdict(tuple)
+    for tier in ("default", *tiers):
+        for case, meshes in TIERS[tier].items():
+            cases[case] += meshes
     alone = {}
     for case, meshes in cases.items():
-        if not meshes:
-            continue
         options = {"muon": {"cfg": dataclasses.replace(CFG, remat="block")}, "int8": {"microbatches": 2}}.get(
             case, {}
         )
@@ -143,6 +149,22 @@ def results(cases):
         yield f"{case} one device", one
         for text in meshes:
             yield f"{case} {text}", on_mesh(text, alone[case], case, **options)
+    yield "init", {"equal": is_initialised_alike()}
+    if "whole" in tiers:
+        yield from variants(alone)
+
+
+def is_initialised_alike():
+    """Returns whether a mesh makes the random weights of one device."""
+    _, make, _ = begin("adamw")
+    plain = jax.device_get(jax.jit(make)())
+    with jax.set_mesh(make_mesh(parse_mesh("fsdp=4,tensor=2"))):
+        state = jax.device_get(init_sharded(jax.jit(make)))
+    return jax.tree.all(jax.tree.map(np.array_equal, state, plain))
+
+
+def variants(alone):
+    """Yields VARIANTS, beside the weights of `alone` by case."""
     scan = dataclasses.replace(CFG, scan=True, remat="block")
     with patch.multiple(loss, LOGITS_LIMIT=0, CHUNK=96):
         yield "adamw in pieces", on_mesh("fsdp=4,tensor=2", alone["adamw"], "adamw", cfg=scan, microbatches=2)
@@ -157,16 +179,7 @@ def results(cases):
         yield f"{name} one device", one
         with context:
             yield name, on_mesh(ALL_AXES, weights, case, cfg=tied, batch=data)
-    _, make, _ = begin("adamw")
-    plain = jax.device_get(jax.jit(make)())
-    with jax.set_mesh(make_mesh(parse_mesh("fsdp=4,tensor=2"))):
-        state = jax.device_get(init_sharded(jax.jit(make)))
-        yield "init", {"equal": jax.tree.all(jax.tree.map(np.array_equal, state, plain))}
 
 
 if __name__ == "__main__":
-    print(
-        json.dumps(
-            dict(results({case: CASES[case] + NIGHT[case] for case in CASES} if sys.argv[1:] else CASES))
-        )
-    )
+    print(json.dumps(dict(results(sys.argv[1:]))))

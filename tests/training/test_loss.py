@@ -54,7 +54,9 @@ def test_a_batch_in_which_nothing_counts_has_no_loss_and_no_slope(cfg, params):
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(slope))
 
 
-@pytest.mark.parametrize("limit", [module.LOGITS_LIMIT, 0], ids=["whole", "in chunks"])
+@pytest.mark.parametrize(
+    "limit", [pytest.param(module.LOGITS_LIMIT, marks=pytest.mark.whole), 0], ids=["whole", "in chunks"]
+)
 def test_a_row_with_a_weight_has_its_loss_and_gradient_times_the_weight(cfg, params, limit, monkeypatch):
     """And the mean is over the tokens that count, however much they weigh: half the weight is half
     the gradient.
@@ -135,7 +137,10 @@ def test_chunks_never_hold_all_logits(cfg, params):
     assert max(array_sizes(differentiated[0])) < rows * T * V <= max(array_sizes(differentiated[1]))
 
 
-@pytest.mark.parametrize("kind", ["untied", "tied", "int8"])
+@pytest.mark.parametrize(
+    "kind",
+    ["untied", pytest.param("tied", marks=pytest.mark.whole), pytest.param("int8", marks=pytest.mark.whole)],
+)
 def test_a_frozen_head_makes_its_logits_a_few_rows_at_a_time_and_nothing_else_changes(kind, monkeypatch):
     """The values, the gradient of what lies below, and of the head itself, should somebody ask for
     it.

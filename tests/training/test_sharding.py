@@ -16,12 +16,13 @@ from engine.mesh.rules import leaf_spec
 from engine.mesh.shape import MeshShape, check_mesh, parse_mesh
 from engine.model.config import preset
 from tests.rounding import adam_apart, losses_apart, sums_apart
-from tests.training.mesh_cases import BATCH, CASES, CFG, NIGHT, RATE, STEPS, TOKENS
+from tests.training.mesh_cases import BATCH, CFG, RATE, STEPS, TIERS, TOKENS
 
 MESHES = [
-    pytest.param(case, mesh, marks=[pytest.mark.night] * (mesh not in CASES[case]))
-    for case in CASES
-    for mesh in CASES[case] + NIGHT[case]
+    pytest.param(case, mesh, marks=[] if tier == "default" else getattr(pytest.mark, tier))
+    for tier in TIERS
+    for case, meshes in TIERS[tier].items()
+    for mesh in meshes
 ]
 MESHED = pytest.mark.parametrize(("case", "mesh"), MESHES)
 PLAIN = 1_570_816  # bytes that a plain step with AdamW exchanges on all three axes
@@ -59,7 +60,7 @@ EXCHANGED = {
 @pytest.fixture(scope="module")
 def trained(request):
     """Returns what mesh_cases.py prints, in a process that has eight devices."""
-    night = ["night"] * any(item.get_closest_marker("night") for item in request.session.items)
+    asked = [tier for tier in TIERS if any(item.get_closest_marker(tier) for item in request.session.items)]
     root = Path(__file__).parents[2]
     env = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
@@ -69,7 +70,7 @@ def trained(request):
         "TF_CPP_MIN_LOG_LEVEL": "1",
     }
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("mesh_cases.py"), *night],
+        [sys.executable, Path(__file__).with_name("mesh_cases.py"), *asked],
         env=env,
         capture_output=True,
         text=True,
@@ -85,6 +86,7 @@ def test_losses_and_weights_are_those_of_one_device(trained, case, mesh):
     check_as_one_device(trained, f"{case} {mesh}", case, math.inf)
 
 
+@pytest.mark.whole
 @pytest.mark.law("sharding equivalence")
 @pytest.mark.parametrize(("name", "alone", "times"), VARIANTS)
 def test_variants_are_those_of_one_device(trained, name, alone, times):

@@ -27,6 +27,8 @@ from stages.train import __main__ as train
 from tests.stages.distributed.many_processes import FLAGS, STEPS, finish, free_port, until_saved
 from tests.stages.tiny_runs import ROOT, WORDS, metrics, tiny, typed, write_text
 
+pytestmark = pytest.mark.whole
+
 SLOW = """
 import time, stages.runs.loop as loop
 count = loop.count_step
