@@ -19,6 +19,14 @@ from tests.stages.tiny_runs import PATIENCE, ROOT, command, tiny, typed
 LONG = ("--steps", 1_000_000, "--save-every", 5, "--eval-every", 1_000_000)
 
 
+@pytest.fixture(autouse=True)
+def hangup():
+    """Lets what a test starts be ended by SIGHUP: it inherits that the signal is ignored where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def started():
     """Processes put in here do not outlive the test."""
@@ -198,6 +206,23 @@ with signals.handle_signals(), atomic_file(Path({str(tmp_path / "a")!r})), atomi
     )
     assert (ended.returncode, ended.stderr) == (129, "\nStopped while it wrote.\n")
     assert [*tmp_path.iterdir()] == []
+
+
+def test_under_nohup_a_command_goes_on_when_its_terminal_is_closed():
+    code = """
+import os, signal
+from stages.cli import signals
+from stages.cli.start import start_command
+start_command()
+with signals.handle_signals():
+    os.kill(os.getpid(), signal.SIGHUP)
+    print("it goes on")
+"""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "it goes on\n", "")
 
 
 def test_a_deferred_signal_is_not_taken_for_one_after_the_block():
