@@ -23,13 +23,14 @@ from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import tyro
 
+from bench.deadline import set_deadline
 from bench.machine import Json, Watch, busy_cores, describe_machine
+from bench.sources import ROOT, digest_sources
 from engine.device import device_name
 from engine.errors import UserError
 from engine.files import write_problem, write_text
 from engine.processor import cores
 
-ROOT = Path(__file__).parent.parent
 REPORT_SECONDS = 5.0  # between two lines on a process's progress, on a terminal
 PIPED_REPORT_SECONDS = 30.0  # elsewhere, where a line does not replace the one before
 # What measurements write in this checkout, as git excludes it.
@@ -71,6 +72,7 @@ def run_bench[Flags](
       added.
     - With --out the document goes into that folder, into the file of `_document_name`.
     - With --json it is printed as a line on stdout, and all else on stderr.
+    - After --seconds no rounds are added, but for the fewest of a verdict.
     - `write_pages` takes the file in the folder of --out and what it holds, and returns the page.
     - The first line says when others use this machine.
     - The code is 0, or 1 when a bar is certainly missed (False under one of VERDICTS).
@@ -127,6 +129,7 @@ def _measure_document[Flags](
             print(f"others use {others:.1f} of {cores()} cores: trust ratios alone", flush=True)
         if options.out:
             watch = Watch()
+    set_deadline(getattr(options, "seconds", None))
     result = measure(options)
     machine = about["machine"]
     if "jax" in sys.modules:
@@ -211,8 +214,8 @@ def run_module(command: Sequence[str], report: Callable[[], None] = lambda: None
 
 
 def circumstances(command: Sequence[str], flags: Any) -> Json:
-    """Returns what each document says of its measurement: the machine, the commit, date, versions,
-    load and flags.
+    """Returns what each document says of its measurement: the machine, the commit, the digest of the
+    measured sources, date, versions, load and flags.
     """
     if command[0].endswith(".py"):
         program = command[0]
@@ -221,6 +224,7 @@ def circumstances(command: Sequence[str], flags: Any) -> Json:
     return {
         "machine": describe_machine(),
         "commit": commit_of_sources(),
+        "sources": digest_sources(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "load": os.getloadavg()[0],
         "versions": {"python": platform.python_version()}
@@ -250,8 +254,9 @@ def commit_of_sources() -> str | None:
 
 
 def _with_common(flags: type[Any], name: str) -> type[Any]:
-    """Returns the flags with --json and --out, and with a help that says INT for `int | None` and
-    `off` for False.
+    """Returns the flags with --json, --out and, where something is timed, --seconds.
+
+    The help says INT for `int | None` and `off` for False.
     """
     hints = get_type_hints(flags, include_extras=True)
     kinds = get_type_hints(flags)
@@ -265,6 +270,13 @@ def _with_common(flags: type[Any], name: str) -> type[Any]:
             fields.append((field.name, annotation, dataclasses.field(default=field.default)))
     about_json = tyro.conf.arg(help="Print one line of JSON on standard output, and nothing else there.")
     fields.append(("json", Annotated[bool, _plain_help(bool), about_json], False))
+    if name not in UNTIMED:
+        about_seconds = tyro.conf.arg(
+            metavar="SECONDS",
+            help="After which no rounds are added; 6 are made even so.",
+            help_behavior_hint="",
+        )
+        fields.append(("seconds", Annotated[float | None, about_seconds], None))
     if "out" not in hints:
         stem = _stem(name)
         if "of" in hints:

@@ -63,6 +63,19 @@ def read_model_numbers(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
     return numbers
 
 
+def is_same_processor(one: Json, other: Json) -> bool:
+    """Whether two machines, as `describe_machine` has them, have the same processor and as many cores.
+
+    The microcode may differ. A document of before December 2026 has no model numbers.
+    """
+    if any(one[key] != other[key] for key in ("processor", "instructions", "cores")):
+        return False
+    numbers = one.get("model_numbers") or {}
+    others = other.get("model_numbers") or {}
+    common = (numbers.keys() & others.keys()) - {"microcode"}
+    return all(numbers[key] == others[key] for key in common)
+
+
 class Watch:
     """Watches the machine over a measurement: the rates it reaches before and after, and the core time that others take."""
 

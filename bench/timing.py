@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from bench.deadline import is_past_deadline
 from engine.counting.hardware import clock
 
 
@@ -112,7 +113,8 @@ def measure(
     A call's time ends when its result is ready. Each round begins with another call, so that none
     always follows the same one. The first is drawn, for there are processes of one round.
     `report(done, total)` counts rounds. `seconds_of` takes the seconds from a call's result, for
-    calls that time a part of themselves.
+    calls that time a part of themselves. Past the deadline of --seconds no round is added to
+    MIN_ROUNDS.
     """
     for call in calls.values():
         for _ in range(warmups):
@@ -121,6 +123,8 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     first = random.randrange(len(names))
     for done in range(rounds):
+        if done >= MIN_ROUNDS and is_past_deadline():
+            break
         turn = (first + done) % len(names)
         for name in names[turn:] + names[:turn]:
             begin = clock()

@@ -11,11 +11,11 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from operator import methodcaller
 
-from bench.docs.machines import TRIES, machines
+from bench.docs.machines import TRIES, Document, machines, read_documents
 from bench.plan import plans, validate
 from bench.plan.__main__ import PlanFlags, answer
 from bench.serving.__main__ import latencies, speeds
-from bench.sitting import Document, read_documents
+from bench.sources import describe_origin
 from bench.timing import Ratio
 from engine.format import money, percent, quantity, si, times
 from tests.law_table import LAWS, marked_tests
@@ -99,12 +99,11 @@ def table(header: str, rows: Iterable[Iterable[str]], words: Collection[int] = (
 
 
 def conditions(document: Document, rounds: int | None = None) -> list[str]:
-    """Returns a sentence on the machine, the day and the state in which a document was measured, in
-    so many rounds at least.
+    """Returns sentences on the machine, the day, the commit and the state in which a document was
+    measured, in so many rounds at least.
     """
     machine = document["machine"]
     load = document["load"]
-    kind = describe_instructions(machine["instructions"].split())
     medians = ""
     if rounds:
         medians = f", medians of {rounds} interleaved rounds or more"
@@ -113,12 +112,7 @@ def conditions(document: Document, rounds: int | None = None) -> list[str]:
         medians += f", of {processes} processes"
     if document["flags"].get("quick", False):
         medians += ", with `--quick`"
-    model = ""
-    numbers = machine.get("model_numbers")
-    if numbers:
-        model = f" (family {numbers['cpu family']}, model {numbers['model']})"
-    name = f"{machine['cores']} cores of an {machine['processor']}{model}{kind}"
-    lines = [f"{name}, {document['date'][:10]}{medians}."]
+    lines = [f"{describe_processor(machine)}, {describe_origin(document)}{medians}."]
     moments = [machine.get("reached_before"), machine.get("reached_after")]
     lines += describe_ceilings([moment for moment in moments if moment])
     others = machine.get("taken_by_others")
@@ -127,6 +121,16 @@ def conditions(document: Document, rounds: int | None = None) -> list[str]:
     if load > machine["cores"] / 4:
         lines.append(f"Others used {min(load, machine['cores']):.1f} of them: trust the ratios alone.")
     return ["", *lines]
+
+
+def describe_processor(machine: Document) -> str:
+    """Returns the cores, name, model and best instructions of a machine."""
+    kind = describe_instructions(machine["instructions"].split())
+    model = ""
+    numbers = machine.get("model_numbers")
+    if numbers:
+        model = f" (family {numbers['cpu family']}, model {numbers['model']})"
+    return f"{machine['cores']} cores of an {machine['processor']}{model}{kind}"
 
 
 def describe_ceilings(moments: Sequence[Document]) -> list[str]:
@@ -184,6 +188,7 @@ def summary(document: Document) -> list[str]:
         "",
         "× is a token's cost in a forward pass over 2,048 known ones. A token that is generated takes "
         f"{alone} times as long alone, and {full} times among 32 requests.",
+        *conditions(document, document["rounds"])[1:],
     ]
 
 
@@ -410,13 +415,10 @@ def sizes(_: Document) -> list[str]:
         cells = []
         for (name, kind), rows in by_file.items():
             ratios = [ratio(rows[each]) for each in SIZE_ROWS]
-            tokens = [f"{rows[each]['tokens_per_second']:,.0f}" for each in SIZE_ROWS]
-            cells.append([name, f"{kind}: {rows[SIZE_ROWS[0]]['kinds']}", *ratios, " / ".join(tokens)])
+            cells.append([name, f"{kind}: {rows[SIZE_ROWS[0]]['kinds']}", *ratios])
         if lines:
             lines.append("")
-        lines += table(
-            f"{folder.name}|format|prefill 512|1 stream|8 streams|our tokens a second", cells, (0, 1)
-        )
+        lines += table(f"{folder.name}|format|prefill 512|1 stream|8 streams", cells, (0, 1))
         lines += [
             *conditions(document, min(row["rounds"] for row in document["rows"])),
             *compared_with(document, names_files=False),
@@ -427,8 +429,11 @@ def sizes(_: Document) -> list[str]:
 def compared(_: Document) -> list[str]:
     """Returns five ratios of each machine's speed to its peers': of training, to the faster torch."""
     cells = []
+    origins = []
     for folder in machines():
         documents = read_documents(folder)
+        if not documents.keys() & {"peers.json", "peers-serving.json"}:
+            continue
         training = documents.get("peers.json", {"rows": []})["rows"]
         streams = documents.get("peers-serving.json", {"rows": []})["rows"]
         ratios = []
@@ -437,7 +442,12 @@ def compared(_: Document) -> list[str]:
         for name in SIZE_ROWS:
             ratios.append(_least_ratio([row for row in streams if row["name"] == name]))
         cells.append((f"[{folder.name}]({folder.name})", *ratios))
-    return table("|training, bfloat16|training, float32|prefill 512|1 stream|8 streams", cells)
+        for what, file in (("training", "peers.json"), ("serving", "peers-serving.json")):
+            if file in documents:
+                processor = describe_processor(documents[file]["machine"])
+                origins.append(f"{folder.name}, {what}: {processor}, {describe_origin(documents[file])}.")
+    header = "|training, bfloat16|training, float32|prefill 512|1 stream|8 streams"
+    return [*table(header, cells), "", *origins]
 
 
 def _least_ratio(rows: Sequence[Document]) -> str:

@@ -4,6 +4,8 @@ A block stands between `<!-- NAME of SOURCE -->` and `<!-- end -->`. NAME is one
 is a document, such as `bench.json`, or what the block is computed from. A document is that of the
 machine that `shown_machine` chooses, or of a folder that the command names: `python
 -m bench.docs.readmes FOLDER`. A SOURCE with a folder, such as `tries/promises.json`, lies in RESULTS.
+The line under a table names the commit and date of its document. How many commits that touch
+measured files came later is printed, for it changes with each.
 """
 
 import ast
@@ -17,8 +19,8 @@ from pathlib import Path
 
 from bench.cli import ROOT
 from bench.docs.blocks import BLOCKS
-from bench.docs.machines import RESULTS, shown_machine
-from bench.sitting import Document
+from bench.docs.machines import RESULTS, Document, read_documents, shown_machine
+from bench.sources import describe_age
 from bench.stages.report import write_pictures
 
 PICTURES = ROOT / "bench" / "pictures"
@@ -115,6 +117,8 @@ if __name__ == "__main__":
     machine = shown()
     if sys.argv[1:]:
         machine = Path(sys.argv[1])
+    for file, document in read_documents(machine).items():
+        print(f"{file}: {describe_age(document)}")
     for readme in READMES:
         readme.write_text(written(readme, machine))
     write_pictures(PICTURES, json.loads((machine / PICTURED).read_text()))

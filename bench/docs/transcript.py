@@ -1,9 +1,9 @@
 """Follows the README from a model to its server, and keeps what it prints: ten minutes.
 
-    python -m bench.docs.transcript FOLDER
+    python -m bench.docs.transcript --out FOLDER
 
-Writes FOLDER/transcript.json: the lines of each command, by its name, and the server's answer to
-the README's curl.
+Its document, transcript.json, holds the lines of each command, by its name, and the server's answer
+to the README's curl.
 """
 
 import dataclasses
@@ -18,9 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.cli import ROOT, circumstances
+from bench.cli import ROOT, run_bench
 from bench.docs.readmes import READMES, sh_commands
-from bench.machine import Watch
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
 BODY = re.compile(r"-d '(.*)'")  # of a README's curl
@@ -28,7 +27,7 @@ PAGE = re.compile(r"page +(\S+)")  # in what the server prints
 QUESTION = "Why do sailors sing?\n"  # to `chat`
 
 
-def follow(folder: Path, model: str = "smollm2-135m-instruct") -> dict[str, Any]:
+def follow(folder: Path, model: str) -> dict[str, Any]:
     """Runs the README's commands that name the model, in a folder; returns what they printed, and
     the server's answer.
     """
@@ -85,10 +84,17 @@ def _ask_server(words: Sequence[str], folder: Path) -> tuple[list[str], Any]:
     return lines, json.loads(reply.stdout)
 
 
-if __name__ == "__main__":
-    flags = dataclasses.make_dataclass("Flags", [])()
-    watch = Watch()
+@dataclasses.dataclass(frozen=True)
+class TranscriptFlags:
+    model: str = "smollm2-135m-instruct"
+    """The model that the README's commands name."""
+
+
+def write_transcript(flags: TranscriptFlags) -> dict[str, Any]:
+    """Follows the commands in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
-        document = circumstances(["bench.docs.transcript"], flags) | follow(Path(folder))
-    document["machine"] |= watch.finish()
-    (Path(sys.argv[1]) / "transcript.json").write_text(json.dumps(document) + "\n")
+        return follow(Path(folder), flags.model)
+
+
+if __name__ == "__main__":
+    sys.exit(run_bench("bench.docs.transcript", __doc__, TranscriptFlags, write_transcript))

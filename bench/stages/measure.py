@@ -129,6 +129,7 @@ def stage_table(
         progress(f"round {done} of {total}", replace=True)
 
     timings = measure(calls, rounds=rounds, warmups=0, report=report)
+    rounds = len(timings["uncached"].seconds)  # fewer, past the deadline of --seconds
     # From here on seconds are those of a token.
     for name in timings.keys() & rows.keys():
         timings[name] = timings[name].scaled(1 / rows[name].tokens)

@@ -101,7 +101,7 @@ def measure_step(flags: StepFlags) -> Json:
 
 def check_used(flags: StepFlags) -> None:
     """Raises UserError for a flag that was given, and that what --of names does not use."""
-    used = ("json", "out", "of", *USED[flags.of])
+    used = ("json", "out", "seconds", "of", *USED[flags.of])
     for field in dataclasses.fields(flags):
         if field.name not in used and getattr(flags, field.name) != field.default:
             raise UserError(f"--of {flags.of} does not use --{field.name.replace('_', '-')}.")

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.cli import run_bench
 from bench.commands import CommandsFlags, measure_commands
+from bench.deadline import is_past_deadline, set_deadline
 from bench.step.__main__ import StepFlags, measure_step
 from bench.timing import Timing, compare_rounds, describe_noise, measure, median_ratio, ratio
 from engine.errors import UserError
@@ -45,6 +47,24 @@ def test_rounds_interleave_start_elsewhere_each_time_and_skip_the_warm_up(monkey
     assert result["b"].seconds == (2.0, 2.0, 2.0)
     assert list(result) == ["a", "b"]
     assert reports == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize(("limit", "rounds"), [(0.0, 6), (8.0, 7), (99.0, 9)])
+def test_past_the_deadline_no_round_is_added_to_the_fewest_of_a_verdict(monkeypatch, limit, rounds):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr("bench.timing.is_past_deadline", lambda: clock.now >= limit)
+    call = clock.takes("a", 1.0)  # a second, of which the first is the warm-up
+    assert len(measure({"a": call}, rounds=9)["a"].seconds) == rounds
+    assert len(measure({"a": call}, rounds=2)["a"].seconds) == 2
+
+
+def test_seconds_of_a_command_set_the_deadline(monkeypatch, capsys):
+    past = []
+    for words in ([], ["--seconds", "0"], ["--seconds", "60"]):
+        measured = lambda _: past.append(is_past_deadline()) or {"rows": []}
+        assert run_bench("bench.nothing", "", CommandsFlags, measured, words) == 0
+    set_deadline(None)
+    assert past == [False, True, False]
 
 
 def test_a_jax_result_is_waited_for_inside_the_time(monkeypatch):
