@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 WORKFLOWS = {path.stem: path for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))}
 PARTS = {
     "sweeps": "python -m pytest -m night and not promises --ignore tests/clients",
+    "order": "--with pytest-randomly==5.1.0 python -m pytest -n 0 --ignore tests/test_readme.py",
     "clients": "--with-requirements tests/clients/requirements.txt python -m pytest tests/clients -m night",
     "serving": '--with vllm-router==0.1.17; sys_platform == "linux" python -m pytest tests/promises '
     "--ignore tests/promises/training -m promises -n 0 --promises-out FIGURES",
@@ -66,5 +67,5 @@ def test_the_night_names_its_parts():
     done = subprocess.run([ROOT / ".ci" / "night", "promises"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (
         2,
-        "There is no part promises: sweeps, clients, serving and training.\n",
+        "There is no part promises: sweeps, order, clients, serving and training.\n",
     )
