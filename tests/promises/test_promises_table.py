@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.docs.blocks import PROMISES
+from tests.promises.conftest import by_number
 from tests.promises.figures import at_least, at_most, exactly
 from tests.text.chat_models import save_chat_model
 
@@ -28,6 +30,10 @@ def test_a_figure_meets_its_bar_or_not():
         "b 0.94 (at least 0.95)",
         "code nan (wanted 0)",
     ]
+
+
+def test_the_figures_of_every_promise_are_kept_in_order():
+    assert sorted(PROMISES, key=by_number)[:2] == ["F2", "S1"]
 
 
 def run_promises(model, names, *options):
