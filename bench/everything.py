@@ -66,7 +66,6 @@ ROUNDS_SHARE = 0.6  # of a budget, after which no rounds are added: what follows
 KILLED_AT = 2.0  # budgets
 RATES_SECONDS = 15.0  # of measuring the machine's rates after a document
 WRITING_SECONDS = 60.0  # of READMEs and pictures
-TERM_SECONDS = 5.0  # between SIGTERM and SIGKILL
 # Those whose time varies least come first: what they leave of the hour is for the last ones.
 MEASUREMENTS = (
     Measurement("step", ("bench.step",), 270, processes=5, rounds=2),
@@ -274,7 +273,7 @@ def run_measurement(words: Sequence[str], limit: float) -> Json:
 
 
 def run_process(words: Sequence[str], limit: float) -> str:
-    """Runs `python -m words` and returns what it printed; ends it, and all that it started, after
+    """Runs `python -m words` and returns what it printed; kills it, and all that it started, after
     `limit` seconds. Raises UserError for that, and for an exit code other than 0 and 1.
     """
     with subprocess.Popen(
@@ -290,25 +289,12 @@ def run_process(words: Sequence[str], limit: float) -> str:
         except subprocess.TimeoutExpired:
             raise UserError(f"python -m {' '.join(words)} was killed after {limit:.0f} s.") from None
         finally:
-            end_group(process)
+            # There may be nothing left of the group, which macOS says otherwise.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
     if process.returncode not in (0, 1):
         raise UserError(f"python -m {' '.join(words)} ended with {process.returncode}.")
     return output
-
-
-def end_group(process: subprocess.Popen[str]) -> None:
-    """Ends a process and all of its group: by SIGTERM, and after TERM_SECONDS by SIGKILL."""
-    if process.poll() is None:
-        send_to_group(process, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(TERM_SECONDS)
-    send_to_group(process, signal.SIGKILL)
-
-
-def send_to_group(process: subprocess.Popen[str], number: signal.Signals) -> None:
-    # macOS refuses a group that has ended, others do not find it.
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
 
 
 def pool(documents: Sequence[Any]) -> Any:
