@@ -25,6 +25,12 @@ from stages.serve.api.requests import INLINE_BYTES
 from tests.serve.tiny_server import QUEUE, SLOTS, TinyServer, ask, good, post_head, refused, until
 
 
+@pytest.fixture(autouse=True)
+def nobody_in_line(tiny_server):
+    """Forgets whom another test's requests left in line: places would be held for them."""
+    tiny_server.state.admission.refusals = {}
+
+
 @pytest.fixture
 def held(tiny_server, monkeypatch):
     """An event: until it is set the engine's thread takes no request."""
