@@ -35,6 +35,8 @@ def test_a_run_ends_where_a_test_does_not_and_where_a_worker_dies(tmp_path):
         "-p",
         "no:cacheprovider",
         "-p",
+        "no:randomly",  # which the run of this test may have
+        "-p",
         "tests.workers",
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -46,11 +46,9 @@ def exported(name: str, platform: str, cfg=QWEN3, with_cudnn=False):
     return export(*make(name, TARGETS[platform], cfg)[:2], platform)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cudnn():
-    """From here to the end of this file JAX believes that cuDNN is here, with a GPU that it serves:
-    enough to lower.
-    """
+    """In the test JAX believes that cuDNN is here, with a GPU that it serves: enough to lower."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CUDNN, "check_cudnn_version", lambda: 91000)
         patch.setattr(CUDNN, "check_compute_capability", lambda _: True)
