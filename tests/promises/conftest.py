@@ -188,5 +188,5 @@ def keep(path: Path, quick: bool) -> None:
         file.write(json.dumps(about | {"rows": rows}, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
-def by_number(promise: str) -> tuple[str, int]:
-    return promise[0], int(promise[1:])
+def by_number(promise: str) -> tuple[int, int]:
+    return "FSXTJ".index(promise[0]), int(promise[1:])
